@@ -1,0 +1,29 @@
+// What a backend (CPU or CUDA) offers to the ops. csrc/ops is compiled once per backend, with
+// MOEKV_BACKEND naming the namespace.
+#pragma once
+
+#include <cstddef>
+
+#include "params.h"
+
+#ifndef MOEKV_BACKEND
+#error "MOEKV_BACKEND must be cpu or cuda"
+#endif
+
+namespace moekv::MOEKV_BACKEND {
+
+// A CUDA stream, or nothing on the CPU.
+using Stream = void*;
+
+// Workspaces are allocated by the op as byte tensors and need no initialisation unless said so.
+size_t gating_topk_workspace_bytes(const GatingTopkParams& params);
+size_t expert_scores_workspace_bytes(const ExpertScoresParams& params);
+size_t select_kept_workspace_bytes(const SelectKeptParams& params);
+
+void gating_topk(const GatingTopkParams& params, Stream stream);
+void expert_scores(const ExpertScoresParams& params, Stream stream);
+void mix_scores(const MixScoresParams& params, Stream stream);
+void select_kept(const SelectKeptParams& params, Stream stream);
+void kv_compact(const KvCompactParams& params, Stream stream);
+
+}  // namespace moekv::MOEKV_BACKEND

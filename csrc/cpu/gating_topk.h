@@ -1,0 +1,14 @@
+// Softmax, biased top-k and load statistics of a router.
+#pragma once
+
+#include "../params.h"
+#include "parallel.h"
+#include "vec.h"
+
+namespace moekv::cpu::MOEKV_ISA {
+namespace {
+
+inline void gating_topk_kernel(const GatingTopkParams&) {}
+
+}  // namespace
+}  // namespace moekv::cpu::MOEKV_ISA

@@ -1,0 +1,19 @@
+// All CPU kernels as one translation unit per instruction set; see kernels.h.
+#include "expert_scores.h"
+#include "gating_topk.h"
+#include "kernels.h"
+#include "kv_compact.h"
+#include "mix_scores.h"
+#include "select_kept.h"
+
+namespace moekv::cpu::MOEKV_ISA {
+
+extern const Kernels kernels{
+    .gating_topk = gating_topk_kernel,
+    .expert_scores = expert_scores_kernel,
+    .mix_scores = mix_scores_kernel,
+    .select_kept = select_kept_kernel,
+    .kv_compact = kv_compact_kernel,
+};
+
+}  // namespace moekv::cpu::MOEKV_ISA

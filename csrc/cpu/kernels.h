@@ -1,0 +1,35 @@
+// The table of CPU kernels of one instruction set. csrc/cpu/isa.cpp is compiled once per
+// instruction set, with MOEKV_ISA naming the namespace, and includes every kernel.
+//
+// Kernels live in anonymous namespaces and use no inline or template code from outside (no std::
+// containers or algorithms): the linker may keep any one copy of such code, and one that was
+// compiled for AVX-512 would crash an older processor. tests/test_build.py looks for such symbols.
+#pragma once
+
+#include "../params.h"
+
+namespace moekv::cpu {
+
+struct Kernels {
+  void (*gating_topk)(const GatingTopkParams&);
+  void (*expert_scores)(const ExpertScoresParams&);
+  void (*mix_scores)(const MixScoresParams&);
+  void (*select_kept)(const SelectKeptParams&);
+  void (*kv_compact)(const KvCompactParams&);
+};
+
+namespace isa_default {
+extern const Kernels kernels;
+}
+namespace isa_avx2 {
+extern const Kernels kernels;
+}
+namespace isa_avx512 {
+extern const Kernels kernels;
+}
+
+// The best instruction set of this processor ("default", "avx2", "avx512"), or the lower one that
+// the environment variable MOEKV_CPU_CAPABILITY names.
+const char* capability();
+
+}  // namespace moekv::cpu

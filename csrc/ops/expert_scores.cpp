@@ -1,0 +1,1 @@
+// The edge of moekv::expert_scores: validation, allocation, dispatch.

@@ -1,0 +1,1 @@
+// The edge of moekv::kv_compact: validation, allocation, dispatch.

@@ -1,0 +1,1 @@
+// The edge of moekv::mix_scores: validation, allocation, dispatch.

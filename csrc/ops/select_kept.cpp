@@ -1,0 +1,1 @@
+// The edge of moekv::select_kept: validation, allocation, dispatch.

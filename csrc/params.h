@@ -1,0 +1,82 @@
+// Plain parameter structs: the whole interface between the ops (which know torch) and the kernels
+// (which do not). Pointers, sizes and strides only; strides count elements.
+#pragma once
+
+#include <cstdint>
+
+namespace moekv {
+
+enum class DType : int8_t { kFloat, kHalf, kBFloat16 };
+
+constexpr int kMaxExperts = 256;
+
+struct GatingTopkParams {
+  const void* logits;  // [num_tokens, num_experts], dtype
+  const float* bias;   // [num_experts] or null
+  const bool* mask;    // [num_tokens] or null, true: a real token
+  float* weights;      // [num_tokens, k]
+  int32_t* experts;    // [num_tokens, k]
+  float* prob_sum;     // [num_experts]
+  int64_t* load;       // [num_experts]
+  void* workspace;     // gating_topk_workspace_bytes()
+  int64_t num_tokens, num_experts, k;
+  int64_t logits_stride;  // of a token; experts are dense
+  float inv_temperature;
+  DType dtype;
+};
+
+enum class ScoreKind : int8_t { kMass = 0, kAttention = 1, kDiversity = 2, kLag = 3 };
+constexpr int kNumScoreKinds = 4;
+
+struct ExpertScoresParams {
+  const void* keys;               // [B, H, T, D], dtype
+  const void* values;             // [B, H, T, Dv], dtype
+  const void* queries;            // [B, Hq, W, D], dtype; the last W positions
+  const int32_t* start;           // [B] or null
+  float* scores[kNumScoreKinds];  // [B, H, T] per kind, null where not asked for
+  void* workspace;                // expert_scores_workspace_bytes()
+  int64_t batch, num_kv_heads, num_query_heads, num_keys, num_queries, key_dim, value_dim;
+  int64_t key_stride[3], value_stride[3], query_stride[3];  // batch, head, position; dim is dense
+  int64_t pool, lag;
+  float scaling, softcap;
+  DType dtype;
+};
+
+struct MixScoresParams {
+  const float* scores;     // [E, B, H, T]
+  const float* weights;    // [B, H or 1, T, k]
+  const int32_t* experts;  // like weights
+  const float* gain;       // [E, B, H] or null
+  const float* offset;     // [E, B, H] or null
+  float* mixed;            // [B, H, T]
+  int64_t num_experts, batch, num_kv_heads, num_keys, k;
+  int64_t score_stride[3];   // expert, batch, head; positions are dense
+  int64_t weight_stride[3];  // batch, head (0: shared by the heads), position; k is dense
+  int64_t expert_stride[3];
+};
+
+struct SelectKeptParams {
+  const void* scores;    // [groups, rows, T], dtype
+  const int32_t* start;  // [groups, rows] or null
+  const int64_t* total;  // [groups], on the host
+  int32_t* indices;      // [sum(total)]
+  int32_t* offsets;      // [groups * rows + 1]
+  void* workspace;       // select_kept_workspace_bytes()
+  int64_t groups, rows, num_keys;
+  int64_t score_stride[2];  // group, row; positions are dense
+  int64_t sinks, window, floor;
+  DType dtype;
+};
+
+struct KvCompactParams {
+  void* keys;                                       // [rows, T, D]
+  void* values;                                     // [rows, T, Dv]
+  const int32_t* indices;                           // flat, or [rows, n]
+  const int32_t* offsets;                           // [rows + 1], or null: every row has n indices
+  int64_t batch, num_kv_heads, num_keys, num_kept;  // num_kept: n, if offsets is null
+  int64_t key_bytes, value_bytes;                   // of one position of one head
+  int64_t key_stride[3], value_stride[3];           // batch, head, position, in bytes
+  bool packed;
+};
+
+}  // namespace moekv

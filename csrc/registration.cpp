@@ -1,0 +1,21 @@
+// The schemas of torch.ops.moekv. Implementations register themselves in csrc/ops.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(moekv, m) {
+  m.def(
+      "gating_topk(Tensor logits, Tensor? bias=None, Tensor? mask=None, *, SymInt k, "
+      "float temperature=1.0) -> (Tensor weights, Tensor experts, Tensor prob_sum, Tensor load)");
+  m.def(
+      "expert_scores(Tensor keys, Tensor values, Tensor queries, Tensor? start=None, *, "
+      "int[] kinds, float scaling, float softcap=0.0, SymInt pool=1, SymInt lag=128) "
+      "-> Tensor scores");
+  m.def(
+      "mix_scores(Tensor scores, Tensor weights, Tensor experts, Tensor? gain=None, "
+      "Tensor? offset=None) -> Tensor mixed");
+  m.def(
+      "select_kept(Tensor scores, Tensor? start=None, *, SymInt[] total, SymInt sinks=0, "
+      "SymInt window=0, SymInt floor=1) -> (Tensor indices, Tensor offsets)");
+  m.def(
+      "kv_compact_(Tensor(a!) keys, Tensor(b!) values, Tensor indices, Tensor? offsets=None, *, "
+      "bool packed=False) -> ()");
+}

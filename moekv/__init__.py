@@ -1,0 +1,1 @@
+"""Mixture-of-experts compression of KV caches."""
