@@ -15,15 +15,21 @@ namespace moekv::MOEKV_BACKEND {
 // A CUDA stream, or nothing on the CPU.
 using Stream = void*;
 
+// Throws where begin and end leave the stored rows. On CUDA, where a look at them would have to
+// synchronise, the kernel clamps them instead.
+void check_row_ranges(const RaggedAttentionParams& params);
+
 // Workspaces are allocated by the op as byte tensors and need no initialisation unless said so.
 size_t gating_topk_workspace_bytes(const GatingTopkParams& params);
 size_t expert_scores_workspace_bytes(const ExpertScoresParams& params);
 size_t select_kept_workspace_bytes(const SelectKeptParams& params);
+size_t ragged_attention_workspace_bytes(const RaggedAttentionParams& params);
 
 void gating_topk(const GatingTopkParams& params, Stream stream);
 void expert_scores(const ExpertScoresParams& params, Stream stream);
 void mix_scores(const MixScoresParams& params, Stream stream);
 void select_kept(const SelectKeptParams& params, Stream stream);
 void kv_compact(const KvCompactParams& params, Stream stream);
+void ragged_attention(const RaggedAttentionParams& params, Stream stream);
 
 }  // namespace moekv::MOEKV_BACKEND

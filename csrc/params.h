@@ -79,4 +79,24 @@ struct KvCompactParams {
   bool packed;
 };
 
+struct RaggedAttentionParams {
+  const void* query;        // [B, Hq, Q, D], dtype; the last Q positions
+  const void* keys;         // [num_stored, D], dtype
+  const void* values;       // [num_stored, Dv], dtype
+  const int32_t* begin;     // [B, H] first stored row of a head
+  const int32_t* end;       // [B, H] one past its last
+  const void* tail_keys;    // [B, H, S, D] or null
+  const void* tail_values;  // [B, H, S, Dv] or null
+  const bool* mask;         // [B, Hq, Q, S] or null; true: the query sees the tail position
+  void* output;             // [B, Q, Hq, Dv], dtype, dense
+  void* workspace;          // ragged_attention_workspace_bytes()
+  int64_t batch, num_kv_heads, num_query_heads, num_queries, key_dim, value_dim;
+  int64_t num_stored, num_tail;
+  int64_t query_stride[3], key_stride, value_stride;  // batch, head, position; dim is dense
+  int64_t tail_key_stride[3], tail_value_stride[3];
+  int64_t mask_stride[4];  // batch, head, query, position; 0 where broadcast
+  float scaling, softcap;
+  DType dtype;
+};
+
 }  // namespace moekv

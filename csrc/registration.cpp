@@ -18,4 +18,8 @@ STABLE_TORCH_LIBRARY(moekv, m) {
   m.def(
       "kv_compact_(Tensor(a!) keys, Tensor(b!) values, Tensor indices, Tensor? offsets=None, *, "
       "bool packed=False) -> ()");
+  m.def(
+      "ragged_attention(Tensor query, Tensor keys, Tensor values, Tensor begin, Tensor end, "
+      "Tensor? tail_keys=None, Tensor? tail_values=None, Tensor? mask=None, *, float scaling, "
+      "float softcap=0.0) -> Tensor output");
 }

@@ -55,5 +55,8 @@ void expert_scores(const ExpertScoresParams& params, Stream) {
 void mix_scores(const MixScoresParams& params, Stream) { isa().kernels->mix_scores(params); }
 void select_kept(const SelectKeptParams& params, Stream) { isa().kernels->select_kept(params); }
 void kv_compact(const KvCompactParams& params, Stream) { isa().kernels->kv_compact(params); }
+void ragged_attention(const RaggedAttentionParams& params, Stream) {
+  isa().kernels->ragged_attention(params);
+}
 
 }  // namespace moekv::cpu

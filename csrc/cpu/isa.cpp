@@ -4,6 +4,7 @@
 #include "kernels.h"
 #include "kv_compact.h"
 #include "mix_scores.h"
+#include "ragged_attention.h"
 #include "select_kept.h"
 
 namespace moekv::cpu::MOEKV_ISA {
@@ -14,6 +15,7 @@ extern const Kernels kernels{
     .mix_scores = mix_scores_kernel,
     .select_kept = select_kept_kernel,
     .kv_compact = kv_compact_kernel,
+    .ragged_attention = ragged_attention_kernel,
 };
 
 }  // namespace moekv::cpu::MOEKV_ISA

@@ -16,6 +16,7 @@ struct Kernels {
   void (*mix_scores)(const MixScoresParams&);
   void (*select_kept)(const SelectKeptParams&);
   void (*kv_compact)(const KvCompactParams&);
+  void (*ragged_attention)(const RaggedAttentionParams&);
 };
 
 namespace isa_default {

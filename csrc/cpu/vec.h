@@ -46,6 +46,35 @@ inline float to_float(half_t value) {
   return bits_to_float(sign | ((exponent + 112) << 23) | (mantissa << 13));
 }
 
+// Rounds to nearest, ties to even.
+template <typename T>
+T from_float(float value);
+template <>
+inline float from_float<float>(float value) {
+  return value;
+}
+template <>
+inline bfloat16_t from_float<bfloat16_t>(float value) {
+  const uint32_t bits = float_to_bits(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>(bits >> 16 | 0x40u)};
+  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+}
+template <>
+inline half_t from_float<half_t>(float value) {
+  const uint32_t bits = float_to_bits(value);
+  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
+  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // rounds to inf
+  if (magnitude < 0x38800000u) {
+    // Subnormal: adding 0.5 makes fp32 round at the last bit of the half.
+    const float shifted = bits_to_float(magnitude) + 0.5f;
+    return {static_cast<uint16_t>(sign | (float_to_bits(shifted) - 0x3f000000u))};
+  }
+  const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u);
+  return {static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
+}
+
 #if defined(__AVX512F__)
 
 struct Vec {
@@ -173,6 +202,35 @@ struct Vec {
   float sum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
 };
 
+#endif
+
+// The 16 sums over lanes of 16 vectors.
+#if defined(__AVX512F__)
+inline void sum16(const Vec* vectors, float* sums) {
+  // Pairs of vectors are interleaved and added until each lane holds the sum of one vector.
+  __m512 quad[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = vectors[4 * i].v, b = vectors[4 * i + 1].v;
+    const __m512 c = vectors[4 * i + 2].v, d = vectors[4 * i + 3].v;
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512 low =
+        _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
+    const __m512 high =
+        _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
+    quad[i] = _mm512_add_ps(low, high);  // per 128-bit lane: parts of the sums of a, b, c, d
+  }
+  const __m512 x = _mm512_add_ps(_mm512_shuffle_f32x4(quad[0], quad[1], 0x88),
+                                 _mm512_shuffle_f32x4(quad[0], quad[1], 0xdd));
+  const __m512 y = _mm512_add_ps(_mm512_shuffle_f32x4(quad[2], quad[3], 0x88),
+                                 _mm512_shuffle_f32x4(quad[2], quad[3], 0xdd));
+  _mm512_storeu_ps(
+      sums, _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd)));
+}
+#else
+inline void sum16(const Vec* vectors, float* sums) {
+  for (int i = 0; i < 16; ++i) sums[i] = vectors[i].sum();
+}
 #endif
 
 // e^x within a few ulp of fp32 for x in [-87, 88], clamped outside (e^-87 is about 1e-38). NaN

@@ -1,0 +1,310 @@
+// Attention of a few queries over ragged heads: flash decoding. Keys are cut into segments
+// (ragged_plan.h); each segment keeps a running softmax over tiles of keys; segments are combined
+// in order.
+#pragma once
+
+#include "../params.h"
+#include "parallel.h"
+#include "ragged_plan.h"
+#include "vec.h"
+
+namespace moekv::cpu::MOEKV_ISA {
+namespace {
+
+constexpr int kTileKeys = 64;  // K and V tiles of a head_dim up to 256 stay in L2
+constexpr int kQueryRows = 4;  // queries that share one read of the keys
+
+// Dot products of R queries (stride D) with 4 keys, keys[j] at key + j * stride: out[r * 4 + j].
+template <int R, typename T>
+inline void dot_block(const float* query, int64_t dim, const T* key, int64_t stride, float* out) {
+  Vec sums[kQueryRows * 4];
+  for (int i = 0; i < kQueryRows * 4; ++i) sums[i] = Vec::set(0.0f);
+  int64_t d = 0;
+  for (; d + Vec::kLanes <= dim; d += Vec::kLanes) {
+    Vec k[4];
+    for (int j = 0; j < 4; ++j) k[j] = Vec::load(key + j * stride + d);
+    for (int r = 0; r < R; ++r) {
+      const Vec q = Vec::load(query + r * dim + d);
+      for (int j = 0; j < 4; ++j) sums[r * 4 + j] = fma(q, k[j], sums[r * 4 + j]);
+    }
+  }
+  sum16(sums, out);
+  for (; d < dim; ++d) {
+    for (int r = 0; r < R; ++r) {
+      for (int j = 0; j < 4; ++j)
+        out[r * 4 + j] += query[r * dim + d] * to_float(key[j * stride + d]);
+    }
+  }
+}
+
+// scores[r][j] for all keys of a tile.
+template <int R, typename T>
+inline void tile_scores(const float* query, int64_t dim, const T* keys, int64_t stride, int count,
+                        float (*scores)[kTileKeys]) {
+  float block[kQueryRows * 4];
+  for (int j = 0; j < count; j += 4) {
+    const int n = count - j < 4 ? count - j : 4;
+    // At the end of a short tile, one key at a time (stride 0) instead of reading past the end.
+    if (n == 4) {
+      dot_block<R>(query, dim, keys + j * stride, stride, block);
+    } else {
+      for (int i = 0; i < n; ++i) {
+        float single[kQueryRows * 4];
+        dot_block<R>(query, dim, keys + (j + i) * stride, 0, single);
+        for (int r = 0; r < R; ++r) block[r * 4 + i] = single[r * 4];
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int i = 0; i < n; ++i) scores[r][j + i] = block[r * 4 + i];
+    }
+  }
+}
+
+// sums[r][:] += weights[r][j] * values[j][:] over the tile; row r of the sums is sum_stride floats
+// away.
+template <int R, typename T>
+inline void tile_values(const float (*weights)[kTileKeys], const T* values, int64_t stride,
+                        int count, int64_t dim, float* sums, int64_t sum_stride) {
+  constexpr int kStrip = 4;
+  int64_t d = 0;
+  for (; d + kStrip * Vec::kLanes <= dim; d += kStrip * Vec::kLanes) {
+    Vec acc[R][kStrip];
+    for (int r = 0; r < R; ++r) {
+      for (int s = 0; s < kStrip; ++s)
+        acc[r][s] = Vec::load(sums + r * sum_stride + d + s * Vec::kLanes);
+    }
+    for (int j = 0; j < count; ++j) {
+      Vec v[kStrip];
+      for (int s = 0; s < kStrip; ++s) v[s] = Vec::load(values + j * stride + d + s * Vec::kLanes);
+      for (int r = 0; r < R; ++r) {
+        const Vec w = Vec::set(weights[r][j]);
+        for (int s = 0; s < kStrip; ++s) acc[r][s] = fma(w, v[s], acc[r][s]);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int s = 0; s < kStrip; ++s) acc[r][s].store(sums + r * sum_stride + d + s * Vec::kLanes);
+    }
+  }
+  for (; d + Vec::kLanes <= dim; d += Vec::kLanes) {
+    for (int r = 0; r < R; ++r) {
+      Vec acc = Vec::load(sums + r * sum_stride + d);
+      for (int j = 0; j < count; ++j) {
+        acc = fma(Vec::set(weights[r][j]), Vec::load(values + j * stride + d), acc);
+      }
+      acc.store(sums + r * sum_stride + d);
+    }
+  }
+  for (; d < dim; ++d) {
+    for (int r = 0; r < R; ++r) {
+      for (int j = 0; j < count; ++j) {
+        sums[r * sum_stride + d] += weights[r][j] * to_float(values[j * stride + d]);
+      }
+    }
+  }
+}
+
+// A tile of keys as the queries see it. For tail tiles, visible() decides; stored rows are all
+// seen.
+struct TailView {
+  const RaggedAttentionParams* params;
+  int64_t batch, kv_head, first;  // first: tail position of the tile's first key
+
+  bool visible(int64_t row_query, int64_t j) const {
+    const RaggedAttentionParams& p = *params;
+    const int64_t query = row_query % p.num_queries;
+    const int64_t head = kv_head * (p.num_query_heads / p.num_kv_heads) + row_query / p.num_queries;
+    const int64_t position = first + j;
+    if (position > p.num_tail - p.num_queries + query) return false;
+    return !p.mask || p.mask[batch * p.mask_stride[0] + head * p.mask_stride[1] +
+                             query * p.mask_stride[2] + position * p.mask_stride[3]];
+  }
+};
+
+// Folds one tile of keys into the partial results of R queries, each [max, sum, values...].
+template <int R, typename T>
+inline void attend_tile(const RaggedAttentionParams& p, const float* query, int64_t first_query,
+                        const T* keys, int64_t key_stride, const T* values, int64_t value_stride,
+                        int count, const TailView* tail, float* partials, int64_t partial_stride) {
+  alignas(64) float scores[kQueryRows][kTileKeys];
+  tile_scores<R>(query, p.key_dim, keys, key_stride, count, scores);
+  for (int r = 0; r < R; ++r) {
+    float* row = scores[r];
+    if (p.softcap > 0) {
+      for (int j = 0; j < count; ++j) row[j] = p.softcap * __builtin_tanhf(row[j] / p.softcap);
+    }
+    bool seen[kTileKeys];
+    bool any = false;
+    float highest = -__builtin_inff();
+    for (int j = 0; j < count; ++j) {
+      seen[j] = !tail || tail->visible(first_query + r, j);
+      any |= seen[j];
+      if (seen[j] && row[j] > highest) highest = row[j];
+    }
+    float* partial = partials + r * partial_stride;
+    const float old = partial[0];
+    if (!any) {
+      for (int j = 0; j < count; ++j) row[j] = 0.0f;
+      continue;
+    }
+    // Where no seen score is a number, the exponentials below make the row NaN.
+    float largest = old > highest ? old : highest;
+    if (largest == -__builtin_inff()) largest = 0.0f;
+    for (int j = count; j < kTileKeys; ++j) row[j] = largest;
+    const Vec shift = Vec::set(largest);
+    for (int j = 0; j < kTileKeys; j += Vec::kLanes) exp(Vec::load(row + j) - shift).store(row + j);
+    float sum = 0.0f;
+    for (int j = 0; j < count; ++j) {
+      if (!seen[j]) row[j] = 0.0f;
+      sum += row[j];
+    }
+    const float keep = old == -__builtin_inff() ? 0.0f : __builtin_expf(old - largest);
+    partial[0] = largest;
+    partial[1] = partial[1] * keep + sum;
+    if (keep != 1.0f) {
+      for (int64_t d = 0; d < p.value_dim; ++d) partial[2 + d] *= keep;
+    }
+  }
+  tile_values<R>(scores, values, value_stride, count, p.value_dim, partials + 2, partial_stride);
+}
+
+template <typename T>
+inline void attend_keys(const RaggedAttentionParams& p, const float* queries, int64_t num_rows,
+                        const T* keys, int64_t key_stride, const T* values, int64_t value_stride,
+                        int64_t count, TailView* tail, float* partials) {
+  const int64_t stride = ragged_partial_floats(p);
+  for (int64_t first = 0; first < count; first += kTileKeys) {
+    const int n = static_cast<int>(count - first < kTileKeys ? count - first : kTileKeys);
+    const T* k = keys + first * key_stride;
+    const T* v = values + first * value_stride;
+    for (int64_t m = 0; m < num_rows; m += kQueryRows) {
+      const float* q = queries + m * p.key_dim;
+      float* partial = partials + m * stride;
+      switch (num_rows - m) {
+        case 1:
+          attend_tile<1>(p, q, m, k, key_stride, v, value_stride, n, tail, partial, stride);
+          break;
+        case 2:
+          attend_tile<2>(p, q, m, k, key_stride, v, value_stride, n, tail, partial, stride);
+          break;
+        case 3:
+          attend_tile<3>(p, q, m, k, key_stride, v, value_stride, n, tail, partial, stride);
+          break;
+        default:
+          attend_tile<4>(p, q, m, k, key_stride, v, value_stride, n, tail, partial, stride);
+          break;
+      }
+    }
+    if (tail) tail->first += n;
+  }
+}
+
+template <typename T>
+inline void ragged_attention_typed(const RaggedAttentionParams& p) {
+  const RaggedPlan plan = ragged_plan(p);
+  const int64_t rows = plan.rows, row_queries = plan.row_queries;
+  const int64_t group = p.num_query_heads / p.num_kv_heads;
+  const int64_t partial_floats = ragged_partial_floats(p);
+  int64_t* first_item = static_cast<int64_t*>(p.workspace);
+  float* queries = reinterpret_cast<float*>(first_item + rows + 1);
+  float* partials = queries + ragged_query_floats(p);
+  first_item[0] = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    first_item[row + 1] = first_item[row] + ragged_row_items(p, plan.segment, row);
+  }
+
+  // queries: [rows, group * num_queries, key_dim], scaled
+  parallel_for(
+      0, p.batch * p.num_query_heads * p.num_queries, 256, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t query = i % p.num_queries, head = i / p.num_queries % p.num_query_heads;
+          const int64_t batch = i / p.num_queries / p.num_query_heads;
+          const T* source = static_cast<const T*>(p.query) + batch * p.query_stride[0] +
+                            head * p.query_stride[1] + query * p.query_stride[2];
+          for (int64_t d = 0; d < p.key_dim; ++d) {
+            queries[i * p.key_dim + d] = to_float(source[d]) * p.scaling;
+          }
+        }
+      });
+
+  parallel_for(0, plan.num_items, 1, [&](int64_t begin, int64_t end) {
+    int64_t row = 0;
+    for (int64_t item = begin; item < end; ++item) {
+      while (first_item[row + 1] <= item) ++row;
+      const int64_t batch = row / p.num_kv_heads, kv_head = row % p.num_kv_heads;
+      float* partial = partials + item * row_queries * partial_floats;
+      for (int64_t m = 0; m < row_queries; ++m) {
+        float* one = partial + m * partial_floats;
+        one[0] = -__builtin_inff();
+        for (int64_t d = 1; d < partial_floats; ++d) one[d] = 0.0f;
+      }
+      const float* row_query = queries + row * row_queries * p.key_dim;
+      const int64_t stored = p.end[row] - p.begin[row];
+      const int64_t first = (item - first_item[row]) * plan.segment;
+      const int64_t last = first + plan.segment;
+      if (first < stored) {
+        const int64_t source = p.begin[row] + first;
+        attend_keys(p, row_query, row_queries,
+                    static_cast<const T*>(p.keys) + source * p.key_stride, p.key_stride,
+                    static_cast<const T*>(p.values) + source * p.value_stride, p.value_stride,
+                    (last < stored ? last : stored) - first, nullptr, partial);
+      }
+      if (last > stored && p.num_tail > 0) {
+        const int64_t tail_first = first > stored ? first - stored : 0;
+        const int64_t tail_last = last - stored < p.num_tail ? last - stored : p.num_tail;
+        TailView tail{&p, batch, kv_head, tail_first};
+        attend_keys(p, row_query, row_queries,
+                    static_cast<const T*>(p.tail_keys) + batch * p.tail_key_stride[0] +
+                        kv_head * p.tail_key_stride[1] + tail_first * p.tail_key_stride[2],
+                    p.tail_key_stride[2],
+                    static_cast<const T*>(p.tail_values) + batch * p.tail_value_stride[0] +
+                        kv_head * p.tail_value_stride[1] + tail_first * p.tail_value_stride[2],
+                    p.tail_value_stride[2], tail_last - tail_first, &tail, partial);
+      }
+    }
+  });
+
+  parallel_for(0, rows * row_queries, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / row_queries, m = i % row_queries;
+      const int64_t head = row % p.num_kv_heads * group + m / p.num_queries;
+      T* output =
+          static_cast<T*>(p.output) +
+          ((row / p.num_kv_heads * p.num_queries + m % p.num_queries) * p.num_query_heads + head) *
+              p.value_dim;
+      const int64_t items = first_item[row + 1] - first_item[row];
+      float* sums = partials + (first_item[row] * row_queries + m) * partial_floats;
+      if (items == 0) {
+        for (int64_t d = 0; d < p.value_dim; ++d) output[d] = from_float<T>(0.0f);
+        continue;
+      }
+      // Folds the later segments into the first.
+      for (int64_t item = 1; item < items; ++item) {
+        const float* other = sums + item * row_queries * partial_floats;
+        const float largest =
+            sums[0] > other[0] || other[0] == -__builtin_inff() ? sums[0] : other[0];
+        if (largest == -__builtin_inff()) continue;
+        const float mine = sums[0] == -__builtin_inff() ? 0.0f : __builtin_expf(sums[0] - largest);
+        const float theirs =
+            other[0] == -__builtin_inff() ? 0.0f : __builtin_expf(other[0] - largest);
+        sums[0] = largest;
+        for (int64_t d = 1; d < partial_floats; ++d) sums[d] = sums[d] * mine + other[d] * theirs;
+      }
+      const float scale = sums[0] == -__builtin_inff() ? 0.0f : 1.0f / sums[1];
+      for (int64_t d = 0; d < p.value_dim; ++d) output[d] = from_float<T>(sums[2 + d] * scale);
+    }
+  });
+}
+
+inline void ragged_attention_kernel(const RaggedAttentionParams& p) {
+  switch (p.dtype) {
+    case DType::kFloat:
+      return ragged_attention_typed<float>(p);
+    case DType::kHalf:
+      return ragged_attention_typed<half_t>(p);
+    case DType::kBFloat16:
+      return ragged_attention_typed<bfloat16_t>(p);
+  }
+}
+
+}  // namespace
+}  // namespace moekv::cpu::MOEKV_ISA
