@@ -63,7 +63,7 @@ void launch(const char* name, Kernel* kernel, dim3 grid, dim3 block, size_t shar
                                static_cast<int>(shared_bytes)),
           name);
   }
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)> > >(args...);
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
   check(cudaGetLastError(), name);
 }
 
