@@ -6,6 +6,7 @@ precision. ``docs/design.md`` says in words what stands here in code.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,7 @@ MASS, ATTENTION, DIVERSITY, LAG = range(4)
 
 _FLOAT_MAX = torch.finfo(torch.float32).max
 _LEAST_ATTENTION = 1e-20
+_LEAST_SHARE = 1e-20
 _LEAST_NORM = 1e-12
 _LAG_EPSILON = 1e-6
 _TILE = 1024  # keys at a time: bounds the memory beside the output
@@ -142,13 +144,13 @@ def _attention(mass: Tensor, start: Tensor, num_queries: int, pool: int) -> Tens
     first_query = start.clamp(min=num_keys - num_queries)
     num_real = num_keys - first_query
     num_seeing = num_keys - torch.maximum(position, first_query)
-    attention = (mass * num_real / num_seeing.clamp(min=1)).clamp(min=_LEAST_ATTENTION).log()
-    attention = torch.where(real, attention, 0.0)
+    attention = torch.where(real, mass * num_real / num_seeing.clamp(min=1), 0.0)
 
     def window_mean(x: Tensor) -> Tensor:
         return functional.avg_pool1d(x, pool, stride=1, padding=pool // 2)
 
-    return window_mean(attention) / window_mean(real.to(attention.dtype))
+    mean = window_mean(attention) / window_mean(real.to(attention.dtype))
+    return mean.clamp(min=_LEAST_ATTENTION).log()
 
 
 def _diversity(keys: Tensor, real: Tensor) -> Tensor:
@@ -208,7 +210,8 @@ def _lag(keys: Tensor, values: Tensor, start: Tensor, lag: int) -> Tensor:
             spread = scaled.std(-1) if x.shape[-1] > 1 else torch.zeros_like(scaled[..., 0])
             shares.append(spread.masked_fill(inside >= length, -torch.inf).log_softmax(-1))
         size = (length - first).clamp(1, lag)
-        tiles.append((torch.logaddexp(*shares) + (size / 2).log()).flatten(2))
+        score = torch.logaddexp(*shares) + (size / 2).log()
+        tiles.append(score.clamp(min=math.log(_LEAST_SHARE)).flatten(2))
     back = (torch.arange(num_keys, device=keys.device) - start).clamp(min=0)
     return torch.cat(tiles, -1).gather(-1, back.expand(batch, num_kv_heads, num_keys))
 
