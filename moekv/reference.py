@@ -27,6 +27,14 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def gate_probs(logits: Tensor, temperature: float) -> Tensor:
+    """Probabilities [N, E] of the experts."""
+    z = _wide(logits) / temperature
+    z = torch.where(z.isnan(), -torch.inf, z).clamp(max=_FLOAT_MAX)
+    hopeless = (z == -torch.inf).all(-1, keepdim=True)
+    return torch.where(hopeless, 0.0, z).softmax(-1)
+
+
 def gating_topk(
     logits: Tensor,
     bias: Tensor | None = None,
@@ -37,11 +45,7 @@ def gating_topk(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Softmax, biased top-k and load statistics of a router; differentiable in ``logits``."""
     num_tokens, num_experts = logits.shape
-    z = _wide(logits) / temperature
-    z = torch.where(z.isnan(), -torch.inf, z).clamp(max=_FLOAT_MAX)
-    hopeless = (z == -torch.inf).all(-1, keepdim=True)
-    probs = torch.where(hopeless, 0.0, z).softmax(-1)
-
+    probs = gate_probs(logits, temperature)
     rating = probs.detach()
     if bias is not None:
         rating = rating + torch.where(bias.isnan(), -torch.inf, bias)
