@@ -57,7 +57,7 @@ def _load(library: Path) -> str | None:
     if not library.exists():
         return f"{library} has not been built; {_BUILD}"
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"{library} does not load with torch {torch.__version__}: {error}; {_BUILD}"
     return None
@@ -235,8 +235,8 @@ def expert_scores(
     ``MASS``       mean attention that the row's real window queries pay to it (sums to 1 over T),
                    causal: as SnapKV [1]_ sees the prompt from its last window
     ``ATTENTION``  log of the attention that a query which can see the key pays to it: ``MASS``
-                   corrected for the window queries before the key, at least 1e-20; the logs are
-                   averaged over the ``pool`` nearest real positions
+                   corrected for the window queries before the key, averaged over the real ones
+                   of the ``pool`` nearest positions, at least 1e-20
     ``DIVERSITY``  minus the cosine with the mean direction of the row's real keys (KeyDiff [2]_)
     ``LAG``        log of the spread over channels of key and value, each scaled by the range of the
                    next ``lag`` tokens, as a share of its partition (LagKV [3]_)

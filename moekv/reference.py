@@ -6,7 +6,6 @@ precision. ``docs/design.md`` says in words what stands here in code.
 """
 
 import itertools
-import math
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +15,6 @@ from torch.nn import functional
 MASS, ATTENTION, DIVERSITY, LAG = range(4)
 
 _FLOAT_MAX = torch.finfo(torch.float32).max
-_LEAST_ATTENTION = 1e-20
 _LEAST_SHARE = 1e-20
 _LEAST_NORM = 1e-12
 _LAG_EPSILON = 1e-6
@@ -153,8 +151,8 @@ def _attention(mass: Tensor, start: Tensor, num_queries: int, pool: int) -> Tens
     def window_mean(x: Tensor) -> Tensor:
         return functional.avg_pool1d(x, pool, stride=1, padding=pool // 2)
 
-    mean = window_mean(attention) / window_mean(real.to(attention.dtype))
-    return mean.clamp(min=_LEAST_ATTENTION).log()
+    mean = window_mean(attention) / window_mean(real.to(mass.dtype))
+    return mean.clamp(min=_LEAST_SHARE).log()
 
 
 def _diversity(keys: Tensor, real: Tensor) -> Tensor:
@@ -212,10 +210,9 @@ def _lag(keys: Tensor, values: Tensor, start: Tensor, lag: int) -> Tensor:
             high = torch.where(has_next, following.amax(3, keepdim=True), tail_high)
             scaled = (gather(x, position) - low) / (high - low + _LAG_EPSILON)
             spread = scaled.std(-1) if x.shape[-1] > 1 else torch.zeros_like(scaled[..., 0])
-            shares.append(spread.masked_fill(inside >= length, -torch.inf).log_softmax(-1))
-        size = (length - first).clamp(1, lag)
-        score = torch.logaddexp(*shares) + (size / 2).log()
-        tiles.append(score.clamp(min=math.log(_LEAST_SHARE)).flatten(2))
+            shares.append(spread.masked_fill(inside >= length, -torch.inf).softmax(-1))
+        size = (length - first).clamp(max=lag)
+        tiles.append(((shares[0] + shares[1]) / 2 * size).clamp(min=_LEAST_SHARE).log().flatten(2))
     back = (torch.arange(num_keys, device=keys.device) - start).clamp(min=0)
     return torch.cat(tiles, -1).gather(-1, back.expand(batch, num_kv_heads, num_keys))
 
