@@ -1,0 +1,59 @@
+# Everything runs in .venv, set up on first use:  make demo | make test | make lint
+#
+# Variables:  PYTHON  the interpreter that makes .venv (3.10 or later)
+#             TORCH   what pip installs as torch; any release from 2.10 on, CPU or CUDA
+#             MOEKV_CUDA=AUTO|ON|OFF  whether the CUDA library is built (AUTO: where nvcc is found)
+#             ARGS    arguments of the demo or of pytest, e.g.  make test ARGS="-k select_kept"
+# pip is used as it is configured (PIP_* variables, pip.conf).
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+ARGS ?=
+
+python := $(VENV)/bin/python
+pip := $(python) -m pip
+native := moekv/lib/libmoekv_cpu.so
+sources := pyproject.toml setup.py CMakeLists.txt $(shell find csrc tools -type f)
+cpp := $(shell find csrc $(wildcard tests) -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+# One stamp per choice of torch: another TORCH installs anew.
+torch := $(VENV)/.torch-$(shell echo '$(TORCH)' | cksum | cut -d ' ' -f 1)
+installed := $(VENV)/.installed
+
+.PHONY: demo test lint format install clean FORCE
+
+demo: $(installed)  ## compress the cache of a real model and show what comes out
+	$(python) -m moekv demo $(ARGS)
+
+test: $(installed)  ## the whole test suite
+	$(python) -m pytest $(ARGS)
+
+lint: $(installed)  ## formatting, lint and types, all blocking
+	$(VENV)/bin/clang-format --dry-run --Werror $(cpp)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+format: $(installed)  ## rewrite the sources as `make lint` wants them
+	$(VENV)/bin/clang-format -i $(cpp)
+	$(VENV)/bin/ruff check --fix --exit-zero --silent .
+	$(VENV)/bin/ruff format .
+
+install: $(installed)
+
+clean:
+	rm -rf build dist moekv/lib *.egg-info $(installed)
+
+$(installed): $(torch) $(sources) $(if $(wildcard $(native)),,FORCE)
+	@echo '==> Installing moekv into $(VENV) (builds the native library)'
+	@$(pip) install --quiet --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+$(torch): | $(VENV)/bin/python
+	@echo '==> Installing $(TORCH) and the build tools into $(VENV) (once; torch is large)'
+	@$(pip) install --quiet $(TORCH) 'setuptools>=77' 'packaging>=23' 'cmake>=3.21' ninja
+	@rm -f $(VENV)/.torch-* && touch $@
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("moekv needs Python 3.10 or later: make PYTHON=..." \
+	    if sys.version_info < (3, 10) else 0)'
+	@$(PYTHON) -m venv $(VENV)
