@@ -23,6 +23,7 @@ void check_row_ranges(const RaggedAttentionParams& params);
 size_t gating_topk_workspace_bytes(const GatingTopkParams& params);
 size_t expert_scores_workspace_bytes(const ExpertScoresParams& params);
 size_t select_kept_workspace_bytes(const SelectKeptParams& params);
+size_t kv_compact_workspace_bytes(const KvCompactParams& params);
 size_t ragged_attention_workspace_bytes(const RaggedAttentionParams& params);
 
 void gating_topk(const GatingTopkParams& params, Stream stream);

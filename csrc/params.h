@@ -73,7 +73,9 @@ struct KvCompactParams {
   void* values;                                     // [rows, T, Dv]
   const int32_t* indices;                           // flat, or [rows, n]
   const int32_t* offsets;                           // [rows + 1], or null: every row has n indices
+  void* workspace;                                  // kv_compact_workspace_bytes()
   int64_t batch, num_kv_heads, num_keys, num_kept;  // num_kept: n, if offsets is null
+  int64_t num_indices;                              // of all rows together
   int64_t key_bytes, value_bytes;                   // of one position of one head
   int64_t key_stride[3], value_stride[3];           // batch, head, position, in bytes
   bool packed;

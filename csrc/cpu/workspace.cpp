@@ -10,6 +10,7 @@ namespace moekv::cpu {
 size_t gating_topk_workspace_bytes(const GatingTopkParams&) { return 0; }
 size_t expert_scores_workspace_bytes(const ExpertScoresParams&) { return 0; }
 size_t select_kept_workspace_bytes(const SelectKeptParams&) { return 0; }
+size_t kv_compact_workspace_bytes(const KvCompactParams&) { return 0; }
 
 void check_row_ranges(const RaggedAttentionParams& params) {
   for (int64_t row = 0; row < params.batch * params.num_kv_heads; ++row) {

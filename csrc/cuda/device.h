@@ -27,10 +27,13 @@
 //   copy_async_wait<n>()              waits for all but the last n groups of this thread
 //   check_device(op)                  throws if the current device is too old for the kernels
 //   zero_async(op, pointer, bytes, stream)
+//
+// Memory is read and written through pointers to wider types: compile with -fno-strict-aliasing.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #ifdef MOEKV_SIMT
 #include "simt.h"
@@ -142,6 +145,19 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+// 16 aligned bytes of T as fp32.
+template <typename T>
+constexpr int kPackSize = 16 / sizeof(T);
+
+template <typename T>
+__device__ __forceinline__ void load_pack(const T* source, float (&pack)[kPackSize<T>]) {
+  const uint4 bits = *reinterpret_cast<const uint4*>(source);
+  T elements[kPackSize<T>];
+  memcpy(elements, &bits, sizeof bits);
+#pragma unroll
+  for (int i = 0; i < kPackSize<T>; ++i) pack[i] = to_float(elements[i]);
+}
 
 template <typename T>
 __host__ __device__ constexpr T ceil_div(T a, T b) {
