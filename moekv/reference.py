@@ -182,10 +182,9 @@ def _lag(keys: Tensor, values: Tensor, start: Tensor, lag: int) -> Tensor:
     length = (num_keys - start)[..., None]  # [B, 1, 1, 1]
 
     def gather(x: Tensor, position: Tensor) -> Tensor:
-        index = position.clamp(max=num_keys - 1).reshape(batch, 1, -1, 1)
-        index = index.expand(batch, num_kv_heads, -1, x.shape[-1])
-        gathered = _wide(x.gather(2, index))
-        return gathered.view(batch, num_kv_heads, -1, lag, x.shape[-1])  # [B, H, P, lag, D]
+        index = position.clamp(max=num_keys - 1).flatten(2)[..., None]  # [B, 1, P * lag, 1]
+        gathered = _wide(x.gather(2, index.expand(-1, num_kv_heads, -1, x.shape[-1])))
+        return gathered.view(*gathered.shape[:2], *position.shape[2:], x.shape[-1])
 
     def tail_range(x: Tensor) -> tuple[Tensor, Tensor]:
         tail = _wide(x[:, :, num_keys - lag :])
@@ -209,7 +208,8 @@ def _lag(keys: Tensor, values: Tensor, start: Tensor, lag: int) -> Tensor:
             low = torch.where(has_next, following.amin(3, keepdim=True), tail_low)
             high = torch.where(has_next, following.amax(3, keepdim=True), tail_high)
             scaled = (gather(x, position) - low) / (high - low + _LAG_EPSILON)
-            spread = scaled.std(-1) if x.shape[-1] > 1 else torch.zeros_like(scaled[..., 0])
+            deviation = scaled - scaled.mean(-1, keepdim=True)
+            spread = (deviation.square().sum(-1) / max(x.shape[-1] - 1, 1)).sqrt()
             shares.append(spread.masked_fill(inside >= length, -torch.inf).softmax(-1))
         size = (length - first).clamp(max=lag)
         tiles.append(((shares[0] + shares[1]) / 2 * size).clamp(min=_LEAST_SHARE).log().flatten(2))
