@@ -1,0 +1,125 @@
+"""Decode attention over compressed layers, inside transformers' attention interface.
+
+Models look their attention function up by name ("sdpa", "flash_attention_2", ...) at every call.
+:func:`install` wraps each of these functions once: a call that brings :class:`RaggedPairs` goes to
+``ragged_attention``, every other call goes where it went before.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from moekv import ops
+from moekv.ragged import RaggedPairs
+
+
+def install() -> None:
+    """Teach every attention function of transformers to serve compressed layers. Idempotent."""
+    for name, function in list(ALL_ATTENTION_FUNCTIONS.items()):
+        if not getattr(function, "serves_ragged_pairs", False):
+            ALL_ATTENTION_FUNCTIONS[name] = _serve_ragged_pairs(function)
+
+
+def _serve_ragged_pairs(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor | RaggedPairs,
+        value: Tensor | RaggedPairs,
+        attention_mask: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if isinstance(key, RaggedPairs):
+            return attend(module, query, key, attention_mask, **kwargs), None
+        return function(module, query, key, value, attention_mask, *args, **kwargs)
+
+    attention.serves_ragged_pairs = True  # type: ignore[attr-defined]
+    return attention
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: RaggedPairs,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """Attention of the newest tokens over a compressed layer.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The attention layer.
+    query : Tensor
+        [B, Hq, Q, D], the queries of the last Q tokens, which are in the layer's tail already.
+    key : RaggedPairs
+        What the layer's ``update`` returned.
+    attention_mask : Tensor, optional
+        bool [B or 1, Hq or 1, Q, T], additive of the same shape (0 or very negative), or bool or
+        integer [B, T] over all positions; only the columns of the tail matter.
+    scaling, softcap : float, optional
+        Factor of the scores (default ``D ** -0.5``) and their tanh cap (default none).
+    dropout : float
+        Must be 0.
+    s_aux : Tensor, optional
+        Learned attention sinks, which are not supported.
+
+    Returns
+    -------
+    Tensor
+        [B, Q, Hq, Dv].
+
+    Raises
+    ------
+    NotImplementedError
+        On dropout or learned attention sinks.
+    ValueError
+        If the mask does not cover all positions.
+    """
+    if dropout:
+        raise NotImplementedError(
+            f"compressed caches are for inference: expected dropout 0, got {dropout}; "
+            "call model.eval()"
+        )
+    if s_aux is not None:
+        raise NotImplementedError("compressed caches do not support learned attention sinks")
+    layer = key.layer
+    return ops.ragged_attention(
+        query,
+        layer.stored_keys,
+        layer.stored_values,
+        layer.begin,
+        layer.end,
+        layer.tail_keys,
+        layer.tail_values,
+        _tail_mask(attention_mask, layer.get_seq_length(), layer.tail_length),
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap or 0.0,
+        backend=layer.backend,
+    )
+
+
+def _tail_mask(mask: Tensor | None, length: int, tail_length: int) -> Tensor | None:
+    """Cut the columns of the tail out of transformers' mask, as bool [B, Hq, Q, S]."""
+    if mask is None:
+        return None
+    if mask.shape[-1] != length:
+        raise ValueError(
+            f"expected an attention mask over all {length} positions of the compressed cache, "
+            f"got one over {mask.shape[-1]}"
+        )
+    tail = mask[..., length - tail_length :]
+    if tail.ndim == 2:
+        return tail[:, None, None].bool()
+    return tail if tail.dtype == torch.bool else tail == 0

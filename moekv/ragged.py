@@ -1,0 +1,322 @@
+"""A cache layer whose heads keep different numbers of pairs, and nothing else.
+
+:class:`RaggedLayer` takes the place of a compressed layer inside the user's ``DynamicCache``. It
+reports the true, uncompressed length, so that masks and position ids stay what they were; the pairs
+themselves are handed to attention as :class:`RaggedPairs`, which ``moekv.attention`` understands.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+_HELP = (
+    "the keys and values of a compressed layer are ragged: heads keep different numbers of pairs. "
+    "Attention reads them through moekv.attention, which serves every attention implementation of "
+    "transformers but 'eager'. Call cache.layers[i].to_dense() for padded tensors and their lengths"
+)
+
+
+class RaggedPairs:
+    """The keys or the values of a :class:`RaggedLayer`, as the cache hands them to attention.
+
+    Looks like a tensor [B, H, T, D] of the true length in ``shape``, ``dtype`` and ``device``, can
+    be cropped by a slice of positions, and refuses everything else: no dense tensor exists.
+
+    Parameters
+    ----------
+    layer : RaggedLayer
+        The layer that owns the pairs.
+    dim : int
+        Size of the last dimension, head_dim of the keys or of the values.
+    length : int
+        Positions that are visible, counting those that were evicted.
+    """
+
+    def __init__(self, layer: "RaggedLayer", dim: int, length: int) -> None:
+        self.layer = layer
+        self.dim = dim
+        self.length = length
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape that the uncompressed tensor would have, [B, H, T, D]."""
+        batch, num_kv_heads = self.layer.begin.shape
+        return torch.Size((batch, num_kv_heads, self.length, self.dim))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the stored pairs."""
+        return self.layer.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the stored pairs."""
+        return self.layer.device
+
+    def __getitem__(self, index: Any) -> "RaggedPairs":
+        """Crop to the first positions: ``pairs[:, :, :n]`` or ``pairs[..., :n, :]``."""
+        everything = slice(None)
+        if isinstance(index, tuple):
+            positions = None
+            if len(index) in (3, 4) and index[:2] == (everything, everything):
+                positions = index[2] if index[3:] in ((), (everything,)) else None
+            elif len(index) == 3 and index[0] is Ellipsis and index[2] == everything:
+                positions = index[1]
+            if isinstance(positions, slice) and positions.start is None and positions.step is None:
+                return RaggedPairs(self.layer, self.dim, positions.indices(self.length)[1])
+        raise TypeError(f"expected a crop such as pairs[:, :, :n], got pairs[{index}]: {_HELP}")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Refuse every other attribute of a tensor."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise TypeError(f"a ragged cache has no dense tensor to take '{name}' of: {_HELP}")
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
+        """Refuse to take part in any torch function."""
+        raise TypeError(f"{getattr(function, '__name__', function)} needs dense tensors: {_HELP}")
+
+
+class RaggedLayer(CacheLayerMixin):
+    """Kept pairs of every head, stored back to back, and a dense tail of the tokens since.
+
+    Parameters
+    ----------
+    keys, values : Tensor
+        [N, D] and [N, Dv], the kept pairs of all heads.
+    begin, end : Tensor
+        [B, H] int32. Head h of batch row b owns rows ``begin[b, h] ... end[b, h] - 1``.
+    length : int
+        Positions that the stored pairs were kept from, padding included.
+    backend : str
+        Which implementation of ``ragged_attention`` serves this layer.
+    """
+
+    is_sliding = False
+
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        begin: Tensor,
+        end: Tensor,
+        *,
+        length: int,
+        backend: str = "auto",
+    ) -> None:
+        self.stored_keys = keys
+        self.stored_values = values
+        self.begin = begin
+        self.end = end
+        self.context_length = length
+        self.backend = backend
+        self.is_initialized = True
+        self.tail_length = 0
+        self._tail_keys = keys.new_empty((*begin.shape, 0, keys.shape[1]))
+        self._tail_values = values.new_empty((*begin.shape, 0, values.shape[1]))
+
+    # -- what transformers asks of a layer ---------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the pairs."""
+        return self.stored_keys.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pairs are."""
+        return self.stored_keys.device
+
+    @property  # type: ignore[override]  # attention is to see that the pairs are ragged
+    def keys(self) -> RaggedPairs:
+        """The keys, for attention."""
+        return RaggedPairs(self, self.stored_keys.shape[1], self.get_seq_length())
+
+    @keys.setter
+    def keys(self, pairs: RaggedPairs) -> None:
+        self._crop_to(pairs)
+
+    @property  # type: ignore[override]
+    def values(self) -> RaggedPairs:
+        """The values, for attention."""
+        return RaggedPairs(self, self.stored_values.shape[1], self.get_seq_length())
+
+    @values.setter
+    def values(self, pairs: RaggedPairs) -> None:
+        self._crop_to(pairs)
+
+    def _crop_to(self, pairs: RaggedPairs) -> None:
+        if not isinstance(pairs, RaggedPairs) or pairs.layer is not self:
+            raise TypeError(
+                f"expected a crop of this layer's own pairs, got {type(pairs)}: {_HELP}"
+            )
+        self.crop(pairs.length)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: a ragged layer is born with its pairs."""
+
+    def update(  # type: ignore[override]
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        cache_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[RaggedPairs, RaggedPairs]:
+        """Append the pairs of new tokens to the tail, in amortised constant time.
+
+        Parameters
+        ----------
+        key_states, value_states : Tensor
+            [B, H, Q, D] and [B, H, Q, Dv].
+        cache_kwargs : dict, optional
+            Not used.
+
+        Returns
+        -------
+        tuple of RaggedPairs
+            All keys and values, for attention.
+        """
+        self._tail_keys = self._append(self._tail_keys, key_states)
+        self._tail_values = self._append(self._tail_values, value_states)
+        self.tail_length += key_states.shape[2]
+        return self.keys, self.values
+
+    def _append(self, tail: Tensor, states: Tensor) -> Tensor:
+        """Write states behind the tail's tail_length positions, in a larger buffer if need be."""
+        batch, num_kv_heads, capacity, dim = tail.shape
+        if states.shape[:2] != (batch, num_kv_heads) or states.shape[3] != dim:
+            raise ValueError(
+                f"expected new pairs [{batch}, {num_kv_heads}, num_queries, {dim}] for this cache, "
+                f"got {list(states.shape)}"
+            )
+        if states.dtype != tail.dtype or states.device != tail.device:
+            raise ValueError(
+                f"expected new pairs of {tail.dtype} on {tail.device} like the cache, "
+                f"got {states.dtype} on {states.device}"
+            )
+        needed = self.tail_length + states.shape[2]
+        if needed > capacity:
+            grown = tail.new_empty((batch, num_kv_heads, max(needed, 2 * capacity, 64), dim))
+            grown[:, :, : self.tail_length] = tail[:, :, : self.tail_length]
+            tail = grown
+        tail[:, :, self.tail_length : needed] = states
+        return tail
+
+    def get_seq_length(self) -> int:
+        """Positions seen so far, those of evicted pairs and of left padding included."""
+        return self.context_length + self.tail_length
+
+    def get_mask_sizes(self, cache_position: Tensor) -> tuple[int, int]:
+        """Length and offset of the mask over all positions, before the new tokens are appended."""
+        return self.get_seq_length() + cache_position.shape[0], 0
+
+    def get_max_cache_shape(self) -> int:
+        """Return -1: the tail grows without limit."""
+        return -1
+
+    def crop(self, max_length: int) -> None:
+        """Forget the tokens after the first ``max_length``, or the last ``-max_length``.
+
+        Raises
+        ------
+        ValueError
+            If that would reach into the compressed context, which cannot be cut.
+        """
+        length = self.get_seq_length()
+        wanted = length + max_length if max_length < 0 else max_length
+        if wanted >= length:
+            return
+        if wanted < self.context_length:
+            raise ValueError(
+                f"cannot crop to {wanted} positions: the first {self.context_length} were "
+                "compressed together, only tokens after them can be removed"
+            )
+        self.tail_length = wanted - self.context_length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Give batch row b the pairs of row ``beam_idx[b]``, sharing what is stored."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every batch row, sharing what is stored."""
+        rows = torch.arange(self.begin.shape[0], device=self.device)
+        self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the batch rows that ``indices`` names."""
+        indices = indices.to(self.device)
+        self.begin, self.end = self.begin[indices], self.end[indices]
+        self._tail_keys, self._tail_values = self._tail_keys[indices], self._tail_values[indices]
+
+    def reset(self) -> None:
+        """Refuse: what was evicted cannot be emptied in place.
+
+        Raises
+        ------
+        RuntimeError
+            Always. Begin a new text with a new cache.
+        """
+        raise RuntimeError("a compressed cache cannot be reset; begin a new text with a new cache")
+
+    def offload(self) -> None:
+        """Move the pairs to the CPU."""
+        self._move("cpu")
+
+    def prefetch(self) -> None:
+        """Move offloaded pairs back to where the head tables are."""
+        if self.stored_keys.device != self.begin.device:
+            self._move(self.begin.device)
+
+    def _move(self, device: torch.device | str) -> None:
+        for name in ("stored_keys", "stored_values", "_tail_keys", "_tail_values"):
+            setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+
+    # -- what moekv asks of a layer ----------------------------------------------------------------
+
+    @property
+    def tail_keys(self) -> Tensor:
+        """[B, H, S, D], the keys of the tokens since compression."""
+        return self._tail_keys[:, :, : self.tail_length]
+
+    @property
+    def tail_values(self) -> Tensor:
+        """[B, H, S, Dv], the values of the tokens since compression."""
+        return self._tail_values[:, :, : self.tail_length]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this layer's storages hold, room to grow included."""
+        return sum(storage.nbytes() for storage in self._storages())
+
+    def _storages(self) -> Iterator[torch.UntypedStorage]:
+        for tensor in (self.stored_keys, self.stored_values, self._tail_keys, self._tail_values):
+            yield tensor.untyped_storage()
+
+    def to_dense(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Copy the pairs into padded tensors.
+
+        Returns
+        -------
+        keys, values : Tensor
+            [B, H, L, D] and [B, H, L, Dv], L the longest head; the pairs of a head stand at the
+            right end, zeros before them.
+        lengths : Tensor
+            [B, H] int64, pairs of each head.
+        """
+        kept = (self.end - self.begin).long()
+        longest = int(kept.max())
+        column = torch.arange(longest, device=self.device) - (longest - kept)[..., None]
+        row = (self.begin[..., None] + column).clamp(0, max(len(self.stored_keys) - 1, 0))
+        dense = []
+        for stored, tail in (
+            (self.stored_keys, self.tail_keys),
+            (self.stored_values, self.tail_values),
+        ):
+            pairs = stored[row].masked_fill((column < 0)[..., None], 0)
+            dense.append(torch.cat([pairs, tail], dim=2))
+        return dense[0], dense[1], kept + self.tail_length
