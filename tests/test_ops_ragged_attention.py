@@ -1,0 +1,210 @@
+"""ragged_attention against attention computed head by head in fp64."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from moekv import ops, reference
+
+DTYPES = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def oracle(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    tail_keys: Tensor | None = None,
+    tail_values: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    scaling: float,
+    softcap: float = 0.0,
+) -> Tensor:
+    batch, num_query_heads, num_queries, _ = query.shape
+    group = num_query_heads // begin.shape[1]
+    output = torch.zeros(batch, num_queries, num_query_heads, values.shape[1], dtype=torch.float64)
+    for b, head in itertools.product(range(batch), range(num_query_heads)):
+        h = head // group
+        rows = slice(int(begin[b, h]), int(end[b, h]))
+        k, v = keys[rows].double(), values[rows].double()
+        seen = torch.ones(num_queries, len(k), dtype=torch.bool)
+        if tail_keys is not None:
+            num_tail = tail_keys.shape[2]
+            k = torch.cat([k, tail_keys[b, h].double()])
+            v = torch.cat([v, tail_values[b, h].double()])
+            tail = torch.ones(num_queries, num_tail, dtype=torch.bool).tril(num_tail - num_queries)
+            if mask is not None:
+                tail &= mask.expand(batch, num_query_heads, num_queries, num_tail)[b, head]
+            seen = torch.cat([seen, tail], dim=1)
+        scores = query[b, head].double() @ k.T * scaling
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        probs = scores.masked_fill(~seen, -math.inf).softmax(-1)
+        probs[~seen.any(-1)] = 0.0
+        output[b, :, head] = probs @ v
+    return output
+
+
+def make_case(
+    batch=1, heads=2, group=4, queries=1, dim=64, value_dim=None, tail=1, stored=700, seed=0, **_
+):
+    """Heads of random lengths, some empty, some sharing rows."""
+    g = torch.Generator().manual_seed(seed)
+    value_dim = value_dim or dim
+    begin = torch.randint(0, stored + 1, (batch, heads), generator=g)
+    length = torch.randint(0, stored + 1, (batch, heads), generator=g)
+    end = torch.minimum(begin + length, torch.tensor(stored))
+    if heads > 1:
+        end[0, 0] = begin[0, 0]
+    case = {
+        "query": torch.randn(batch, heads * group, queries, dim, generator=g),
+        "keys": torch.randn(stored, dim, generator=g),
+        "values": torch.randn(stored, value_dim, generator=g),
+        "begin": begin.int(),
+        "end": end.int(),
+    }
+    if tail:
+        case["tail_keys"] = torch.randn(batch, heads, tail, dim, generator=g)
+        case["tail_values"] = torch.randn(batch, heads, tail, value_dim, generator=g)
+    return case
+
+
+def cast(case, dtype):
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in case.items()}
+
+
+CASES = {
+    "decode": {"heads": 8, "group": 4, "dim": 128, "tail": 5, "stored": 3000},
+    "three heads of three": {"batch": 2, "heads": 3, "group": 3},
+    "no tail": {"tail": 0, "dim": 96, "group": 7, "queries": 2},
+    "nothing stored": {"stored": 0, "tail": 9, "queries": 9, "group": 1},
+    "odd dims": {"dim": 7, "value_dim": 5, "queries": 3, "tail": 3},
+    "wide values": {"dim": 80, "value_dim": 256, "group": 1, "batch": 3},
+    "one dim": {"dim": 1, "group": 5},
+    "many queries": {"batch": 2, "queries": 33, "tail": 70, "group": 5},
+    "one of all": {"heads": 1, "group": 1, "stored": 1},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_matches_attention_head_by_head(name, dtype, softcap):
+    case = cast(make_case(**CASES[name]), dtype)
+    scaling = case["query"].shape[-1] ** -0.5
+    expected = oracle(**case, scaling=scaling, softcap=softcap)
+    for backend in ("cpu", "torch"):
+        got = ops.ragged_attention(**case, scaling=scaling, softcap=softcap, backend=backend)
+        assert got.dtype == dtype and got.is_contiguous()
+        torch.testing.assert_close(got.double(), expected, atol=DTYPES[dtype], rtol=DTYPES[dtype])
+
+
+def test_reference_is_exact_in_double_precision():
+    case = cast(make_case(batch=2, heads=3, queries=5, tail=8), torch.float64)
+    got = reference.ragged_attention(**case, scaling=0.3, softcap=4.0)
+    torch.testing.assert_close(got, oracle(**case, scaling=0.3, softcap=4.0))
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 4, 9), (2, 1, 4, 9), (1, 1, 4, 9), (2, 1, 1, 9)], ids=str)
+def test_mask_hides_tail_positions_and_all_hidden_is_zero(shape):
+    case = make_case(batch=2, heads=2, group=3, queries=4, tail=9, dim=16)
+    case["end"][1] = case["begin"][1]  # nothing stored in the second row
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.4
+    mask[-1, :, :1] = False
+    expected = oracle(**case, mask=mask, scaling=0.25)
+    for backend in ("cpu", "torch"):
+        got = ops.ragged_attention(**case, mask=mask, scaling=0.25, backend=backend)
+        torch.testing.assert_close(got.double(), expected, atol=4e-6, rtol=4e-6)
+        assert (got[-1, 0] == 0).all()
+
+
+def test_strided_inputs_equal_contiguous_ones():
+    case = make_case(batch=2, heads=2, queries=3, tail=6, dim=16)
+    expected = ops.ragged_attention(**case, scaling=0.25)
+    strided = dict(case)
+    strided["query"] = case["query"].transpose(1, 2).contiguous().transpose(1, 2)
+    strided["keys"] = torch.cat([case["keys"], case["keys"]], dim=1)[:, :16]
+    strided["values"] = case["values"].T.contiguous().T  # the last dimension is not dense
+    strided["tail_keys"] = torch.nn.functional.pad(case["tail_keys"], (0, 0, 0, 5))[:, :, :6]
+    strided["tail_values"] = (
+        case["tail_values"].permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+    )
+    torch.testing.assert_close(ops.ragged_attention(**strided, scaling=0.25), expected)
+
+
+def test_result_does_not_depend_on_threads():
+    case = cast(make_case(heads=3, stored=5000, dim=128, tail=40), torch.bfloat16)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(ops.ragged_attention(**case, scaling=0.1))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*results)
+
+
+def test_large_scores_do_not_overflow_and_nan_stays_in_its_head():
+    case = make_case(heads=2, group=1, dim=8, tail=0)
+    case["begin"], case["end"] = torch.tensor([[0, 300]]).int(), torch.tensor([[300, 700]]).int()
+    case["query"] *= 1e4
+    got = ops.ragged_attention(**case, scaling=1.0)
+    torch.testing.assert_close(got.double(), oracle(**case, scaling=1.0), atol=4e-6, rtol=4e-6)
+    case["keys"][5, 3] = math.nan
+    got = ops.ragged_attention(**case, scaling=1.0)
+    assert got[0, 0, 0].isnan().all() and got[0, 0, 1].isfinite().all()
+
+
+def test_opcheck():
+    case = make_case(batch=2, queries=2, tail=4, dim=8, stored=50)
+    arguments = (*case.values(), torch.ones(2, 1, 2, 4, dtype=torch.bool))
+    torch.library.opcheck(
+        torch.ops.moekv.ragged_attention.default, arguments, {"scaling": 0.5, "softcap": 2.0}
+    )
+    torch.library.opcheck(torch.ops.moekv.ragged_attention.default, arguments[:5], {"scaling": 0.5})
+
+
+BAD = {
+    "query": (lambda c: {"query": c["query"][0]}, r"expected query \[batch, num_query_heads, "),
+    "dtype": (lambda c: {"query": c["query"].double()}, "expected query of dtype float32"),
+    "keys": (lambda c: {"keys": c["keys"][:, :3]}, r"expected keys \[num_stored, 16\], got"),
+    "key dtype": (
+        lambda c: {"keys": c["keys"].half()},
+        "keys of dtype float32, got float16",
+    ),
+    "values": (lambda c: {"values": c["values"][1:]}, r"expected values \[700, value_dim\]"),
+    "begin": (lambda c: {"begin": c["begin"].expand(2, -1)}, r"expected begin \[1, num_kv_heads\]"),
+    "heads": (lambda c: {"begin": c["begin"][:, [0, 1, 1]]}, "num_kv_heads dividing 8"),
+    "end": (lambda c: {"end": c["end"][:, :1]}, r"expected end like begin \[1, 2\], got \[1, 1\]"),
+    "long": (lambda c: {"end": c["end"].long()}, "expected end of dtype int32, got int64"),
+    "range": (lambda c: {"end": c["end"] + 1000}, "expected 0 <= begin <= end <= 700 stored rows"),
+    "order": (lambda c: {"begin": c["end"] + 1, "end": c["end"]}, "expected 0 <= begin <= end"),
+    "one tail": (lambda c: {"tail_values": None}, "expected tail_keys and tail_values together"),
+    "tail": (
+        lambda c: {"tail_keys": c["tail_keys"][..., :3]},
+        r"tail_keys \[1, 2, 4, 16\]",
+    ),
+    "short": (
+        lambda c: {
+            "tail_keys": c["tail_keys"][:, :, :1],
+            "tail_values": c["tail_values"][:, :, :1],
+        },
+        "expected a tail of at least the 2 queries themselves, got 1 positions",
+    ),
+    "mask": (lambda c: {"mask": torch.ones(1, 1, 2, 5).bool()}, "expected mask broadcastable to"),
+    "mask dtype": (lambda c: {"mask": torch.ones(1, 1, 2, 4)}, "expected mask of dtype bool"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named(name):
+    change, message = BAD[name]
+    case = make_case(queries=2, tail=4, dim=16)
+    with pytest.raises(RuntimeError, match="moekv::ragged_attention: .*" + message):
+        ops.ragged_attention(**{**case, **change(case)}, scaling=0.25, backend="cpu")
