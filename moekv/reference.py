@@ -126,13 +126,13 @@ def _mass(keys: Tensor, queries: Tensor, start: Tensor, scaling: float, softcap:
         shift = torch.where(new_peak == -torch.inf, 0.0, new_peak)
         total = total * (peak - shift).exp() + (s - shift).exp().sum(-1, keepdim=True)
         peak = new_peak
-    share = 1.0 / (group * real_query[:, :, :num_queries].sum(2, keepdim=True).clamp(min=1))
+    num_rows = group * real_query[:, :, :num_queries].sum(2).clamp(min=1)
 
     columns = []
     for begin in range(0, num_keys, _TILE):
         s, seen = logits(begin)
         probs = torch.where(seen, (s - peak).exp() / total, 0.0)
-        columns.append((probs * share).sum(2))
+        columns.append(probs.sum(2) / num_rows)
     return torch.cat(columns, -1) if columns else rows.new_empty(batch, num_kv_heads, 0)
 
 
@@ -288,7 +288,7 @@ def _kept_of_groups(
     first = start.clamp(0, num_keys)[..., None]
     real = position >= first
     number = ~scores.isnan()
-    value = torch.where(number & (scores != 0), scores, 0.0)  # -0 is +0
+    value = torch.where(real & number & (scores != 0), scores, 0.0)  # -0 is +0
     tier = real * (1 + number.long())  # padding, NaN, number; above them: kept in any case
 
     always = real & ((position < first + sinks) | (position >= num_keys - window))
