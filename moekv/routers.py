@@ -555,10 +555,9 @@ class EPLBRouter(BaseMoERouter):
         if self.top_k == self.num_experts:
             return real[..., None].expand_as(probs)
         # In golden-ratio order every prefix of a row is spread over it, so stable sorts break ties
-        # evenly. The sequence is Weyl's, in exact integer arithmetic; padding comes last.
+        # evenly: Weyl's sequence in exact integer arithmetic.
         position = real.long().cumsum(1) - 1
-        key = (position * 2654435769 % 2**32).masked_fill(~real, 2**32)
-        order = key.argsort(1)[..., None].expand_as(probs)
+        order = (position * 2654435769 % 2**32).argsort(1)[..., None].expand_as(probs)
         probs = probs.gather(1, order)
         real = real.gather(1, order[..., 0])
 
@@ -576,7 +575,7 @@ class EPLBRouter(BaseMoERouter):
                 wanted = load[:, e : e + 1]
                 last_in = margin.gather(1, (wanted - 1).clamp(min=0))
                 first_out = margin.gather(1, torch.minimum(wanted, num_real - 1).clamp(min=0))
-                bias[:, e : e + 1] -= ((last_in + first_out) / 2).where(num_real > 0, 0)
+                bias[:, e : e + 1] -= (last_in + first_out) / 2
 
         biased = probs + bias[:, None]
         missing = self.top_k * real.long()
