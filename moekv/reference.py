@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moekv import _checks
+
 MASS, ATTENTION, DIVERSITY, LAG = range(4)
 
 _FLOAT_MAX = torch.finfo(torch.float32).max
@@ -42,6 +44,7 @@ def gating_topk(
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Softmax, biased top-k and load statistics of a router; differentiable in ``logits``."""
+    _checks.gating_topk(logits, bias, mask, k, temperature)
     num_tokens, num_experts = logits.shape
     probs = gate_probs(logits, temperature)
     rating = probs.detach()
@@ -76,6 +79,7 @@ def expert_scores(
     lag: int = 128,
 ) -> Tensor:
     """Scores [len(kinds), B, H, T] of the cached pairs, one slice per kind."""
+    _checks.expert_scores(keys, values, queries, start, kinds, scaling, softcap, pool, lag)
     batch, num_kv_heads, num_keys, _ = keys.shape
     if start is None:
         start = torch.zeros(batch, dtype=torch.int32, device=keys.device)
@@ -225,6 +229,7 @@ def mix_scores(
     offset: Tensor | None = None,
 ) -> Tensor:
     """Sum [B, H, T] of the chosen experts' scores, each mapped to the common scale and weighted."""
+    _checks.mix_scores(scores, weights, experts, gain, offset)
     scores = _wide(scores)
     shape = scores.shape[1:]
     if weights.dim() == 3:
@@ -252,6 +257,7 @@ def select_kept(
     floor: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Ascending positions of the pairs that each group of rows keeps, and where each row begins."""
+    _checks.select_kept(scores, start, total, sinks, window, floor)
     rows = scores.shape[1]
     if start is None:
         start = torch.zeros(scores.shape[:2], dtype=torch.int32, device=scores.device)
@@ -314,6 +320,7 @@ def kv_compact_(
     packed: bool = False,
 ) -> None:
     """Move each row's kept pairs to the front, of the row or (``packed``) of the storage."""
+    _checks.kv_compact_(keys, values, indices, offsets, packed)
     batch, num_kv_heads, num_keys, _ = keys.shape
     if offsets is None:
         rows = torch.arange(batch * num_kv_heads + 1, device=keys.device)

@@ -45,3 +45,20 @@ def native(request: pytest.FixtureRequest) -> Target:
     """The native backends that are there; a CPU library that has not been built is a failure."""
     ops.check_backend("cpu")
     return request.param
+
+
+def on_any_number_of_threads(run: Callable[[], Any]) -> None:
+    """Assert that ``run`` returns the same bits on 1, 2 and 3 threads."""
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            result = run()
+            results.append([result] if isinstance(result, torch.Tensor) else list(result))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            # As integers, for NaN is not equal to itself.
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
