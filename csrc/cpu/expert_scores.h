@@ -1,14 +1,124 @@
-// Softmax, biased top-k and load statistics of a router.
+// Scores of cached keys: the driver. Every (batch, KV head, chunk of keys) is one unit of work; a
+// first sweep over the units gathers what the kinds need to know of whole rows, a second one
+// scores.
 #pragma once
 
 #include "../params.h"
+#include "expert_scores_layout.h"
+#include "head_view.h"
+#include "key_diversity.h"
+#include "lag.h"
 #include "parallel.h"
+#include "tile_products.h"
 #include "vec.h"
+#include "window_attention.h"
 
 namespace moekv::cpu::MOEKV_ISA {
 namespace {
 
-inline void expert_scores_kernel(const ExpertScoresParams&) {}
+template <typename T>
+struct ExpertScores {
+  using Attention = WindowAttention<TileProducts<T>, T>;
+
+  const ExpertScoresParams& p;
+  const ExpertScoresLayout layout = expert_scores_layout(p);
+  const bool mass = asked(ScoreKind::kMass), attention = asked(ScoreKind::kAttention);
+  const bool diversity = asked(ScoreKind::kDiversity), lag = asked(ScoreKind::kLag);
+
+  bool asked(ScoreKind kind) const { return p.scores[static_cast<int>(kind)] != nullptr; }
+
+  template <typename U = float>
+  U* at(size_t offset, int64_t index = 0) const {
+    return reinterpret_cast<U*>(static_cast<char*>(p.workspace) + offset) + index;
+  }
+
+  HeadView<T> head(int64_t row) const {
+    HeadView<T> head(p, row);
+    if (!head.mass) head.mass = at(layout.mass, row * p.num_keys + head.start);
+    return head;
+  }
+
+  Attention window(const HeadView<T>& head, int64_t row) const {
+    char* packed = at<char>(layout.packed, row * layout.queries * layout.dim * kPackedBytes);
+    return Attention(p, head, packed);
+  }
+
+  // function(head, row, unit, begin, end) for all chunks of real keys.
+  template <typename Function>
+  void for_each_unit(const Function& function) const {
+    parallel_for(0, layout.rows * layout.chunks, 1, [&](int64_t first, int64_t last) {
+      for (int64_t unit = first; unit < last; ++unit) {
+        const int64_t row = unit / layout.chunks;
+        const HeadView<T> view = head(row);
+        const int64_t begin = unit % layout.chunks * kChunkKeys;
+        const int64_t left = view.length - begin;
+        if (left <= 0) continue;
+        function(view, row, unit, begin, begin + (left < kChunkKeys ? left : kChunkKeys));
+      }
+    });
+  }
+
+  template <typename Function>
+  void for_each_row(const Function& function) const {
+    parallel_for(0, layout.rows, 1, [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row) function(head(row), row);
+    });
+  }
+
+  void run() const {
+    for_each_row([&](const HeadView<T>& head, int64_t row) {
+      head.score_padding();
+      if (mass || attention) window(head, row).pack_queries();
+    });
+    for_each_unit(
+        [&](const HeadView<T>& head, int64_t row, int64_t unit, int64_t begin, int64_t end) {
+          if (mass || attention) {
+            const int64_t partial = unit * layout.queries;
+            window(head, row).partial_softmax(begin, end, at(layout.peak, partial),
+                                              at(layout.total, partial));
+          }
+          if (diversity) sum_directions(head, begin, end, at(layout.anchor, unit * layout.dim));
+          if (lag) lag_scores(head, p.lag, begin, end, at(layout.spread, row * p.num_keys));
+        });
+    if (!mass && !attention && !diversity) return;
+
+    for_each_row([&](const HeadView<T>& head, int64_t row) {
+      const int64_t first = row * layout.chunks;
+      const int64_t chunks = (head.length + kChunkKeys - 1) / kChunkKeys;
+      if (mass || attention) {
+        window(head, row).combine_softmax(
+            chunks, layout.queries, at(layout.peak, first * layout.queries),
+            at(layout.total, first * layout.queries), at(layout.shift, row * layout.queries));
+      }
+      if (diversity)
+        combine_directions(head, chunks, layout.dim, at(layout.anchor, first * layout.dim));
+    });
+    for_each_unit([&](const HeadView<T>& head, int64_t row, int64_t, int64_t begin, int64_t end) {
+      if (mass || attention) {
+        window(head, row).column_sums(begin, end, at(layout.shift, row * layout.queries));
+      }
+      if (diversity) {
+        score_directions(head, begin, end, at(layout.anchor, row * layout.chunks * layout.dim));
+      }
+    });
+    if (!attention) return;
+
+    for_each_unit([&](const HeadView<T>& head, int64_t, int64_t, int64_t begin, int64_t end) {
+      log_attention(head, p.pool, begin, end);
+    });
+  }
+};
+
+inline void expert_scores_kernel(const ExpertScoresParams& params) {
+  switch (params.dtype) {
+    case DType::kFloat:
+      return ExpertScores<float>{params}.run();
+    case DType::kHalf:
+      return ExpertScores<half_t>{params}.run();
+    case DType::kBFloat16:
+      return ExpertScores<bfloat16_t>{params}.run();
+  }
+}
 
 }  // namespace
 }  // namespace moekv::cpu::MOEKV_ISA

@@ -75,6 +75,8 @@ inline half_t from_float<half_t>(float value) {
   return {static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
 }
 
+constexpr int32_t kSqrtHalf = 0x3f3504f3;  // the bits of sqrt(1/2)
+
 #if defined(__AVX512F__)
 
 struct Vec {
@@ -105,6 +107,12 @@ struct Vec {
   friend Vec pow2(Vec n) {
     const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
+  }
+  friend Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
+  // The integer e that puts a * 2^-e into [sqrt(1/2), sqrt(2)), for positive normal a.
+  friend Vec exponent(Vec a) {
+    const __m512i above = _mm512_sub_epi32(_mm512_castps_si512(a.v), _mm512_set1_epi32(kSqrtHalf));
+    return {_mm512_cvtepi32_ps(_mm512_srai_epi32(above, 23))};
   }
   float sum() const { return _mm512_reduce_add_ps(v); }
 };
@@ -139,6 +147,11 @@ struct Vec {
   friend Vec pow2(Vec n) {
     const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(biased, 23))};
+  }
+  friend Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
+  friend Vec exponent(Vec a) {
+    const __m256i above = _mm256_sub_epi32(_mm256_castps_si256(a.v), _mm256_set1_epi32(kSqrtHalf));
+    return {_mm256_cvtepi32_ps(_mm256_srai_epi32(above, 23))};
   }
   float sum() const {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -192,17 +205,48 @@ struct Vec {
     return map([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
   }
   friend Vec round(Vec a) {
-    return map([&](int i) { return __builtin_rintf(a.v[i]); });
+    // Adding 1.5 * 2^23 leaves no bits for a fraction; good for |a| < 2^22, and needs no libm call.
+    return map([&](int i) { return (a.v[i] + 12582912.0f) - 12582912.0f; });
   }
   friend Vec pow2(Vec n) {
     return map([&](int i) {
       return bits_to_float(static_cast<uint32_t>(static_cast<int32_t>(n.v[i]) + 127) << 23);
     });
   }
+  friend Vec sqrt(Vec a) {
+    return map([&](int i) { return __builtin_sqrtf(a.v[i]); });
+  }
+  friend Vec exponent(Vec a) {
+    return map([&](int i) {
+      return static_cast<float>(static_cast<int32_t>(float_to_bits(a.v[i]) - kSqrtHalf) >> 23);
+    });
+  }
   float sum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
 };
 
 #endif
+
+// The first `count` lanes from p, zeros behind them; the ends of rows that are no multiple of
+// kLanes.
+template <typename T>
+inline Vec load_partial(const T* p, int64_t count) {
+  T lanes[Vec::kLanes] = {};
+  std::memcpy(lanes, p, count * sizeof(T));
+  return Vec::load(lanes);
+}
+
+template <typename T>
+inline Vec load_lanes(const T* p, int64_t count) {
+  return count >= Vec::kLanes ? Vec::load(p) : load_partial(p, count);
+}
+
+// The first `count` lanes to p, at most kLanes.
+inline void store_lanes(Vec a, float* p, int64_t count) {
+  if (count >= Vec::kLanes) return a.store(p);
+  float lanes[Vec::kLanes];
+  a.store(lanes);
+  std::memcpy(p, lanes, count * sizeof(float));
+}
 
 // The 16 sums over lanes of 16 vectors.
 #if defined(__AVX512F__)
@@ -249,6 +293,44 @@ inline Vec exp(Vec x) {
   p = fma(p, r, Vec::set(5.0000001201e-1f));
   p = fma(p, r * r, r + Vec::set(1.0f));
   return p * pow2(n);
+}
+
+// 2^x with a relative error below 2e-7; 0 or 2^-126 far below -126, inf or 2^127 far above 127. NaN
+// stays NaN. A minimax polynomial of 2^f on [0, 1] times 2^floor(x).
+inline Vec exp2(Vec x) {
+#if defined(__AVX512F__)
+  const Vec f = {_mm512_reduce_ps(x.v, 0x09)};  // x - floor(x)
+#else
+  x = min(Vec::set(127.0f), max(Vec::set(-125.5f), x));
+  const Vec n = round(x - Vec::set(0.5f));  // floor(x); x - 1 for some integers, where f is 1
+  const Vec f = x - n;
+#endif
+  Vec p = Vec::set(1.8775767657e-3f);
+  p = fma(p, f, Vec::set(8.9893398766e-3f));
+  p = fma(p, f, Vec::set(5.5826318232e-2f));
+  p = fma(p, f, Vec::set(2.4015361698e-1f));
+  p = fma(p, f, Vec::set(6.9315307321e-1f));
+  p = fma(p, f, Vec::set(9.9999992506e-1f));
+#if defined(__AVX512F__)
+  return {_mm512_scalef_ps(p.v, x.v)};  // multiplies by 2^floor(x)
+#else
+  return p * pow2(n);
+#endif
+}
+
+// Natural logarithm within a few ulp for x in [2^-126, 2^126]. NaN stays NaN. With x = 2^e m, m
+// around 1: log m = 2 artanh((m - 1) / (m + 1)), whose odd series converges fast.
+inline Vec log(Vec x) {
+  const Vec e = exponent(x);
+  const Vec m = x * pow2(Vec::set(0.0f) - e);
+  const Vec s = (m - Vec::set(1.0f)) / (m + Vec::set(1.0f));
+  const Vec s2 = s * s;
+  Vec p = Vec::set(2.0f / 9.0f);
+  p = fma(p, s2, Vec::set(2.0f / 7.0f));
+  p = fma(p, s2, Vec::set(2.0f / 5.0f));
+  p = fma(p, s2, Vec::set(2.0f / 3.0f));
+  p = fma(p * s2, s, s + s);
+  return fma(e, Vec::set(0.69314718056f), p);
 }
 
 }  // namespace

@@ -3,12 +3,15 @@
 #include <string>
 
 #include "../backend.h"
+#include "expert_scores_layout.h"
 #include "ragged_plan.h"
 
 namespace moekv::cpu {
 
 size_t gating_topk_workspace_bytes(const GatingTopkParams&) { return 0; }
-size_t expert_scores_workspace_bytes(const ExpertScoresParams&) { return 0; }
+size_t expert_scores_workspace_bytes(const ExpertScoresParams& params) {
+  return expert_scores_layout(params).bytes;
+}
 size_t select_kept_workspace_bytes(const SelectKeptParams&) { return 0; }
 size_t kv_compact_workspace_bytes(const KvCompactParams&) { return 0; }
 

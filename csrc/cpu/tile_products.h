@@ -1,0 +1,94 @@
+// Dot products of a tile of keys with a panel of queries, the inner loop of window attention.
+//
+// Queries are packed once per head into panels of kPanel rows, keys are staged tile by tile; lanes
+// run over queries, so that per-query numbers of the softmax are vectors. multiply() writes
+// products [key][query], kPanel floats a key.
+#pragma once
+
+#include "head_view.h"
+#include "vec.h"
+
+namespace moekv::cpu::MOEKV_ISA {
+namespace {
+
+constexpr int kPanel = 2 * Vec::kLanes;
+
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunknown-pragmas"
+
+// Fused multiply-adds on fp32: any dtype, any vector width.
+template <typename T>
+struct FmaProducts {
+#if defined(__AVX512F__)
+  static constexpr int kBlock = 12;  // keys whose products with a panel fill the registers
+#else
+  static constexpr int kBlock = 6;
+#endif
+  static constexpr int kTile = 48;
+
+  struct Session {};  // what a thread must hold while it multiplies
+
+  struct Keys {
+    alignas(64) float rows[kTile * kMaxDim];  // [keys, dim rounded up to lanes]
+    int64_t stride;
+  };
+
+  static int64_t panel_bytes(int64_t dim) { return dim * kPanel * sizeof(float); }
+
+  // panel [dim][query]
+  static void pack(const HeadView<T>& head, int64_t first, char* panel) {
+    float* out = reinterpret_cast<float*>(panel);
+    for (int64_t lane = 0; lane < kPanel; ++lane) {
+      const bool real = first + lane < head.query_rows();
+      const T* query = real ? head.query_row(first + lane) : nullptr;
+      for (int64_t d = 0; d < head.key_dim; ++d) {
+        out[d * kPanel + lane] = real ? to_float(query[d]) : 0.0f;
+      }
+    }
+  }
+
+  static void stage(const HeadView<T>& head, int64_t begin, int count, Keys& keys) {
+    keys.stride = (head.key_dim + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes;
+    for (int i = 0; i < count; ++i) {
+      const T* key = head.keys + (begin + i) * head.key_stride;
+      float* row = keys.rows + i * keys.stride;
+      int64_t d = 0;
+      for (; d + Vec::kLanes <= head.key_dim; d += Vec::kLanes) Vec::load(key + d).store(row + d);
+      if (d < head.key_dim) load_partial(key + d, head.key_dim - d).store(row + d);
+    }
+    const int padded = (count + kBlock - 1) / kBlock * kBlock;
+    std::memset(keys.rows + count * keys.stride, 0, (padded - count) * keys.stride * sizeof(float));
+  }
+
+  static void multiply(const Keys& keys, int count, const char* panel, int64_t dim,
+                       float* products) {
+    const float* queries = reinterpret_cast<const float*>(panel);
+    for (int i = 0; i < count; i += kBlock) {
+      const float* key = keys.rows + i * keys.stride;
+      Vec sums[kBlock][2];
+      for (auto& sum : sums) sum[0] = sum[1] = Vec::set(0.0f);
+      for (int64_t d = 0; d < dim; ++d) {
+        const Vec q0 = Vec::load(queries + d * kPanel);
+        const Vec q1 = Vec::load(queries + d * kPanel + Vec::kLanes);
+#pragma GCC unroll 12
+        for (int j = 0; j < kBlock; ++j) {
+          const Vec k = Vec::set(key[j * keys.stride + d]);
+          sums[j][0] = fma(k, q0, sums[j][0]);
+          sums[j][1] = fma(k, q1, sums[j][1]);
+        }
+      }
+      for (int j = 0; j < kBlock; ++j) {
+        sums[j][0].store(products + (i + j) * kPanel);
+        sums[j][1].store(products + (i + j) * kPanel + Vec::kLanes);
+      }
+    }
+  }
+};
+
+#pragma GCC diagnostic pop
+
+template <typename T>
+using TileProducts = FmaProducts<T>;
+
+}  // namespace
+}  // namespace moekv::cpu::MOEKV_ISA
