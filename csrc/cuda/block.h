@@ -9,7 +9,7 @@ namespace moekv::cuda {
 template <int kThreads>
 __device__ __forceinline__ unsigned block_exclusive_scan(unsigned value, unsigned& total) {
   constexpr int kWarps = kThreads / kWarpSize;
-  MOEKV_SHARED unsigned warp_sums[kWarps];
+  MOEKV_SHARED(unsigned, warp_sums, kWarps);
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   unsigned inclusive = value;

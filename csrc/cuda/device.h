@@ -19,7 +19,8 @@
 //   MOEKV_LAUNCH(kernel, grid, block, shared_bytes, stream, args...)
 //       Launches a kernel, a template in parentheses, and throws if the launch fails.
 //   MOEKV_SHARED_MEMORY(type, name)   type* name: the launch's shared_bytes, 16-byte aligned
-//   MOEKV_SHARED type name[size]      shared memory of a size known at compile time
+//   MOEKV_SHARED(type, name, size)    type name[size]: shared memory of a size known at compile
+//   time
 //
 //   mma_m16n8k16<T>(d, a, b)          one warp's D += A B; T is __half or __nv_bfloat16
 //   copy_async_16(shared, global)     starts a copy of 16 aligned bytes to shared memory
@@ -73,7 +74,7 @@ void launch(const char* name, Kernel* kernel, dim3 grid, dim3 block, size_t shar
 #define MOEKV_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   ::moekv::cuda::launch(#kernel, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
 
-#define MOEKV_SHARED __shared__
+#define MOEKV_SHARED(type, name, size) __shared__ type name[size]
 #define MOEKV_SHARED_MEMORY(type, name)                         \
   extern __shared__ __align__(16) unsigned char moekv_shared[]; \
   type* name = reinterpret_cast<type*>(moekv_shared)

@@ -189,8 +189,8 @@ __global__ void __launch_bounds__(kThreads) gating_topk_kernel(Arguments argumen
     }
   }
 
-  MOEKV_SHARED unsigned long long warp_prob_sum[kWarps * kMaxExperts];
-  MOEKV_SHARED unsigned warp_load[kWarps * kMaxExperts];
+  MOEKV_SHARED(unsigned long long, warp_prob_sum, kWarps* kMaxExperts);
+  MOEKV_SHARED(unsigned, warp_load, kWarps* kMaxExperts);
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const bool first_token_of_warp = static_cast<int>(threadIdx.x) % kWarpSize < lanes;
 #pragma unroll

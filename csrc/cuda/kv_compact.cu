@@ -129,9 +129,9 @@ __global__ void __launch_bounds__(kThreads) kv_compact_kernel(Arguments argument
   auto* progress =
       reinterpret_cast<Progress*>(static_cast<char*>(params.workspace) + plane.progress_offset);
 
-  MOEKV_SHARED unsigned ticket[1];
-  MOEKV_SHARED int64_t source[kMaxPairs];  // -1: this pair is not moved
-  MOEKV_SHARED int64_t target[kMaxPairs];
+  MOEKV_SHARED(unsigned, ticket, 1);
+  MOEKV_SHARED(int64_t, source, kMaxPairs);  // -1: this pair is not moved
+  MOEKV_SHARED(int64_t, target, kMaxPairs);
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) ticket[0] = atomicAdd(&progress->next_item, 1u);
   __syncthreads();

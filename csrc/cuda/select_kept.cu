@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kThreads)
   // Keys above are kept for the floor already.
   const unsigned highest = in_rows ? kNoThreshold : row_selection.key;
 
-  MOEKV_SHARED unsigned counts[kBins];
+  MOEKV_SHARED(unsigned, counts, kBins);
   for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kThreads) counts[i] = 0;
   __syncthreads();
   // 32 - bits - shift bits are known; a shift by all 32 is undefined.
@@ -345,7 +345,7 @@ __global__ void __launch_bounds__(kThreads) select_kept_write_kernel(Arguments a
   equal_before = block_sum<kThreads>(equal_before);
   unsigned out = row_begin + above_before + min(equal_before, equal_kept);
 
-  MOEKV_SHARED int32_t staged[kTile];
+  MOEKV_SHARED(int32_t, staged, kTile);
   const unsigned threshold = row_threshold(row, group);
   for (int tile = 0; tile < arguments.tiles; ++tile) {
     const unsigned begin = (chunk * arguments.tiles + tile) * kTile + threadIdx.x * kPerThread;
