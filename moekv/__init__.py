@@ -1,1 +1,29 @@
 """Mixture-of-experts compression of KV caches."""
+
+from moekv.experts import Expert, expert_names, register_expert
+from moekv.press import MoERouterPress
+from moekv.routers import (
+    AdaptiveRouter,
+    BaseMoERouter,
+    EPLBRouter,
+    HierarchicalRouter,
+    PiKVMoERouter,
+    RouterOutput,
+    TopKBalancedRouter,
+)
+from moekv.view import LayerView
+
+__all__ = [
+    "AdaptiveRouter",
+    "BaseMoERouter",
+    "EPLBRouter",
+    "Expert",
+    "HierarchicalRouter",
+    "LayerView",
+    "MoERouterPress",
+    "PiKVMoERouter",
+    "RouterOutput",
+    "TopKBalancedRouter",
+    "expert_names",
+    "register_expert",
+]

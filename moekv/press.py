@@ -1,0 +1,841 @@
+"""The press: routes every token to experts, mixes their scores, and evicts what ranks last."""
+
+import inspect
+import weakref
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from kvpress import BasePress, ScorerPress
+from kvpress.presses.base_press import is_prefilling
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from moekv import ops
+from moekv.budget import check_ratio, kept_pairs, protect, resolve_budget, select, tame
+from moekv.cache import cached_pairs, check_cache, evict, gather_pairs, storage_bytes
+from moekv.experts import Expert, PressExpert, build_experts, expert_names
+from moekv.ops import ScoreKind
+from moekv.routers import BALANCE_LOSSES, ROUTERS, BaseMoERouter, RouterOutput, make_router
+from moekv.stats import LayerStats, Observation
+from moekv.view import LayerView, ViewBuilder, read_starts
+
+POLICIES = ("mixture", "dominant")
+
+_busy: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # decoders inside a press's block
+
+
+class _Layer:
+    """What the press remembers of one attention layer."""
+
+    def __init__(self, module: nn.Module, router: BaseMoERouter, stats: LayerStats) -> None:
+        self.module = weakref.ref(module)
+        self.router = router
+        self.stats = stats
+
+
+@dataclass
+class _Rating:
+    """One layer's scores, and what it takes to act on them."""
+
+    layer: _Layer
+    scores: Tensor  # [B, H, T] fp32, those that decide
+    ruling: Tensor | None  # scalar, the dominant expert
+    start: Tensor | None
+    lengths: tuple[int, ...]
+    begins: bool
+    ends: bool
+    seen: Observation
+
+
+@dataclass
+class _Rated:
+    """A layer of the running prefill, whose cache is not touched before all are rated."""
+
+    cache_layer: CacheLayerMixin
+    keys: weakref.ref[Tensor]
+    rating: _Rating
+
+
+@dataclass
+class MoERouterPress(ScorerPress):  # type: ignore[misc]
+    """Compress KV caches with a router over experts.
+
+    Every token is routed to a few experts. Each expert scores the cached pairs; scores are brought
+    to one scale (mean 0, standard deviation 1 in every head) and mixed with the tokens' gate
+    weights. The pairs that rank last leave, and their memory is freed.
+
+    Inside ``with press(model):`` each prefill is compressed once, when its last layer has run: an
+    exception anywhere leaves the cache whole. Until then the full cache is held, so the peak is
+    that of a prefill without compression. Decoding steps compress nothing (inside
+    ``kvpress.DecodingPress`` they do). As a part of a kvpress wrapper the press acts on each layer
+    at once.
+
+    Parameters
+    ----------
+    compression_ratio : float
+        Share of the pairs to remove, in [0, 1). Every head keeps exactly
+        ``max(1, int(T * (1 - compression_ratio)))`` pairs; 0 measures and removes nothing.
+    num_experts : int or "auto"
+        As many experts from the registry, in its order. ``"auto"``: ``floor(log2(layers * KV
+        heads))``, at least `top_k`, at most all: the more heads, the more kinds of them.
+    top_k : int
+        Experts per token.
+    router_type : str
+        A key of ``moekv.routers.ROUTERS``.
+    cache_aware : bool
+        Whether a ``"pikv"`` router's choices follow the measured hit rates; other routers have no
+        history.
+    policy : str
+        ``"mixture"``: see above. ``"dominant"``: the expert with the highest mean probability over
+        a layer's real tokens rules the layer alone, by its own ``Expert.kept``. Layers of
+        different lengths result: feed one token at a time afterwards, and not with eager attention.
+    budget : str
+        ``"uniform"``: each head keeps the same number. ``"auto"``: ``"uniform"``.
+    backend : str
+        ``"auto"`` (by the device of the tensors), ``"cpu"``, ``"cuda"`` or ``"torch"``.
+    experts : sequence, optional
+        Names, ``Expert`` instances or kvpress scorers, instead of the registry's first; sets
+        ``num_experts``.
+    balance_mode : str
+        Auxiliary loss of the ``"topk_balanced"`` router: ``entropy``, ``variance`` or ``gini``.
+    cache_update_interval : int
+        Calls between changes of a ``"pikv"`` router's selection bias.
+    sinks : int
+        First real positions that stay in any case: attention leans on them whatever they
+        say (StreamingLLM).
+    recent : int
+        Last real positions that stay in any case: too few queries have seen them to judge.
+    window : int
+        Last tokens whose queries are observed.
+
+    Raises
+    ------
+    ValueError
+        An option is unknown or out of range.
+    TypeError
+        An expert is none.
+    NotImplementedError
+        For budgets that need heads of different lengths.
+    RuntimeError
+        The backend is not available.
+
+    Examples
+    --------
+    >>> press = MoERouterPress(compression_ratio=0.5)
+    >>> with press(model):
+    ...     out = model.generate(input_ids, max_new_tokens=100)
+    >>> press.get_stats()["compression"]["ratio"]
+    0.5
+
+    Notes
+    -----
+    Same inputs to a new or reset press give the same outputs, bit for bit. The history of a
+    ``"pikv"`` router is part of its inputs.
+    """
+
+    compression_ratio: float = 0.5
+    num_experts: int | str = 4
+    top_k: int = 2
+    router_type: str = "pikv"
+    cache_aware: bool = True
+    policy: str = "mixture"
+    budget: str = "auto"
+    backend: str = "auto"
+    experts: Sequence[str | Expert | ScorerPress] | None = None
+    balance_mode: str = "entropy"
+    cache_update_interval: int = 4
+    sinks: int = 4
+    recent: int = 16
+    window: int = 64
+
+    def __post_init__(self) -> None:
+        """Check every option before a model is at hand."""
+        check_ratio(self.compression_ratio)
+        _check_choice("policy", self.policy, POLICIES)
+        _check_choice("router_type", self.router_type, tuple(ROUTERS))
+        _check_choice("balance_mode", self.balance_mode, tuple(BALANCE_LOSSES))
+        resolve_budget(self.budget)
+        ops.check_backend(self.backend)
+        _check_count("top_k", self.top_k, 1)
+        _check_count("cache_update_interval", self.cache_update_interval, 1)
+        _check_count("sinks", self.sinks, 0)
+        _check_count("recent", self.recent, 0)
+        _check_count("window", self.window, 1)
+        self._experts: list[Expert] | None = None
+        if self.experts is not None:
+            self._experts = build_experts(self.experts)
+            self.num_experts = len(self._experts)
+        elif self.num_experts != "auto":
+            names = expert_names()
+            if isinstance(self.num_experts, str):
+                raise ValueError(
+                    f'expected num_experts a number or "auto", got {self.num_experts!r}'
+                )
+            _check_count("num_experts", self.num_experts, 1)
+            if self.num_experts > len(names):
+                raise ValueError(
+                    f"expected num_experts <= {len(names)} ({', '.join(names)}), "
+                    f"got {self.num_experts}; register_expert adds more"
+                )
+            self._experts = build_experts(names[: self.num_experts])
+        most = len(expert_names() if self._experts is None else self._experts)
+        if self.top_k > most:
+            raise ValueError(f"expected top_k <= num_experts = {most}, got {self.top_k}")
+        self._layers: dict[int, _Layer] = {}
+        self._bytes = [0, 0]
+        self._pairs = [0, 0]
+        self._view = ViewBuilder()
+        self._hooked: list[nn.Module] = []
+        self._rated: list[_Rated] = []
+        self._num_forwards = self._num_commits = 0
+
+    # --- Rating -----------------------------------------------------------------------------------
+
+    def score(
+        self,
+        module: nn.Module,
+        hidden_states: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        attentions: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Rate the pairs of one layer, and observe.
+
+        Parameters
+        ----------
+        module : nn.Module
+            The attention layer.
+        hidden_states : Tensor [B, N, hidden]
+            Its input: a whole prefill, a slice of it, or the last N tokens of the cache.
+        keys, values : Tensor [B, H, T, D]
+        attentions : Tensor or None
+            For experts that use attention weights.
+        kwargs : dict
+            Of the layer's forward.
+
+        Returns
+        -------
+        Tensor [B, H, T], float32
+            Finite; in a mixture sinks and recent positions come first, padding last.
+
+        Raises
+        ------
+        ValueError
+            See ``moekv.view.ViewBuilder``; or an expert's scores are not [B, H, T].
+        """
+        rating = self._rate(module, hidden_states, keys, values, attentions, kwargs)
+        rating.layer.stats.observe(rating.seen)
+        rating.layer.router.update_history(rating.seen.hit_rates)
+        return protect(rating.scores, rating.start, **self._protected(rating))
+
+    def compress(
+        self,
+        module: nn.Module,
+        hidden_states: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        attentions: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        """Rate the pairs of one layer and copy those that stay.
+
+        Parameters
+        ----------
+        module, hidden_states, keys, values, attentions, kwargs
+            As in :meth:`score`.
+
+        Returns
+        -------
+        keys, values : Tensor [B, H, n, D]
+            In their old order.
+
+        Raises
+        ------
+        ValueError
+            As in :meth:`score`, or the batch is padded.
+        """
+        check_ratio(self.compression_ratio)
+        rating = self._rate(module, hidden_states, keys, values, attentions, kwargs)
+        (total,) = self._totals([rating])
+        kept = self._select(rating, total)
+        before = storage_bytes(keys, values)
+        if kept is not None:
+            keys, values = gather_pairs(keys, kept), gather_pairs(values, kept)
+        self._record(rating, kept, before, storage_bytes(keys, values))
+        return keys, values
+
+    def _rate(
+        self,
+        module: nn.Module,
+        hidden_states: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        attentions: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> _Rating:
+        with torch.no_grad():
+            experts = self._experts_for(module)
+            kinds = {ScoreKind.MASS}.union(*(expert.kinds for expert in experts))
+            view = self._view(
+                module,
+                hidden_states,
+                keys,
+                values,
+                attentions,
+                kwargs,
+                window=self.window,
+                kinds=sorted(kinds),
+                backend=self.backend,
+            )
+            layer = self._layer(module, hidden_states, experts)
+            routed = layer.router(view.hidden_states, view.token_mask)
+            scores = _stack_scores(experts, view)
+            ruling = None
+            if self.policy == "dominant":
+                ruling = routed.probs.sum((0, 1)).argmax()
+                decisive = scores.index_select(0, ruling[None])[0]
+                one_hot = torch.arange(len(experts), device=keys.device) == ruling
+                shares = (view.real[..., None] & one_hot).float()
+            else:
+                decisive, shares = self._mix(scores, routed, view)
+            seen = Observation(
+                num_tokens=sum(min(n, view.hidden_states.shape[1]) for n in view.lengths),
+                load=routed.load,
+                entropy=torch.special.entr(routed.probs).sum(),
+                aux_loss=routed.aux_loss,
+                shares=shares,
+                hit_rates=self._hit_rates(experts, scores, view),
+            )
+        return _Rating(
+            layer, decisive, ruling, view.start, view.lengths, view.begins, view.ends, seen
+        )
+
+    def _mix(self, scores: Tensor, routed: RouterOutput, view: LayerView) -> tuple[Tensor, Tensor]:
+        """Mixed scores [B, H, T], and each expert's share in them [B, T, E]."""
+        num_experts, batch, _, num_keys = scores.shape
+        weights, experts = routed.weights, routed.experts
+        shares = weights.new_zeros(*weights.shape[:2], num_experts)
+        shares.scatter_(-1, experts.long(), weights)
+        if not view.aligned:
+            # Not every pair's token is known: all are mixed as the known ones are on average.
+            total = shares.sum(1, keepdim=True)
+            shares = total / total.sum(-1, keepdim=True).clamp(min=1e-20)
+            shares = shares * view.real[..., None]
+            weights = shares.contiguous()
+            experts = torch.arange(num_experts, dtype=torch.int32, device=scores.device)
+            experts = experts.expand(batch, num_keys, -1).contiguous()
+        gain, offset = _common_scale(scores, view.real)
+        mixed = ops.mix_scores(scores, weights, experts, gain, offset, backend=self.backend)
+        return mixed, shares
+
+    def _hit_rates(self, experts: Sequence[Expert], scores: Tensor, view: LayerView) -> Tensor:
+        """Share [E] of the observed attention on what each expert alone would keep."""
+        mass = view.scores_of(ScoreKind.MASS)
+        protected = self._protected(view)
+        rates = []
+        for expert, score in zip(experts, scores, strict=True):
+            totals = self._alone(expert, view.lengths)
+            indices = select(score, view.start, totals, backend=self.backend, **protected)
+            kept = _kept_mask(indices, totals, score)
+            rates.append((mass * kept).sum(-1).mean())
+        return torch.stack(rates).clamp(max=1)
+
+    def _alone(self, expert: Expert, lengths: Sequence[int]) -> list[int]:
+        """Pairs that an expert alone keeps in each row."""
+        if self.policy == "mixture":
+            return [kept_pairs(n, self.compression_ratio) for n in lengths]
+        return [min(max(expert.kept(n, self.compression_ratio), 1), max(n, 1)) for n in lengths]
+
+    def _protected(self, view: LayerView | _Rating) -> dict[str, int]:
+        """Positions that stay in any case; in a chunk only those that it really has."""
+        if self.policy == "dominant":
+            return {"sinks": 0, "recent": 0}
+        return {
+            "sinks": self.sinks if view.begins else 0,
+            "recent": self.recent if view.ends else 0,
+        }
+
+    # --- Acting -----------------------------------------------------------------------------------
+
+    @property
+    def _evicts(self) -> bool:
+        return self.compression_ratio > 0 or self.policy == "dominant"
+
+    def _totals(self, ratings: Sequence[_Rating]) -> list[int | None]:
+        """Pairs that each head of each layer keeps; None where all stay.
+
+        The one place where a dominant policy waits for the device.
+        """
+        if not self._evicts:
+            return [None] * len(ratings)
+        assert self._experts is not None
+        ruling = [r.ruling for r in ratings if r.ruling is not None]
+        rulers = torch.stack([r.cpu() for r in ruling]).tolist() if ruling else [0] * len(ratings)
+        totals: list[int | None] = []
+        for rating, ruler in zip(ratings, rulers, strict=True):
+            if rating.start is not None:
+                num_keys = rating.scores.shape[2]
+                raise ValueError(_padded([num_keys - length for length in rating.lengths]))
+            total = self._alone(self._experts[ruler], rating.lengths)[0]
+            totals.append(total if total < rating.scores.shape[2] else None)
+        return totals
+
+    def _select(self, rating: _Rating, total: int | None) -> Tensor | None:
+        if total is None:
+            return None
+        totals = [total] * len(rating.lengths)
+        return select(
+            rating.scores, rating.start, totals, backend=self.backend, **self._protected(rating)
+        )
+
+    def _record(self, rating: _Rating, kept: Tensor | None, before: int, after: int) -> None:
+        layer, seen = rating.layer, rating.seen
+        layer.stats.observe(seen)
+        layer.router.update_history(seen.hit_rates)
+        batch, num_heads, num_keys = rating.scores.shape
+        if kept is None:
+            share = seen.shares.new_ones(batch, num_keys)
+        else:
+            mask = _kept_mask(kept, [kept.shape[2]] * batch, rating.scores)
+            share = mask.float().mean(1)
+        layer.stats.evict(seen.shares, share)
+        self._bytes[0] += before
+        self._bytes[1] += after
+        self._pairs[0] += num_heads * sum(rating.lengths)
+        self._pairs[1] += num_heads * sum(rating.lengths) if kept is None else kept.numel()
+
+    def _commit(self, rated: Sequence[_Rated]) -> None:
+        """Compress rated layers: everything that can fail comes before the first is touched."""
+        if any(r.cache_layer.keys is not r.keys() for r in rated):
+            raise RuntimeError(
+                "expected the cache as it was when it was rated, got one that another hook has "
+                "changed; kvpress.ComposedPress chains presses"
+            )
+        totals = self._totals([r.rating for r in rated])
+        attention = self._hooked[0].config._attn_implementation  # type: ignore[union-attr]
+        if attention == "eager" and len(set(totals)) > 1:
+            raise ValueError(
+                f"expected layers of one length for eager attention, got {totals} (None: all "
+                'pairs); load the model with attn_implementation="sdpa", or use policy="mixture"'
+            )
+        kept = [self._select(r.rating, total) for r, total in zip(rated, totals, strict=True)]
+        for r, indices in zip(rated, kept, strict=True):
+            before = after = storage_bytes(*cached_pairs(r.cache_layer))
+            if indices is not None:
+                before, after = evict(r.cache_layer, indices)
+            self._record(r.rating, indices, before, after)
+
+    # --- Hooks ------------------------------------------------------------------------------------
+
+    @contextmanager
+    def __call__(self, model: PreTrainedModel) -> Generator[None, None, None]:
+        """Compress the prefills that run in the block.
+
+        Parameters
+        ----------
+        model : PreTrainedModel
+
+        Raises
+        ------
+        TypeError
+            The model has no decoder layers with attention, or its cache cannot be served.
+        ValueError
+            All its layers have sliding windows; or the batch is padded.
+        RuntimeError
+            A press is at work on the model, or this one on another; a forward cannot be
+            compressed; or the block ends and nothing was, although something was to be.
+        """
+        if self._hooked:
+            raise RuntimeError("expected a press in one block at a time, got a second one")
+        decoder, layers = find_layers(model)
+        if decoder in _busy or any(_is_pressed(layer) for layer in layers):
+            raise RuntimeError(
+                "expected a model without a press at work, got one inside another press's block; "
+                "kvpress.ComposedPress chains presses"
+            )
+        hooked = [layer for layer in layers if not _is_sliding(layer)]
+        if not hooked:
+            raise ValueError(
+                "expected layers with full attention, got sliding windows in all of them: "
+                "their caches are bounded already"
+            )
+        self.post_init_from_model(model)
+        handles = []
+        bare = [layer for layer in layers if not hasattr(layer, "rotary_emb")]
+        self._hooked, self._rated = hooked, []
+        self._num_forwards = self._num_commits = 0
+        _busy.add(decoder)
+        try:
+            for layer in bare:  # where kvpress's scorers look for it
+                layer.rotary_emb = decoder.rotary_emb
+            handles.append(
+                decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+            )
+            handles += [
+                layer.register_forward_hook(self._after_attention, with_kwargs=True)
+                for layer in hooked
+            ]
+            yield
+            if self._num_forwards and not self._num_commits and self._evicts:
+                raise RuntimeError(
+                    f"MoERouterPress compressed nothing in {self._num_forwards} forward(s): no "
+                    "prefill ended inside the block. Either the prompt was fed outside of it, or "
+                    f"transformers {transformers.__version__} no longer calls the attention "
+                    "layers that carry the hooks"
+                )
+        finally:
+            for handle in handles:
+                handle.remove()
+            for layer in bare:
+                layer._modules.pop("rotary_emb", None)
+            _busy.discard(decoder)
+            self._hooked, self._rated = [], []
+
+    def post_init_from_model(self, model: PreTrainedModel) -> None:
+        """Get ready for a model: kvpress calls this when a block begins.
+
+        Parameters
+        ----------
+        model : PreTrainedModel
+
+        Raises
+        ------
+        RuntimeError
+            The press remembers another model.
+        """
+        _, layers = find_layers(model)
+        for layer in layers:
+            self._check_known(layer)
+        for expert in self._experts_for(layers[0]):
+            if isinstance(expert, PressExpert):
+                expert.press.post_init_from_model(model)
+
+    def forward_hook(
+        self, module: nn.Module, input: list[Tensor], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """Compress one layer at once, after a prefill: what kvpress's wrappers call.
+
+        Parameters
+        ----------
+        module : nn.Module
+            The attention layer. One with a sliding window stays as it is.
+        input : list of Tensor
+            Not used.
+        kwargs : dict
+            Of the layer's forward.
+        output : tuple
+            Of the layer's forward.
+
+        Returns
+        -------
+        tuple
+            `output`.
+
+        Raises
+        ------
+        RuntimeError, TypeError, ValueError
+            As in a block of the press's own.
+        """
+        hidden_states, cache, position = _arguments(
+            kwargs, "hidden_states", "past_key_values", "cache_position"
+        )
+        if _is_sliding(module) or not is_prefilling(position, hidden_states.shape[1]):
+            return output
+        check_cache(cache)
+        cache_layer = cache.layers[module.layer_idx]
+        keys, values = cached_pairs(cache_layer)
+        cache_layer.keys, cache_layer.values = self.compress(
+            module, hidden_states, keys, values, output[1], kwargs
+        )
+        return output
+
+    def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Refuse what cannot be compressed before anything runs."""
+        self._rated = []
+        self._num_forwards += 1
+        try:
+            given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        except TypeError:
+            given = kwargs
+        tokens = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        cache, mask = given.get("past_key_values"), given.get("attention_mask")
+        num_cached = 0
+        if cache is not None:
+            check_cache(cache)
+            num_cached = cache.get_seq_length()
+        if num_cached and tokens is not None and tokens.shape[1] > 1:
+            raise RuntimeError(
+                f"expected a prefill in one forward, got {tokens.shape[1]} tokens for a cache that "
+                f"holds {num_cached}: leave the `with` block before feeding more than one "
+                "token at a time, and feed the whole prompt at once"
+            )
+        if not num_cached and self._evicts and isinstance(mask, Tensor):
+            starts = read_starts(mask)
+            if any(starts):
+                raise ValueError(_padded(starts))
+
+    def _after_attention(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Rate a layer after its prefill, and commit after the last."""
+        hidden_states, cache = _arguments(kwargs, "hidden_states", "past_key_values")
+        cache_layer = cache.layers[module.layer_idx]
+        keys, values = cached_pairs(cache_layer)
+        if keys.shape[2] != hidden_states.shape[1]:
+            return  # decoding
+        check_cache(cache)
+        if module is self._hooked[0]:
+            check_ratio(self.compression_ratio)
+            self._rated = []
+        if module is not self._hooked[len(self._rated)]:
+            self._rated = []
+            raise RuntimeError(
+                "expected the attention layers to run in order, once in a forward, got layer "
+                f"{module.layer_idx} out of turn (transformers {transformers.__version__})"
+            )
+        rating = self._rate(module, hidden_states, keys, values, output[1], kwargs)
+        self._rated.append(_Rated(cache_layer, weakref.ref(keys), rating))
+        if module is self._hooked[-1]:
+            rated, self._rated = self._rated, []
+            del keys, values  # the commit frees them layer by layer
+            with torch.no_grad():
+                self._commit(rated)
+            self._num_commits += 1
+
+    # --- Memory of layers -------------------------------------------------------------------------
+
+    def _experts_for(self, module: nn.Module) -> list[Expert]:
+        if self._experts is None:
+            config: Any = module.config
+            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            wanted = int(config.num_hidden_layers * heads).bit_length() - 1
+            names = expert_names()
+            self._experts = build_experts(names[: max(wanted, self.top_k)])
+        return self._experts
+
+    def _check_known(self, module: nn.Module) -> None:
+        known = self._layers.get(module.layer_idx)  # type: ignore[call-overload]
+        if known is not None and known.module() is not module:
+            raise RuntimeError(
+                "expected the model whose statistics and history this press holds, got another: "
+                "call reset_stats() first, or make a press for each model"
+            )
+
+    def _layer(self, module: nn.Module, hidden_states: Tensor, experts: Sequence[Expert]) -> _Layer:
+        self._check_known(module)
+        index: int = module.layer_idx  # type: ignore[assignment]
+        if index not in self._layers:
+            options: dict[str, Any] = {}
+            if self.router_type == "topk_balanced":
+                options["balance_mode"] = self.balance_mode
+            if self.router_type == "pikv":
+                options["cache_aware"] = self.cache_aware
+                options["cache_update_interval"] = self.cache_update_interval
+            router = make_router(
+                self.router_type,
+                hidden_states.shape[-1],
+                len(experts),
+                self.top_k,
+                prior=[expert.prior for expert in experts],
+                backend=self.backend,
+                **options,
+            )
+            router = router.to(hidden_states.device, hidden_states.dtype).eval()
+            router.requires_grad_(False)
+            self._layers[index] = _Layer(
+                module, router, LayerStats(len(experts), hidden_states.device)
+            )
+        return self._layers[index]
+
+    # --- Statistics -------------------------------------------------------------------------------
+
+    def get_stats(self) -> dict[str, Any]:
+        """Read what the press has measured since it was made or reset. Waits for the device.
+
+        Returns
+        -------
+        dict
+            ``forward_count``: prefills rated (calls of the layer that was rated most often).
+            ``total_aux_loss``: auxiliary losses, summed over layers and forwards;
+            ``avg_aux_loss``: that per forward.
+            ``compression``: ``bytes_before``, ``bytes_after``, ``bytes_freed`` of the storages of
+            the layers that the press compressed, and ``ratio``, the exact share of real
+            pairs removed.
+            ``layer_stats``: for each layer index
+
+            - ``router_stats``: ``expert_usage_ratios`` and ``expert_usage_count`` (how
+              often each expert was chosen, as a share and as a number), ``total_tokens`` (real
+              ones), ``routing_decisions`` (choices made, all experts together), ``router_entropy``
+              (of the probabilities, mean over tokens, nats);
+            - ``expert_compression_stats``: ``expert_usage`` (share of the positions' weight that
+              the expert had), ``compression_ratios`` (share removed of the pairs that it rated,
+              by weight; NaN if it rated none, or if a wrapper evicted), ``cache_hit_rates``
+              (share of the attention of the last ``window`` queries that falls on what the
+              expert alone would keep, in [0, 1]: moving average over calls),
+
+            each by the expert's name.
+        """
+        assert self._experts is not None or not self._layers
+        names = [expert.name for expert in self._experts or ()]
+        layers = {i: layer.stats for i, layer in sorted(self._layers.items())}
+        count = max((stats.num_calls for stats in layers.values()), default=0)
+        aux_loss = sum(float(stats.aux_loss) for stats in layers.values())
+        before, after = self._bytes
+        pairs, kept = self._pairs
+        return {
+            "total_aux_loss": aux_loss,
+            "avg_aux_loss": aux_loss / max(count, 1),
+            "forward_count": count,
+            "compression": {
+                "bytes_before": before,
+                "bytes_after": after,
+                "bytes_freed": before - after,
+                "ratio": (pairs - kept) / max(pairs, 1),
+            },
+            "layer_stats": {i: stats.report(names) for i, stats in layers.items()},
+        }
+
+    def reset_stats(self) -> None:
+        """Forget everything measured: statistics, routers' histories, and the model they are of."""
+        self._layers = {}
+        self._bytes, self._pairs = [0, 0], [0, 0]
+
+
+# --- Scores ---------------------------------------------------------------------------------------
+
+
+def _stack_scores(experts: Sequence[Expert], view: LayerView) -> Tensor:
+    """Scores [E, B, H, T], fp32; infinite ones are brought just beyond the finite ones."""
+    shape, device = view.keys.shape[:3], view.keys.device
+    stacked = torch.empty(len(experts), *shape, device=device)
+    for slot, expert in zip(stacked, experts, strict=True):
+        scores = expert.scores(view)
+        if scores.shape != shape or scores.device != device or not scores.is_floating_point():
+            raise ValueError(
+                f"expected floating scores {list(shape)} on {device} from expert "
+                f"{expert.name!r}, got {scores.dtype} {list(scores.shape)} on {scores.device}"
+            )
+        slot.copy_(scores)
+        if not expert.kinds:
+            tame(slot, view.real)
+    return stacked
+
+
+def _common_scale(scores: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Gain and offset [E, B, H] that give every head's real finite scores mean 0 and deviation 1.
+
+    Constant scores say nothing: they become 0.
+    """
+    counted = scores.isfinite() & real[:, None]
+    number = counted.sum(-1).clamp(min=1)
+    finite = scores.where(counted, 0.0)
+    mean = finite.sum(-1) / number
+    deviation = (finite - mean[..., None]).where(counted, 0.0)
+    std = (deviation.square().sum(-1) / number).sqrt()
+    # Equal numbers differ from their rounded mean by less than this.
+    noise = 1e-6 * finite.abs().amax(-1)
+    gain = torch.where(std > noise, 1 / std, 0.0)
+    return gain, -mean * gain
+
+
+def _kept_mask(indices: Tensor, totals: Sequence[int], like: Tensor) -> Tensor:
+    """Mark the kept positions in [B, H, T] bool; `totals` are those of the B rows."""
+    batch, num_heads, num_keys = like.shape
+    begin = torch.arange(batch * num_heads, device=like.device).view(batch, num_heads) * num_keys
+    if indices.dim() == 3:
+        positions = indices + begin[..., None]
+    else:
+        parts = [heads[:, None].expand(-1, n) for heads, n in zip(begin, totals, strict=True)]
+        positions = indices + torch.cat([part.flatten() for part in parts])
+    mask = torch.zeros(like.numel(), dtype=torch.bool, device=like.device)
+    mask[positions.flatten()] = True
+    return mask.view(like.shape)
+
+
+# --- Models ---------------------------------------------------------------------------------------
+
+
+def find_layers(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
+    """Find the decoder of a language model and the attention layers in it.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        With or without a head.
+
+    Returns
+    -------
+    decoder : nn.Module
+    layers : list of nn.Module
+
+    Raises
+    ------
+    TypeError
+        The model has no ``layers[i].self_attn``.
+    """
+    decoder: Any = getattr(model, "model", model)
+    decoder = getattr(decoder, "language_model", decoder)
+    layers: list[Any] = [
+        getattr(layer, "self_attn", None) for layer in getattr(decoder, "layers", ())
+    ]
+    if not layers or not all(hasattr(layer, "layer_idx") for layer in layers):
+        raise TypeError(
+            "expected a decoder-only transformers model with `model.layers[i].self_attn`, "
+            f"got {type(model).__name__}"
+        )
+    return decoder, layers
+
+
+def _is_sliding(layer: Any) -> bool:
+    config = layer.config
+    if getattr(config, "layer_types", None) is not None:
+        kind: str = config.layer_types[layer.layer_idx]
+        return kind != "full_attention"
+    return getattr(config, "sliding_window", None) is not None
+
+
+def _is_pressed(layer: nn.Module) -> bool:
+    hooks = layer._forward_hooks.values()
+    return any(isinstance(getattr(hook, "__self__", None), BasePress) for hook in hooks)
+
+
+# --- Errors ---------------------------------------------------------------------------------------
+
+
+def _arguments(kwargs: dict[str, Any], *names: str) -> list[Any]:
+    """Keyword arguments that the hooks cannot do without."""
+    for name in (*names, "position_embeddings"):
+        if name not in kwargs:
+            raise RuntimeError(
+                f"expected attention layers to be called with `{name}`, got "
+                f"{sorted(kwargs)}: transformers {transformers.__version__} and this model are not "
+                "supported together"
+            )
+    if kwargs["past_key_values"] is None:
+        raise RuntimeError("expected a KV cache to compress, got none; run with use_cache=True")
+    return [kwargs[name] for name in names]
+
+
+def _padded(starts: Sequence[int]) -> str:
+    return (
+        f"expected rows without padding, got {list(starts)} padding positions: after eviction the "
+        "attention mask would no longer fit the cache; compress the rows one by one, or batch rows "
+        "of equal length"
+    )
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"expected {name} among {', '.join(choices)}, got {value!r}")
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"expected {name} an integer >= {least}, got {value!r}")

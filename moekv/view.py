@@ -1,0 +1,302 @@
+"""What the experts see of one layer: its cached pairs, the queries on them, the padding."""
+
+import inspect
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from kvpress.utils import get_prerope_query_states
+from torch import Tensor, nn
+
+from moekv import ops
+from moekv.ops import ScoreKind
+
+POOL = 5
+"""Positions that ``ScoreKind.ATTENTION`` averages, as in SnapKV."""
+
+LAG = 128
+"""Tokens in a partition of ``ScoreKind.LAG``, as in LagKV."""
+
+
+@dataclass
+class LayerView:
+    """One attention layer at the moment when its cache is rated.
+
+    Shapes: B batch, H KV heads, Hq query heads, T cached pairs, N tokens whose hidden states are
+    known, W window queries, D head dim.
+
+    Attributes
+    ----------
+    module : nn.Module
+        The attention layer.
+    hidden_states : Tensor [B, N, hidden]
+        Its input, of the last N tokens of the cache (all of them in a prefill: N = T).
+    keys, values : Tensor [B, H, T, D]
+        Rotated keys, and values. Not to be written to.
+    queries : Tensor [B, Hq, W, D]
+        Queries of the last W tokens, rotated at their true positions.
+    start : Tensor [B], int32, or None
+        Padding positions at the left of each row; None: no padding.
+    lengths : tuple of B ints
+        Real pairs in each row.
+    begins, ends : bool
+        Whether the view holds the sequence's first and last token. False inside a sequence which
+        is rated in chunks.
+    attentions : Tensor or None
+        Attention weights, where the attention implementation returns them.
+    kwargs : mapping
+        Keyword arguments of the layer's forward.
+    kinds : sequence of ScoreKind
+        What :meth:`scores_of` can give.
+    backend : str
+        Of the ops, see ``moekv.ops.BACKENDS``.
+    """
+
+    module: nn.Module
+    hidden_states: Tensor
+    keys: Tensor
+    values: Tensor
+    queries: Tensor
+    start: Tensor | None
+    lengths: tuple[int, ...]
+    begins: bool
+    ends: bool
+    attentions: Tensor | None
+    kwargs: Mapping[str, Any]
+    kinds: Sequence[ScoreKind] = tuple(ScoreKind)
+    backend: str = "auto"
+    _scores: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every cached pair has its hidden state (N = T)."""
+        return self.hidden_states.shape[1] == self.keys.shape[2]
+
+    @property
+    def real(self) -> Tensor:
+        """True at real pairs, False at padding: [B, T], bool."""
+        return self.positions >= 0
+
+    @property
+    def positions(self) -> Tensor:
+        """Place of each pair in its row, from 0 at the first real one: [B, T], int64."""
+        positions = torch.arange(self.keys.shape[2], device=self.keys.device)
+        if self.start is None:
+            return positions.expand(self.keys.shape[0], -1)
+        return positions - self.start[:, None]
+
+    @property
+    def token_mask(self) -> Tensor | None:
+        """True at the real ones of the N tokens: [B, N], bool; None where all are real."""
+        return None if self.start is None else self.real[:, -self.hidden_states.shape[1] :]
+
+    def scores_of(self, kind: ScoreKind) -> Tensor:
+        """Scores of one kind; all kinds are computed together, at the first call.
+
+        Parameters
+        ----------
+        kind : ScoreKind
+            One of ``kinds``.
+
+        Returns
+        -------
+        Tensor [B, H, T], float32
+            See ``moekv.ops.expert_scores``. Not to be written to.
+        """
+        if self._scores is None:
+            self._scores = ops.expert_scores(
+                self.keys,
+                self.values,
+                self.queries,
+                self.start,
+                kinds=self.kinds,
+                scaling=self.module.scaling,  # type: ignore[arg-type]
+                softcap=getattr(self.module.config, "attn_logit_softcapping", None) or 0.0,
+                pool=POOL,
+                lag=LAG,
+                backend=self.backend,
+            )
+        return self._scores[list(self.kinds).index(kind)]
+
+
+class ViewBuilder:
+    """Builds views from what a forward hook gets, and reads each attention mask only once."""
+
+    def __init__(self) -> None:
+        self._mask: weakref.ref[Tensor] | None = None
+        self._starts: tuple[int, ...] = ()
+
+    def __call__(
+        self,
+        module: nn.Module,
+        hidden_states: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        attentions: Tensor | None,
+        kwargs: Mapping[str, Any],
+        *,
+        window: int,
+        kinds: Sequence[ScoreKind],
+        backend: str,
+    ) -> LayerView:
+        """Look at one layer.
+
+        Parameters
+        ----------
+        module, hidden_states, keys, values, attentions, kwargs
+            As in ``kvpress.ScorerPress.score``: the whole prefill, a chunk of it (``ChunkPress``),
+            or a cache of which only the last tokens' hidden states are at hand
+            (``DecodingPress``).
+        window : int
+            Tokens whose queries are taken, at most.
+        kinds : sequence of ScoreKind
+            Scores that the view can give.
+        backend : str
+            Of the ops.
+
+        Returns
+        -------
+        LayerView
+
+        Raises
+        ------
+        ValueError
+            The cache holds fewer pairs than there are hidden states, or these are in an order that
+            leaves their positions unknown; or the batch is not padded at the left.
+        TypeError
+            The mask is neither a tensor nor None.
+        """
+        num_tokens, num_keys = hidden_states.shape[1], keys.shape[2]
+        if num_tokens > num_keys:
+            raise ValueError(
+                f"expected a cached pair for each of the {num_tokens} tokens, got {num_keys}: "
+                "another press has cut the cache of this prefill, and the positions of what it "
+                "left are unknown; put MoERouterPress first"
+            )
+        fed = kwargs.get("hidden_states", hidden_states)
+        offset = _offset_in(hidden_states, fed)
+        if offset is None and num_tokens == num_keys:
+            raise ValueError(
+                "expected the hidden states of a prefill or of a part of it in order, got "
+                "reordered ones, whose positions are unknown"
+            )
+        whole = not (offset is not None and num_tokens == num_keys < fed.shape[1])
+        first = 0 if whole or offset is None else offset
+        starts = [
+            min(max(start - first, 0), num_keys)
+            for start in self._row_starts(kwargs.get("attention_mask"), len(keys))
+        ]
+        queries = get_prerope_query_states(module, hidden_states[:, -window:])
+        num_queries = queries.shape[2]
+        if offset is None:
+            cos, sin = _last_rotations(module, hidden_states, kwargs, num_queries)
+        else:
+            end = offset + num_tokens
+            cos, sin = (x[:, end - num_queries : end] for x in kwargs["position_embeddings"])
+        start = None
+        if any(starts):
+            start = torch.tensor(starts, dtype=torch.int32, device=keys.device)
+        return LayerView(
+            module=module,
+            hidden_states=hidden_states,
+            keys=keys,
+            values=values,
+            queries=_rotate(queries, cos, sin).to(keys.dtype),
+            start=start,
+            lengths=tuple(num_keys - start for start in starts),
+            begins=first == 0,
+            ends=whole or first + num_keys == fed.shape[1],
+            attentions=attentions,
+            kwargs=kwargs,
+            kinds=kinds,
+            backend=backend,
+        )
+
+    def _row_starts(self, mask: Any, batch: int) -> tuple[int, ...]:
+        """Count each row's padding. The layers of a forward share their mask: one read for all."""
+        if mask is None:
+            return (0,) * batch
+        if not isinstance(mask, Tensor):
+            raise TypeError(
+                f"expected an attention mask that is a tensor, got {type(mask).__name__}; "
+                'load the model with attn_implementation="sdpa"'
+            )
+        if self._mask is None or self._mask() is not mask:
+            self._starts = read_starts(mask)
+            self._mask = weakref.ref(mask)
+        return self._starts if len(self._starts) == batch else self._starts * batch
+
+
+def read_starts(mask: Tensor) -> tuple[int, ...]:
+    """Count the padding positions at the left of each row of a mask.
+
+    Parameters
+    ----------
+    mask : Tensor
+        [B, T], nonzero at real tokens; or [B, 1, Q, T] as the attention gets it, which is True or
+        no huge negative number where a query sees a key. The last query sees every real key.
+
+    Returns
+    -------
+    tuple of ints
+
+    Raises
+    ------
+    ValueError
+        A row has padding elsewhere than at its left.
+    """
+    row = mask[:, 0, -1] if mask.dim() == 4 else mask
+    additive = mask.dim() == 4 and mask.is_floating_point()
+    seen = row > torch.finfo(row.dtype).min / 2 if additive else row != 0
+    real = seen.sum(-1)
+    first = torch.where(real > 0, seen.int().argmax(-1), seen.shape[-1])
+    starts, is_left = torch.stack([first, (first + real == seen.shape[-1]).long()]).tolist()
+    if not all(is_left):
+        raise ValueError(
+            "expected padding at the left of the rows only, got a mask with gaps or padding at "
+            "the right; set tokenizer.padding_side = 'left'"
+        )
+    return tuple(starts)
+
+
+def _offset_in(part: Tensor, fed: Tensor) -> int | None:
+    """Where a slice of tokens begins in the tensor it is a view of; None if it is no such view."""
+    if part is fed:
+        return 0
+    if (
+        part.stride() != fed.stride()
+        or part.shape[0] != fed.shape[0]
+        or part.shape[2] != fed.shape[2]
+        or part.untyped_storage().data_ptr() != fed.untyped_storage().data_ptr()
+    ):
+        return None
+    offset, rest = divmod(int(part.storage_offset() - fed.storage_offset()), fed.stride(1))
+    inside = rest == 0 and 0 <= offset <= fed.shape[1] - part.shape[1]
+    return offset if inside else None
+
+
+def _last_rotations(
+    module: nn.Module, hidden_states: Tensor, kwargs: Mapping[str, Any], num_queries: int
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B or 1, W, dim] of the last tokens, which were fed one after another."""
+    position_ids = kwargs.get("position_ids")
+    if position_ids is None:
+        position_ids = kwargs["cache_position"][None]
+    back = torch.arange(1 - num_queries, 1, device=position_ids.device)
+    positions = position_ids[:, -1:] + back
+    rotary: nn.Module = module.rotary_emb  # type: ignore[assignment]
+    options = {}
+    if "layer_type" in inspect.signature(rotary.forward).parameters:
+        options["layer_type"] = module.layer_type
+    cos, sin = rotary(hidden_states, positions, **options)
+    return cos, sin
+
+
+def _rotate(queries: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of the first channels, as many as the cosines have (Phi3: not all)."""
+    cos, sin = cos[:, None], sin[:, None]
+    rotated, rest = queries[..., : cos.shape[-1]], queries[..., cos.shape[-1] :]
+    left, right = rotated.chunk(2, dim=-1)
+    return torch.cat([rotated * cos + torch.cat([-right, left], dim=-1) * sin, rest], dim=-1)
