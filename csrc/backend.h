@@ -15,8 +15,11 @@ namespace moekv::MOEKV_BACKEND {
 // A CUDA stream, or nothing on the CPU.
 using Stream = void*;
 
-// Throws where begin and end leave the stored rows. On CUDA, where a look at them would have to
-// synchronise, the kernel clamps them instead.
+// Throw where an expert is unknown, indices or offsets are not as kv_compact_ needs them, begin and
+// end leave the stored rows. On CUDA, where a look at them would have to synchronise, these do
+// nothing, and the kernels neither read nor write what is out of range.
+void check_experts(const MixScoresParams& params);
+void check_indices(const KvCompactParams& params);
 void check_row_ranges(const RaggedAttentionParams& params);
 
 // Workspaces are allocated by the op as byte tensors and need no initialisation unless said so.

@@ -1,6 +1,8 @@
 // Picks the instruction set once, and offers the kernels as the CPU backend.
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "../backend.h"
 #include "kernels.h"
@@ -11,52 +13,62 @@ namespace {
 struct Isa {
   const char* name;
   const Kernels* kernels;
+  bool supported;
 };
 
-// From the lowest to the best that this processor runs.
-int supported_isas(Isa (&isas)[3]) {
-  int count = 0;
-  isas[count++] = {"default", &isa_default::kernels};
+// From the lowest to the best. null: the environment names none of them.
+const Isa* choose() {
+  static Isa isas[] = {
+      {"default", &isa_default::kernels, true},
+#ifdef MOEKV_X86_ISAS
+      {"avx2", &isa_avx2::kernels, false},
+      {"avx512", &isa_avx512::kernels, false},
+#endif
+  };
 #ifdef MOEKV_X86_ISAS
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
-    isas[count++] = {"avx2", &isa_avx2::kernels};
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-      isas[count++] = {"avx512", &isa_avx512::kernels};
-    }
-  }
+  isas[1].supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c");
+  isas[2].supported = isas[1].supported && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
 #endif
-  return count;
+  const char* wanted = std::getenv("MOEKV_CPU_CAPABILITY");
+  const Isa* best = nullptr;
+  for (const Isa& isa : isas) {
+    if (isa.supported) best = &isa;
+    if (wanted && std::strcmp(wanted, isa.name) == 0) return best;
+  }
+  return wanted ? nullptr : best;
 }
 
-const Isa& isa() {
-  static const Isa chosen = [] {
-    Isa isas[3];
-    const int count = supported_isas(isas);
-    const char* wanted = std::getenv("MOEKV_CPU_CAPABILITY");
-    for (int i = 0; wanted && i < count; ++i) {
-      if (std::strcmp(wanted, isas[i].name) == 0) return isas[i];
-    }
-    return isas[count - 1];
-  }();
-  return chosen;
+const Isa* chosen() {
+  static const Isa* const isa = choose();
+  return isa;
+}
+
+const Kernels& kernels() {
+  if (!chosen()) {
+    throw std::runtime_error(
+        std::string("moekv: expected MOEKV_CPU_CAPABILITY to be default, avx2 or avx512, got '") +
+        std::getenv("MOEKV_CPU_CAPABILITY") + "'");
+  }
+  return *chosen()->kernels;
 }
 
 }  // namespace
 
-const char* capability() { return isa().name; }
-
-void gating_topk(const GatingTopkParams& params, Stream) { isa().kernels->gating_topk(params); }
-void expert_scores(const ExpertScoresParams& params, Stream) {
-  isa().kernels->expert_scores(params);
-}
-void mix_scores(const MixScoresParams& params, Stream) { isa().kernels->mix_scores(params); }
-void select_kept(const SelectKeptParams& params, Stream) { isa().kernels->select_kept(params); }
-void kv_compact(const KvCompactParams& params, Stream) { isa().kernels->kv_compact(params); }
+void gating_topk(const GatingTopkParams& params, Stream) { kernels().gating_topk(params); }
+void expert_scores(const ExpertScoresParams& params, Stream) { kernels().expert_scores(params); }
+void mix_scores(const MixScoresParams& params, Stream) { kernels().mix_scores(params); }
+void select_kept(const SelectKeptParams& params, Stream) { kernels().select_kept(params); }
+void kv_compact(const KvCompactParams& params, Stream) { kernels().kv_compact(params); }
 void ragged_attention(const RaggedAttentionParams& params, Stream) {
-  isa().kernels->ragged_attention(params);
+  kernels().ragged_attention(params);
 }
 
 }  // namespace moekv::cpu
+
+const char* moekv_cpu_capability() {
+  return moekv::cpu::chosen() ? moekv::cpu::chosen()->name : nullptr;
+}

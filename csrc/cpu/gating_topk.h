@@ -1,14 +1,230 @@
-// Softmax, biased top-k and load statistics of a router.
+// Softmax, biased top-k and load statistics of a router, in one read of the logits.
+//
+// A tile is as many tokens as a vector has lanes. It is transposed on loading, so that every step
+// works on one expert of all its tokens at once and nothing has to be reduced across lanes.
 #pragma once
 
 #include "../params.h"
+#include "gating_plan.h"
 #include "parallel.h"
 #include "vec.h"
 
 namespace moekv::cpu::MOEKV_ISA {
 namespace {
 
-inline void gating_topk_kernel(const GatingTopkParams&) {}
+constexpr int kTileTokens = Vec::kLanes;
+constexpr int kRoundExperts = 4;  // chosen in one pass over the experts
+constexpr float kMaxFloat = 3.4028234663852886e38f;
+
+// e^x for x <= 0, down to the smallest subnormal and then 0. Cody-Waite reduction to
+// [-ln2/2, ln2/2] and a degree-6 polynomial (Cephes expf).
+inline Vec exp_of_shifted(Vec x) {
+  const Vec n = round(x * Vec::set(1.44269504088896341f));
+  Vec r = fma(n, Vec::set(-0.693359375f), x);
+  r = fma(n, Vec::set(2.12194440e-4f), r);
+  Vec p = Vec::set(1.9875691500e-4f);
+  p = fma(p, r, Vec::set(1.3981999507e-3f));
+  p = fma(p, r, Vec::set(8.3334519073e-3f));
+  p = fma(p, r, Vec::set(4.1665795894e-2f));
+  p = fma(p, r, Vec::set(1.6666665459e-1f));
+  p = fma(p, r, Vec::set(5.0000001201e-1f));
+  p = fma(p, r * r, r + Vec::set(1.0f));
+  return scale2(p, n);
+}
+
+// Loads and transposes logits[kTileTokens, num_experts] into z[num_experts, kTileTokens], divided
+// by the temperature, with NaN as -inf and +inf as the largest finite number. Reads whole vectors,
+// past the end of a row. Returns the highest z of each token.
+template <typename T>
+inline Vec load_tile(const T* logits, int64_t stride, int64_t num_experts, float inv_temperature,
+                     float* z) {
+  const Vec scale = Vec::set(inv_temperature);
+  const Vec lowest = Vec::set(-__builtin_inff()), largest = Vec::set(kMaxFloat);
+  Vec highest = lowest;
+  for (int64_t e = 0; e < num_experts; e += Vec::kLanes) {
+    Vec rows[kTileTokens];
+    for (int i = 0; i < kTileTokens; ++i) {
+      // In this order of operands max gives -inf for NaN.
+      rows[i] = min(max(Vec::load(logits + i * stride + e) * scale, lowest), largest);
+    }
+    transpose(rows);
+    const int64_t count = num_experts - e < Vec::kLanes ? num_experts - e : Vec::kLanes;
+    for (int i = 0; i < count; ++i) {
+      highest = max(highest, rows[i]);
+      rows[i].store(z + (e + i) * kTileTokens);
+    }
+  }
+  return highest;
+}
+
+// The N highest ratings of each token in descending order, ties to the lower expert. ratings:
+// [num_experts, kTileTokens], -inf: not to be chosen.
+template <int N>
+inline void highest_rated(const float* ratings, int64_t num_experts, float* chosen) {
+  Vec best[N], expert[N];
+  for (int j = 0; j < N; ++j) {
+    best[j] = Vec::set(-__builtin_inff());
+    expert[j] = Vec::set(0.0f);
+  }
+  for (int64_t e = 0; e < num_experts; ++e) {
+    const Vec rating = Vec::load(ratings + e * kTileTokens);
+    const Vec id = Vec::set(static_cast<float>(e));
+    Mask above[N];
+    for (int j = 0; j < N; ++j) above[j] = rating > best[j];
+    // Behind the first that is exceeded, everyone moves down by one.
+    for (int j = N - 1; j > 0; --j) {
+      best[j] = max(best[j], min(best[j - 1], rating));
+      expert[j] = select(above[j - 1], expert[j - 1], select(above[j], id, expert[j]));
+    }
+    best[0] = max(best[0], rating);
+    expert[0] = select(above[0], id, expert[0]);
+  }
+  for (int j = 0; j < N; ++j) expert[j].store(chosen + j * kTileTokens);
+}
+
+// chosen: [k, kTileTokens] experts. Overwrites the ratings if k > kRoundExperts.
+inline void choose(float* ratings, int64_t num_experts, int64_t k, float* chosen) {
+  for (int64_t done = 0; done < k; done += kRoundExperts) {
+    float* round = chosen + done * kTileTokens;
+    switch (k - done) {
+      case 1:
+        return highest_rated<1>(ratings, num_experts, round);
+      case 2:
+        return highest_rated<2>(ratings, num_experts, round);
+      case 3:
+        return highest_rated<3>(ratings, num_experts, round);
+      default:
+        highest_rated<kRoundExperts>(ratings, num_experts, round);
+    }
+    if (done + kRoundExperts == k) return;
+    for (int i = 0; i < kRoundExperts * kTileTokens; ++i) {
+      const auto expert = static_cast<int64_t>(round[i]);
+      ratings[expert * kTileTokens + i % kTileTokens] = -__builtin_inff();
+    }
+  }
+}
+
+template <typename T>
+inline void gating_block(const GatingTopkParams& p, int64_t begin, int64_t end, float* prob_sum,
+                         int32_t* load) {
+  alignas(64) float probs[kMaxExperts * kTileTokens];
+  alignas(64) float biased[kMaxExperts * kTileTokens];
+  alignas(64) float chosen[kMaxExperts * kTileTokens];
+  alignas(64) float sums[kMaxExperts * kTileTokens];
+  alignas(64) T padded[kMaxExperts * kTileTokens];
+  const int64_t num_experts = p.num_experts, k = p.k;
+  const bool separate_ratings = p.bias || k > kRoundExperts;
+  for (int64_t i = 0; i < num_experts * kTileTokens; ++i) sums[i] = 0.0f;
+  for (int64_t e = 0; e < num_experts; ++e) load[e] = 0;
+
+  const T* logits = static_cast<const T*>(p.logits);
+  const T* logits_end = logits + (p.num_tokens - 1) * p.logits_stride + num_experts;
+  const int64_t padded_experts = (num_experts + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes;
+  for (int64_t token = begin; token < end; token += kTileTokens) {
+    const int64_t count = end - token < kTileTokens ? end - token : kTileTokens;
+    const T* tile = logits + token * p.logits_stride;
+    int64_t stride = p.logits_stride;
+    if (count < kTileTokens || tile + (count - 1) * stride + padded_experts > logits_end) {
+      std::memset(padded, 0, sizeof padded);
+      for (int64_t i = 0; i < count; ++i) {
+        std::memcpy(padded + i * padded_experts, tile + i * stride, num_experts * sizeof(T));
+      }
+      tile = padded;
+      stride = padded_experts;
+    }
+    const Vec highest = load_tile(tile, stride, num_experts, p.inv_temperature, probs);
+
+    bool real[kTileTokens];
+    float share[kTileTokens];  // 1 for a real token, else 0
+    for (int i = 0; i < kTileTokens; ++i) {
+      real[i] = i < count && (!p.mask || p.mask[token + i]);
+      share[i] = real[i] ? 1.0f : 0.0f;
+    }
+
+    // Below e^-104 there is nothing. Where no logit is finite, z - highest is NaN, max gives its
+    // second operand, and all experts are equal.
+    const Vec none = Vec::set(-__builtin_inff());
+    const Vec least = select(highest != none, Vec::set(-105.0f), Vec::set(0.0f));
+    Vec total = Vec::set(0.0f);
+    for (int64_t e = 0; e < num_experts; ++e) {
+      const Vec z = Vec::load(probs + e * kTileTokens);
+      const Vec weight = exp_of_shifted(max(z - highest, least));
+      weight.store(probs + e * kTileTokens);
+      total = total + weight;
+    }
+    const Vec scale = Vec::load(share) / total;
+    for (int64_t e = 0; e < num_experts; ++e) {
+      float* prob = probs + e * kTileTokens;
+      float* sum = sums + e * kTileTokens;
+      const Vec value = Vec::load(prob) * scale;
+      value.store(prob);
+      (Vec::load(sum) + value).store(sum);
+    }
+
+    float* ratings = probs;
+    if (separate_ratings) {
+      ratings = biased;
+      const Vec lowest = Vec::set(-kMaxFloat);  // above -inf, which marks the chosen
+      for (int64_t e = 0; e < num_experts; ++e) {
+        const Vec bias = Vec::set(p.bias ? p.bias[e] : 0.0f);
+        max(Vec::load(probs + e * kTileTokens) + bias, lowest).store(biased + e * kTileTokens);
+      }
+    }
+    choose(ratings, num_experts, k, chosen);
+
+    for (int64_t i = 0; i < count; ++i) {
+      float* weights = p.weights + (token + i) * k;
+      int32_t* experts = p.experts + (token + i) * k;
+      float sum = 0.0f;
+      for (int64_t j = 0; j < k; ++j) {
+        const auto expert = static_cast<int32_t>(real[i] ? chosen[j * kTileTokens + i] : j);
+        experts[j] = expert;
+        weights[j] = probs[expert * kTileTokens + i];
+        sum += weights[j];
+        load[expert] += real[i];
+      }
+      const float uniform = real[i] ? 1.0f / static_cast<float>(k) : 0.0f;
+      for (int64_t j = 0; j < k; ++j) weights[j] = sum > 0 ? weights[j] / sum : uniform;
+    }
+  }
+  for (int64_t e = 0; e < num_experts; ++e) prob_sum[e] = Vec::load(sums + e * kTileTokens).sum();
+}
+
+template <typename T>
+inline void gating_topk_typed(const GatingTopkParams& p) {
+  const GatingPlan plan = gating_plan(p);
+  float* prob_sums = static_cast<float*>(p.workspace);  // [num_blocks, num_experts]
+  int32_t* loads = reinterpret_cast<int32_t*>(prob_sums + plan.num_blocks * p.num_experts);
+  parallel_for(0, plan.num_blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * plan.block_tokens;
+      const int64_t last = first + plan.block_tokens;
+      gating_block<T>(p, first, last < p.num_tokens ? last : p.num_tokens,
+                      prob_sums + block * p.num_experts, loads + block * p.num_experts);
+    }
+  });
+  for (int64_t e = 0; e < p.num_experts; ++e) {
+    double prob_sum = 0.0;
+    int64_t load = 0;
+    for (int64_t block = 0; block < plan.num_blocks; ++block) {
+      prob_sum += prob_sums[block * p.num_experts + e];
+      load += loads[block * p.num_experts + e];
+    }
+    p.prob_sum[e] = static_cast<float>(prob_sum);
+    p.load[e] = load;
+  }
+}
+
+inline void gating_topk_kernel(const GatingTopkParams& p) {
+  switch (p.dtype) {
+    case DType::kFloat:
+      return gating_topk_typed<float>(p);
+    case DType::kHalf:
+      return gating_topk_typed<half_t>(p);
+    case DType::kBFloat16:
+      return gating_topk_typed<bfloat16_t>(p);
+  }
+}
 
 }  // namespace
 }  // namespace moekv::cpu::MOEKV_ISA

@@ -1,4 +1,5 @@
-// Softmax, biased top-k and load statistics of a router.
+// Kept pairs move to the front, in place. Indices ascend, so destination <= source: a sweep from
+// the front reads every pair before it writes there.
 #pragma once
 
 #include "../params.h"
@@ -8,7 +9,81 @@
 namespace moekv::cpu::MOEKV_ISA {
 namespace {
 
-inline void kv_compact_kernel(const KvCompactParams&) {}
+struct CacheSide {
+  char* data;
+  const int64_t* stride;  // batch, head, position, in bytes
+  int64_t bytes;          // of a position
+};
+
+// The bytes [low, high) of every position that a sweep moves.
+struct Slice {
+  int64_t low, high;
+};
+
+struct KeptRow {
+  const int32_t* indices;
+  int64_t count;
+};
+
+inline KeptRow kept_row(const KvCompactParams& p, int64_t row) {
+  if (!p.offsets) return {p.indices + row * p.num_kept, p.num_kept};
+  return {p.indices + p.offsets[row], p.offsets[row + 1] - p.offsets[row]};
+}
+
+// Moves a row's kept pairs behind one another to `target`. Runs of neighbours move at once where
+// positions are dense.
+inline void compact_row(const CacheSide& side, Slice slice, const char* row, KeptRow kept,
+                        char* target) {
+  const int64_t stride = side.stride[2];
+  const bool dense = stride == slice.high - slice.low;
+  for (int64_t i = 0; i < kept.count;) {
+    const int64_t first = kept.indices[i];
+    int64_t run = 1;
+    while (dense && i + run < kept.count && kept.indices[i + run] == first + run) ++run;
+    const char* source = row + first * stride + slice.low;
+    char* destination = target + i * stride + slice.low;
+    if (source != destination) {
+      std::memmove(destination, source, run * (slice.high - slice.low));
+    }
+    i += run;
+  }
+}
+
+inline void kv_compact_kernel(const KvCompactParams& p) {
+  const CacheSide sides[2] = {{static_cast<char*>(p.keys), p.key_stride, p.key_bytes},
+                              {static_cast<char*>(p.values), p.value_stride, p.value_bytes}};
+  const int64_t rows = p.batch * p.num_kv_heads;
+  // Packed rows land where earlier rows were, so they go one after another. But a slice of the head
+  // dimension only ever lands on the same slice of other pairs: slices are independent sweeps, as
+  // are keys and values, and rows that stay apart.
+  const int64_t row_items = p.packed ? 1 : rows;
+  const int64_t most_bytes = p.key_bytes > p.value_bytes ? p.key_bytes : p.value_bytes;
+  int64_t slices = (num_threads() + 2 * row_items - 1) / (2 * row_items);
+  if (slices > most_bytes / 64) slices = most_bytes / 64;
+  if (slices < 1) slices = 1;
+
+  parallel_for(0, 2 * row_items * slices, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const CacheSide& side = sides[item / (row_items * slices)];
+      const int64_t row_item = item / slices % row_items;
+      const int64_t width = ((side.bytes + slices - 1) / slices + 63) / 64 * 64;
+      Slice slice{item % slices * width, (item % slices + 1) * width};
+      if (slice.low >= side.bytes) continue;
+      if (slice.high > side.bytes) slice.high = side.bytes;
+
+      const int64_t first_row = p.packed ? 0 : row_item;
+      const int64_t last_row = p.packed ? rows : row_item + 1;
+      int64_t packed_pairs = 0;
+      for (int64_t r = first_row; r < last_row; ++r) {
+        char* row =
+            side.data + r / p.num_kv_heads * side.stride[0] + r % p.num_kv_heads * side.stride[1];
+        const KeptRow kept = kept_row(p, r);
+        compact_row(side, slice, row, kept, p.packed ? side.data + packed_pairs * side.bytes : row);
+        packed_pairs += kept.count;
+      }
+    }
+  });
+}
 
 }  // namespace
 }  // namespace moekv::cpu::MOEKV_ISA

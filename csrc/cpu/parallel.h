@@ -1,5 +1,5 @@
-// Threads for the CPU kernels. Who links the kernels provides parallel_for_impl: the ops use
-// torch's thread pool, the C++ benchmarks their own.
+// Threads for the CPU kernels. Who links the kernels provides parallel_for_impl and num_threads:
+// the ops use torch's thread pool, the C++ benchmarks their own.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,13 @@ namespace moekv::cpu {
 using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
 
 // Calls function on disjoint ranges that cover [begin, end), each of at least `grain` items but the
-// last. Which thread gets which range is not defined: results must not depend on it.
+// last. Which thread gets which range is not defined: results must not depend on it. A call from
+// within a range runs on its thread alone.
 void parallel_for_impl(int64_t begin, int64_t end, int64_t grain, RangeFunction function,
                        void* context);
+
+// How many threads parallel_for uses at most: to divide the work well, never to define a result.
+int64_t num_threads();
 
 namespace {
 

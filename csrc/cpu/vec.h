@@ -79,6 +79,8 @@ constexpr int32_t kSqrtHalf = 0x3f3504f3;  // the bits of sqrt(1/2)
 
 #if defined(__AVX512F__)
 
+using Mask = __mmask16;
+
 struct Vec {
   static constexpr int kLanes = 16;
   __m512 v;
@@ -102,6 +104,21 @@ struct Vec {
   // NaN in either operand gives b, like the x86 instructions.
   friend Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
   friend Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+  // A comparison with NaN is true for !=, else false.
+  friend Mask operator>(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+  friend Mask operator!=(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NEQ_UQ); }
+  friend Vec select(Mask mask, Vec yes, Vec no) {
+    return {_mm512_mask_blend_ps(mask, no.v, yes.v)};
+  }
+  // a and b with their lanes in turn: a0 b0 a1 b1 ...
+  friend void interleave(Vec a, Vec b, Vec& low, Vec& high) {
+    const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    low.v = _mm512_permutex2var_ps(a.v, first, b.v);
+    high.v = _mm512_permutex2var_ps(a.v, second, b.v);
+  }
+  // p * 2^n for integral n in [-252, 127], with gradual underflow
+  friend Vec scale2(Vec p, Vec n) { return {_mm512_scalef_ps(p.v, n.v)}; }
   friend Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, 0)}; }
   // 2^n for integral n in [-126, 127]
   friend Vec pow2(Vec n) {
@@ -118,6 +135,10 @@ struct Vec {
 };
 
 #elif defined(__AVX2__)
+
+struct Mask {
+  __m256 v;
+};
 
 struct Vec {
   static constexpr int kLanes = 8;
@@ -141,6 +162,18 @@ struct Vec {
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   friend Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
   friend Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+  friend Mask operator>(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)}; }
+  friend Mask operator!=(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_NEQ_UQ)}; }
+  friend Vec select(Mask mask, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.v, mask.v)}; }
+  friend void interleave(Vec a, Vec b, Vec& low, Vec& high) {
+    const __m256 even = _mm256_unpacklo_ps(a.v, b.v), odd = _mm256_unpackhi_ps(a.v, b.v);
+    low.v = _mm256_permute2f128_ps(even, odd, 0x20);
+    high.v = _mm256_permute2f128_ps(even, odd, 0x31);
+  }
+  friend Vec scale2(Vec p, Vec n) {
+    const Vec normal = max(n, Vec::set(-126.0f));
+    return p * pow2(normal) * pow2(n - normal);
+  }
   friend Vec round(Vec a) {
     return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
   }
@@ -164,6 +197,10 @@ struct Vec {
 #else
 
 // Four lanes in plain C++, which every compiler maps to its baseline vectors (SSE2, NEON).
+struct Mask {
+  bool v[4];
+};
+
 struct Vec {
   static constexpr int kLanes = 4;
   float v[4];
@@ -203,6 +240,23 @@ struct Vec {
   }
   friend Vec min(Vec a, Vec b) {
     return map([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  friend Mask operator>(Vec a, Vec b) {
+    return {{a.v[0] > b.v[0], a.v[1] > b.v[1], a.v[2] > b.v[2], a.v[3] > b.v[3]}};
+  }
+  friend Mask operator!=(Vec a, Vec b) {
+    return {{a.v[0] != b.v[0], a.v[1] != b.v[1], a.v[2] != b.v[2], a.v[3] != b.v[3]}};
+  }
+  friend Vec select(Mask mask, Vec yes, Vec no) {
+    return map([&](int i) { return mask.v[i] ? yes.v[i] : no.v[i]; });
+  }
+  friend void interleave(Vec a, Vec b, Vec& low, Vec& high) {
+    low = {{a.v[0], b.v[0], a.v[1], b.v[1]}};
+    high = {{a.v[2], b.v[2], a.v[3], b.v[3]}};
+  }
+  friend Vec scale2(Vec p, Vec n) {
+    const Vec normal = max(n, Vec::set(-126.0f));
+    return p * pow2(normal) * pow2(n - normal);
   }
   friend Vec round(Vec a) {
     // Adding 1.5 * 2^23 leaves no bits for a fraction; good for |a| < 2^22, and needs no libm call.
@@ -246,6 +300,18 @@ inline void store_lanes(Vec a, float* p, int64_t count) {
   float lanes[Vec::kLanes];
   a.store(lanes);
   std::memcpy(p, lanes, count * sizeof(float));
+}
+
+// Row i of the square matrix becomes column i: interleaving the two halves of the rows, once per
+// bit of the row number.
+inline void transpose(Vec (&rows)[Vec::kLanes]) {
+  for (int step = 1; step < Vec::kLanes; step *= 2) {
+    Vec next[Vec::kLanes];
+    for (int i = 0; i < Vec::kLanes / 2; ++i) {
+      interleave(rows[i], rows[i + Vec::kLanes / 2], next[2 * i], next[2 * i + 1]);
+    }
+    for (int i = 0; i < Vec::kLanes; ++i) rows[i] = next[i];
+  }
 }
 
 // The 16 sums over lanes of 16 vectors.

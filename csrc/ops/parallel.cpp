@@ -11,4 +11,6 @@ void parallel_for_impl(int64_t begin, int64_t end, int64_t grain, RangeFunction 
   });
 }
 
+int64_t num_threads() { return torch::stable::get_num_threads(); }
+
 }  // namespace moekv::cpu

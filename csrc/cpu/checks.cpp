@@ -1,0 +1,82 @@
+// Checks of what index tensors hold. They come before anything is written.
+#include <stdexcept>
+#include <string>
+
+#include "../backend.h"
+
+namespace moekv::cpu {
+namespace {
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::string message = "moekv::";
+  const auto append = [&](const auto& part) {
+    if constexpr (std::is_arithmetic_v<std::decay_t<decltype(part)>>) {
+      message += std::to_string(part);
+    } else {
+      message += part;
+    }
+  };
+  (append(parts), ...);
+  throw std::runtime_error(message);
+}
+
+}  // namespace
+
+void check_experts(const MixScoresParams& p) {
+  const int64_t heads = p.expert_stride[1] == 0 ? 1 : p.num_kv_heads;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t t = 0; t < p.num_keys; ++t) {
+        const int32_t* experts =
+            p.experts + b * p.expert_stride[0] + h * p.expert_stride[1] + t * p.expert_stride[2];
+        for (int64_t j = 0; j < p.k; ++j) {
+          if (experts[j] < 0 || experts[j] >= p.num_experts) {
+            fail("mix_scores: expected experts between 0 and ", p.num_experts - 1, ", got ",
+                 experts[j], " at position ", t);
+          }
+        }
+      }
+    }
+  }
+}
+
+void check_indices(const KvCompactParams& p) {
+  const int64_t rows = p.batch * p.num_kv_heads;
+  for (int64_t row = 0; row < rows; ++row) {
+    int64_t begin = row * p.num_kept, end = begin + p.num_kept;
+    if (p.offsets) {
+      begin = p.offsets[row];
+      end = p.offsets[row + 1];
+      if (begin > end || end > p.num_indices || (row == 0 && begin != 0)) {
+        fail("kv_compact_: expected offsets ascending from 0 to ", p.num_indices, ", got ", begin,
+             " and ", end, " for row ", row);
+      }
+    }
+    // Ascending: then the first and the last bound the others.
+    bool ascending = true;
+    for (int64_t i = begin + 1; i < end; ++i) ascending &= p.indices[i - 1] < p.indices[i];
+    if (begin < end && (!ascending || p.indices[begin] < 0 || p.indices[end - 1] >= p.num_keys)) {
+      int64_t bad = begin;
+      int32_t previous = -1;
+      while (p.indices[bad] > previous && p.indices[bad] < p.num_keys) previous = p.indices[bad++];
+      fail("kv_compact_: expected indices ascending in each row, between 0 and ", p.num_keys - 1,
+           ", got ", p.indices[bad], " after ", previous, " in row ", row);
+    }
+  }
+  if (p.offsets && p.offsets[rows] != p.num_indices) {
+    fail("kv_compact_: expected offsets to end at the ", p.num_indices, " indices, got ",
+         p.offsets[rows]);
+  }
+}
+
+void check_row_ranges(const RaggedAttentionParams& p) {
+  for (int64_t row = 0; row < p.batch * p.num_kv_heads; ++row) {
+    if (p.begin[row] < 0 || p.end[row] < p.begin[row] || p.end[row] > p.num_stored) {
+      fail("ragged_attention: expected 0 <= begin <= end <= ", p.num_stored,
+           " stored rows, got begin ", p.begin[row], " and end ", p.end[row], " for row ", row);
+    }
+  }
+}
+
+}  // namespace moekv::cpu
