@@ -1,0 +1,117 @@
+"""Randomly initialised language models of every attention that the press knows."""
+
+from collections.abc import Callable
+
+import torch
+from transformers import (
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCABULARY = 128
+
+_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+    "bos_token_id": 1,
+    # The default, 0.02, makes attention all but uniform.
+    "initializer_range": 0.2,
+}
+_GEMMA = _SHAPE | {"num_hidden_layers": 3, "head_dim": 16, "query_pre_attn_scalar": 24}
+
+
+def _gemma_text() -> Gemma3TextConfig:
+    return Gemma3TextConfig(
+        **_GEMMA,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+    )
+
+
+_MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_SHAPE)),
+    "llama_mha": lambda: LlamaForCausalLM(LlamaConfig(**_SHAPE | {"num_key_value_heads": 4})),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**_SHAPE, sliding_window=None)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SHAPE)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SHAPE, head_dim=24)),
+    "phi3": lambda: Phi3ForCausalLM(
+        Phi3Config(
+            **_SHAPE,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+            },
+        )
+    ),
+    "gemma3": lambda: Gemma3ForCausalLM(_gemma_text()),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(
+            **_GEMMA,
+            sliding_window=16,
+            layer_types=["full_attention", "sliding_attention", "full_attention"],
+            attn_logit_softcapping=2.0,
+        )
+    ),
+    "gemma3_multimodal": lambda: Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            text_config=_gemma_text(),
+            vision_config={
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 56,
+                "patch_size": 14,
+            },
+            mm_tokens_per_image=4,
+        )
+    ),
+}
+TINY_MODELS = tuple(_MODELS)
+
+
+def tiny_model(name: str = "llama", attention: str = "sdpa") -> PreTrainedModel:
+    """Build a model whose weights depend on its name alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = _MODELS[name]()
+    model.set_attn_implementation(attention)
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids [batch, length], none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (batch, length), generator=generator)
+
+
+@torch.no_grad()
+def prefill(model: PreTrainedModel, input_ids: torch.Tensor, **inputs: object) -> DynamicCache:
+    """Fill a new cache."""
+    cache = DynamicCache(config=model.config)
+    model(input_ids, past_key_values=cache, **inputs)
+    return cache
