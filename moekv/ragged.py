@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from moekv import ops
+
 _HELP = (
     "the keys and values of a compressed layer are ragged: heads keep different numbers of pairs. "
     "Attention reads them through moekv.attention, which serves every attention implementation of "
@@ -120,6 +122,46 @@ class RaggedLayer(CacheLayerMixin):
         self.tail_length = 0
         self._tail_keys = keys.new_empty((*begin.shape, 0, keys.shape[1]))
         self._tail_values = values.new_empty((*begin.shape, 0, values.shape[1]))
+
+    @classmethod
+    def compress(
+        cls,
+        keys: Tensor,
+        values: Tensor,
+        indices: Tensor,
+        offsets: Tensor,
+        *,
+        backend: str = "auto",
+    ) -> "RaggedLayer":
+        """Keep the chosen pairs of a dense layer.
+
+        Parameters
+        ----------
+        keys, values : Tensor
+            [B, H, T, D] and [B, H, T, Dv]. Contiguous ones are compacted in place and lose their
+            contents.
+        indices, offsets : Tensor
+            Kept positions of each head, int32, as ``select_kept`` returns them.
+        backend : str
+            Which implementation of the ops to use, now and later.
+
+        Returns
+        -------
+        RaggedLayer
+            With storage of its own, no larger than the kept pairs.
+        """
+        batch, num_kv_heads, length, _ = keys.shape
+        keys, values = keys.contiguous(), values.contiguous()
+        ops.kv_compact_(keys, values, indices, offsets, packed=True, backend=backend)
+        # A copy, not a resized storage: who still holds the old tensors must not read freed memory.
+        return cls(
+            keys.view(-1, keys.shape[-1])[: len(indices)].clone(),
+            values.view(-1, values.shape[-1])[: len(indices)].clone(),
+            offsets[:-1].view(batch, num_kv_heads),
+            offsets[1:].view(batch, num_kv_heads),
+            length=length,
+            backend=backend,
+        )
 
     # -- what transformers asks of a layer ---------------------------------------------------------
 
