@@ -7,14 +7,89 @@ Models look their attention function up by name ("sdpa", "flash_attention_2", ..
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moekv import ops
-from moekv.ragged import RaggedPairs
+
+if TYPE_CHECKING:
+    from moekv.ragged import RaggedLayer
+
+
+NOT_DENSE = (
+    "the keys and values of a compressed layer are ragged: heads keep different numbers of pairs. "
+    "Attention reads them through moekv.attention, which serves every attention implementation of "
+    "transformers but 'eager'. Call cache.layers[i].to_dense() for padded tensors and their lengths"
+)
+
+
+class RaggedPairs:
+    """The keys or the values of a :class:`RaggedLayer`, as the cache hands them to attention.
+
+    Looks like a tensor [B, H, T, D] of the true length in ``shape``, ``dtype`` and ``device``, can
+    be cropped by a slice of positions, and refuses everything else: no dense tensor exists.
+
+    Parameters
+    ----------
+    layer : RaggedLayer
+        The layer that owns the pairs.
+    dim : int
+        Size of the last dimension, head_dim of the keys or of the values.
+    length : int
+        Positions that are visible, counting those that were evicted.
+    """
+
+    def __init__(self, layer: "RaggedLayer", dim: int, length: int) -> None:
+        self.layer = layer
+        self.dim = dim
+        self.length = length
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape that the uncompressed tensor would have, [B, H, T, D]."""
+        batch, num_kv_heads = self.layer.begin.shape
+        return torch.Size((batch, num_kv_heads, self.length, self.dim))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the stored pairs."""
+        return self.layer.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the stored pairs."""
+        return self.layer.device
+
+    def __getitem__(self, index: Any) -> "RaggedPairs":
+        """Crop to the first positions: ``pairs[:, :, :n]`` or ``pairs[..., :n, :]``."""
+        everything = slice(None)
+        if isinstance(index, tuple):
+            positions = None
+            if len(index) in (3, 4) and index[:2] == (everything, everything):
+                positions = index[2] if index[3:] in ((), (everything,)) else None
+            elif len(index) == 3 and index[0] is Ellipsis and index[2] == everything:
+                positions = index[1]
+            if isinstance(positions, slice) and positions.start is None and positions.step is None:
+                return RaggedPairs(self.layer, self.dim, positions.indices(self.length)[1])
+        raise TypeError(f"expected a crop such as pairs[:, :, :n], got pairs[{index}]: {NOT_DENSE}")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Refuse every other attribute of a tensor."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise TypeError(f"a ragged cache has no dense tensor to take '{name}' of: {NOT_DENSE}")
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
+        """Refuse to take part in any torch function."""
+        raise TypeError(
+            f"{getattr(function, '__name__', function)} needs dense tensors: {NOT_DENSE}"
+        )
 
 
 def install() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from moekv import attention, ops
+from moekv import ops
 from moekv.ragged import RaggedLayer
 
 
@@ -85,7 +85,6 @@ class RaggedPress(BasePress):
         RuntimeError
             If the block ran the model and the press masked no keys.
         """
-        attention.install()
         language_model = getattr(model.model, "language_model", model.model)
         modules = [layer.self_attn for layer in language_model.layers]
         caches: dict[int, Cache] = {}

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from moekv import attention
-from moekv.ragged import RaggedLayer, RaggedPairs
+from moekv.attention import RaggedPairs
+from moekv.ragged import RaggedLayer
 
 HEADS, GROUP, DIM, VALUE_DIM = 2, 3, 8, 5
 

@@ -1,0 +1,160 @@
+"""Save a compressed cache and load it again: compress a long context once, ask it often."""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from moekv.fingerprint import fingerprint
+from moekv.ragged import RaggedLayer
+
+_FORMAT = "moekv-cache-1"
+_RAGGED = ("stored_keys", "stored_values", "begin", "end", "tail_keys", "tail_values")
+
+
+def save_cache(cache: Cache, path: str | os.PathLike[str], model: PreTrainedModel) -> None:
+    """Write a cache to one safetensors file.
+
+    The file appears under its name only when it is whole: a crash leaves what was there before.
+
+    Parameters
+    ----------
+    cache : Cache
+        A ``DynamicCache`` whose layers are compressed, dense, or both.
+    path : str or path
+        The file to write or replace.
+    model : PreTrainedModel
+        The model that filled the cache; its fingerprint goes into the file.
+
+    Raises
+    ------
+    TypeError
+        If a layer is of another kind.
+    ValueError
+        If the cache is empty.
+    OSError
+        If the file cannot be written.
+    """
+    if not len(cache.layers):
+        raise ValueError("expected a cache that a model has filled, got one without layers")
+    tensors: dict[str, Tensor] = {}
+    layers = []
+    for index, layer in enumerate(cache.layers):
+        parts, description = _take_apart(layer, index)
+        tensors |= {f"{index}.{name}": part.contiguous() for name, part in parts.items()}
+        layers.append(description)
+    header = {"format": _FORMAT, "model": fingerprint(model), "layers": json.dumps(layers)}
+    header["sha256"] = _checksum(header, tensors)
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata=header)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> DynamicCache:
+    """Read a cache that :func:`save_cache` wrote.
+
+    Parameters
+    ----------
+    path : str or path
+        The file.
+    model : PreTrainedModel
+        The model that is to go on with the cache. Pairs go to the devices of its layers.
+
+    Returns
+    -------
+    DynamicCache
+        Ready for ``model.generate(..., past_key_values=cache)``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If the file is not a whole cache of moekv, or was filled by another model.
+    """
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    if header.get("format") != _FORMAT:
+        raise ValueError(
+            f"expected {path} to be a cache of format {_FORMAT}, got {header.get('format')!r}"
+        )
+    if header.pop("sha256", None) != _checksum(header, tensors):
+        raise ValueError(f"{path} was damaged or altered: its checksum does not match its contents")
+    expected = fingerprint(model)
+    if header["model"] != expected:
+        raise ValueError(
+            f"expected a cache of this model ({expected}), {path} was filled by {header['model']}"
+        )
+    cache = DynamicCache()
+    devices = _layer_devices(model)
+    for index, description in enumerate(json.loads(header["layers"])):
+        prefix = f"{index}."
+        parts = {
+            name.removeprefix(prefix): tensor.to(devices[index])
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
+        }
+        cache.layers.append(_put_together(parts, description))
+    return cache
+
+
+def _take_apart(layer: CacheLayerMixin, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if isinstance(layer, RaggedLayer):
+        parts = {name: getattr(layer, name) for name in _RAGGED}
+        parts["end"] = parts["end"].clone()  # a file may not hold one memory under two names
+        return parts, {"context_length": layer.context_length, "backend": layer.backend}
+    if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
+        return {"keys": layer.keys, "values": layer.values}, {}
+    raise TypeError(
+        f"expected compressed or dense dynamic layers, layer {index} is a {type(layer).__name__}"
+    )
+
+
+def _put_together(parts: dict[str, Tensor], description: dict[str, Any]) -> CacheLayerMixin:
+    if "keys" in parts:
+        dense = DynamicLayer()  # type: ignore[no-untyped-call]
+        dense.update(parts["keys"], parts["values"])
+        return dense
+    layer = RaggedLayer(
+        *(parts[name] for name in _RAGGED[:4]),
+        length=description["context_length"],
+        backend=description["backend"],
+    )
+    if parts["tail_keys"].shape[2]:
+        layer.update(parts["tail_keys"], parts["tail_values"])
+    return layer
+
+
+def _checksum(header: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _layer_devices(model: PreTrainedModel) -> list[torch.device]:
+    base: Any = getattr(model, model.base_model_prefix, model)
+    layers = getattr(base, "language_model", base).layers
+    return [next(layer.parameters()).device for layer in layers]
