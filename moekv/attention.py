@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from moekv import ops
 
 if TYPE_CHECKING:
-    from moekv.ragged import RaggedLayer
+    from moekv.layers import RaggedLayer
 
 
 NOT_DENSE = (

@@ -16,7 +16,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from moekv import ops
-from moekv.ragged import RaggedLayer
+from moekv.layers import RaggedLayer
 
 
 def ragged(press: BasePress, *, backend: str = "auto") -> "RaggedPress":

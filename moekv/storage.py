@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from moekv.fingerprint import fingerprint
-from moekv.ragged import RaggedLayer
+from moekv.layers import RaggedLayer
 
 _FORMAT = "moekv-cache-1"
 _RAGGED = ("stored_keys", "stored_values", "begin", "end", "tail_keys", "tail_values")

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from moekv.fingerprint import fingerprint
-from moekv.ragged import RaggedLayer
+from moekv.layers import RaggedLayer
 from moekv.storage import load_cache, save_cache
 
 

@@ -1,4 +1,4 @@
-"""RaggedLayer against a dense layer with a mask, over random lives of a cache."""
+"""The layers of compressed caches against dense ones, over random lives of a cache."""
 
 import math
 
@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from moekv import attention
 from moekv.attention import RaggedPairs
-from moekv.ragged import RaggedLayer
+from moekv.layers import GrowingLayer, RaggedLayer
 
 HEADS, GROUP, DIM, VALUE_DIM = 2, 3, 8, 5
 
@@ -125,7 +125,7 @@ def test_appending_moves_old_tokens_a_bounded_number_of_times():
     for _ in range(1000):
         layer.update(torch.zeros(1, HEADS, 1, DIM), torch.zeros(1, HEADS, 1, VALUE_DIM))
         buffers.add(layer.tail_keys.data_ptr())
-    assert len(buffers) <= 6  # 64, 128, ... 1024, ever doubling
+    assert len(buffers) <= 12  # 65, 129, ..., later growing by an eighth
 
 
 def test_beams_share_what_is_stored():
@@ -225,3 +225,53 @@ def test_functions_of_transformers_are_wrapped_once_and_still_serve_dense_layers
     got, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](nn.Identity(), query, keys, values, None, 0.0)
     expected = nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True)
     torch.testing.assert_close(got, expected.transpose(1, 2))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    length=st.integers(1, 300),
+    steps=st.lists(
+        st.one_of(
+            st.tuples(st.just("update"), st.integers(1, 90)),
+            st.tuples(st.just("crop"), st.integers(-5, 300).filter(bool)),
+            st.tuples(st.just("batch_repeat_interleave"), st.integers(1, 2)),
+            st.tuples(st.just("reorder_cache"), st.integers(0, 9)),
+            st.tuples(st.just("slice"), st.integers(1, 300)),
+        ),
+        max_size=8,
+    ),
+)
+def test_a_growing_layer_is_a_dynamic_layer(length, steps):
+    generator = torch.Generator().manual_seed(length)
+
+    def pairs(batch: int, count: int) -> list[Tensor]:
+        return [torch.randn(batch, 2, count, dim, generator=generator) for dim in (8, 5)]
+
+    first = pairs(2, length)
+    expected, got = DynamicLayer(), GrowingLayer(*[x.clone() for x in first])
+    expected.update(*first)
+    for name, argument in steps:
+        for layer in (expected, got):
+            if name == "update":
+                generator.manual_seed(argument)
+                argument_pairs = pairs(len(layer.keys), argument)
+                returned = layer.update(*argument_pairs)
+                assert returned[0] is layer.keys and returned[1] is layer.values
+            elif name == "slice":  # as kvpress takes an answer off
+                layer.keys = layer.keys[:, :, :argument]
+                layer.values = layer.values[:, :, :argument]
+            elif name == "reorder_cache":
+                layer.reorder_cache(torch.arange(len(layer.keys)).roll(argument))
+            else:
+                getattr(layer, name)(argument)
+        assert got.get_seq_length() == expected.get_seq_length()
+        assert torch.equal(got.keys, expected.keys) and torch.equal(got.values, expected.values)
+
+
+def test_a_growing_layer_seldom_copies():
+    layer = GrowingLayer(torch.zeros(1, 2, 500, 8), torch.zeros(1, 2, 500, 5))
+    buffers = set()
+    for _ in range(1000):
+        layer.update(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 5))
+        buffers.add(layer.keys.data_ptr())
+    assert len(buffers) <= 10

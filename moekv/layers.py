@@ -1,8 +1,10 @@
-"""A cache layer whose heads keep different numbers of pairs, and nothing else.
+"""The layers that take the place of compressed ones inside the user's ``DynamicCache``.
 
-:class:`RaggedLayer` takes the place of a compressed layer inside the user's ``DynamicCache``. It
-reports the true, uncompressed length, so that masks and position ids stay what they were; the pairs
-themselves are handed to attention as :class:`RaggedPairs`, which ``moekv.attention`` understands.
+:class:`RaggedLayer`: heads keep different numbers of pairs, and nothing else. It reports the true,
+uncompressed length, so that masks and position ids stay what they were; the pairs themselves are
+handed to attention as ``RaggedPairs``, which ``moekv.attention`` understands.
+
+:class:`GrowingLayer`: plain dense tensors, with room for new tokens.
 """
 
 from collections.abc import Iterator
@@ -10,10 +12,93 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from moekv import ops
 from moekv.attention import NOT_DENSE, RaggedPairs, install
+
+_LEAST_ROOM = 64  # tokens
+
+
+def _append(buffer: Tensor, length: int, states: Tensor) -> Tensor:
+    """Write new pairs behind the first ``length`` of a buffer, or of a larger one if need be.
+
+    A full buffer grows by an eighth, so that a pair is copied a bounded number of times however
+    many tokens follow, and little memory waits in vain.
+    """
+    batch, num_kv_heads, capacity, dim = buffer.shape
+    if states.shape[:2] != (batch, num_kv_heads) or states.shape[3] != dim:
+        raise ValueError(
+            f"expected new pairs [{batch}, {num_kv_heads}, num_queries, {dim}] for this cache, "
+            f"got {list(states.shape)}"
+        )
+    if states.dtype != buffer.dtype or states.device != buffer.device:
+        raise ValueError(
+            f"expected new pairs of {buffer.dtype} on {buffer.device} like the cache, "
+            f"got {states.dtype} on {states.device}"
+        )
+    needed = length + states.shape[2]
+    if needed > capacity:
+        grown = buffer.new_empty((batch, num_kv_heads, needed + max(needed // 8, _LEAST_ROOM), dim))
+        grown[:, :, :length] = buffer[:, :, :length]
+        buffer = grown
+    buffer[:, :, length:needed] = states
+    return buffer
+
+
+class GrowingLayer(DynamicLayer):
+    """A dense layer that appends in amortised constant time.
+
+    ``DynamicLayer`` copies the whole cache for every token. Here ``keys`` and ``values`` are views
+    [B, H, T, D] of buffers with room behind them; whatever replaces or crops them works as before.
+
+    Parameters
+    ----------
+    keys, values : Tensor
+        [B, H, T, D] and [B, H, T, Dv]. They are taken over, not copied.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lazy_initialization(keys, values)
+        self.keys = self._key_buffer = keys
+        self.values = self._value_buffer = values
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        cache_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Append the pairs of new tokens.
+
+        Parameters
+        ----------
+        key_states, value_states : Tensor
+            [B, H, Q, D] and [B, H, Q, Dv].
+        cache_kwargs : dict, optional
+            Not used.
+
+        Returns
+        -------
+        tuple of Tensor
+            All keys and values.
+        """
+        length = self.get_seq_length()
+        self._key_buffer = _append(self._under(self.keys, self._key_buffer), length, key_states)
+        self._value_buffer = _append(
+            self._under(self.values, self._value_buffer), length, value_states
+        )
+        length += key_states.shape[2]
+        self.keys, self.values = self._key_buffer[:, :, :length], self._value_buffer[:, :, :length]
+        return self.keys, self.values
+
+    @staticmethod
+    def _under(pairs: Tensor | None, buffer: Tensor) -> Tensor:
+        """Find the buffer that pairs are a view of; others have no room behind them."""
+        assert pairs is not None
+        same = pairs.data_ptr() == buffer.data_ptr() and pairs.stride() == buffer.stride()
+        return buffer if same and pairs.shape[:2] == buffer.shape[:2] else pairs
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -155,31 +240,10 @@ class RaggedLayer(CacheLayerMixin):
         tuple of RaggedPairs
             All keys and values, for attention.
         """
-        self._tail_keys = self._append(self._tail_keys, key_states)
-        self._tail_values = self._append(self._tail_values, value_states)
+        self._tail_keys = _append(self._tail_keys, self.tail_length, key_states)
+        self._tail_values = _append(self._tail_values, self.tail_length, value_states)
         self.tail_length += key_states.shape[2]
         return self.keys, self.values
-
-    def _append(self, tail: Tensor, states: Tensor) -> Tensor:
-        """Write states behind the tail's tail_length positions, in a larger buffer if need be."""
-        batch, num_kv_heads, capacity, dim = tail.shape
-        if states.shape[:2] != (batch, num_kv_heads) or states.shape[3] != dim:
-            raise ValueError(
-                f"expected new pairs [{batch}, {num_kv_heads}, num_queries, {dim}] for this cache, "
-                f"got {list(states.shape)}"
-            )
-        if states.dtype != tail.dtype or states.device != tail.device:
-            raise ValueError(
-                f"expected new pairs of {tail.dtype} on {tail.device} like the cache, "
-                f"got {states.dtype} on {states.device}"
-            )
-        needed = self.tail_length + states.shape[2]
-        if needed > capacity:
-            grown = tail.new_empty((batch, num_kv_heads, max(needed, 2 * capacity, 64), dim))
-            grown[:, :, : self.tail_length] = tail[:, :, : self.tail_length]
-            tail = grown
-        tail[:, :, self.tail_length : needed] = states
-        return tail
 
     def get_seq_length(self) -> int:
         """Positions seen so far, those of evicted pairs and of left padding included."""
