@@ -62,7 +62,7 @@ class _Rated:
 
 
 @dataclass
-class MoERouterPress(ScorerPress):  # type: ignore[misc]
+class MoERouterPress(ScorerPress):
     """Compress KV caches with a router over experts.
 
     Every token is routed to a few experts. Each expert scores the cached pairs; scores are brought
