@@ -38,4 +38,31 @@ __device__ __forceinline__ unsigned block_sum(unsigned value) {
   return total;
 }
 
+// In an order that does not depend on timing.
+template <int kThreads, typename Combine>
+__device__ __forceinline__ float block_reduce(float value, const Combine& combine) {
+  constexpr int kWarps = kThreads / kWarpSize;
+  MOEKV_SHARED(float, warp_values, kWarps);
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    value = combine(value, __shfl_xor_sync(kFullWarp, value, distance));
+  }
+  if (threadIdx.x % kWarpSize == 0) warp_values[threadIdx.x / kWarpSize] = value;
+  __syncthreads();
+  value = warp_values[0];
+#pragma unroll
+  for (int i = 1; i < kWarps; ++i) value = combine(value, warp_values[i]);
+  __syncthreads();  // the next call writes warp_values again
+  return value;
+}
+
+template <int kThreads>
+__device__ __forceinline__ float block_sum(float value) {
+  return block_reduce<kThreads>(value, [](float a, float b) { return a + b; });
+}
+
+template <int kThreads>
+__device__ __forceinline__ float block_max(float value) {
+  return block_reduce<kThreads>(value, [](float a, float b) { return fmaxf(a, b); });
+}
+
 }  // namespace moekv::cuda

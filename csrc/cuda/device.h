@@ -26,6 +26,7 @@
 //   copy_async_16(shared, global)     starts a copy of 16 aligned bytes to shared memory
 //   copy_async_commit()               closes a group of copies
 //   copy_async_wait<n>()              waits for all but the last n groups of this thread
+//   exp2_fast(x)                      2^x within 2 ulp; subnormals may be 0
 //   check_device(op)                  throws if the current device is too old for the kernels
 //   zero_async(op, pointer, bytes, stream)
 //
@@ -120,6 +121,12 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
 }
 
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global) {

@@ -1,0 +1,90 @@
+// The parts of expert_scores, and what they share.
+#pragma once
+
+#include <bit>
+
+#include "../backend.h"
+#include "device.h"
+
+namespace moekv::cuda {
+
+size_t window_attention_workspace_bytes(const ExpertScoresParams& params);
+size_t key_diversity_workspace_bytes(const ExpertScoresParams& params);
+size_t lag_workspace_bytes(const ExpertScoresParams& params);
+
+// MASS [B, H, T].
+void window_attention(const ExpertScoresParams& params, void* workspace, float* mass,
+                      Stream stream);
+// DIVERSITY [B, H, T].
+void key_diversity(const ExpertScoresParams& params, void* workspace, float* scores, Stream stream);
+// LAG [B, H, T].
+void lag_scores(const ExpertScoresParams& params, void* workspace, float* scores, Stream stream);
+
+constexpr float kLeastShare = 1e-20f;  // before a logarithm
+
+// The row's first position that is not padding.
+__device__ __forceinline__ int first_real_key(const ExpertScoresParams& params, int64_t batch) {
+  const int num_keys = static_cast<int>(params.num_keys);
+  return params.start ? min(max(__ldg(params.start + batch), 0), num_keys) : 0;
+}
+
+// --- Kernels over whole keys or values: a few lanes per position, eight channels per lane --------
+
+constexpr int kChannelsPerLane = 8;
+
+// Keys or values of one (b, h).
+struct Rows {
+  const void* data;  // null for the whole tensor
+  int64_t stride[3];
+  int dim;
+  int lanes;        // of a position, a power of two
+  bool vectorized;  // may be read 16 bytes at a time
+};
+
+inline bool is_vectorized(const void* data, const int64_t (&stride)[3], int64_t dim, DType dtype) {
+  const int64_t element = dtype == DType::kFloat ? 4 : 2;
+  const auto bits = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data)) |
+                    (stride[0] | stride[1] | stride[2] | dim) * element;
+  return bits % 16 == 0;
+}
+
+inline Rows rows_of(const void* data, const int64_t (&stride)[3], int64_t dim, DType dtype) {
+  const auto lanes = std::bit_ceil(static_cast<uint64_t>(ceil_div<int64_t>(dim, kChannelsPerLane)));
+  return {.data = data,
+          .stride = {stride[0], stride[1], stride[2]},
+          .dim = static_cast<int>(dim),
+          .lanes = static_cast<int>(lanes),
+          .vectorized = is_vectorized(data, stride, dim, dtype)};
+}
+
+// The lane's channels of a position, zeros beyond the last.
+template <typename T>
+__device__ __forceinline__ void load_channels(const T* row, int first_channel, const Rows& rows,
+                                              float (&x)[kChannelsPerLane]) {
+  static_assert(kChannelsPerLane % kPackSize<T> == 0);
+#pragma unroll
+  for (int i = 0; i < kChannelsPerLane; i += kPackSize<T>) {
+    const int channel = first_channel + i;
+    float pack[kPackSize<T>] = {};
+    if (rows.vectorized) {
+      if (channel < rows.dim) load_pack(row + channel, pack);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kPackSize<T>; ++j) {
+        if (channel + j < rows.dim) pack[j] = to_float(row[channel + j]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kPackSize<T>; ++j) x[i + j] = pack[j];
+  }
+}
+
+// Sum over the lanes of a position; every lane of the warp must call it.
+__device__ __forceinline__ float sum_over_lanes(float value, int lanes) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kFullWarp, value, distance);
+  }
+  return value;
+}
+
+}  // namespace moekv::cuda
