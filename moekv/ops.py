@@ -6,6 +6,7 @@ schemas, and work under ``torch.compile(fullgraph=True)``.
 """
 
 import ctypes
+import os
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from pathlib import Path
@@ -118,12 +119,22 @@ def cpu_capability() -> str | None:
     """Name the instruction set of the CPU kernels: ``default``, ``avx2`` or ``avx512``.
 
     The environment variable ``MOEKV_CPU_CAPABILITY`` lowers the choice. None without the library.
+
+    Raises
+    ------
+    ValueError
+        The variable is none of the three.
     """
     if _failures["cpu"] is not None:
         return None
     function = ctypes.CDLL(str(_CPU_LIBRARY)).moekv_cpu_capability
     function.restype = ctypes.c_char_p
-    name: bytes = function()
+    name: bytes | None = function()
+    if name is None:
+        wanted = os.environ.get("MOEKV_CPU_CAPABILITY")
+        raise ValueError(
+            f"expected MOEKV_CPU_CAPABILITY to be default, avx2 or avx512, got {wanted!r}"
+        )
     return name.decode()
 
 

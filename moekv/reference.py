@@ -27,6 +27,12 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def _assert_on_cpu(condition: Tensor, message: str) -> None:
+    """Raise where the condition does not hold; on other devices that would be to wait for it."""
+    if condition.device.type == "cpu":
+        torch._assert_async(condition, message)
+
+
 def gate_probs(logits: Tensor, temperature: float) -> Tensor:
     """Probabilities [N, E] of the experts."""
     z = _wide(logits) / temperature
@@ -234,6 +240,10 @@ def mix_scores(
     shape = scores.shape[1:]
     if weights.dim() == 3:
         weights, experts = weights[:, None], experts[:, None]
+    _assert_on_cpu(
+        ((experts >= 0) & (experts < len(scores))).all(),
+        f"moekv::mix_scores: expected experts between 0 and {len(scores) - 1}",
+    )
     mixed = scores.new_zeros(shape)
     for j in range(weights.shape[-1]):
         weight = weights[..., j]
@@ -330,12 +340,16 @@ def kv_compact_(
     item = torch.arange(position.numel(), device=keys.device)
     row = torch.searchsorted(offsets[1:], item, right=True)
     valid = (position >= 0) & (position < num_keys)
-    if keys.device.type == "cpu":
-        rising = (position.diff() > 0) | (row.diff() > 0)
-        torch._assert_async(
-            valid.all() & rising.all(),
-            f"moekv::kv_compact_: expected indices ascending in each row and in [0, {num_keys})",
-        )
+    rising = (position.diff() > 0) | (row.diff() > 0)
+    ends = (offsets[0] == 0) & (offsets[-1] == position.numel())
+    _assert_on_cpu(
+        ends & (offsets.diff() >= 0).all(),
+        f"moekv::kv_compact_: expected offsets ascending from 0 to {position.numel()}",
+    )
+    _assert_on_cpu(
+        valid.all() & rising.all(),
+        f"moekv::kv_compact_: expected indices ascending in each row, between 0 and {num_keys - 1}",
+    )
     target = item if packed else row * num_keys + item - offsets[row]
     source = torch.where(valid, row * num_keys + position, target)  # not valid: left in place
 

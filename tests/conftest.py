@@ -1,5 +1,5 @@
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
@@ -45,6 +45,15 @@ def native(request: pytest.FixtureRequest) -> Target:
     """The native backends that are there; a CPU library that has not been built is a failure."""
     ops.check_backend("cpu")
     return request.param
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For small tensors, on which threads only cost time, and much of it on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def on_any_number_of_threads(run: Callable[[], Any]) -> None:

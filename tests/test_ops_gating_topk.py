@@ -8,6 +8,8 @@ from torch import Tensor
 
 from moekv import ops, reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 inf, nan = math.inf, math.nan
 
 

@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moekv import reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 inf, nan = math.inf, math.nan
 
 # --- gating_topk ----------------------------------------------------------------------------------
