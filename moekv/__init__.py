@@ -13,6 +13,8 @@ from moekv.routers import (
 )
 from moekv.view import LayerView
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AdaptiveRouter",
     "BaseMoERouter",

@@ -1,0 +1,8 @@
+"""``python -m moekv`` and the ``moekv`` command."""
+
+from moekv.cli import main
+
+__all__ = ["main"]
+
+if __name__ == "__main__":
+    raise SystemExit(main())

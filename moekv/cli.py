@@ -1,0 +1,75 @@
+"""The command line: ``moekv info`` and ``moekv demo``.
+
+A command is a module with ``add_arguments(parser)`` and ``run(args)``; ``run`` raises
+:class:`CommandError` for what the user can mend, and any other exception is a bug that shows its
+traceback. What a command needs is imported when it runs, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from moekv import __version__
+
+COMMANDS = {
+    "info": "show versions, instruction sets, libraries and backends",
+    "demo": "compress the cache of a real model, and ask it what it read",
+}
+
+
+class CommandError(Exception):
+    """A failure that a message explains; the command exits with status 1."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        The arguments, by default those of the process.
+
+    Returns
+    -------
+    int
+        The exit status: 0, 1 for a failed command, 130 where the user interrupted it. Wrong
+        arguments exit with status 2.
+    """
+    parser = argparse.ArgumentParser(
+        prog="moekv", description="Mixture-of-experts compression of KV caches."
+    )
+    parser.add_argument("--version", action="version", version=f"moekv {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        module = importlib.import_module(f"moekv.{name}")
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except CommandError as error:
+        print(f"moekv {args.command}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    return 0
+
+
+def make_console() -> Console:
+    """Return where commands print to; not too narrow for tables where there is no terminal."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 100)
+    return console
