@@ -67,27 +67,8 @@ def check_ratio(compression_ratio: float) -> None:
         )
 
 
-def tame(scores: Tensor, real: Tensor) -> None:
-    """Bring infinite scores next to the finite ones of their row, in place.
-
-    +inf goes above the row's highest finite score and -inf below its lowest, by their difference
-    (by 1 where there is none); NaN stays.
-
-    Parameters
-    ----------
-    scores : Tensor [B, H, T], float32
-        Written.
-    real : Tensor [B, T], bool
-    """
-    low, high = _range(scores, real[:, None], -1)
-    step = torch.where(high > low, high - low, 1.0)
-    scores.copy_(
-        torch.where(scores.isinf(), torch.where(scores > 0, high + step, low - step), scores)
-    )
-
-
-def _range(scores: Tensor, real: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Lowest and highest finite real score; 0 where there is none."""
+def finite_range(scores: Tensor, real: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Find the lowest and highest finite score of real pairs; 0 where there is none."""
     counted = scores.isfinite() & real
     low = scores.masked_fill(~counted, torch.inf).amin(dim, keepdim=True)
     high = scores.masked_fill(~counted, -torch.inf).amax(dim, keepdim=True)
@@ -116,7 +97,7 @@ def protect(scores: Tensor, start: Tensor | None, *, sinks: int, recent: int) ->
     position = torch.arange(num_keys, device=scores.device)
     place = (position if start is None else position - start[:, None]).reshape(-1, 1, num_keys)
     back = num_keys - 1 - position
-    low, high = _range(scores, place >= 0, (1, 2))
+    low, high = finite_range(scores, place >= 0, (1, 2))
     step = (high - low).clamp(min=1)
     scores = torch.where(scores.isfinite(), scores, low - step)
     # Each protected position has a score of its own: no top-k may choose among equals.
@@ -162,3 +143,17 @@ def select(
         backend=backend,
     ).indices
     return indices.view(batch, num_heads, -1) if len(set(totals)) == 1 else indices
+
+
+def kept_mask(indices: Tensor, totals: Sequence[int], like: Tensor) -> Tensor:
+    """Mark the kept positions in [B, H, T] bool; `totals` are those of the B rows."""
+    batch, num_heads, num_keys = like.shape
+    begin = torch.arange(batch * num_heads, device=like.device).view(batch, num_heads) * num_keys
+    if indices.dim() == 3:
+        positions = indices + begin[..., None]
+    else:
+        parts = [heads[:, None].expand(-1, n) for heads, n in zip(begin, totals, strict=True)]
+        positions = indices + torch.cat([part.flatten() for part in parts])
+    mask = torch.zeros(like.numel(), dtype=torch.bool, device=like.device)
+    mask[positions.flatten()] = True
+    return mask.view(like.shape)

@@ -9,16 +9,18 @@ from typing import Any
 
 import torch
 import transformers
-from kvpress import BasePress, ScorerPress
+from kvpress import ScorerPress
 from kvpress.presses.base_press import is_prefilling
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from moekv import ops
-from moekv.budget import check_ratio, kept_pairs, protect, resolve_budget, select, tame
+from moekv.budget import check_ratio, kept_mask, kept_pairs, protect, resolve_budget, select
 from moekv.cache import cached_pairs, check_cache, evict, gather_pairs, storage_bytes
 from moekv.experts import Expert, PressExpert, build_experts, expert_names
+from moekv.hooks import find_layers, hook_arguments, is_pressed, is_sliding
+from moekv.mixing import common_scale, stack_scores
 from moekv.ops import ScoreKind
 from moekv.routers import BALANCE_LOSSES, ROUTERS, BaseMoERouter, RouterOutput, make_router
 from moekv.stats import LayerStats, Observation
@@ -295,7 +297,7 @@ class MoERouterPress(ScorerPress):
             )
             layer = self._layer(module, hidden_states, experts)
             routed = layer.router(view.hidden_states, view.token_mask)
-            scores = _stack_scores(experts, view)
+            scores = stack_scores(experts, view)
             ruling = None
             if self.policy == "dominant":
                 ruling = routed.probs.sum((0, 1)).argmax()
@@ -330,7 +332,7 @@ class MoERouterPress(ScorerPress):
             weights = shares.contiguous()
             experts = torch.arange(num_experts, dtype=torch.int32, device=scores.device)
             experts = experts.expand(batch, num_keys, -1).contiguous()
-        gain, offset = _common_scale(scores, view.real)
+        gain, offset = common_scale(scores, view.real)
         mixed = ops.mix_scores(scores, weights, experts, gain, offset, backend=self.backend)
         return mixed, shares
 
@@ -342,7 +344,7 @@ class MoERouterPress(ScorerPress):
         for expert, score in zip(experts, scores, strict=True):
             totals = self._alone(expert, view.lengths)
             indices = select(score, view.start, totals, backend=self.backend, **protected)
-            kept = _kept_mask(indices, totals, score)
+            kept = kept_mask(indices, totals, score)
             rates.append((mass * kept).sum(-1).mean())
         return torch.stack(rates).clamp(max=1)
 
@@ -402,7 +404,7 @@ class MoERouterPress(ScorerPress):
         if kept is None:
             share = seen.shares.new_ones(batch, num_keys)
         else:
-            mask = _kept_mask(kept, [kept.shape[2]] * batch, rating.scores)
+            mask = kept_mask(kept, [kept.shape[2]] * batch, rating.scores)
             share = mask.float().mean(1)
         layer.stats.evict(seen.shares, share)
         self._bytes[0] += before
@@ -454,12 +456,12 @@ class MoERouterPress(ScorerPress):
         if self._hooked:
             raise RuntimeError("expected a press in one block at a time, got a second one")
         decoder, layers = find_layers(model)
-        if decoder in _busy or any(_is_pressed(layer) for layer in layers):
+        if decoder in _busy or any(is_pressed(layer) for layer in layers):
             raise RuntimeError(
                 "expected a model without a press at work, got one inside another press's block; "
                 "kvpress.ComposedPress chains presses"
             )
-        hooked = [layer for layer in layers if not _is_sliding(layer)]
+        hooked = [layer for layer in layers if not is_sliding(layer)]
         if not hooked:
             raise ValueError(
                 "expected layers with full attention, got sliding windows in all of them: "
@@ -542,10 +544,10 @@ class MoERouterPress(ScorerPress):
         RuntimeError, TypeError, ValueError
             As in a block of the press's own.
         """
-        hidden_states, cache, position = _arguments(
+        hidden_states, cache, position = hook_arguments(
             kwargs, "hidden_states", "past_key_values", "cache_position"
         )
-        if _is_sliding(module) or not is_prefilling(position, hidden_states.shape[1]):
+        if is_sliding(module) or not is_prefilling(position, hidden_states.shape[1]):
             return output
         check_cache(cache)
         cache_layer = cache.layers[module.layer_idx]
@@ -585,7 +587,7 @@ class MoERouterPress(ScorerPress):
         self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
     ) -> None:
         """Rate a layer after its prefill, and commit after the last."""
-        hidden_states, cache = _arguments(kwargs, "hidden_states", "past_key_values")
+        hidden_states, cache = hook_arguments(kwargs, "hidden_states", "past_key_values")
         cache_layer = cache.layers[module.layer_idx]
         keys, values = cached_pairs(cache_layer)
         if keys.shape[2] != hidden_states.shape[1]:
@@ -706,121 +708,6 @@ class MoERouterPress(ScorerPress):
         """Forget everything measured: statistics, routers' histories, and the model they are of."""
         self._layers = {}
         self._bytes, self._pairs = [0, 0], [0, 0]
-
-
-# --- Scores ---------------------------------------------------------------------------------------
-
-
-def _stack_scores(experts: Sequence[Expert], view: LayerView) -> Tensor:
-    """Scores [E, B, H, T], fp32; infinite ones are brought just beyond the finite ones."""
-    shape, device = view.keys.shape[:3], view.keys.device
-    stacked = torch.empty(len(experts), *shape, device=device)
-    for slot, expert in zip(stacked, experts, strict=True):
-        scores = expert.scores(view)
-        if scores.shape != shape or scores.device != device or not scores.is_floating_point():
-            raise ValueError(
-                f"expected floating scores {list(shape)} on {device} from expert "
-                f"{expert.name!r}, got {scores.dtype} {list(scores.shape)} on {scores.device}"
-            )
-        slot.copy_(scores)
-        if not expert.kinds:
-            tame(slot, view.real)
-    return stacked
-
-
-def _common_scale(scores: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Gain and offset [E, B, H] that give every head's real finite scores mean 0 and deviation 1.
-
-    Constant scores say nothing: they become 0.
-    """
-    counted = scores.isfinite() & real[:, None]
-    number = counted.sum(-1).clamp(min=1)
-    finite = scores.where(counted, 0.0)
-    mean = finite.sum(-1) / number
-    deviation = (finite - mean[..., None]).where(counted, 0.0)
-    std = (deviation.square().sum(-1) / number).sqrt()
-    # Equal numbers differ from their rounded mean by less than this.
-    noise = 1e-6 * finite.abs().amax(-1)
-    gain = torch.where(std > noise, 1 / std, 0.0)
-    return gain, -mean * gain
-
-
-def _kept_mask(indices: Tensor, totals: Sequence[int], like: Tensor) -> Tensor:
-    """Mark the kept positions in [B, H, T] bool; `totals` are those of the B rows."""
-    batch, num_heads, num_keys = like.shape
-    begin = torch.arange(batch * num_heads, device=like.device).view(batch, num_heads) * num_keys
-    if indices.dim() == 3:
-        positions = indices + begin[..., None]
-    else:
-        parts = [heads[:, None].expand(-1, n) for heads, n in zip(begin, totals, strict=True)]
-        positions = indices + torch.cat([part.flatten() for part in parts])
-    mask = torch.zeros(like.numel(), dtype=torch.bool, device=like.device)
-    mask[positions.flatten()] = True
-    return mask.view(like.shape)
-
-
-# --- Models ---------------------------------------------------------------------------------------
-
-
-def find_layers(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
-    """Find the decoder of a language model and the attention layers in it.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        With or without a head.
-
-    Returns
-    -------
-    decoder : nn.Module
-    layers : list of nn.Module
-
-    Raises
-    ------
-    TypeError
-        The model has no ``layers[i].self_attn``.
-    """
-    decoder: Any = getattr(model, "model", model)
-    decoder = getattr(decoder, "language_model", decoder)
-    layers: list[Any] = [
-        getattr(layer, "self_attn", None) for layer in getattr(decoder, "layers", ())
-    ]
-    if not layers or not all(hasattr(layer, "layer_idx") for layer in layers):
-        raise TypeError(
-            "expected a decoder-only transformers model with `model.layers[i].self_attn`, "
-            f"got {type(model).__name__}"
-        )
-    return decoder, layers
-
-
-def _is_sliding(layer: Any) -> bool:
-    config = layer.config
-    if getattr(config, "layer_types", None) is not None:
-        kind: str = config.layer_types[layer.layer_idx]
-        return kind != "full_attention"
-    return getattr(config, "sliding_window", None) is not None
-
-
-def _is_pressed(layer: nn.Module) -> bool:
-    hooks = layer._forward_hooks.values()
-    return any(isinstance(getattr(hook, "__self__", None), BasePress) for hook in hooks)
-
-
-# --- Errors ---------------------------------------------------------------------------------------
-
-
-def _arguments(kwargs: dict[str, Any], *names: str) -> list[Any]:
-    """Keyword arguments that the hooks cannot do without."""
-    for name in (*names, "position_embeddings"):
-        if name not in kwargs:
-            raise RuntimeError(
-                f"expected attention layers to be called with `{name}`, got "
-                f"{sorted(kwargs)}: transformers {transformers.__version__} and this model are not "
-                "supported together"
-            )
-    if kwargs["past_key_values"] is None:
-        raise RuntimeError("expected a KV cache to compress, got none; run with use_cache=True")
-    return [kwargs[name] for name in names]
 
 
 def _padded(starts: Sequence[int]) -> str:

@@ -1,0 +1,95 @@
+"""What the press takes for granted about transformers models, checked."""
+
+from typing import Any
+
+import transformers
+from kvpress import BasePress
+from torch import nn
+
+
+def find_layers(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
+    """Find the decoder of a language model and the attention layers in it.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        With or without a head.
+
+    Returns
+    -------
+    decoder : nn.Module
+    layers : list of nn.Module
+
+    Raises
+    ------
+    TypeError
+        The model has no ``layers[i].self_attn``.
+    """
+    decoder: Any = getattr(model, "model", model)
+    decoder = getattr(decoder, "language_model", decoder)
+    layers: list[Any] = [
+        getattr(layer, "self_attn", None) for layer in getattr(decoder, "layers", ())
+    ]
+    if not layers or not all(hasattr(layer, "layer_idx") for layer in layers):
+        raise TypeError(
+            "expected a decoder-only transformers model with `model.layers[i].self_attn`, "
+            f"got {type(model).__name__}"
+        )
+    return decoder, layers
+
+
+def is_sliding(layer: Any) -> bool:
+    """Say whether an attention layer sees anything but the whole past.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        With ``config`` and ``layer_idx``.
+
+    Returns
+    -------
+    bool
+    """
+    config = layer.config
+    if getattr(config, "layer_types", None) is not None:
+        kind: str = config.layer_types[layer.layer_idx]
+        return kind != "full_attention"
+    return getattr(config, "sliding_window", None) is not None
+
+
+def is_pressed(layer: nn.Module) -> bool:
+    """Say whether a kvpress press has a hook on an attention layer."""
+    hooks = layer._forward_hooks.values()
+    return any(isinstance(getattr(hook, "__self__", None), BasePress) for hook in hooks)
+
+
+def hook_arguments(kwargs: dict[str, Any], *names: str) -> list[Any]:
+    """Take from the keyword arguments of an attention layer what a press cannot do without.
+
+    Parameters
+    ----------
+    kwargs : dict
+    *names : str
+        Those to return; ``position_embeddings`` must be there as well.
+
+    Returns
+    -------
+    list
+        The arguments of these names.
+
+    Raises
+    ------
+    RuntimeError
+        One is missing, as in a version of transformers that calls its layers in another way; or
+        there is no cache.
+    """
+    for name in (*names, "position_embeddings"):
+        if name not in kwargs:
+            raise RuntimeError(
+                f"expected attention layers to be called with `{name}`, got "
+                f"{sorted(kwargs)}: transformers {transformers.__version__} and this model are not "
+                "supported together"
+            )
+    if kwargs["past_key_values"] is None:
+        raise RuntimeError("expected a KV cache to compress, got none; run with use_cache=True")
+    return [kwargs[name] for name in names]

@@ -1,0 +1,74 @@
+"""One scale for the scores of all experts."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moekv.budget import finite_range
+from moekv.experts import Expert
+from moekv.view import LayerView
+
+
+def stack_scores(experts: Sequence[Expert], view: LayerView) -> Tensor:
+    """Let every expert rate a layer.
+
+    Infinite scores are brought next to the finite ones of their head: +inf above the highest and
+    -inf below the lowest by their difference (by 1 where there is none). NaN stays.
+
+    Parameters
+    ----------
+    experts : sequence of E Expert
+    view : LayerView
+
+    Returns
+    -------
+    Tensor [E, B, H, T], float32
+
+    Raises
+    ------
+    ValueError
+        An expert's scores have another shape, dtype or device.
+    """
+    shape, device = view.keys.shape[:3], view.keys.device
+    stacked = torch.empty(len(experts), *shape, device=device)
+    for slot, expert in zip(stacked, experts, strict=True):
+        scores = expert.scores(view)
+        if scores.shape != shape or scores.device != device or not scores.is_floating_point():
+            raise ValueError(
+                f"expected floating scores {list(shape)} on {device} from expert "
+                f"{expert.name!r}, got {scores.dtype} {list(scores.shape)} on {scores.device}"
+            )
+        slot.copy_(scores)
+    low, high = finite_range(stacked, view.real[:, None], -1)
+    step = torch.where(high > low, high - low, 1.0)
+    stacked = torch.where(stacked == torch.inf, high + step, stacked)
+    return torch.where(stacked == -torch.inf, low - step, stacked)
+
+
+def common_scale(scores: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the affine maps that bring every head's scores to mean 0 and standard deviation 1.
+
+    Without calibration nothing is known of what a score is worth, so that its spread over the real
+    pairs is taken for the unit. Constant scores say nothing: they become 0. NaN does not count.
+
+    Parameters
+    ----------
+    scores : Tensor [E, B, H, T], float32
+    real : Tensor [B, T], bool
+
+    Returns
+    -------
+    gain, offset : Tensor [E, B, H], float32
+        As ``moekv.ops.mix_scores`` takes them.
+    """
+    counted = scores.isfinite() & real[:, None]
+    number = counted.sum(-1).clamp(min=1)
+    counting = scores.where(counted, 0.0)
+    mean = counting.sum(-1) / number
+    deviation = (counting - mean[..., None]).where(counted, 0.0)
+    std = (deviation.square().sum(-1) / number).sqrt()
+    # Equal numbers differ from their rounded mean by less than this.
+    noise = 1e-6 * counting.abs().amax(-1)
+    gain = torch.where(std > noise, 1 / std, 0.0)
+    return gain, -mean * gain
