@@ -116,7 +116,7 @@ def check_backend(name: str) -> None:
 
 
 def cpu_capability() -> str | None:
-    """Name the instruction set of the CPU kernels: ``default``, ``avx2`` or ``avx512``.
+    """Name the instruction set of the CPU kernels: ``default``, ``avx2``, ``avx512`` or ``amx``.
 
     The environment variable ``MOEKV_CPU_CAPABILITY`` lowers the choice. None without the library.
 
@@ -133,7 +133,7 @@ def cpu_capability() -> str | None:
     if name is None:
         wanted = os.environ.get("MOEKV_CPU_CAPABILITY")
         raise ValueError(
-            f"expected MOEKV_CPU_CAPABILITY to be default, avx2 or avx512, got {wanted!r}"
+            f"expected MOEKV_CPU_CAPABILITY to be default, avx2, avx512 or amx, got {wanted!r}"
         )
     return name.decode()
 

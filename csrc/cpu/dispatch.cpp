@@ -1,4 +1,12 @@
 // Picks the instruction set once, and offers the kernels as the CPU backend.
+#ifdef MOEKV_X86_ISAS
+#include <cpuid.h>
+#endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -16,6 +24,23 @@ struct Isa {
   bool supported;
 };
 
+#ifdef MOEKV_X86_ISAS
+// Whether there are tiles of bf16 and the system lets this process use them. Linux wants to be
+// asked, for their 8 KiB a thread.
+bool may_use_amx() {
+#ifdef __linux__
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  if (!(edx & kAmxBf16) || !(edx & kAmxTile)) return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl(2)
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 // From the lowest to the best. null: the environment names none of them.
 const Isa* choose() {
   static Isa isas[] = {
@@ -23,6 +48,7 @@ const Isa* choose() {
 #ifdef MOEKV_X86_ISAS
       {"avx2", &isa_avx2::kernels, false},
       {"avx512", &isa_avx512::kernels, false},
+      {"amx", &isa_amx::kernels, false},
 #endif
   };
 #ifdef MOEKV_X86_ISAS
@@ -32,6 +58,7 @@ const Isa* choose() {
   isas[2].supported = isas[1].supported && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
+  isas[3].supported = isas[2].supported && __builtin_cpu_supports("avx512bf16") && may_use_amx();
 #endif
   const char* wanted = std::getenv("MOEKV_CPU_CAPABILITY");
   const Isa* best = nullptr;
@@ -50,7 +77,8 @@ const Isa* chosen() {
 const Kernels& kernels() {
   if (!chosen()) {
     throw std::runtime_error(
-        std::string("moekv: expected MOEKV_CPU_CAPABILITY to be default, avx2 or avx512, got '") +
+        std::string(
+            "moekv: expected MOEKV_CPU_CAPABILITY to be default, avx2, avx512 or amx, got '") +
         std::getenv("MOEKV_CPU_CAPABILITY") + "'");
   }
   return *chosen()->kernels;

@@ -28,10 +28,13 @@ extern const Kernels kernels;
 namespace isa_avx512 {
 extern const Kernels kernels;
 }
+namespace isa_amx {
+extern const Kernels kernels;
+}
 
 }  // namespace moekv::cpu
 
-// The instruction set in use: the best of this processor ("default", "avx2" or "avx512"), or the
-// lower one that the environment variable MOEKV_CPU_CAPABILITY names; null if it names something
-// else, which makes every op throw. Read once. For Python's ctypes.
+// The instruction set in use: the best of this processor ("default", "avx2", "avx512" or "amx"), or
+// the lower one that the environment variable MOEKV_CPU_CAPABILITY names; null if it names
+// something else, which makes every op throw. Read once. For Python's ctypes.
 extern "C" __attribute__((visibility("default"))) const char* moekv_cpu_capability();

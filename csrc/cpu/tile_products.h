@@ -5,6 +5,7 @@
 // products [key][query], kPanel floats a key.
 #pragma once
 
+#include "amx_products.h"
 #include "head_view.h"
 #include "vec.h"
 
@@ -87,8 +88,13 @@ struct FmaProducts {
 
 #pragma GCC diagnostic pop
 
+#ifdef __AMX_BF16__
+template <typename T>
+using TileProducts = AmxProducts<T>;
+#else
 template <typename T>
 using TileProducts = FmaProducts<T>;
+#endif
 
 }  // namespace
 }  // namespace moekv::cpu::MOEKV_ISA
