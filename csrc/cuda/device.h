@@ -4,8 +4,9 @@
 //
 //   language    __global__ __device__ __host__ __forceinline__ __launch_bounds__ __restrict__
 //               threadIdx blockIdx blockDim gridDim (x, y, z), dim3, cudaStream_t
-//   types       __half __nv_bfloat16 uint2 uint4 int4 float2 float4 and their make_ functions
-//   conversion  __half2float __bfloat162float __float_as_uint __uint_as_float
+//   types       __half __nv_bfloat16 uint2 uint4 int2 int4 float2 float4 and their make_ functions
+//   conversion  __half2float __bfloat162float __float2half_rn __float2bfloat16_rn
+//               __float_as_uint __uint_as_float
 //   barriers    __syncthreads __syncthreads_or __syncwarp
 //   warp        __shfl_sync __shfl_up_sync __shfl_xor_sync (int, unsigned, float, with width),
 //               __ballot_sync __any_sync __all_sync __reduce_add_sync (int, unsigned)
@@ -36,6 +37,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifdef MOEKV_SIMT
 #include "simt.h"
@@ -47,7 +49,6 @@
 
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 
 namespace moekv::cuda {
 
@@ -153,6 +154,17 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float value) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(value);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(value);
+  } else {
+    return value;
+  }
+}
 
 // 16 aligned bytes of T as fp32.
 template <typename T>

@@ -215,10 +215,6 @@ size_t kv_compact_workspace_bytes(const KvCompactParams& params) {
   return plan(params).workspace_bytes;
 }
 
-// The indices are on the device: a check would have to wait for it. The kernel skips what is out of
-// range.
-void check_indices(const KvCompactParams&) {}
-
 void kv_compact(const KvCompactParams& params, Stream stream) {
   check_device("kv_compact_");
   const Plan plan = cuda::plan(params);

@@ -14,6 +14,7 @@
 #include <algorithm>
 
 #include "expert_scores.h"
+#include "logit.h"
 
 namespace moekv::cuda {
 namespace {
@@ -23,7 +24,6 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kChunkBytes = 64;          // of a row: 16 bytes for each lane of four
 constexpr int64_t kTargetBlocks = 2048;  // of 64 rows; an SM runs a few at a time
 constexpr int64_t kMinKeysPerSplit = 256;
-constexpr float kLog2E = 1.4426950408889634f;
 
 struct Arguments {
   ExpertScoresParams params;
@@ -298,22 +298,6 @@ __device__ __forceinline__ void stream_past(const HeldRows& held_rows, int first
   }
 }
 
-// In units of log2, for exp2.
-struct Logit {
-  float scale, cap, inverse_cap;
-
-  __device__ __forceinline__ explicit Logit(const ExpertScoresParams& params)
-      : scale(params.scaling * kLog2E),
-        cap(params.softcap * kLog2E),
-        inverse_cap(params.softcap > 0.0f ? 2.0f * kLog2E * params.scaling / params.softcap
-                                          : 0.0f) {}
-  __device__ __forceinline__ float operator()(float product) const {
-    if (cap == 0.0f) return product * scale;
-    // tanh(x) = 1 - 2 / (1 + e^2x)
-    return cap - 2.0f * cap / (1.0f + exp2_fast(product * inverse_cap));
-  }
-};
-
 template <typename T, int kChunks>
 __global__ void __launch_bounds__(kThreads) attention_rows_kernel(Arguments arguments) {
   using H = Held<T, kChunks>;
@@ -328,7 +312,7 @@ __global__ void __launch_bounds__(kThreads) attention_rows_kernel(Arguments argu
   const int split_begin = static_cast<int>(blockIdx.y) * arguments.keys_per_split;
   const int end = min(split_begin + arguments.keys_per_split, head.num_keys);
   const int begin = max(split_begin, head.first_key);
-  const Logit logit(params);
+  const Logit logit(params.scaling, params.softcap);
 
   int last_key[H::kRowTiles][2];  // that the row sees
   float peak[H::kRowTiles][2], total[H::kRowTiles][2];
@@ -360,7 +344,7 @@ __global__ void __launch_bounds__(kThreads) attention_rows_kernel(Arguments argu
           x[j] = visible ? logit(product[i][j / 2][2 * half + j % 2]) : -INFINITY;
           highest = fmaxf(highest, x[j]);
         }
-        const float shift = highest == -INFINITY ? 0.0f : highest;
+        const float shift = shift_of(highest);
         float sum = 0.0f;
 #pragma unroll
         for (int j = 0; j < 2 * H::kColumnTiles; ++j) sum += exp2_fast(x[j] - shift);
@@ -380,7 +364,7 @@ __global__ void __launch_bounds__(kThreads) attention_rows_kernel(Arguments argu
       float highest = peak[i][half];
       highest = fmaxf(highest, __shfl_xor_sync(kFullWarp, highest, 1));
       highest = fmaxf(highest, __shfl_xor_sync(kFullWarp, highest, 2));
-      const float shift = highest == -INFINITY ? 0.0f : highest;
+      const float shift = shift_of(highest);
       float sum = total[i][half] * exp2_fast(peak[i][half] - shift);
       sum += __shfl_xor_sync(kFullWarp, sum, 1);
       sum += __shfl_xor_sync(kFullWarp, sum, 2);
@@ -405,7 +389,7 @@ __global__ void __launch_bounds__(kThreads) attention_lse_kernel(Arguments argum
   for (int split = 0; split < arguments.splits; ++split) {
     highest = fmaxf(highest, partial[static_cast<int64_t>(split) * arguments.rows].x);
   }
-  const float shift = highest == -INFINITY ? 0.0f : highest;
+  const float shift = shift_of(highest);
   for (int split = 0; split < arguments.splits; ++split) {
     const float2 part = partial[static_cast<int64_t>(split) * arguments.rows];
     total += part.y * exp2_fast(part.x - shift);
@@ -428,7 +412,7 @@ __global__ void __launch_bounds__(kThreads) attention_columns_kernel(Arguments a
   const bool all_visible = block_key + kKeys <= head.first_query + 1;
   const bool all_padding = block_key + kKeys <= head.first_key;
   const float* lse = arguments.lse + index * arguments.rows;
-  const Logit logit(params);
+  const Logit logit(params.scaling, params.softcap);
 
   float sums[H::kRowTiles][2] = {};
   // Of a query: its log-sum-exp and the last key that it sees.
