@@ -12,7 +12,7 @@ import transformers
 from kvpress import ScorerPress
 from kvpress.presses.base_press import is_prefilling
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from moekv import ops
@@ -568,10 +568,9 @@ class MoERouterPress(ScorerPress):
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         cache, mask = given.get("past_key_values"), given.get("attention_mask")
-        num_cached = 0
-        if cache is not None:
+        num_cached = cache.get_seq_length() if isinstance(cache, Cache) else 0
+        if cache is not None and not num_cached:
             check_cache(cache)
-            num_cached = cache.get_seq_length()
         if num_cached and tokens is not None and tokens.shape[1] > 1:
             raise RuntimeError(
                 f"expected a prefill in one forward, got {tokens.shape[1]} tokens for a cache that "
