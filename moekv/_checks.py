@@ -12,19 +12,27 @@ _NUM_SCORE_KINDS = 4
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 class _Expect:
-    """The expectations of one op; every error names what was expected and what came."""
+    """The expectations of one op; every error names what was expected and what came.
+
+    Messages are formatted where they are needed: that costs nothing otherwise, and can be traced
+    where sizes are symbols.
+    """
 
     def __init__(self, op: str, like: Tensor) -> None:
         self.op = op
         self.like = like
 
-    def __call__(self, condition: bool, expected: str) -> None:
+    def __call__(self, condition: bool, expected: str, *values: object) -> None:
         if not condition:
-            raise RuntimeError(f"moekv::{self.op}: expected {expected}")
+            raise RuntimeError(f"moekv::{self.op}: expected {expected.format(*values)}")
 
     def rank(self, name: str, tensor: Tensor, rank: int, dims: str) -> None:
-        self(tensor.dim() == rank, f"{name} {dims}, got {list(tensor.shape)}")
+        self(tensor.dim() == rank, "{} {}, got {}", name, dims, list(tensor.shape))
 
     def shape(self, name: str, tensor: Tensor, shape: Sequence[int | str]) -> None:
         """``shape`` holds a size or, where any will do, the name of a dimension."""
@@ -32,20 +40,23 @@ class _Expect:
             isinstance(want, str) or size == want
             for size, want in zip(tensor.shape, shape, strict=True)
         )
-        self(fits, f"{name} [{', '.join(map(str, shape))}], got {list(tensor.shape)}")
+        if not fits:
+            dims = ", ".join(map(str, shape))
+            self(False, "{} [{}], got {}", name, dims, list(tensor.shape))
 
     def dtype(self, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
         if dtype == torch.float32 and self.like.dtype == torch.float64:
             return  # in higher precision, what goes with it may have either
-        names = [str(x).removeprefix("torch.") for x in (dtype, tensor.dtype)]
-        self(tensor.dtype == dtype, f"{name} of dtype {names[0]}, got {names[1]}")
+        if tensor.dtype != dtype:
+            self(False, "{} of dtype {}, got {}", name, _name(dtype), _name(tensor.dtype))
 
     def floating(self, name: str, tensor: Tensor) -> None:
-        got = str(tensor.dtype).removeprefix("torch.")
-        self(tensor.dtype in _FLOATS, f"{name} of dtype float32, float16 or bfloat16, got {got}")
+        if tensor.dtype not in _FLOATS:
+            got = _name(tensor.dtype)
+            self(False, "{} of dtype float32, float16 or bfloat16, got {}", name, got)
 
     def device(self, name: str, tensor: Tensor) -> None:
-        self(tensor.device == self.like.device, f"{name} on the device of the first argument")
+        self(tensor.device == self.like.device, "{} on the device of the first argument", name)
 
     def tensor(
         self, name: str, tensor: Tensor | None, dtype: torch.dtype, shape: Sequence[int | str]
@@ -63,9 +74,9 @@ def gating_topk(
     expect.rank("logits", logits, 2, "[num_tokens, num_experts]")
     expect.floating("logits", logits)
     num_tokens, num_experts = logits.shape
-    expect(1 <= num_experts <= _MAX_EXPERTS, f"1 to {_MAX_EXPERTS} experts, got {num_experts}")
-    expect(1 <= k <= num_experts, f"k between 1 and num_experts = {num_experts}, got {k}")
-    expect(temperature > 0, f"temperature > 0, got {temperature}")
+    expect(1 <= num_experts <= _MAX_EXPERTS, "1 to {} experts, got {}", _MAX_EXPERTS, num_experts)
+    expect(1 <= k <= num_experts, "k between 1 and num_experts = {}, got {}", num_experts, k)
+    expect(temperature > 0, "temperature > 0, got {}", temperature)
     expect.tensor("bias", bias, torch.float32, [num_experts])
     expect.tensor("mask", mask, torch.bool, [num_tokens])
 
@@ -95,29 +106,37 @@ def expert_scores(
     )
     expect(
         num_kv_heads >= 1 and num_query_heads % num_kv_heads == 0,
-        f"num_query_heads to be a multiple of num_kv_heads = {num_kv_heads}, got {num_query_heads}",
+        "num_query_heads to be a multiple of num_kv_heads = {}, got {}",
+        num_kv_heads,
+        num_query_heads,
     )
     expect(
         1 <= key_dim <= _MAX_HEAD_DIM and 1 <= value_dim <= _MAX_HEAD_DIM,
-        f"head dims of 1 to {_MAX_HEAD_DIM}, got {key_dim} for keys and {value_dim} for values",
+        "head dims of 1 to {}, got {} for keys and {} for values",
+        _MAX_HEAD_DIM,
+        key_dim,
+        value_dim,
     )
     expect(
         num_queries <= num_keys,
-        f"queries of at most num_keys = {num_keys} positions, got {num_queries}",
+        "queries of at most num_keys = {} positions, got {}",
+        num_keys,
+        num_queries,
     )
     expect.tensor("start", start, torch.int32, [batch])
-    expect(0 < scaling < math.inf, f"scaling > 0, got {scaling}")
-    expect(0 <= softcap < math.inf, f"softcap >= 0, got {softcap}")
-    expect(pool >= 1 and pool % 2 == 1, f"an odd pool >= 1, got {pool}")
-    expect(lag >= 1, f"lag >= 1, got {lag}")
+    expect(0 < scaling < math.inf, "scaling > 0, got {}", scaling)
+    expect(0 <= softcap < math.inf, "softcap >= 0, got {}", softcap)
+    expect(pool >= 1 and pool % 2 == 1, "an odd pool >= 1, got {}", pool)
+    expect(lag >= 1, "lag >= 1, got {}", lag)
     for i, kind in enumerate(kinds):
         in_range = 0 <= kind < _NUM_SCORE_KINDS
-        expect(in_range, f"kinds of 0 to {_NUM_SCORE_KINDS - 1}, got {kind}")
-        expect(kind not in kinds[:i], f"distinct kinds, got {kind} twice")
+        expect(in_range, "kinds of 0 to {}, got {}", _NUM_SCORE_KINDS - 1, kind)
+        expect(kind not in kinds[:i], "distinct kinds, got {} twice", kind)
     if 0 in kinds or 1 in kinds:
         expect(
             num_query_heads >= 1 and (num_queries >= 1 or num_keys == 0),
-            f"at least one query for MASS and ATTENTION, got {list(queries.shape)}",
+            "at least one query for MASS and ATTENTION, got {}",
+            list(queries.shape),
         )
 
 
@@ -128,21 +147,29 @@ def mix_scores(
     expect.rank("scores", scores, 4, "[num_experts, batch, num_kv_heads, num_keys]")
     expect.floating("scores", scores)
     num_experts, batch, num_kv_heads, num_keys = scores.shape
-    expect(1 <= num_experts <= _MAX_EXPERTS, f"1 to {_MAX_EXPERTS} experts, got {num_experts}")
+    expect(1 <= num_experts <= _MAX_EXPERTS, "1 to {} experts, got {}", _MAX_EXPERTS, num_experts)
     for name, gate, dtype in (
         ("weights", weights, torch.float32),
         ("experts", experts, torch.int32),
     ):
         expect(
             gate.shape[:-1] in ((batch, num_keys), (batch, num_kv_heads, num_keys)),
-            f"{name} [{batch}, {num_keys}, k] or [{batch}, {num_kv_heads}, {num_keys}, k], "
-            f"got {list(gate.shape)}",
+            "{} [{}, {}, k] or [{}, {}, {}, k], got {}",
+            name,
+            batch,
+            num_keys,
+            batch,
+            num_kv_heads,
+            num_keys,
+            list(gate.shape),
         )
         expect.dtype(name, gate, dtype)
         expect.device(name, gate)
     expect(
         weights.shape == experts.shape,
-        f"weights and experts of one shape, got {list(weights.shape)} and {list(experts.shape)}",
+        "weights and experts of one shape, got {} and {}",
+        list(weights.shape),
+        list(experts.shape),
     )
     for name, tensor in (("gain", gain), ("offset", offset)):
         expect.tensor(name, tensor, torch.float32, [num_experts, batch, num_kv_heads])
@@ -155,13 +182,17 @@ def select_kept(
     expect.rank("scores", scores, 3, "[groups, rows, num_keys]")
     expect.floating("scores", scores)
     groups, rows, num_keys = scores.shape
-    expect(len(total) == groups, f"{groups} totals, one per group, got {len(total)}")
+    expect(len(total) == groups, "{} totals, one per group, got {}", groups, len(total))
     for name, value in (("sinks", sinks), ("window", window), ("floor", floor)):
-        expect(value >= 0, f"{name} >= 0, got {value}")
+        expect(value >= 0, "{} >= 0, got {}", name, value)
     for g, kept in enumerate(total):
         expect(
             rows <= kept <= rows * num_keys,
-            f"total[{g}] between {rows} (one pair per row) and {rows * num_keys} (all), got {kept}",
+            "total[{}] between {} (one pair per row) and {} (all), got {}",
+            g,
+            rows,
+            rows * num_keys,
+            kept,
         )
     expect.tensor("start", start, torch.int32, [groups, rows])
 
@@ -176,7 +207,7 @@ def kv_compact_(
     expect.device("values", values)
     if packed:
         for name, tensor in (("keys", keys), ("values", values)):
-            expect(tensor.is_contiguous(), f"contiguous {name} with packed=True")
+            expect(tensor.is_contiguous(), "contiguous {} with packed=True", name)
     expect.dtype("indices", indices, torch.int32)
     expect.device("indices", indices)
     if offsets is None:
