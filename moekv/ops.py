@@ -638,6 +638,9 @@ def _gating_topk_backward(
 
 
 if _failures["cpu"] is None:
+    # Meta kernels serve fake tensors too; torch.library.register_fake takes ten times as long to
+    # import, as it looks through all modules for the name of this one.
+    _meta = torch.library.Library("moekv", "IMPL", "Meta")
     for _fake in (
         _fake_gating_topk,
         _fake_expert_scores,
@@ -646,7 +649,7 @@ if _failures["cpu"] is None:
         _fake_kv_compact_,
         _fake_ragged_attention,
     ):
-        torch.library.register_fake(_fake.__name__.replace("_fake_", "moekv::"), _fake)
+        _meta.impl(_fake.__name__.removeprefix("_fake_"), _fake)
     torch.library.register_autograd(
         "moekv::gating_topk", _gating_topk_backward, setup_context=_gating_topk_setup_context
     )
