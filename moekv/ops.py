@@ -123,7 +123,7 @@ def cpu_capability() -> str | None:
     Raises
     ------
     ValueError
-        The variable is none of the three.
+        The variable is none of these.
     """
     if _failures["cpu"] is not None:
         return None
@@ -640,7 +640,7 @@ def _gating_topk_backward(
 if _failures["cpu"] is None:
     # Meta kernels serve fake tensors too; torch.library.register_fake takes ten times as long to
     # import, as it looks through all modules for the name of this one.
-    _meta = torch.library.Library("moekv", "IMPL", "Meta")
+    _meta = torch.library.Library("moekv", "IMPL", "Meta")  # type: ignore[no-untyped-call]
     for _fake in (
         _fake_gating_topk,
         _fake_expert_scores,
@@ -649,7 +649,7 @@ if _failures["cpu"] is None:
         _fake_kv_compact_,
         _fake_ragged_attention,
     ):
-        _meta.impl(_fake.__name__.removeprefix("_fake_"), _fake)
+        _meta.impl(_fake.__name__.removeprefix("_fake_"), _fake)  # type: ignore[no-untyped-call]
     torch.library.register_autograd(
         "moekv::gating_topk", _gating_topk_backward, setup_context=_gating_topk_setup_context
     )

@@ -14,7 +14,7 @@ import moekv
 from moekv import ops
 
 PACKAGE = Path(moekv.__file__).parent
-CAPABILITIES = ("default", "avx2", "avx512")
+CAPABILITIES = ("default", "avx2", "avx512", "amx")
 
 
 def python(
@@ -47,7 +47,7 @@ def test_every_instruction_set(capability):
 def test_unknown_instruction_set():
     code = "from moekv import ops; ops.cpu_capability()"
     result = python("-c", code, MOEKV_CPU_CAPABILITY="avx1024")
-    assert "expected MOEKV_CPU_CAPABILITY to be default, avx2 or avx512, got" in result.stderr
+    assert "expected MOEKV_CPU_CAPABILITY to be default, avx2, avx512 or amx, got" in result.stderr
     assert "avx1024" in result.stderr
 
 
