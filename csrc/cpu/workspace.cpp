@@ -3,6 +3,7 @@
 #include "expert_scores_layout.h"
 #include "gating_plan.h"
 #include "ragged_plan.h"
+#include "select_plan.h"
 
 namespace moekv::cpu {
 
@@ -14,7 +15,11 @@ size_t expert_scores_workspace_bytes(const ExpertScoresParams& params) {
   return expert_scores_layout(params).bytes;
 }
 
-size_t select_kept_workspace_bytes(const SelectKeptParams&) { return 0; }
+size_t select_kept_workspace_bytes(const SelectKeptParams& params) {
+  const SelectPlan plan = select_plan(params);
+  return plan.slots * plan.slot_bytes;
+}
+
 size_t kv_compact_workspace_bytes(const KvCompactParams&) { return 0; }
 
 size_t ragged_attention_workspace_bytes(const RaggedAttentionParams& params) {
