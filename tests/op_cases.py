@@ -8,7 +8,10 @@ kernel.
 As a script, checks the CPU kernels of the instruction set that MOEKV_CPU_CAPABILITY names.
 """
 
+import ctypes
 import dataclasses
+import mmap
+import os
 import sys
 import zlib
 from collections.abc import Callable, Sequence
@@ -199,6 +202,11 @@ EXPERT_SCORES = [
     ExpertScores((2, 2, 90, 64), layout="bthd", pool=3, start=(0, 7)),
     ExpertScores((2, 2, 90, 40), layout="bthd", dtype=BF16),
     ExpertScores((1, 2, 33, 10), layout="gaps", dtype=FP16),
+    ExpertScores((2, 1, 1100, 128), 4, 64, start=(0, 333), pool=5, lag=128, dtype=BF16),
+    ExpertScores((1, 1, 200, 256), dtype=BF16),
+    *(ExpertScores((1, 2, 70, 7), dtype=dtype, lag=20) for dtype in (FP16, BF16)),
+    ExpertScores((1, 1, 900, 16), 7, 401, pool=1001, lag=300),
+    ExpertScores((1, 1, 385, 32), 1, 385, lag=383),
     *(ExpertScores((1, 2, 60, 32), kinds=(kind,)) for kind in range(4)),
     ExpertScores((1, 1, 20, 32), kinds=()),
 ]
@@ -461,21 +469,50 @@ CHECKS: dict[str, tuple[Callable[..., None], Sequence[Any]]] = {
 }
 
 
+def guarded(tensor: Tensor, at_end: bool) -> Tensor:
+    """A copy that ends right before (or begins right after) a page that nobody may touch."""
+    extent = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    num_bytes = extent * tensor.element_size() if tensor.numel() else 0
+    page = mmap.PAGESIZE
+    pages = mmap.mmap(-1, num_bytes // page * page + 2 * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    forbidden = len(pages) - page if at_end else 0
+    no_access = 0
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + forbidden), page, no_access) == 0
+    if not num_bytes:
+        return tensor
+    begin = forbidden - num_bytes if at_end else page
+    memory = torch.frombuffer(pages, dtype=torch.uint8, count=num_bytes, offset=begin)
+    return memory.view(tensor.dtype).as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+
+def between_guards(op: Op, at_end: bool) -> Op:
+    """The op on copies of its inputs: to read or write outside of them crashes the process."""
+
+    def run(*inputs: Tensor | None, **options: Any) -> Any:
+        copies = [None if x is None else guarded(x, at_end) for x in inputs]
+        result = op(*copies, **options)
+        for original, copy in zip(inputs, copies, strict=True):
+            if original is not None and copy is not None:
+                original.copy_(copy)
+        return result
+
+    return run
+
+
 def main() -> None:
-    import os
-
-    from moekv import ops
-
     wanted = os.environ.get("MOEKV_CPU_CAPABILITY")
     if ops.cpu_capability() != wanted:
         sys.exit(f"expected the CPU kernels for {wanted}, got {ops.cpu_capability()}")
     for name, (check, cases) in CHECKS.items():
+        op = getattr(torch.ops.moekv, name)
         for case in cases:
-            try:
-                check(getattr(torch.ops.moekv, name), case)
-            except Exception as error:
-                raise AssertionError(f"{name}[{case}] on {wanted}") from error
+            print(name, case, flush=True)
+            for run in (op, between_guards(op, at_end=True), between_guards(op, at_end=False)):
+                check(run, case)
 
 
 if __name__ == "__main__":
+    from moekv import ops
+
     main()

@@ -41,7 +41,7 @@ def test_every_instruction_set(capability):
     if CAPABILITIES.index(capability) > CAPABILITIES.index(best):
         pytest.skip(f"the best instruction set here is {best}")
     result = python(op_cases.__file__, MOEKV_CPU_CAPABILITY=capability)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, f"{result.stdout[-200:]}{result.stderr}"
 
 
 def test_unknown_instruction_set():
