@@ -114,18 +114,19 @@ class PositionExpert(Expert):
 
     def scores(self, view: LayerView) -> Tensor:
         """Rate by the distance from the regions, see the class."""
-        device = view.keys.device
-        length = torch.tensor(view.lengths, device=device)[:, None]
-        first, last = torch.tensor([self.regions(n) for n in view.lengths], device=device).T
-        positions = view.positions
-        after = positions - (first - 1)[:, None]
-        before = (length - last[:, None]) - positions
-        # A region of no size attracts nothing.
-        after = torch.where(first[:, None] > 0, after, length)
-        before = torch.where(last[:, None] > 0, before, length)
-        distance = torch.minimum(after, before).clamp(min=0)
-        scores = -distance.float() / length.clamp(min=1)
-        return scores[:, None].expand(view.keys.shape[:3])
+        rows = torch.stack([self._row(view, length) for length in view.lengths])
+        return rows[:, None].expand(view.keys.shape[:3])
+
+    def _row(self, view: LayerView, length: int) -> Tensor:
+        """Scores [T] of a row of `length` real pairs; from host numbers, so that nothing waits."""
+        first, last = self.regions(length)
+        num_keys = view.keys.shape[2]
+        positions = torch.arange(length - num_keys, length, device=view.keys.device)
+        nowhere = torch.full_like(positions, length)  # a region of no size attracts nothing
+        after = (positions - first + 1).clamp(min=0) if first else nowhere
+        before = (length - last - positions).clamp(min=0) if last else nowhere
+        distance = torch.minimum(after, before)
+        return -distance.float() / max(length, 1)
 
     def kept(self, length: int, compression_ratio: float) -> int:
         """Count the pairs of the two regions; the compression ratio has no say."""

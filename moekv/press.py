@@ -378,7 +378,9 @@ class MoERouterPress(ScorerPress):
             return [None] * len(ratings)
         assert self._experts is not None
         ruling = [r.ruling for r in ratings if r.ruling is not None]
-        rulers = torch.stack([r.cpu() for r in ruling]).tolist() if ruling else [0] * len(ratings)
+        rulers = [0] * len(ratings)
+        if ruling:
+            rulers = torch.stack([r.to(ruling[0].device) for r in ruling]).tolist()
         totals: list[int | None] = []
         for rating, ruler in zip(ratings, rulers, strict=True):
             if rating.start is not None:
