@@ -29,24 +29,47 @@ def python(
     )
 
 
+def copy_of_package(folder: Path) -> Path:
+    """The Python part of moekv, without its libraries."""
+    shutil.copytree(PACKAGE, folder / "moekv", ignore=shutil.ignore_patterns("lib", "__pycache__"))
+    return folder
+
+
+def ops_alone(folder: Path, library: Path | None = None) -> Path:
+    """What the ops need of moekv, which is quicker to import than all of it."""
+    package = folder / "moekv"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    for name in ("_checks.py", "ops.py", "reference.py"):
+        shutil.copy(PACKAGE / name, package)
+    if library:
+        (package / "lib").symlink_to(library)
+    return folder
+
+
 def gate(backend: str, device: str = "cpu") -> ops.GatingTopk:
     return ops.gating_topk(torch.zeros(3, 4, device=device), k=2, backend=backend)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_every_instruction_set(capability):
+def test_every_instruction_set(capability, tmp_path):
     """All cases on the kernels of one instruction set: a process chooses its set once."""
     best = ops.cpu_capability()
     assert best in CAPABILITIES
     if CAPABILITIES.index(capability) > CAPABILITIES.index(best):
         pytest.skip(f"the best instruction set here is {best}")
-    result = python(op_cases.__file__, MOEKV_CPU_CAPABILITY=capability)
+    result = python(
+        op_cases.__file__,
+        moekv_in=ops_alone(tmp_path, PACKAGE / "lib"),
+        MOEKV_CPU_CAPABILITY=capability,
+    )
     assert result.returncode == 0, f"{result.stdout[-200:]}{result.stderr}"
 
 
-def test_unknown_instruction_set():
+def test_unknown_instruction_set(tmp_path):
     code = "from moekv import ops; ops.cpu_capability()"
-    result = python("-c", code, MOEKV_CPU_CAPABILITY="avx1024")
+    folder = ops_alone(tmp_path, PACKAGE / "lib")
+    result = python("-c", code, moekv_in=folder, MOEKV_CPU_CAPABILITY="avx1024")
     assert "expected MOEKV_CPU_CAPABILITY to be default, avx2, avx512 or amx, got" in result.stderr
     assert "avx1024" in result.stderr
 
@@ -103,12 +126,6 @@ def test_other_devices_take_pytorch():
     assert gate("auto", "meta").weights.shape == (3, 2)
 
 
-def copy_of_package(folder: Path) -> Path:
-    """The Python part of moekv alone."""
-    shutil.copytree(PACKAGE, folder / "moekv", ignore=shutil.ignore_patterns("lib", "__pycache__"))
-    return folder
-
-
 WITHOUT_LIBRARY = """
 import torch
 from moekv import ops
@@ -134,7 +151,7 @@ def test_library_not_built(tmp_path):
 
 
 def test_library_does_not_load(tmp_path):
-    library = copy_of_package(tmp_path) / "moekv" / "lib" / "libmoekv_cpu.so"
+    library = ops_alone(tmp_path) / "moekv" / "lib" / "libmoekv_cpu.so"
     library.parent.mkdir()
     library.write_bytes(b"not a library")
     result = python("-c", WITHOUT_LIBRARY, moekv_in=tmp_path)
