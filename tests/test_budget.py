@@ -53,7 +53,7 @@ def test_topk_of_protected_scores_is_what_select_keeps(
     scores = 10.0 * scores - 100
     total = min(total, length)
     protected = {"sinks": sinks, "recent": recent}
-    indices = select(scores, None, [total, total], backend="torch", **protected)
+    indices = select(scores, None, [total, total], backend="auto", **protected)
     best = protect(scores, None, **protected).topk(total, dim=-1).indices.sort(-1).values
     assert torch.equal(indices.long(), best)
 
@@ -88,9 +88,9 @@ def test_protect_leaves_its_input_alone() -> None:
 def test_select_with_one_total_per_row() -> None:
     scores = torch.arange(24.0).view(2, 2, 6)
     start = torch.tensor([0, 3], dtype=torch.int32)
-    flat = select(scores, start, [3, 1], sinks=1, recent=0, backend="torch")
+    flat = select(scores, start, [3, 1], sinks=1, recent=0, backend="auto")
     assert flat.tolist() == [0, 4, 5] * 2 + [3] * 2
-    dense = select(scores, start, [2, 2], sinks=1, recent=0, backend="torch")
+    dense = select(scores, start, [2, 2], sinks=1, recent=0, backend="auto")
     assert dense.tolist() == [[[0, 5]] * 2, [[3, 5]] * 2]
 
 

@@ -37,7 +37,6 @@ def make_view(length: int = 20, starts: tuple[int, ...] = (0, 0), **changes: Any
         "ends": True,
         "attentions": None,
         "kwargs": {},
-        "backend": "torch",
     }
     return LayerView(**fields | changes)
 
@@ -129,7 +128,6 @@ def test_kinds_are_computed_once_for_all_experts(monkeypatch: pytest.MonkeyPatch
         scaling=0.3,
         pool=5,
         lag=128,
-        backend="torch",
     )
     assert torch.equal(selective.scores(view), scores[ScoreKind.ATTENTION])
     assert torch.equal(semantic.scores(view), scores[ScoreKind.DIVERSITY])

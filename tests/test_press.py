@@ -69,7 +69,7 @@ class Routed(nn.Module):
 
 
 def make_press(ratio: float = 0.5, **options: Any) -> MoERouterPress:
-    return MoERouterPress(ratio, **{"backend": "torch"} | options)
+    return MoERouterPress(ratio, **options)
 
 
 def compress(
@@ -449,9 +449,7 @@ def test_padded_batches_are_measured_where_nothing_leaves() -> None:
 
 
 def test_defaults_are_those_of_the_readme() -> None:
-    press = MoERouterPress(
-        num_experts=4, top_k=2, router_type="pikv", cache_aware=True, backend="torch"
-    )
+    press = MoERouterPress(num_experts=4, top_k=2, router_type="pikv", cache_aware=True)
     assert isinstance(press, ScorerPress)
     assert (press.compression_ratio, press.policy, press.budget) == (0.5, "mixture", "auto")
     compress(press, tiny_model(), tokens(1, 9))

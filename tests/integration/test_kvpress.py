@@ -35,7 +35,7 @@ MODELS = ["llama", "phi3", "qwen3"]
 
 def make_press(ratio: float = 0.5, **options: Any) -> MoERouterPress:
     options = {"experts": ["conservative", "selective", "semantic", "temporal"]} | options
-    return MoERouterPress(ratio, backend="torch", recent=5, window=12, **options)
+    return MoERouterPress(ratio, recent=5, window=12, **options)
 
 
 class Spy(Expert):

@@ -9,7 +9,7 @@ from moekv import Expert, LayerView, MoERouterPress
 from moekv.ops import ScoreKind
 
 LENGTH = 90
-PRESS = {"backend": "torch", "experts": ["conservative", "selective", "semantic", "temporal"]}
+PRESS = {"experts": ["conservative", "selective", "semantic", "temporal"]}
 
 
 class Spy(Expert):
@@ -37,7 +37,7 @@ def test_mass_is_the_attention_that_the_model_pays(name: str) -> None:
     """Queries, rotary embedding, norms, scaling and softcap are those of the model."""
     model = tiny_model(name, "eager")
     spy = Spy()
-    with MoERouterPress(backend="torch", experts=[spy], top_k=1, window=13)(model):
+    with MoERouterPress(experts=[spy], top_k=1, window=13)(model):
         prefill(model, tokens(2, LENGTH))
     assert len(spy.views) == len(full_attention_layers(model))
     for view in spy.views:
