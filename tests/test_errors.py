@@ -1,0 +1,528 @@
+"""One test for each row of docs/errors.md."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Target
+from kvpress import BlockPress, ComposedPress, KnormPress
+from tiny_models import prefill, tiny_model, tokens
+from torch import Tensor, nn
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from moekv import Expert, LayerView, MoERouterPress, ops, register_expert
+from moekv.hooks import find_layers
+
+NAN, INF = float("nan"), float("inf")
+LENGTH = 40
+
+
+def test_every_row_is_a_test_and_every_test_a_row() -> None:
+    page = (Path(__file__).parent.parent / "docs/errors.md").read_text()
+    rows = re.findall(r"\| `(test_\w+)` \|$", page, re.MULTILINE)
+    assert len(rows) == len(re.findall(r"^\| (?!input|-)", page, re.MULTILINE))
+    here = {name for name in globals() if name.startswith("test_")}
+    assert sorted(rows) == sorted(here - {"test_every_row_is_a_test_and_every_test_a_row"})
+
+
+class Failing(Expert):
+    """Raises in a chosen layer, as long as it is told to."""
+
+    name = "failing"
+
+    def __init__(self, layer: int = 1) -> None:
+        self.layer: int | None = layer
+
+    def scores(self, view: LayerView) -> Tensor:
+        if view.module.layer_idx == self.layer:
+            raise ArithmeticError("out of luck")
+        return view.keys.norm(dim=-1)
+
+
+class Fixed(Expert):
+    name = "fixed"
+
+    def __init__(self, scores: Tensor) -> None:
+        self.fixed = scores
+
+    def scores(self, view: LayerView) -> Tensor:
+        return self.fixed.expand(view.keys.shape[:3]) if self.fixed.dim() == 1 else self.fixed
+
+
+def assert_untouched(model: nn.Module, press: MoERouterPress, cache: DynamicCache) -> None:
+    """No hook is left, the cache holds all that was fed, and model and press work."""
+    decoder, layers = find_layers(model)
+    assert not decoder._forward_pre_hooks
+    assert not any(layer._forward_hooks for layer in layers)
+    stats = press.get_stats()
+    assert stats["forward_count"] == 0 and stats["compression"]["bytes_before"] == 0
+    full = prefill(model, tokens(1, LENGTH))
+    for layer, whole in zip(cache.layers, full.layers, strict=False):
+        assert not layer.is_initialized or torch.equal(layer.keys, whole.keys)
+    press.compression_ratio = 0.5
+    with press(model):
+        cache = prefill(model, tokens(1, LENGTH))
+    assert cache.layers[-1].keys.shape[2] == LENGTH // 2
+
+
+def refuse(
+    error: type[Exception],
+    message: str,
+    model: nn.Module,
+    press: MoERouterPress,
+    input_ids: Tensor | None = None,
+    cache: Any = None,
+    **inputs: Any,
+) -> None:
+    """Assert that a prefill in the press's block is refused, and that nothing is lost."""
+    input_ids = tokens(1, LENGTH) if input_ids is None else input_ids
+    cache = DynamicCache() if cache is None else cache
+    with pytest.raises(error, match=message), torch.no_grad(), press(model):
+        model(input_ids, past_key_values=cache, **inputs)
+    assert_untouched(model, press, cache)
+
+
+# --- Options --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, NAN])
+def test_ratio_out_of_range(ratio: float) -> None:
+    with pytest.raises(ValueError, match=r"compression_ratio in \[0, 1\).*got"):
+        MoERouterPress(ratio)
+    press = MoERouterPress()
+    press.compression_ratio = ratio
+    refuse(ValueError, "compression_ratio in", tiny_model(), press)
+
+
+@pytest.mark.parametrize("options", [{"num_experts": 2}, {"experts": ["semantic"]}, {"top_k": 99}])
+def test_more_experts_per_token_than_experts(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected top_k <= num_experts"):
+        MoERouterPress(**{"top_k": 3} | options)
+    with pytest.raises(ValueError, match="expected top_k an integer >= 1, got 0"):
+        MoERouterPress(top_k=0)
+
+
+@pytest.mark.parametrize("number", [0, -1, 2.5, True, 10_000, "many"])
+def test_number_of_experts(number: Any) -> None:
+    with pytest.raises(ValueError, match="expected num_experts"):
+        MoERouterPress(num_experts=number, top_k=1)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "choices"),
+    [
+        ("router_type", "best", "hierarchical"),
+        ("policy", "best", "mixture, dominant"),
+        ("budget", "best", "auto, uniform, head, model"),
+        ("balance_mode", "best", "entropy"),
+        ("experts", ["selective", "best"], "temporal"),
+    ],
+)
+def test_unknown_names(option: str, value: Any, choices: str) -> None:
+    with pytest.raises(ValueError, match=f"{choices}.*, got 'best'"):
+        MoERouterPress(**{option: value})
+
+
+@pytest.mark.parametrize("budget", ["head", "model"])
+def test_budgets_to_come(budget: str) -> None:
+    with pytest.raises(NotImplementedError, match=f"'{budget}'.*uniform"):
+        MoERouterPress(budget=budget)
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="auto, cpu, cuda, torch, got 'tpu'"):
+        MoERouterPress(backend="tpu")
+
+
+def test_backend_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = ops.available_backends() | {"cuda": "no device; plug one in"}
+    monkeypatch.setattr(ops, "available_backends", lambda: reasons)
+    with pytest.raises(RuntimeError, match="'cuda' is not available: no device; plug one in"):
+        MoERouterPress(backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("experts", "error"),
+    [
+        ([object(), "selective"], TypeError),
+        ("selective", TypeError),
+        ([], ValueError),
+        (["selective", "selective"], ValueError),
+        ([KnormPress(), KnormPress()], ValueError),
+    ],
+)
+def test_what_is_no_expert(experts: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="expected"):
+        MoERouterPress(experts=experts)
+
+
+@pytest.mark.parametrize("option", ["sinks", "recent", "window", "cache_update_interval"])
+@pytest.mark.parametrize("value", [-1, 1.5, None])
+def test_counts(option: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"expected {option} an integer >= [01], got {value}"):
+        MoERouterPress(**{option: value})
+
+
+def test_expert_name_that_is_taken() -> None:
+    with pytest.raises(ValueError, match="got 'selective', which is registered"):
+        register_expert("selective", Failing)
+
+
+# --- Tensors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda op: op("select_kept")(torch.zeros(4, 8), None, total=[2]),
+            r"select_kept: expected scores .*got \[4, 8\]",
+        ),
+        (
+            lambda op: op("mix_scores")(
+                torch.zeros(2, 1, 1, 8),
+                torch.zeros(1, 7, 2),
+                torch.zeros(1, 7, 2, dtype=torch.int32),
+            ),
+            r"mix_scores: expected weights .*\[1, 7, 2\]",
+        ),
+        (
+            lambda op: op("kv_compact_")(
+                torch.zeros(1, 1, 8, 4), torch.zeros(1, 1, 8, 4), torch.zeros(1, 1, 2)
+            ),
+            "kv_compact_: expected indices of dtype int32, got float32",
+        ),
+    ],
+)
+def test_wrong_tensors(target: Target, call: Callable[[Any], Any], message: str) -> None:
+    if target.device != "cpu":
+        pytest.skip("the tensors of this test are on the CPU")
+    with pytest.raises(RuntimeError, match=f"moekv::{message}"):
+        call(target.op)
+    elsewhere = "cuda" if torch.cuda.is_available() else "meta"
+    if target.backend == "torch" or elsewhere == "cuda":
+        with pytest.raises(RuntimeError, match="moekv::gating_topk: expected bias on the device"):
+            target.op("gating_topk")(torch.zeros(3, 4), torch.zeros(4, device=elsewhere), k=1)
+
+
+@pytest.mark.parametrize("indices", [[3, 1], [1, 1], [-1, 2], [2, 8]])
+def test_wrong_indices_move_nothing(target: Target, indices: list[int]) -> None:
+    if target.device != "cpu":
+        pytest.skip("a GPU does not check")
+    keys, values = torch.randn(1, 1, 8, 4), torch.randn(1, 1, 8, 4)
+    before = keys.clone(), values.clone()
+    with pytest.raises(RuntimeError, match="moekv::kv_compact_: expected indices"):
+        target.op("kv_compact_")(keys, values, torch.tensor([[indices]], dtype=torch.int32))
+    assert torch.equal(keys, before[0]) and torch.equal(values, before[1])
+
+
+def test_nan_and_infinite_logits(target: Target) -> None:
+    logits = torch.tensor([[NAN, 1.0, 0.0], [INF, 0.0, 0.0], [NAN, -INF, NAN]])
+    weights, experts, _, _ = target.op("gating_topk")(logits.to(target.device), None, None, k=2)
+    assert experts.tolist() == [[1, 2], [0, 1], [0, 1]]
+    assert weights.isfinite().all() and weights[1].tolist() == [1, 0]
+    assert weights[2].tolist() == [0.5, 0.5]
+
+
+def test_nan_and_infinite_scores(target: Target) -> None:
+    scores = torch.tensor([[[9.0, NAN, -INF, INF, NAN, 0.0]]], device=target.device)
+    start = torch.tensor([[1]], dtype=torch.int32, device=target.device)
+    for total, kept in enumerate([[3], [3, 5], [2, 3, 5], [1, 2, 3, 5], [1, 2, 3, 4, 5]], 1):
+        assert target.op("select_kept")(scores, start, total=[total])[0].tolist() == kept
+
+
+def test_nan_and_infinite_scores_of_an_expert() -> None:
+    scores = torch.arange(float(LENGTH))
+    scores[20:30], scores[5], scores[35] = NAN, INF, -INF
+    model, expert = tiny_model(), Fixed(scores)
+    press = MoERouterPress(0.5, experts=[expert], top_k=1, sinks=0, recent=0)
+    with press(model):
+        cache = prefill(model, tokens(1, LENGTH))
+    full = prefill(model, tokens(1, LENGTH))
+    # +inf at 5, and the highest 19 of the numbers; neither -inf at 35 nor a NaN.
+    kept = [5, *range(10, 20), *range(30, 35), *range(36, 40)]
+    for layer, whole in zip(cache.layers, full.layers, strict=True):
+        assert torch.equal(layer.keys, whole.keys[:, :, kept])
+
+
+# --- Models and caches ----------------------------------------------------------------------------
+
+
+def test_caches_that_cannot_be_served() -> None:
+    from test_cache import quantized_cache
+
+    model = tiny_model()
+    static = StaticCache(model.config, max_cache_len=64)
+    for cache, name in [
+        (static, "StaticLayer"),
+        (quantized_cache(), "IdentityLayer"),
+        (DynamicCache(offloading=True), "offloaded"),
+    ]:
+        refuse(TypeError, f"DynamicCache, got .*{name}", model, MoERouterPress(), cache=cache)
+        assert not any(layer.is_initialized for layer in cache.layers)
+    with pytest.raises(TypeError, match="StaticLayer"), MoERouterPress()(model):
+        model.generate(tokens(1, LENGTH), cache_implementation="static", max_new_tokens=2)
+
+
+def test_no_cache() -> None:
+    model, press = tiny_model(), MoERouterPress()
+    with pytest.raises(RuntimeError, match="use_cache=True"), press(model):
+        model(tokens(1, LENGTH), use_cache=False)
+    assert_untouched(model, press, DynamicCache())
+
+
+def test_sliding_windows_in_all_layers() -> None:
+    model = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=128,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            sliding_window=16,
+        )
+    )
+    with pytest.raises(ValueError, match="sliding windows in all"), MoERouterPress()(model):
+        pass
+    assert not any(layer._forward_hooks for layer in find_layers(model)[1])
+
+
+def test_model_of_another_structure() -> None:
+    with (
+        pytest.raises(TypeError, match="decoder-only.*got Linear"),
+        MoERouterPress()(nn.Linear(2, 2)),
+    ):
+        pass
+
+
+def test_flex_attention() -> None:
+    class BlockMask:
+        pass
+
+    model = tiny_model()
+    _, layers = find_layers(model)
+
+    def mask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, kwargs | {"attention_mask": BlockMask()}
+
+    press = MoERouterPress()
+    forward = layers[0].forward
+    layers[0].forward = lambda *a, **k: forward(*a, **k | {"attention_mask": None})
+    handle = layers[0].register_forward_pre_hook(mask, with_kwargs=True)
+    with pytest.raises(TypeError, match="tensor, got BlockMask.*sdpa"), press(model):
+        prefill(model, tokens(1, LENGTH))
+    handle.remove()
+    del layers[0].forward
+    assert_untouched(model, press, DynamicCache())
+
+
+def test_eager_attention_and_layers_of_different_lengths() -> None:
+    model, input_ids = tiny_model(attention="eager"), tokens(1, LENGTH)
+    press = MoERouterPress(policy="dominant", experts=["aggressive", "conservative"], top_k=1)
+    with press(model):
+        cache = prefill(model, input_ids)  # all layers of one length: served
+        assert [layer.keys.shape[2] for layer in cache.layers] == [32, 32]
+        press._layers[1].router.prior.copy_(torch.tensor([9.0, 0.0]))
+        cache = DynamicCache()
+        with pytest.raises(ValueError, match=r"one length for eager attention, got \[32, 12\]"):
+            model(input_ids, past_key_values=cache)
+    assert [layer.keys.shape[2] for layer in cache.layers] == [LENGTH, LENGTH]
+    assert press.get_stats()["forward_count"] == 1
+
+
+def test_hooks_without_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = LlamaDecoderLayer.forward
+
+    def forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        attend = self.self_attn
+
+        def positional(hidden_states: Tensor, **kwargs: Any) -> Any:
+            return attend(hidden_states, **kwargs)
+
+        self._modules["self_attn"] = positional
+        try:
+            return original(self, hidden_states, **kwargs)
+        finally:
+            self._modules["self_attn"] = attend
+
+    model, press = tiny_model(), MoERouterPress()
+    message = "with `hidden_states`, got .*transformers 5"
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaDecoderLayer, "forward", forward)
+        with pytest.raises(RuntimeError, match=message), press(model):
+            prefill(model, tokens(1, LENGTH))
+    assert_untouched(model, press, DynamicCache())
+
+
+def test_hooks_that_are_not_called() -> None:
+    model, press = tiny_model(), MoERouterPress()
+    message = "compressed nothing in 1 forward.*transformers 5"
+    with pytest.raises(RuntimeError, match=message), press(model):
+        for layer in find_layers(model)[1]:
+            layer._forward_hooks.clear()
+        cache = prefill(model, tokens(1, LENGTH))
+    assert_untouched(model, press, cache)
+
+
+def test_prefill_outside_of_the_block() -> None:
+    model, press = tiny_model(), MoERouterPress()
+    cache = prefill(model, tokens(1, LENGTH))
+    with pytest.raises(RuntimeError, match=r"compressed nothing in 2 forward\(s\)"), press(model):
+        for step in range(2):
+            with torch.no_grad():
+                model(tokens(1, 1, seed=step), past_key_values=cache)
+    cache.crop(LENGTH)
+    assert_untouched(model, press, cache)
+    with press(model):
+        pass  # nothing fed, nothing to complain about
+
+
+# --- Prompts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_left_padding(attention: str) -> None:
+    model, press = tiny_model(attention=attention), MoERouterPress()
+    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    mask[1, :7] = 0
+    cache = DynamicCache()
+    with pytest.raises(ValueError, match=r"got \[0, 7\] padding positions"), press(model):
+        model(tokens(2, LENGTH), attention_mask=mask, past_key_values=cache)
+    assert not cache.layers  # nothing has run
+    # Also where the mask comes ready for the layers.
+    ready = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
+    ready[1, :, :, :7] = False
+    ready[1, :, :7, 0] = True  # no row without a key
+    with pytest.raises(ValueError, match=r"got \[0, 7\] padding"), press(model):
+        model(tokens(2, LENGTH), attention_mask=ready, past_key_values=cache)
+    assert_untouched(model, press, DynamicCache())
+
+
+def test_padding_at_the_right() -> None:
+    model, press = tiny_model(), MoERouterPress()
+    mask = torch.ones(1, LENGTH, dtype=torch.long)
+    mask[0, -3:] = 0
+    refuse(ValueError, "padding_side = 'left'", model, press, attention_mask=mask)
+
+
+def test_prefill_in_chunks() -> None:
+    model, press = tiny_model(), MoERouterPress()
+    cache = prefill(model, tokens(1, LENGTH))
+    with pytest.raises(RuntimeError, match="got 3 tokens for a cache that holds 40"), press(model):
+        model(tokens(1, 3), past_key_values=cache)
+    assert_untouched(model, press, cache)
+    with pytest.raises(RuntimeError, match="prefill in one forward"), press(model):
+        model.generate(tokens(1, LENGTH), prefill_chunk_size=16, max_new_tokens=2)
+
+
+def test_context_shorter_than_what_always_stays() -> None:
+    model = tiny_model()
+    press = MoERouterPress(0.5, sinks=4, recent=16)
+    full = prefill(model, tokens(1, 18))
+    with press(model):
+        cache = prefill(model, tokens(1, 18))
+    kept = [0, 1, 2, 3, 13, 14, 15, 16, 17]
+    for layer, whole in zip(cache.layers, full.layers, strict=True):
+        assert torch.equal(layer.keys, whole.keys[:, :, kept])
+
+
+@pytest.mark.parametrize("policy", ["mixture", "dominant"])
+def test_context_of_one_token(policy: str) -> None:
+    model, press = tiny_model(), MoERouterPress(0.9, policy=policy)
+    with press(model):
+        out = model.generate(
+            tokens(1, 1), max_new_tokens=3, do_sample=False, return_dict_in_generate=True
+        )
+    expected = model.generate(tokens(1, 1), max_new_tokens=3, do_sample=False)
+    assert torch.equal(out.sequences, expected)
+    assert press.get_stats()["compression"]["ratio"] == 0
+
+
+# --- Experts and presses --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("policy", ["mixture", "dominant"])
+def test_exception_in_an_expert(layer: int, policy: str) -> None:
+    model, expert, cache = tiny_model(), Failing(layer), DynamicCache()
+    press = MoERouterPress(experts=[expert, "semantic"], policy=policy)
+    with pytest.raises(ArithmeticError, match="out of luck"), torch.no_grad(), press(model):
+        model(tokens(1, LENGTH), past_key_values=cache)
+    assert [x.keys.shape[2] for x in cache.layers] == [LENGTH] * (layer + 1)
+    expert.layer = None
+    assert_untouched(model, press, cache)
+
+
+def test_scores_of_an_expert_of_another_shape() -> None:
+    model, expert = tiny_model(), Fixed(torch.zeros(1, 2, LENGTH - 1))
+    press = MoERouterPress(experts=[expert], top_k=1)
+    cache = DynamicCache()
+    message = r"scores \[1, 2, 40\] on cpu from expert 'fixed', got torch.float32 \[1, 2, 39\]"
+    with pytest.raises(ValueError, match=message), torch.no_grad(), press(model):
+        model(tokens(1, LENGTH), past_key_values=cache)
+    expert.fixed = torch.rand(1, 2, LENGTH)
+    assert_untouched(model, press, cache)
+
+
+def test_one_press_in_two_blocks() -> None:
+    model, other, press = tiny_model(), tiny_model("qwen2"), MoERouterPress()
+    for second in (model, other):
+        with press(model):
+            with pytest.raises(RuntimeError, match="one block at a time"), press(second):
+                pass
+            cache = prefill(model, tokens(1, LENGTH))  # the outer block goes on
+        assert cache.get_seq_length() == LENGTH // 2
+    press.reset_stats()
+    assert_untouched(model, press, DynamicCache())
+
+
+@pytest.mark.parametrize("outer", [MoERouterPress, KnormPress])
+def test_nested_presses(outer: Callable[..., Any]) -> None:
+    model, press = tiny_model(), MoERouterPress()
+    with outer(compression_ratio=0.5)(model):
+        with pytest.raises(RuntimeError, match="without a press at work"), press(model):
+            pass
+        cache = prefill(model, tokens(1, LENGTH))
+    assert cache.get_seq_length() == LENGTH // 2
+    assert_untouched(model, press, DynamicCache())
+
+
+def test_cache_changed_by_another_press() -> None:
+    model, press, cache = tiny_model(), MoERouterPress(), DynamicCache()
+    message = "another hook has changed"
+    with pytest.raises(RuntimeError, match=message), press(model), KnormPress(0.25)(model):
+        model(tokens(1, LENGTH), past_key_values=cache)
+    # The other press has done its work, but in the last layer; this one none.
+    assert [layer.keys.shape[2] for layer in cache.layers] == [LENGTH * 3 // 4, LENGTH]
+    assert_untouched(model, press, DynamicCache())
+
+
+def test_another_model() -> None:
+    model, press = tiny_model(), MoERouterPress()
+    with press(model):
+        prefill(model, tokens(1, LENGTH))
+    other = tiny_model("qwen2")
+    with pytest.raises(RuntimeError, match=r"got another: call reset_stats\(\)"), press(other):
+        pass
+    press.reset_stats()
+    assert_untouched(other, press, DynamicCache())
+
+
+def test_cache_already_cut() -> None:
+    model, press = tiny_model(), MoERouterPress()
+    composed = ComposedPress([KnormPress(0.5), press])
+    with pytest.raises(ValueError, match="put MoERouterPress first"), composed(model):
+        prefill(model, tokens(1, LENGTH))
+    assert_untouched(model, press, DynamicCache())
+
+
+def test_reordered_hidden_states() -> None:
+    model, press = tiny_model(), MoERouterPress()
+    with pytest.raises(ValueError, match="in order"), BlockPress(press, block_size=10)(model):
+        prefill(model, tokens(1, LENGTH))
+    assert_untouched(model, press, DynamicCache())
