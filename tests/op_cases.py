@@ -349,6 +349,7 @@ SELECT_KEPT = [
     SelectKept((2, 2, 80), (60,), 1, 1, layout="gaps", padding=True),
     SelectKept((0, 2, 80), (60,)),
     SelectKept((1, 3, 9000), (9000,), 4, 64, values="ties"),
+    SelectKept((2, 2, 40_000), (50_001,), 4, 64, 9000, padding=True, values="special"),
 ]
 
 
