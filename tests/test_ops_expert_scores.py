@@ -1,4 +1,6 @@
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import op_cases
 import pytest
@@ -146,6 +148,33 @@ def test_threads_change_nothing(native):
     case = op_cases.ExpertScores((2, 2, 3000, 64), start=(0, 700), num_queries=33, pool=5)
     inputs, options = case.inputs(native.device)
     on_any_number_of_threads(lambda: native.op("expert_scores")(*inputs, **options))
+
+
+def peak_mib(run: Callable[[], object]) -> float:
+    """Growth of the process's memory at its highest while ``run`` runs."""
+
+    def status(field: str) -> float:
+        line = next(x for x in Path("/proc/self/status").open() if x.startswith(field))
+        return int(line.split()[1]) / 1024
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    except OSError as error:
+        pytest.skip(f"peak memory cannot be measured here: {error}")
+    before = status("VmRSS")
+    run()
+    return status("VmHWM") - before
+
+
+def test_memory_is_linear_in_the_keys(native):
+    """The [W, T] matrix would take 128 MiB in bf16 here."""
+    if native.device != "cpu":
+        pytest.skip("measures the memory of the process")
+    keys, values = (torch.ones(1, 8, 32768, 128, dtype=torch.bfloat16) for _ in range(2))
+    queries = torch.ones(1, 32, 64, 128, dtype=torch.bfloat16)
+    scores_of(native, keys[:, :, :64], values[:, :, :64], queries)
+    output_mib = 4
+    assert peak_mib(lambda: scores_of(native, keys, values, queries)) - output_mib < 32
 
 
 @pytest.mark.parametrize("dtype", op_cases.FLOAT_DTYPES, ids=str)
