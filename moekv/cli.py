@@ -1,4 +1,4 @@
-"""The command line: ``moekv info`` and ``moekv demo``.
+"""The command line: ``moekv info``, ``moekv demo`` and ``moekv bench``.
 
 A command is a module with ``add_arguments(parser)`` and ``run(args)``; ``run`` raises
 :class:`CommandError` for what the user can mend, and any other exception is a bug that shows its
@@ -19,6 +19,7 @@ from moekv import __version__
 COMMANDS = {
     "info": "show versions, instruction sets, libraries and backends",
     "demo": "compress the cache of a real model, and ask it what it read",
+    "bench": "measure the quality of compressed caches beside kvpress's methods",
 }
 
 

@@ -1,0 +1,1 @@
+"""Quality of compressed caches: how far answers move when pairs are evicted."""

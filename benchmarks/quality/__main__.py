@@ -1,0 +1,97 @@
+"""The quality benchmark: ``python -m benchmarks.quality run`` and ``... report``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moekv import ops
+from moekv.models import DEFAULT_MODEL, load_model
+
+from .presses import ANCHORS, METHODS, OURS, PEERS
+from .report import write_report
+from .run import cells, run
+from .tasks import TASKS
+
+SETS = {"peers": PEERS, "anchors": ANCHORS, "ours": OURS, "all": METHODS}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.quality", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    runner = commands.add_parser("run", help="answer what the results file lacks, then report")
+    runner.add_argument("--model", default=DEFAULT_MODEL, help="hub id or folder")
+    runner.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    runner.add_argument("--lengths", nargs="+", type=int, default=[1000], help="tokens")
+    runner.add_argument("--samples", type=int, default=8, help="of each task and length")
+    runner.add_argument(
+        "--methods",
+        nargs="+",
+        default=["all"],
+        choices=[*SETS, *METHODS],
+        metavar="METHOD",
+        help=f"names, or sets of them: {', '.join(SETS)}",
+    )
+    runner.add_argument("--ratios", nargs="+", type=float, default=[0.25, 0.5, 0.75, 0.9])
+    runner.add_argument("--seed", type=int, default=0)
+    runner.add_argument("--live", action="store_true", help="prefill anew for every method")
+    report = commands.add_parser("report", help="write JSON, markdown and plots of results so far")
+    for command in (runner, report):
+        command.add_argument("--out", type=Path, default=Path("benchmarks/results/quality"))
+    args = parser.parse_args(argv)
+
+    results = args.out / "answers.jsonl"
+    if args.command == "run":
+        model, tokenizer = load_model(args.model)
+        _write_meta(results.with_suffix(".meta.json"), model, args)
+        methods = list(dict.fromkeys(m for name in args.methods for m in SETS.get(name, [name])))
+        wanted = list(cells(args.tasks, args.lengths, args.samples, methods, args.ratios))
+        run(model, tokenizer, wanted, results, seed=args.seed, live=args.live)
+    for path in write_report(results, args.out):
+        print(path)
+
+
+def _write_meta(path: Path, model: Any, args: argparse.Namespace) -> None:
+    """Say what ran where; a results file holds one model and seed.
+
+    Raises
+    ------
+    SystemExit
+        The results file is of another model or seed.
+    """
+    head = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    git = subprocess.run(head, capture_output=True, text=True)
+    meta = {
+        "model": args.model,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "seed": args.seed,
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, device {model.device}",
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("torch", "transformers", "kvpress")
+        },
+        "capability": ops.cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "commit": git.stdout.strip() or "unknown",
+    }
+    if path.exists():
+        before = json.loads(path.read_text())
+        for key in ("model", "dtype", "seed"):
+            if before[key] != meta[key]:
+                raise SystemExit(
+                    f"{path} is of {key} {before[key]}, not {meta[key]}: choose another --out"
+                )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(meta, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

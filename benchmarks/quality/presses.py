@@ -1,0 +1,100 @@
+"""The methods of the table, each built for a compression ratio.
+
+Peers are all presses of kvpress that compress a prefill, at the settings that kvpress gives them,
+and KVzip, which reads the context two or three times, as the upper anchor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import kvpress
+from kvpress import BasePress
+
+from moekv.press import MoERouterPress
+
+Factory = Callable[[float], BasePress]
+
+
+def _scorer(cls: type[BasePress], **options: object) -> Factory:
+    return lambda ratio: cls(compression_ratio=ratio, **options)
+
+
+def _around(wrapper: type[BasePress], inner: Factory, **options: object) -> Factory:
+    return lambda ratio: wrapper(press=inner(ratio), **options)
+
+
+def _duo_attention(ratio: float) -> BasePress:
+    return kvpress.DuoAttentionPress(head_compression_ratio=ratio, on_the_fly_scoring=True)
+
+
+_SCORERS = (
+    *("CURPress", "CapPress", "CompactorPress", "ExpectedAttentionPress", "KeyDiffPress"),
+    *("ExpectedAttentionStatsPress", "KVzapPress", "KnormPress", "LagKVPress"),
+    *("LeverageScorePress", "NonCausalAttnPress", "ObservedAttentionPress", "PyramidKVPress"),
+    *("QFilterPress", "SnapKVPress", "StreamingLLMPress", "TOVAPress"),
+)
+
+#: Methods that need one prefill and do not see the question.
+PEERS: dict[str, Factory] = {name: _scorer(getattr(kvpress, name)) for name in _SCORERS} | {
+    "RandomPress": _scorer(kvpress.RandomPress, seed=0),
+    "KVComposePress": _scorer(kvpress.KVComposePress),
+    "LUKVPress": _scorer(kvpress.LUKVPress),
+    "FastKVzipPress": _scorer(kvpress.FastKVzipPress),
+    "DuoAttentionPress": _duo_attention,
+}
+_snapkv, _keydiff, _expected = (
+    PEERS[name] for name in ("SnapKVPress", "KeyDiffPress", "ExpectedAttentionPress")
+)
+# kvpress gives expected attention this epsilon where it is combined with AdaKV.
+_expected_ada = _scorer(kvpress.ExpectedAttentionPress, epsilon=1e-2)
+PEERS |= {
+    "AdaKV(SnapKV)": _around(kvpress.AdaKVPress, _snapkv),
+    "AdaKV(KeyDiff)": _around(kvpress.AdaKVPress, _keydiff),
+    "AdaKV(ExpectedAttention)": _around(kvpress.AdaKVPress, _expected_ada),
+    "AdaKV(Compactor)": _around(kvpress.AdaKVPress, PEERS["CompactorPress"]),
+    "CriticalKV(SnapKV)": lambda ratio: kvpress.CriticalKVPress(_snapkv(ratio)),
+    "CriticalAdaKV(SnapKV)": _around(kvpress.CriticalAdaKVPress, _snapkv),
+    "CriticalAdaKV(ExpectedAttention)": _around(
+        kvpress.CriticalAdaKVPress, _scorer(kvpress.ExpectedAttentionPress, use_vnorm=False)
+    ),
+    "ChunkKV(SnapKV)": _around(kvpress.ChunkKVPress, _snapkv),
+    "EntropyGatedChunkKV(SnapKV)": _around(kvpress.EntropyGatedChunkKVPress, _snapkv),
+    "Chunk(ExpectedAttention)": _around(kvpress.ChunkPress, _expected),
+    "Block(KeyDiff)": _around(kvpress.BlockPress, _keydiff),
+    "Merging(SnapKV)": _around(kvpress.MergingPress, _snapkv),
+}
+
+#: Methods that read the context again.
+ANCHORS: dict[str, Factory] = {
+    "KVzipPress": _scorer(kvpress.KVzipPress),
+    "KVgradPress": _scorer(kvpress.KVgradPress),
+}
+
+#: moekv, and the four original experts ruling alone: the baseline that it started from.
+OURS: dict[str, Factory] = {
+    "moekv": _scorer(MoERouterPress),
+    "moekv dominant": _scorer(
+        MoERouterPress,
+        policy="dominant",
+        experts=("aggressive", "moderate", "conservative", "selective"),
+    ),
+}
+
+METHODS: dict[str, Factory] = PEERS | ANCHORS | OURS
+
+#: Why the rest of kvpress is not in the table.
+EXCLUDED = {
+    "CAMPress": "compresses while decoding",
+    "CompressionRatioDecodingPress": "compresses while decoding",
+    "ComposedPress": "composes others",
+    "DecodingPress": "compresses while decoding",
+    "DMSPress": "its ratio follows a threshold on scores and cannot be set",
+    "FinchPress": "sees the question",
+    "KeyRerotationPress": "moves kept keys to new positions; scores are another press'",
+    "PerLayerCompressionPress": "wraps another press; its ratios are the user's",
+    "PrefillDecodingPress": "compresses while decoding",
+    "RestoreKVPress": "needs embeddings trained for the model",
+    "SimLayerKVPress": "its ratio follows a threshold and cannot be set",
+    "ThinKPress": "removes channels of keys, not pairs",
+}

@@ -1,0 +1,422 @@
+"""The quality benchmark's instrument: does it measure what it says?"""
+
+import dataclasses
+import json
+import math
+import random
+import struct
+import zlib
+
+import kvpress
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks.quality import presses, report, tasks, texts
+from benchmarks.quality import run as runner
+from benchmarks.quality.metrics import bootstrap, compare
+from benchmarks.quality.replay import (
+    answer_logits,
+    decoder_layers,
+    footprint,
+    prefill,
+    record,
+    replay,
+)
+from moekv import bench, cli
+
+NEED_DOWNLOADS = {
+    "DuoAttentionPress",
+    "ExpectedAttentionStatsPress",
+    "FastKVzipPress",
+    "KVzapPress",
+    "LUKVPress",
+    "QFilterPress",
+}
+NEED_EAGER = {"KVComposePress", "ObservedAttentionPress"}
+LOCAL = [name for name in presses.METHODS if name not in NEED_DOWNLOADS | NEED_EAGER]
+
+BOOK = " ".join(f"The {a} {b} went to town." for a in tasks.ADJECTIVES for b in tasks.NOUNS[:12])
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+    )
+    return LlamaForCausalLM(config).eval().to(torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    vocabulary = {chr(i): i for i in range(256)} | {"<unk>": 256}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_next")
+    backend.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    fast.chat_template = (
+        "{% for m in messages %}U:{{ m.content }};{% endfor %}"
+        "{% if add_generation_prompt %}A:{% endif %}"
+    )
+    return fast
+
+
+@pytest.fixture
+def local_texts(monkeypatch):
+    sentences = tuple(part.strip() + "." for part in BOOK.split(".") if part)
+    lines = tuple(f"value_{i} = compute({i})\n" for i in range(900))
+    monkeypatch.setattr(
+        tasks, "_units", lambda kind: {"prose": (sentences,), "code": (lines,)}[kind]
+    )
+
+
+def random_ids(length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (1, length), generator=generator)
+
+
+def contents(model, cache):
+    """Everything of a compressed cache that attention can see."""
+    found = []
+    for layer, cached in zip(decoder_layers(model), cache.layers, strict=True):
+        found += [cached.keys, cached.values]
+        masked = getattr(layer.self_attn, "masked_key_indices", None)
+        found += [] if masked is None else list(masked)
+    return found
+
+
+# Replay
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.9])
+@pytest.mark.parametrize("name", LOCAL)
+def test_replay_gives_what_a_prefill_gives(model, tokenizer, name, ratio):
+    input_ids = random_ids(300)
+    build = presses.METHODS[name]
+    with runner._findable_tokenizer(model, tokenizer):
+        torch.manual_seed(1)  # Compactor and the leverage scores draw sketches
+        live = contents(model, prefill(model, input_ids, build(ratio)))
+        torch.manual_seed(1)
+        replayed = contents(model, replay(model, record(model, input_ids), build(ratio)))
+    assert len(live) == len(replayed) >= 6
+    assert all(torch.equal(a, b) for a, b in zip(live, replayed, strict=True))
+    whole = contents(model, prefill(model, input_ids, None))
+    assert len(live) != len(whole) or any(
+        a.shape != b.shape for a, b in zip(live, whole, strict=True)
+    )
+
+
+def test_replay_runs_no_attention_and_no_mlp(model, monkeypatch):
+    recording = record(model, random_ids(20))
+
+    def fail(*args, **kwargs):
+        raise AssertionError("computed instead of recalled")
+
+    for layer in decoder_layers(model):
+        monkeypatch.setattr(layer.self_attn.q_proj, "forward", fail)
+        monkeypatch.setattr(layer.mlp.down_proj, "forward", fail)
+    replay(model, recording, None)
+    with pytest.raises(AssertionError, match="computed instead of recalled"):
+        prefill(model, random_ids(20), None)
+
+
+def test_replay_does_not_inherit_the_masks_of_the_press_before(model):
+    recording = record(model, random_ids(100))
+    replay(model, recording, presses.METHODS["AdaKV(KeyDiff)"](0.5))
+    cache = replay(model, recording, None)
+    assert footprint(model, cache, recording).kept == 3 * 2 * 100
+
+
+def test_model_and_recording_survive_a_press_that_raises(model):
+    class Broken(kvpress.KnormPress):
+        def score(self, *args, **kwargs):
+            raise ArithmeticError
+
+    recording = record(model, random_ids(60))
+    before = [tape.keys.clone() for tape in recording.layers]
+    with pytest.raises(ArithmeticError):
+        replay(model, recording, Broken(0.5))
+    assert all("forward" not in vars(layer.self_attn) for layer in decoder_layers(model))
+    assert all("forward" not in vars(layer.mlp) for layer in decoder_layers(model))
+    assert all(torch.equal(a, t.keys) for a, t in zip(before, recording.layers, strict=True))
+
+
+def test_answer_logits_are_those_of_decoding_token_by_token(model):
+    context, question, answer = random_ids(80), random_ids(7, 1), random_ids(5, 2)
+    whole = torch.cat([context, question, answer], dim=1)
+    expected = model(whole).logits[0, 86:91].float()
+    logits = answer_logits(model, prefill(model, context, None), 80, question, answer)
+    torch.testing.assert_close(logits, expected, atol=0.02, rtol=0)
+
+    # Layers of different lengths: the same, one token at a time.
+    class Uneven(kvpress.KnormPress):
+        def compress(self, module, hidden_states, keys, values, attentions, kwargs):
+            return keys[:, :, module.layer_idx :], values[:, :, module.layer_idx :]
+
+    uneven = answer_logits(model, prefill(model, context, Uneven(0.1)), 80, question, answer)
+    assert uneven.shape == expected.shape
+    torch.testing.assert_close(uneven, expected, atol=0.3, rtol=0)
+    assert not torch.equal(uneven, logits)
+
+
+def test_exact_is_what_greedy_decoding_gives(model):
+    context, question = random_ids(50), random_ids(6, 1)
+    prompt = torch.cat([context, question], dim=1)
+    greedy = model.generate(prompt, max_new_tokens=4, do_sample=False)[:, 56:]
+    logits = answer_logits(model, prefill(model, context, None), 50, question, greedy)
+    assert compare(logits, logits, greedy[0]).exact
+    wrong = greedy.clone()
+    wrong[0, 2] = (wrong[0, 2] + 1) % 256
+    logits = answer_logits(model, prefill(model, context, None), 50, question, wrong)
+    assert not compare(logits, logits, wrong[0]).exact
+
+
+@pytest.mark.parametrize("name", ["SnapKVPress", "AdaKV(SnapKV)", "KVzipPress", "moekv"])
+def test_footprint_counts_what_is_kept(model, tokenizer, name):
+    recording = record(model, random_ids(200))
+    with runner._findable_tokenizer(model, tokenizer):
+        cache = replay(model, recording, presses.METHODS[name](0.75))
+    size = footprint(model, cache, recording)
+    assert (size.kept, size.pairs) == (3 * 2 * 50, 3 * 2 * 200)
+    pair = 2 * 16 * 2  # bytes of a key and a value in bf16
+    if name == "KVzipPress":  # masks, and holds on to the storage of its second reading
+        assert size.bytes > pair * size.pairs
+    elif name == "moekv":  # may leave room for new tokens
+        assert pair * size.kept <= size.bytes < pair * size.pairs
+    else:
+        assert size.bytes == pair * (size.pairs if name.startswith("AdaKV") else size.kept)
+
+
+# Metrics
+
+
+def test_compare_matches_hand_computed_values():
+    full = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
+    other = torch.tensor([[0.25, 0.75], [0.9, 0.1]]).log()
+    quality = compare(other, full, torch.tensor([1, 0]))
+    assert quality.kl == pytest.approx(0.5 * (0.5 * math.log(2) + 0.5 * math.log(0.5 / 0.75)))
+    assert quality.nll == pytest.approx(-0.5 * (math.log(0.75) + math.log(0.9)))
+    assert quality.exact and not compare(other, full, torch.tensor([0, 0])).exact
+    assert compare(full, full, torch.tensor([0, 0])).kl == 0
+
+
+def test_bootstrap_covers_the_mean_as_often_as_it_says():
+    rng = random.Random(0)
+    hits = 0
+    for trial in range(200):
+        low, high = bootstrap([rng.gauss(1.0, 2.0) for _ in range(40)], seed=trial)
+        hits += low <= 1.0 <= high
+    assert 178 <= hits <= 199
+    assert bootstrap([3.0, 3.0]) == (3.0, 3.0)
+
+
+# Tasks and texts
+
+
+@pytest.mark.usefixtures("local_texts")
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_tasks_are_seeded_and_of_the_wanted_length(tokenizer, task):
+    def make(index, seed=0):
+        return tasks.make_sample(task, tokenizer, length=2000, index=index, seed=seed)
+
+    sample = make(0)
+    assert sample == make(0)
+    assert len({sample, make(1), make(0, seed=1)}) == 3
+    context, question, answer = tasks.encode(sample, tokenizer)
+    assert 1700 <= len(context) <= 2300
+    assert question and answer
+    assert tokenizer.decode(context).startswith("U:") == sample.chat
+
+
+@pytest.mark.usefixtures("local_texts")
+@pytest.mark.parametrize("task", ["needle_noise", "needle_prose", "needles_prose", "many_keys"])
+def test_needles_have_one_true_answer(tokenizer, task):
+    sample = tasks.make_sample(task, tokenizer, length=2000, index=3)
+    assert sample.context.count(f"{sample.answer_prefix}{sample.answer}.") == 1
+    assert sample.context.count(sample.answer_prefix) == 1
+    assert sample.context.count("secret number") == {"needles_prose": 4}.get(
+        task, 1 if task.startswith("needle_") else sample.context.count("\n") + 1
+    )
+
+
+@pytest.mark.usefixtures("local_texts")
+def test_answers_follow_from_the_contexts(tokenizer):
+    for index in range(5):
+        facts = tasks.make_sample("facts", tokenizer, length=3000, index=index)
+        assert f"{facts.answer_prefix}{facts.answer}." in facts.context
+        passage = tasks.make_sample("recall", tokenizer, length=3000, index=index)
+        assert passage.answer_prefix + passage.answer in passage.context
+        label = tasks.make_sample("labelling", tokenizer, length=3000, index=index)
+        noun = next(n for n in sum(tasks.TOPICS.values(), ()) if n in label.question)
+        shown = [e for e in label.context.split("\n\n") if noun in e]
+        assert shown and all(e.strip().endswith(f"Label:{label.answer}") for e in shown)
+        chain = tasks.make_sample("variable_tracking", tokenizer, length=3000, index=index)
+        names = chain.answer.strip().split(", ")
+        value = chain.question.split("value ")[1].split()[0]
+        at = [
+            chain.context.index(f"VAR {a} = {b}.")
+            for a, b in zip(names, [value, *names], strict=False)
+        ]
+        assert at == sorted(at) and len(at) == 4
+
+
+def test_no_document_is_in_both_splits():
+    where = {}
+    for document in texts.DOCUMENTS:
+        assert document.split in ("test", "calibration")
+        where.setdefault((document.package, document.member), set()).add(document.split)
+    assert all(len(splits) == 1 for splits in where.values())
+    assert {d.kind for d in texts.documents("test", "prose")} == {"prose"}
+    assert texts.documents("test", "code") and texts.documents("calibration", "code")
+
+
+def test_a_text_that_changed_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOEKV_CACHE", str(tmp_path))
+    monkeypatch.setattr(texts, "_fetch", lambda package, member: "another text")
+    with pytest.raises(OSError, match="expected .*, got "):
+        texts.DOCUMENTS[0].text()
+    assert not list(tmp_path.rglob("*.txt"))
+    good = dataclasses.replace(texts.DOCUMENTS[0], sha256=texts._sha256(b"another text"))
+    assert good.text() == "another text"
+    monkeypatch.setattr(texts, "_fetch", lambda package, member: pytest.fail("fetched again"))
+    assert good.text() == "another text"
+
+
+def test_r_data_is_read(tmp_path):
+    def stream(strings):
+        body = b"X\nheader" + struct.pack(">ii", 16, len(strings))
+        for s in strings:
+            body += struct.pack(">ii", 0x00040009, len(s.encode())) + s.encode()
+        packed = zlib.compress(body)
+        return struct.pack(">i", len(body)) + packed
+
+    database = tmp_path / "Rdata.rdb"
+    database.write_bytes(stream(["not", "this"]) + stream(["It was", "", "a truth—"]))
+    assert texts._read_r_data(database, 1) == "It was\n\na truth—"
+
+
+def test_prose_is_unwrapped():
+    assert texts._prose("One\r\n line.\r\n\r\n\r\nTwo.\n\n") == "One line.\nTwo."
+
+
+# Runs and reports
+
+
+class Failing(kvpress.KnormPress):
+    def score(self, *args, **kwargs):
+        raise ValueError("no such luck\nsecond line")
+
+
+@pytest.fixture
+def few_methods(monkeypatch):
+    methods = {
+        "KnormPress": presses.METHODS["KnormPress"],
+        "KeyDiffPress": presses.METHODS["KeyDiffPress"],
+        "Failing": Failing,
+    }
+    monkeypatch.setattr(runner, "METHODS", methods)
+    monkeypatch.setattr(report, "METHODS", methods)
+    return methods
+
+
+@pytest.mark.usefixtures("local_texts")
+def test_a_run_goes_on_where_it_stopped(model, tokenizer, few_methods, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    wanted = list(runner.cells(["facts"], [1500], 2, few_methods, [0.5, 0.75]))
+    assert len(wanted) == 2 * (1 + 3 * 2)
+    runner.run(model, tokenizer, wanted[:4], path)
+    first = path.read_text()
+    with path.open("a") as file:
+        file.write('{"cell": {"task": "fac')  # killed while writing
+    runner.run(model, tokenizer, wanted, path)
+    assert path.read_text().startswith(first)
+    rows = runner.read_results(path)
+    assert [runner.Cell(**row["cell"]) for row in rows] == wanted
+
+    straight = tmp_path / "straight.jsonl"
+    runner.run(model, tokenizer, wanted, straight, live=True)
+    for row, other in zip(rows, runner.read_results(straight), strict=True):
+        row.pop("seconds", None), other.pop("seconds", None)
+        assert row == other
+    failed = [row for row in rows if "error" in row]
+    assert {row["cell"]["method"] for row in failed} == {"Failing"} and len(failed) == 4
+    assert "ValueError" in failed[0]["error"] and "no such luck" in failed[0]["error"]
+    full = [row for row in rows if row["cell"]["method"] == runner.FULL]
+    assert all(row["kl"] == 0 and row["kept"] == row["pairs"] for row in full)
+    halves = [row for row in rows if row["cell"]["ratio"] == 0.5 and "error" not in row]
+    assert all(row["kl"] > 0 and 0.49 < row["kept"] / row["pairs"] <= 0.5 for row in halves)
+
+
+def row(task, index, method, ratio, kl, exact=False, kept=1, size=10):
+    cell = runner.Cell(task, 500, index, method, ratio)
+    measured = {"kl": kl, "nll": 2 * kl, "exact": exact, "kept": kept, "pairs": 2, "bytes": size}
+    return {"cell": dataclasses.asdict(cell), "seconds": 0.0} | measured
+
+
+def test_report_averages_ranks_and_tells_of_failures(few_methods, tmp_path):
+    rows = [
+        *(row("a", i, runner.FULL, 0.0, 0.0, True, 2, 20) for i in range(2)),
+        *(row("b", i, runner.FULL, 0.0, 0.0, True, 2, 20) for i in range(2)),
+        *(row("a", i, "KnormPress", 0.5, kl, kl < 0.2) for i, kl in enumerate((0.1, 0.3))),
+        *(row("b", i, "KnormPress", 0.5, 0.4) for i in range(2)),
+        *(row("a", i, "KeyDiffPress", 0.5, 0.8) for i in range(2)),
+        *(row("b", i, "KeyDiffPress", 0.5, 0.1) for i in range(2)),
+        {"cell": dataclasses.asdict(runner.Cell("a", 500, 0, "Failing", 0.5)), "error": "Broken"},
+    ]
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    meta = {"model": "tiny", "dtype": "bfloat16", "seed": 0, "machine": "here", "commit": "abc"}
+    path.with_suffix(".meta.json").write_text(json.dumps(meta | {"versions": {"torch": "2"}}))
+    written = report.write_report(path, tmp_path / "out")
+    assert all(file.stat().st_size > 0 for file in written)
+    assert {file.suffix for file in written} == {".json", ".md", ".png"}
+
+    summary = json.loads(written[0].read_text())
+    (cell,) = (c for c in summary["cells"] if (c["task"], c["method"]) == ("a", "KnormPress"))
+    assert cell["kl"] == pytest.approx(0.2) and cell["exact"] == 0.5 and cell["samples"] == 2
+    assert cell["kl_interval"] == pytest.approx([0.1, 0.3])
+    assert cell["kept"] == cell["bytes"] == 0.5
+    assert summary["errors"] == {"Failing": {"error": "Broken", "answers": 1}}
+    regret = report.regrets(summary["cells"])
+    assert regret["KnormPress", 0.5] == pytest.approx(0.5 * math.log(4))
+    assert regret["KeyDiffPress", 0.5] == pytest.approx(0.5 * math.log(4))
+
+    page = written[1].read_text()
+    assert "| KnormPress | **0.200** | 0.400 |" in page
+    assert "| KeyDiffPress | 0.800 | **0.100** |" in page
+    assert "- **Failing** (1 answers): `Broken`" in page
+
+
+def test_every_press_of_kvpress_is_measured_or_excused():
+    known = {name for name in kvpress.__all__ if name.endswith("Press")}
+    known -= {"BasePress", "ScorerPress"}
+    used = {
+        part.removesuffix("Press")
+        for method in presses.PEERS | presses.ANCHORS
+        for part in method.replace(")", "").split("(")
+    }
+    missing = {
+        n for n in known if n.removesuffix("Press") not in used and n not in presses.EXCLUDED
+    }
+    assert missing == set()
+
+
+def test_moekv_bench_runs_the_benchmark(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", "run", "--tasks", "no_such_task"])
+    assert stop.value.code == 2
+    assert "invalid choice: 'no_such_task'" in capsys.readouterr().err
+
+
+def test_bench_needs_a_source_tree(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "moekv" / "bench.py"))
+    assert cli.main(["bench", "report"]) == 1
+    assert "in a source tree" in capsys.readouterr().err
