@@ -154,7 +154,8 @@ def peak_mib(run: Callable[[], object]) -> float:
     """Growth of the process's memory at its highest while ``run`` runs."""
 
     def status(field: str) -> float:
-        line = next(x for x in Path("/proc/self/status").open() if x.startswith(field))
+        lines = Path("/proc/self/status").read_text().splitlines()
+        line = next(line for line in lines if line.startswith(field))
         return int(line.split()[1]) / 1024
 
     try:
