@@ -3,7 +3,7 @@ import math
 import op_cases
 import pytest
 import torch
-from conftest import on_any_number_of_threads
+from conftest import NATIVE_TARGETS, on_any_number_of_threads
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -40,7 +40,8 @@ def cases(draw):
 
 @given(cases())
 def test_any_shape(case):
-    op_cases.check_kv_compact_(torch.ops.moekv.kv_compact_, case)
+    for target in NATIVE_TARGETS:
+        op_cases.check_kv_compact_(target.op("kv_compact_"), case, target.device)
 
 
 def test_takes_what_select_kept_gives(target):

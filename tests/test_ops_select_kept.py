@@ -3,7 +3,7 @@ import math
 import op_cases
 import pytest
 import torch
-from conftest import on_any_number_of_threads
+from conftest import NATIVE_TARGETS, TARGETS, on_any_number_of_threads
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -98,20 +98,27 @@ def check_properties(
             assert not (~kept[g] & ~padding).any()
 
 
+def select(target, scores, start, options) -> list[Tensor]:
+    start = None if start is None else start.to(target.device)
+    result = target.op("select_kept")(scores.to(target.device), start, **options)
+    return [x.cpu() for x in result]
+
+
 @given(inputs_and_options())
 def test_properties(inputs_options):
     inputs, options = inputs_options
-    for op in (torch.ops.moekv.select_kept, reference.select_kept):
-        check_properties(*inputs, *op(*inputs, **options), **options)
+    for target in TARGETS:
+        check_properties(*inputs, *select(target, *inputs, options), **options)
 
 
 @given(inputs_and_options())
 def test_agrees_with_reference(inputs_options):
     inputs, options = inputs_options
-    indices, offsets = torch.ops.moekv.select_kept(*inputs, **options)
     expected_indices, expected_offsets = reference.select_kept(*inputs, **options)
-    assert torch.equal(offsets, expected_offsets)
-    assert torch.equal(indices, expected_indices)
+    for target in NATIVE_TARGETS:
+        indices, offsets = select(target, *inputs, options)
+        assert torch.equal(offsets, expected_offsets)
+        assert torch.equal(indices, expected_indices)
 
 
 @pytest.mark.parametrize("dtype", op_cases.FLOAT_DTYPES, ids=str)
