@@ -44,6 +44,7 @@ inline Vec load_tile(const T* logits, int64_t stride, int64_t num_experts, float
   for (int64_t e = 0; e < num_experts; e += Vec::kLanes) {
     Vec rows[kTileTokens];
     for (int i = 0; i < kTileTokens; ++i) {
+      __builtin_prefetch(logits + (i + kTileTokens) * stride + e);  // of the next tile
       // In this order of operands max gives -inf for NaN.
       rows[i] = min(max(Vec::load(logits + i * stride + e) * scale, lowest), largest);
     }
