@@ -1,9 +1,11 @@
 """How many pairs stay, and which."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from moekv import ops
 
@@ -16,28 +18,23 @@ def resolve_budget(name: str) -> str:
     Parameters
     ----------
     name : str
-        ``"uniform"``: every head keeps the same number; ``"auto"``: ``"uniform"``.
+        ``"uniform"``: every head keeps the same number. ``"head"``: pairs move between the heads of
+        a layer. ``"model"``: between those of all layers. ``"auto"``: ``"uniform"``, as without
+        calibration scores of different heads say little about each other.
 
     Returns
     -------
     str
-        ``"uniform"``
+        ``"uniform"``, ``"head"`` or ``"model"``.
 
     Raises
     ------
     ValueError
         If the name is unknown.
-    NotImplementedError
-        For ``"head"`` and ``"model"``, which leave heads of different lengths.
     """
     if name not in BUDGETS:
         raise ValueError(f"expected budget among {', '.join(BUDGETS)}, got {name!r}")
-    if name in ("head", "model"):
-        raise NotImplementedError(
-            f"budget={name!r} moves pairs between heads, which needs caches whose heads differ in "
-            'length; this version has none yet: use budget="uniform"'
-        )
-    return "uniform"
+    return "uniform" if name == "auto" else name
 
 
 def kept_pairs(length: int, compression_ratio: float) -> int:
@@ -106,54 +103,124 @@ def protect(scores: Tensor, start: Tensor | None, *, sinks: int, recent: int) ->
     return torch.where(place >= 0, scores, low - 2 * step)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Positions that the heads of a layer keep.
+
+    Attributes
+    ----------
+    indices : Tensor [n], int32
+        Ascending within each head, heads in order.
+    offsets : Tensor [B * H + 1], int32
+        Where each head begins in `indices`.
+    shape : tuple of int
+        (B, H, T).
+    per_head : int or None
+        Pairs of each head, where all heads keep as many of rows without padding.
+    """
+
+    indices: Tensor
+    offsets: Tensor
+    shape: tuple[int, int, int]
+    per_head: int | None = None
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> "Kept":
+        """Keep what is True in a mask [B, H, T]. Waits for the device."""
+        batch, num_heads, num_keys = mask.shape
+        indices = mask.nonzero()[:, 2].int()
+        offsets = functional.pad(mask.sum(-1).flatten().cumsum(0), (1, 0)).int()
+        return cls(indices, offsets, (batch, num_heads, num_keys))
+
+    def rows(self) -> Tensor:
+        """Return the kept pairs' numbers in the flat layer [B * H * T]: int64 [n]."""
+        batch, num_heads, num_keys = self.shape
+        begin = torch.arange(batch * num_heads, device=self.indices.device) * num_keys
+        # The size is known, so that nothing has to wait for the device.
+        return self.indices + begin.repeat_interleave(
+            self.offsets.diff(), output_size=len(self.indices)
+        )
+
+    def mask(self) -> Tensor:
+        """Mark the kept positions: [B, H, T] bool."""
+        batch, num_heads, num_keys = self.shape
+        mask = self.indices.new_zeros(batch * num_heads * num_keys, dtype=torch.bool)
+        mask[self.rows()] = True
+        return mask.view(self.shape)
+
+
 def select(
-    scores: Tensor,
+    scores: Sequence[Tensor],
     start: Tensor | None,
     totals: Sequence[int],
     *,
+    budget: str = "uniform",
     sinks: int,
     recent: int,
     backend: str,
-) -> Tensor:
-    """Choose the pairs that every head of a layer keeps.
+) -> list[Kept]:
+    """Choose the pairs that the heads of some layers keep.
 
     Parameters
     ----------
-    scores : Tensor [B, H, T], float32
+    scores : sequence of L Tensor [B, H, T], float32
+        On one scale, as far as the budget compares heads.
     start : Tensor [B], int32, or None
+        Padding at the left of each row.
     totals : sequence of B ints
-        Pairs that each head of a row keeps.
+        Pairs that a head of each row keeps, on average over the heads that share a budget.
+    budget : str
+        ``"uniform"``, ``"head"`` or ``"model"``.
     sinks, recent : int
-        First and last real positions that stay in any case, as far as the total allows.
+        First and last real positions that every head keeps, as far as the total allows.
     backend : str
 
     Returns
     -------
-    Tensor [B, H, n], int32
-        Ascending positions; flat, rows in order, where the rows' totals differ.
+    list of L Kept
+        Exactly ``H * totals[b]`` pairs of row b in every layer, or with a ``"model"`` budget
+        ``L * H * totals[b]`` in all. That one waits for the device, once.
     """
-    batch, num_heads, num_keys = scores.shape
-    starts = None if start is None else start.repeat_interleave(num_heads)[:, None]
-    indices = ops.select_kept(
-        scores.reshape(-1, 1, num_keys),
-        starts,
-        total=[total for total in totals for _ in range(num_heads)],
-        sinks=sinks,
-        window=recent,
-        backend=backend,
-    ).indices
-    return indices.view(batch, num_heads, -1) if len(set(totals)) == 1 else indices
+    batch, num_heads, num_keys = scores[0].shape
+    shape = (batch, num_heads, num_keys)
 
+    def choose(groups: Tensor, heads: int) -> ops.SelectKept:
+        """Select in groups of rows that share a budget; `heads` belong to each batch row."""
+        starts = None
+        if start is not None:
+            starts = start.to(groups.device)[:, None].expand(batch, heads)
+            starts = starts.reshape(groups.shape[:2])
+        shared = groups.shape[1]
+        total = [n * shared for n in totals for _ in range(heads // shared)]
+        return ops.select_kept(
+            groups, starts, total=total, sinks=sinks, window=recent, backend=backend
+        )
 
-def kept_mask(indices: Tensor, totals: Sequence[int], like: Tensor) -> Tensor:
-    """Mark the kept positions in [B, H, T] bool; `totals` are those of the B rows."""
-    batch, num_heads, num_keys = like.shape
-    begin = torch.arange(batch * num_heads, device=like.device).view(batch, num_heads) * num_keys
-    if indices.dim() == 3:
-        positions = indices + begin[..., None]
-    else:
-        parts = [heads[:, None].expand(-1, n) for heads, n in zip(begin, totals, strict=True)]
-        positions = indices + torch.cat([part.flatten() for part in parts])
-    mask = torch.zeros(like.numel(), dtype=torch.bool, device=like.device)
-    mask[positions.flatten()] = True
-    return mask.view(like.shape)
+    if budget == "model":
+        device = scores[0].device
+        stacked = torch.stack([layer.to(device) for layer in scores], dim=1).flatten(1, 2)
+        indices, offsets = choose(stacked, stacked.shape[1])
+        counts = offsets.diff().view(batch, len(scores), num_heads)
+        bounds = offsets[::num_heads].tolist()  # of the layers in each row
+        chosen = []
+        for index, layer in enumerate(scores):
+            parts = [
+                indices[bounds[i] : bounds[i + 1]]
+                for i in range(index, batch * len(scores), len(scores))
+            ]
+            ends = counts[:, index].flatten().cumsum(0, dtype=torch.int32)
+            chosen.append(
+                Kept(
+                    torch.cat(parts).to(layer.device),
+                    functional.pad(ends, (1, 0)).to(layer.device),
+                    shape,
+                )
+            )
+        return chosen
+    if budget == "head":
+        return [Kept(*choose(layer, num_heads), shape) for layer in scores]
+    per_head = totals[0] if start is None and len(set(totals)) == 1 else None
+    return [
+        Kept(*choose(layer.reshape(-1, 1, num_keys), num_heads), shape, per_head)
+        for layer in scores
+    ]

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import (
@@ -10,6 +9,9 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
 )
+
+from moekv.budget import Kept
+from moekv.layers import GrowingLayer, RaggedLayer, storage_bytes
 
 
 def check_cache(cache: Any) -> None:
@@ -41,28 +43,6 @@ def _refuse(what: str) -> None:
     )
 
 
-def gather_pairs(pairs: Tensor, indices: Tensor) -> Tensor:
-    """Copy the kept pairs into memory of their own size.
-
-    Parameters
-    ----------
-    pairs : Tensor [B, H, T, D]
-    indices : Tensor [B, H, n], int32
-        Positions in each head.
-
-    Returns
-    -------
-    Tensor [B, H, n, D]
-        Contiguous.
-    """
-    batch, num_heads, num_keys, dim = pairs.shape
-    # Whole rows of a flat view: several times faster on a CPU than torch.gather.
-    begin = torch.arange(batch * num_heads, device=pairs.device) * num_keys
-    rows = indices + begin.view(batch, num_heads, 1)
-    kept = pairs.reshape(-1, dim).index_select(0, rows.flatten())
-    return kept.view(batch, num_heads, -1, dim)
-
-
 def cached_pairs(layer: CacheLayerMixin) -> tuple[Tensor, Tensor]:
     """Keys and values [B, H, T, D] of an initialised cache layer."""
     keys, values = layer.keys, layer.values
@@ -70,14 +50,18 @@ def cached_pairs(layer: CacheLayerMixin) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
-def evict(layer: CacheLayerMixin, indices: Tensor) -> tuple[int, int]:
-    """Leave only the kept pairs in a cache layer, and give the memory of the others back.
+def evict(cache: Cache, index: int, kept: Kept, *, backend: str) -> tuple[int, int]:
+    """Leave only the kept pairs in a layer of a cache, and give the memory of the others back.
 
     Parameters
     ----------
-    layer : DynamicLayer
-    indices : Tensor [B, H, n], int32
-        Ascending positions.
+    cache : Cache
+        Its layer is replaced: by a ``GrowingLayer`` where all heads keep as many pairs, else by a
+        ``RaggedLayer``.
+    index : int
+        Of the layer.
+    kept : Kept
+    backend : str
 
     Returns
     -------
@@ -85,13 +69,11 @@ def evict(layer: CacheLayerMixin, indices: Tensor) -> tuple[int, int]:
         Bytes of the storages of keys and values. Memory is free once nobody else holds the
         layer's old tensors; these stay as they were.
     """
-    before = storage_bytes(*cached_pairs(layer))
-    layer.keys = gather_pairs(cached_pairs(layer)[0], indices)
-    layer.values = gather_pairs(cached_pairs(layer)[1], indices)
-    return before, storage_bytes(layer.keys, layer.values)
-
-
-def storage_bytes(*tensors: Tensor) -> int:
-    """Bytes of the storages under tensors, each storage counted once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    keys, values = cached_pairs(cache.layers[index])
+    layer = (
+        RaggedLayer.compress(keys, values, kept, backend=backend)
+        if kept.per_head is None
+        else GrowingLayer.compress(keys, values, kept)
+    )
+    cache.layers[index] = layer
+    return storage_bytes(keys, values), layer.nbytes

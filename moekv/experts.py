@@ -41,11 +41,15 @@ class Expert(ABC):
         keys.
     prior : float
         Log-preference of a router that has learned nothing.
+    comparable : bool
+        Whether the scores of different heads and layers are on one scale already (an estimate of
+        the log of the attention that a key will receive), so that they are taken as they are.
     """
 
     name: str
     kinds: tuple[ScoreKind, ...] = ()
     prior: float = 1.0
+    comparable: bool = False
 
     @abstractmethod
     def scores(self, view: LayerView) -> Tensor:
@@ -58,8 +62,9 @@ class Expert(ABC):
         Returns
         -------
         Tensor [B, H, T], floating
-            Higher is better. Order and relative distances count: each head's scores are brought to
-            mean 0 and standard deviation 1. NaN ranks last; padding is ignored.
+            Higher is better. Unless ``comparable``, order and relative distances count: each
+            head's scores are brought to mean 0 and standard deviation 1. NaN ranks last; padding is
+            ignored.
         """
 
     def kept(self, length: int, compression_ratio: float) -> int:

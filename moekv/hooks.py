@@ -57,6 +57,29 @@ def is_sliding(layer: Any) -> bool:
     return getattr(config, "sliding_window", None) is not None
 
 
+def check_attention(layer: nn.Module, what: str) -> None:
+    """Raise unless the model's attention implementation can serve ragged layers.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        An attention layer of the model.
+    what : str
+        What makes the layers ragged, for the message.
+
+    Raises
+    ------
+    ValueError
+        The implementation is eager: it is a function of each model's own file, out of reach.
+    """
+    implementation = layer.config._attn_implementation  # type: ignore[union-attr]
+    if implementation == "eager":
+        raise ValueError(
+            f"expected an attention implementation such as 'sdpa' for {what}, got 'eager', which "
+            'reads dense caches only; load the model with attn_implementation="sdpa"'
+        )
+
+
 def is_pressed(layer: nn.Module) -> bool:
     """Say whether a kvpress press has a hook on an attention layer."""
     hooks = layer._forward_hooks.values()

@@ -7,17 +7,22 @@ handed to attention as ``RaggedPairs``, which ``moekv.attention`` understands.
 :class:`GrowingLayer`: plain dense tensors, with room for new tokens.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from moekv import ops
 from moekv.attention import NOT_DENSE, RaggedPairs, install
+from moekv.budget import Kept
 
 _LEAST_ROOM = 64  # tokens
+
+
+def storage_bytes(*tensors: Tensor) -> int:
+    """Bytes of the storages under tensors, each storage counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
 
 
 def _append(buffer: Tensor, length: int, states: Tensor) -> Tensor:
@@ -46,6 +51,13 @@ def _append(buffer: Tensor, length: int, states: Tensor) -> Tensor:
     return buffer
 
 
+def gather_rows(pairs: Tensor, rows: Tensor) -> Tensor:
+    """Copy rows of [B, H, T, D], numbered flat, into [n, D]."""
+    # Whole rows of a flat view: several times faster on a CPU than torch.gather, and one pass where
+    # compaction in place, which needs a copy to give memory back, takes two.
+    return pairs.reshape(-1, pairs.shape[-1]).index_select(0, rows)
+
+
 class GrowingLayer(DynamicLayer):
     """A dense layer that appends in amortised constant time.
 
@@ -63,6 +75,33 @@ class GrowingLayer(DynamicLayer):
         self.lazy_initialization(keys, values)
         self.keys = self._key_buffer = keys
         self.values = self._value_buffer = values
+
+    @classmethod
+    def compress(cls, keys: Tensor, values: Tensor, kept: Kept) -> "GrowingLayer":
+        """Copy the chosen pairs of a dense layer, as many of every head.
+
+        Parameters
+        ----------
+        keys, values : Tensor
+            [B, H, T, D] and [B, H, T, Dv].
+        kept : Kept
+            With ``per_head``.
+
+        Returns
+        -------
+        GrowingLayer
+            With storage of its own, no larger than the kept pairs.
+        """
+        rows = kept.rows()
+        batch, num_kv_heads, _ = kept.shape
+        assert kept.per_head is not None
+        shape = (batch, num_kv_heads, kept.per_head, -1)
+        return cls(gather_rows(keys, rows).view(shape), gather_rows(values, rows).view(shape))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this layer's storages hold, room to grow included."""
+        return storage_bytes(self._key_buffer, self._value_buffer)
 
     def update(
         self,
@@ -142,40 +181,31 @@ class RaggedLayer(CacheLayerMixin):
 
     @classmethod
     def compress(
-        cls,
-        keys: Tensor,
-        values: Tensor,
-        indices: Tensor,
-        offsets: Tensor,
-        *,
-        backend: str = "auto",
+        cls, keys: Tensor, values: Tensor, kept: Kept, *, backend: str = "auto"
     ) -> "RaggedLayer":
-        """Keep the chosen pairs of a dense layer.
+        """Copy the chosen pairs of a dense layer.
 
         Parameters
         ----------
         keys, values : Tensor
-            [B, H, T, D] and [B, H, T, Dv]. Contiguous ones are compacted in place and lose their
-            contents.
-        indices, offsets : Tensor
-            Kept positions of each head, int32, as ``select_kept`` returns them.
+            [B, H, T, D] and [B, H, T, Dv].
+        kept : Kept
+            What stays of each head.
         backend : str
-            Which implementation of the ops to use, now and later.
+            Which implementation of ``ragged_attention`` to use.
 
         Returns
         -------
         RaggedLayer
             With storage of its own, no larger than the kept pairs.
         """
-        batch, num_kv_heads, length, _ = keys.shape
-        keys, values = keys.contiguous(), values.contiguous()
-        ops.kv_compact_(keys, values, indices, offsets, packed=True, backend=backend)
-        # A copy, not a resized storage: who still holds the old tensors must not read freed memory.
+        rows = kept.rows()
+        batch, num_kv_heads, length = kept.shape
         return cls(
-            keys.view(-1, keys.shape[-1])[: len(indices)].clone(),
-            values.view(-1, values.shape[-1])[: len(indices)].clone(),
-            offsets[:-1].view(batch, num_kv_heads),
-            offsets[1:].view(batch, num_kv_heads),
+            gather_rows(keys, rows),
+            gather_rows(values, rows),
+            kept.offsets[:-1].view(batch, num_kv_heads),
+            kept.offsets[1:].view(batch, num_kv_heads),
             length=length,
             backend=backend,
         )
@@ -329,11 +359,9 @@ class RaggedLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes that this layer's storages hold, room to grow included."""
-        return sum(storage.nbytes() for storage in self._storages())
-
-    def _storages(self) -> Iterator[torch.UntypedStorage]:
-        for tensor in (self.stored_keys, self.stored_values, self._tail_keys, self._tail_values):
-            yield tensor.untyped_storage()
+        return storage_bytes(
+            self.stored_keys, self.stored_values, self._tail_keys, self._tail_values
+        )
 
     def to_dense(self) -> tuple[Tensor, Tensor, Tensor]:
         """Copy the pairs into padded tensors.

@@ -46,14 +46,16 @@ def stack_scores(experts: Sequence[Expert], view: LayerView) -> Tensor:
     return torch.where(stacked == -torch.inf, low - step, stacked)
 
 
-def common_scale(scores: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+def common_scale(experts: Sequence[Expert], scores: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     """Find the affine maps that bring every head's scores to mean 0 and standard deviation 1.
 
     Without calibration nothing is known of what a score is worth, so that its spread over the real
     pairs is taken for the unit. Constant scores say nothing: they become 0. NaN does not count.
+    Scores of comparable experts stay as they are.
 
     Parameters
     ----------
+    experts : sequence of E Expert
     scores : Tensor [E, B, H, T], float32
     real : Tensor [B, T], bool
 
@@ -71,4 +73,8 @@ def common_scale(scores: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     # Equal numbers differ from their rounded mean by less than this.
     noise = 1e-6 * counting.abs().amax(-1)
     gain = torch.where(std > noise, 1 / std, 0.0)
-    return gain, -mean * gain
+    offset = -mean * gain
+    for index, expert in enumerate(experts):
+        if expert.comparable:
+            gain[index], offset[index] = 1.0, 0.0
+    return gain, offset

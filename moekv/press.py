@@ -4,7 +4,7 @@ import inspect
 import weakref
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,13 +13,14 @@ from kvpress import ScorerPress
 from kvpress.presses.base_press import is_prefilling
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import DynamicLayer
 
 from moekv import ops
-from moekv.budget import check_ratio, kept_mask, kept_pairs, protect, resolve_budget, select
-from moekv.cache import cached_pairs, check_cache, evict, gather_pairs, storage_bytes
+from moekv.budget import Kept, check_ratio, kept_pairs, protect, resolve_budget, select
+from moekv.cache import cached_pairs, check_cache, evict
 from moekv.experts import Expert, PressExpert, build_experts, expert_names
-from moekv.hooks import find_layers, hook_arguments, is_pressed, is_sliding
+from moekv.hooks import check_attention, find_layers, hook_arguments, is_pressed, is_sliding
+from moekv.layers import GrowingLayer, RaggedLayer, storage_bytes
 from moekv.mixing import common_scale, stack_scores
 from moekv.ops import ScoreKind
 from moekv.routers import BALANCE_LOSSES, ROUTERS, BaseMoERouter, RouterOutput, make_router
@@ -58,7 +59,8 @@ class _Rating:
 class _Rated:
     """A layer of the running prefill, whose cache is not touched before all are rated."""
 
-    cache_layer: CacheLayerMixin
+    cache: Cache
+    index: int
     keys: weakref.ref[Tensor]
     rating: _Rating
 
@@ -80,8 +82,9 @@ class MoERouterPress(ScorerPress):
     Parameters
     ----------
     compression_ratio : float
-        Share of the pairs to remove, in [0, 1). Every head keeps exactly
-        ``max(1, int(T * (1 - compression_ratio)))`` pairs; 0 measures and removes nothing.
+        Share of the pairs to remove, in [0, 1). A head keeps exactly
+        ``max(1, int(T * (1 - compression_ratio)))`` pairs, of the T real ones of its row, on
+        average over the heads that share a budget; 0 measures and removes nothing.
     num_experts : int or "auto"
         As many experts from the registry, in its order. ``"auto"``: ``floor(log2(layers * KV
         heads))``, at least `top_k`, at most all: the more heads, the more kinds of them.
@@ -95,9 +98,12 @@ class MoERouterPress(ScorerPress):
     policy : str
         ``"mixture"``: see above. ``"dominant"``: the expert with the highest mean probability over
         a layer's real tokens rules the layer alone, by its own ``Expert.kept``. Layers of
-        different lengths result: feed one token at a time afterwards, and not with eager attention.
+        different lengths result, which eager attention cannot serve.
     budget : str
-        ``"uniform"``: each head keeps the same number. ``"auto"``: ``"uniform"``.
+        ``"uniform"``: each head keeps the same number, in plain dense layers. ``"head"``: pairs
+        move between the heads of a layer; ``"model"``: between the heads of all layers. Both give
+        ragged layers, which need scores that are comparable across heads (see
+        ``Expert.comparable``). ``"auto"``: ``"uniform"``.
     backend : str
         ``"auto"`` (by the device of the tensors), ``"cpu"``, ``"cuda"`` or ``"torch"``.
     experts : sequence, optional
@@ -121,8 +127,6 @@ class MoERouterPress(ScorerPress):
         An option is unknown or out of range.
     TypeError
         An expert is none.
-    NotImplementedError
-        For budgets that need heads of different lengths.
     RuntimeError
         The backend is not available.
 
@@ -161,7 +165,12 @@ class MoERouterPress(ScorerPress):
         _check_choice("policy", self.policy, POLICIES)
         _check_choice("router_type", self.router_type, tuple(ROUTERS))
         _check_choice("balance_mode", self.balance_mode, tuple(BALANCE_LOSSES))
-        resolve_budget(self.budget)
+        self._budget = resolve_budget(self.budget)
+        if self.policy == "dominant" and self._budget != "uniform":
+            raise ValueError(
+                f"expected budget 'uniform' with policy 'dominant', in which an expert says how "
+                f"much each head keeps, got {self.budget!r}"
+            )
         ops.check_backend(self.backend)
         _check_count("top_k", self.top_k, 1)
         _check_count("cache_update_interval", self.cache_update_interval, 1)
@@ -234,7 +243,8 @@ class MoERouterPress(ScorerPress):
         rating = self._rate(module, hidden_states, keys, values, attentions, kwargs)
         rating.layer.stats.observe(rating.seen)
         rating.layer.router.update_history(rating.seen.hit_rates)
-        return protect(rating.scores, rating.start, **self._protected(rating))
+        sinks, recent = self._protected(rating)
+        return protect(rating.scores, rating.start, sinks=sinks, recent=recent)
 
     def compress(
         self,
@@ -263,12 +273,24 @@ class MoERouterPress(ScorerPress):
             As in :meth:`score`, or the batch is padded.
         """
         check_ratio(self.compression_ratio)
+        if self._budget != "uniform":
+            raise ValueError(
+                f"expected budget 'uniform' inside a kvpress wrapper, whose layers are dense, got "
+                f"{self.budget!r}; use the press in a block of its own"
+            )
         rating = self._rate(module, hidden_states, keys, values, attentions, kwargs)
-        (total,) = self._totals([rating])
-        kept = self._select(rating, total)
+        if rating.start is not None and self._evicts:
+            num_keys = keys.shape[2]
+            raise ValueError(
+                "expected rows without padding inside a kvpress wrapper, got "
+                f"{[num_keys - n for n in rating.lengths]} padding positions: after eviction the "
+                "attention mask would no longer fit; use the press in a block of its own"
+            )
+        (kept,) = self._choose([rating])
         before = storage_bytes(keys, values)
         if kept is not None:
-            keys, values = gather_pairs(keys, kept), gather_pairs(values, kept)
+            layer = GrowingLayer.compress(keys, values, kept)
+            keys, values = cached_pairs(layer)
         self._record(rating, kept, before, storage_bytes(keys, values))
         return keys, values
 
@@ -305,7 +327,7 @@ class MoERouterPress(ScorerPress):
                 one_hot = torch.arange(len(experts), device=keys.device) == ruling
                 shares = (view.real[..., None] & one_hot).float()
             else:
-                decisive, shares = self._mix(scores, routed, view)
+                decisive, shares = self._mix(experts, scores, routed, view)
             seen = Observation(
                 num_tokens=sum(min(n, view.hidden_states.shape[1]) for n in view.lengths),
                 load=routed.load,
@@ -318,34 +340,34 @@ class MoERouterPress(ScorerPress):
             layer, decisive, ruling, view.start, view.lengths, view.begins, view.ends, seen
         )
 
-    def _mix(self, scores: Tensor, routed: RouterOutput, view: LayerView) -> tuple[Tensor, Tensor]:
+    def _mix(
+        self, experts: Sequence[Expert], scores: Tensor, routed: RouterOutput, view: LayerView
+    ) -> tuple[Tensor, Tensor]:
         """Mixed scores [B, H, T], and each expert's share in them [B, T, E]."""
         num_experts, batch, _, num_keys = scores.shape
-        weights, experts = routed.weights, routed.experts
+        weights, chosen = routed.weights, routed.experts
         shares = weights.new_zeros(*weights.shape[:2], num_experts)
-        shares.scatter_(-1, experts.long(), weights)
+        shares.scatter_(-1, chosen.long(), weights)
         if not view.aligned:
             # Not every pair's token is known: all are mixed as the known ones are on average.
             total = shares.sum(1, keepdim=True)
             shares = total / total.sum(-1, keepdim=True).clamp(min=1e-20)
             shares = shares * view.real[..., None]
             weights = shares.contiguous()
-            experts = torch.arange(num_experts, dtype=torch.int32, device=scores.device)
-            experts = experts.expand(batch, num_keys, -1).contiguous()
-        gain, offset = common_scale(scores, view.real)
-        mixed = ops.mix_scores(scores, weights, experts, gain, offset, backend=self.backend)
+            chosen = torch.arange(num_experts, dtype=torch.int32, device=scores.device)
+            chosen = chosen.expand(batch, num_keys, -1).contiguous()
+        gain, offset = common_scale(experts, scores, view.real)
+        mixed = ops.mix_scores(scores, weights, chosen, gain, offset, backend=self.backend)
         return mixed, shares
 
     def _hit_rates(self, experts: Sequence[Expert], scores: Tensor, view: LayerView) -> Tensor:
         """Share [E] of the observed attention on what each expert alone would keep."""
         mass = view.scores_of(ScoreKind.MASS)
-        protected = self._protected(view)
         rates = []
         for expert, score in zip(experts, scores, strict=True):
             totals = self._alone(expert, view.lengths)
-            indices = select(score, view.start, totals, backend=self.backend, **protected)
-            kept = kept_mask(indices, totals, score)
-            rates.append((mass * kept).sum(-1).mean())
+            (kept,) = self._select([score], view, totals)
+            rates.append((mass * kept.mask()).sum(-1).mean())
         return torch.stack(rates).clamp(max=1)
 
     def _alone(self, expert: Expert, lengths: Sequence[int]) -> list[int]:
@@ -354,14 +376,11 @@ class MoERouterPress(ScorerPress):
             return [kept_pairs(n, self.compression_ratio) for n in lengths]
         return [min(max(expert.kept(n, self.compression_ratio), 1), max(n, 1)) for n in lengths]
 
-    def _protected(self, view: LayerView | _Rating) -> dict[str, int]:
-        """Positions that stay in any case; in a chunk only those that it really has."""
+    def _protected(self, view: LayerView | _Rating) -> tuple[int, int]:
+        """Sinks and recent positions that stay in any case; in a chunk those that it really has."""
         if self.policy == "dominant":
-            return {"sinks": 0, "recent": 0}
-        return {
-            "sinks": self.sinks if view.begins else 0,
-            "recent": self.recent if view.ends else 0,
-        }
+            return 0, 0
+        return self.sinks if view.begins else 0, self.recent if view.ends else 0
 
     # --- Acting -----------------------------------------------------------------------------------
 
@@ -369,71 +388,88 @@ class MoERouterPress(ScorerPress):
     def _evicts(self) -> bool:
         return self.compression_ratio > 0 or self.policy == "dominant"
 
-    def _totals(self, ratings: Sequence[_Rating]) -> list[int | None]:
-        """Pairs that each head of each layer keeps; None where all stay.
+    def _choose(self, ratings: Sequence[_Rating]) -> list[Kept | None]:
+        """Say what each layer keeps; None where everything stays.
 
-        The one place where a dominant policy waits for the device.
+        The one place where a dominant policy and a model's budget wait for the device.
         """
         if not self._evicts:
             return [None] * len(ratings)
+        first = ratings[0]
+        num_keys = first.scores.shape[2]
+        if self.policy == "mixture":
+            totals = [kept_pairs(n, self.compression_ratio) for n in first.lengths]
+            if first.start is None and totals[0] == num_keys:
+                return [None] * len(ratings)
+            scores = [r.scores for r in ratings]
+            return list(self._select(scores, first, totals, budget=self._budget))
         assert self._experts is not None
         ruling = [r.ruling for r in ratings if r.ruling is not None]
-        rulers = [0] * len(ratings)
-        if ruling:
-            rulers = torch.stack([r.to(ruling[0].device) for r in ruling]).tolist()
-        totals: list[int | None] = []
+        rulers = torch.stack([r.to(ruling[0].device) for r in ruling]).tolist()
+        chosen = []
         for rating, ruler in zip(ratings, rulers, strict=True):
-            if rating.start is not None:
-                num_keys = rating.scores.shape[2]
-                raise ValueError(_padded([num_keys - length for length in rating.lengths]))
-            total = self._alone(self._experts[ruler], rating.lengths)[0]
-            totals.append(total if total < rating.scores.shape[2] else None)
-        return totals
+            totals = self._alone(self._experts[ruler], rating.lengths)
+            chosen += self._select([rating.scores], rating, totals)
+        if len({kept.per_head for kept in chosen}) > 1:
+            # Only ragged layers report the true length, as masks need it where lengths differ.
+            chosen = [replace(kept, per_head=None) for kept in chosen]
+        return list(chosen)
 
-    def _select(self, rating: _Rating, total: int | None) -> Tensor | None:
-        if total is None:
-            return None
-        totals = [total] * len(rating.lengths)
+    def _select(
+        self,
+        scores: Sequence[Tensor],
+        view: LayerView | _Rating,
+        totals: Sequence[int],
+        budget: str = "uniform",
+    ) -> list[Kept]:
+        sinks, recent = self._protected(view)
         return select(
-            rating.scores, rating.start, totals, backend=self.backend, **self._protected(rating)
+            scores,
+            view.start,
+            totals,
+            budget=budget,
+            sinks=sinks,
+            recent=recent,
+            backend=self.backend,
         )
 
-    def _record(self, rating: _Rating, kept: Tensor | None, before: int, after: int) -> None:
+    def _record(self, rating: _Rating, kept: Kept | None, before: int, after: int) -> None:
         layer, seen = rating.layer, rating.seen
         layer.stats.observe(seen)
         layer.router.update_history(seen.hit_rates)
         batch, num_heads, num_keys = rating.scores.shape
+        pairs = num_heads * sum(rating.lengths)
         if kept is None:
             share = seen.shares.new_ones(batch, num_keys)
         else:
-            mask = kept_mask(kept, [kept.shape[2]] * batch, rating.scores)
-            share = mask.float().mean(1)
+            share = kept.mask().float().mean(1)
         layer.stats.evict(seen.shares, share)
         self._bytes[0] += before
         self._bytes[1] += after
-        self._pairs[0] += num_heads * sum(rating.lengths)
-        self._pairs[1] += num_heads * sum(rating.lengths) if kept is None else kept.numel()
+        self._pairs[0] += pairs
+        self._pairs[1] += pairs if kept is None else len(kept.indices)
 
     def _commit(self, rated: Sequence[_Rated]) -> None:
-        """Compress rated layers: everything that can fail comes before the first is touched."""
-        if any(r.cache_layer.keys is not r.keys() for r in rated):
+        """Compress rated layers: all that is likely to fail comes before the first is touched."""
+        if any(r.cache.layers[r.index].keys is not r.keys() for r in rated):
             raise RuntimeError(
                 "expected the cache as it was when it was rated, got one that another hook has "
                 "changed; kvpress.ComposedPress chains presses"
             )
-        totals = self._totals([r.rating for r in rated])
-        attention = self._hooked[0].config._attn_implementation  # type: ignore[union-attr]
-        if attention == "eager" and len(set(totals)) > 1:
-            raise ValueError(
-                f"expected layers of one length for eager attention, got {totals} (None: all "
-                'pairs); load the model with attn_implementation="sdpa", or use policy="mixture"'
-            )
-        kept = [self._select(r.rating, total) for r, total in zip(rated, totals, strict=True)]
-        for r, indices in zip(rated, kept, strict=True):
-            before = after = storage_bytes(*cached_pairs(r.cache_layer))
-            if indices is not None:
-                before, after = evict(r.cache_layer, indices)
-            self._record(r.rating, indices, before, after)
+        kept = self._choose([r.rating for r in rated])
+        if any(k is not None and k.per_head is None for k in kept):
+            check_attention(self._hooked[0], "heads or layers of different lengths")
+        try:
+            for r, chosen in zip(rated, kept, strict=True):
+                before = after = storage_bytes(*cached_pairs(r.cache.layers[r.index]))
+                if chosen is not None:
+                    before, after = evict(r.cache, r.index, chosen, backend=self.backend)
+                self._record(r.rating, chosen, before, after)
+        except BaseException:
+            # Out of memory, say. Half a compressed cache is of no use: begin again with none.
+            for r in rated:
+                r.cache.layers[r.index] = DynamicLayer()  # type: ignore[no-untyped-call]
+            raise
 
     # --- Hooks ------------------------------------------------------------------------------------
 
@@ -450,7 +486,7 @@ class MoERouterPress(ScorerPress):
         TypeError
             The model has no decoder layers with attention, or its cache cannot be served.
         ValueError
-            All its layers have sliding windows; or the batch is padded.
+            All its layers have sliding windows; or eager attention cannot serve what would result.
         RuntimeError
             A press is at work on the model, or this one on another; a forward cannot be
             compressed; or the block ends and nothing was, although something was to be.
@@ -469,6 +505,8 @@ class MoERouterPress(ScorerPress):
                 "expected layers with full attention, got sliding windows in all of them: "
                 "their caches are bounded already"
             )
+        if self._budget != "uniform" and self._evicts:
+            check_attention(hooked[0], f"budget {self.budget!r}")
         self.post_init_from_model(model)
         handles = []
         bare = [layer for layer in layers if not hasattr(layer, "rotary_emb")]
@@ -573,16 +611,15 @@ class MoERouterPress(ScorerPress):
         num_cached = cache.get_seq_length() if isinstance(cache, Cache) else 0
         if cache is not None and not num_cached:
             check_cache(cache)
-        if num_cached and tokens is not None and tokens.shape[1] > 1:
+        ragged = cache is not None and any(isinstance(x, RaggedLayer) for x in cache.layers)
+        if num_cached and not ragged and tokens is not None and tokens.shape[1] > 1:
             raise RuntimeError(
                 f"expected a prefill in one forward, got {tokens.shape[1]} tokens for a cache that "
                 f"holds {num_cached}: leave the `with` block before feeding more than one "
                 "token at a time, and feed the whole prompt at once"
             )
-        if not num_cached and self._evicts and isinstance(mask, Tensor):
-            starts = read_starts(mask)
-            if any(starts):
-                raise ValueError(_padded(starts))
+        if not num_cached and self._evicts and isinstance(mask, Tensor) and any(read_starts(mask)):
+            check_attention(self._hooked[0], "rows with padding")
 
     def _after_attention(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
@@ -604,7 +641,8 @@ class MoERouterPress(ScorerPress):
                 f"{module.layer_idx} out of turn (transformers {transformers.__version__})"
             )
         rating = self._rate(module, hidden_states, keys, values, output[1], kwargs)
-        self._rated.append(_Rated(cache_layer, weakref.ref(keys), rating))
+        index: int = module.layer_idx  # type: ignore[assignment]
+        self._rated.append(_Rated(cache, index, weakref.ref(keys), rating))
         if module is self._hooked[-1]:
             rated, self._rated = self._rated, []
             del keys, values  # the commit frees them layer by layer
@@ -709,14 +747,6 @@ class MoERouterPress(ScorerPress):
         """Forget everything measured: statistics, routers' histories, and the model they are of."""
         self._layers = {}
         self._bytes, self._pairs = [0, 0], [0, 0]
-
-
-def _padded(starts: Sequence[int]) -> str:
-    return (
-        f"expected rows without padding, got {list(starts)} padding positions: after eviction the "
-        "attention mask would no longer fit the cache; compress the rows one by one, or batch rows "
-        "of equal length"
-    )
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from kvpress.presses.base_press import BasePress
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from moekv import ops
+from moekv.budget import Kept
 from moekv.layers import RaggedLayer
 
 
@@ -130,6 +131,4 @@ class RaggedPress(BasePress):
             )
         kept = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
         kept[masked] = False
-        indices = kept.nonzero()[:, 2].int()
-        offsets = nn.functional.pad(kept.sum(-1).flatten().cumsum(0), (1, 0)).int()
-        return RaggedLayer.compress(keys, values, indices, offsets, backend=self.backend)
+        return RaggedLayer.compress(keys, values, Kept.from_mask(kept), backend=self.backend)

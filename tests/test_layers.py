@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from moekv import attention
 from moekv.attention import RaggedPairs
+from moekv.budget import Kept
 from moekv.layers import GrowingLayer, RaggedLayer
 
 HEADS, GROUP, DIM, VALUE_DIM = 2, 3, 8, 5
@@ -26,11 +27,8 @@ class Twin:
         self.kept[..., 0] = True
         self.visible = torch.ones(batch, length, dtype=torch.bool)  # by the 2-D attention mask
         self.context = length
-        indices = self.kept.nonzero()[:, 2].int()
-        offsets = nn.functional.pad(self.kept.sum(-1).flatten().cumsum(0), (1, 0)).int()
-        self.layer = RaggedLayer.compress(
-            self.keys.clone(), self.values.clone(), indices, offsets, backend=backend
-        )
+        kept = Kept.from_mask(self.kept)
+        self.layer = RaggedLayer.compress(self.keys, self.values, kept, backend=backend)
 
     def pairs(self, batch: int, length: int) -> tuple[Tensor, Tensor]:
         return tuple(

@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
+from moekv.budget import Kept
 from moekv.fingerprint import fingerprint
 from moekv.layers import RaggedLayer
 from moekv.storage import load_cache, save_cache
@@ -40,9 +41,10 @@ def cache(model):
         model(ids, past_key_values=cache)
         for index in (1, 2):
             layer = cache.layers[index]
-            indices = torch.cat([torch.arange(0, 40, 2), torch.arange(15, 40)]).int()
-            offsets = torch.tensor([0, 20, 45]).int()
-            cache.layers[index] = RaggedLayer.compress(layer.keys, layer.values, indices, offsets)
+            kept = torch.ones(1, 2, 40, dtype=torch.bool)
+            kept[0, 0, ::2] = kept[0, 1, :15] = False
+            kept = Kept.from_mask(kept)
+            cache.layers[index] = RaggedLayer.compress(layer.keys, layer.values, kept)
         model(ids[:, :1], past_key_values=cache)
     return cache
 
