@@ -4,9 +4,11 @@ import pytest
 import torch
 from tiny_models import tiny_model, tokens
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer, QuantizedLayer
+from transformers.cache_utils import QuantizedLayer
 
-from moekv.cache import cached_pairs, check_cache, evict, gather_pairs, storage_bytes
+from moekv.budget import Kept
+from moekv.cache import cached_pairs, check_cache, evict
+from moekv.layers import gather_rows, storage_bytes
 
 
 class IdentityLayer(QuantizedLayer):
@@ -59,31 +61,38 @@ def test_layer_types_are_seen_when_they_are_there() -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gather_pairs(layout: str, dtype: torch.dtype) -> None:
+def test_gather_rows(layout: str, dtype: torch.dtype) -> None:
     pairs = torch.randn(2, 7, 3, 5).to(dtype).transpose(1, 2)  # [B, H, T, D] = [2, 3, 7, 5]
     if layout == "contiguous":
         pairs = pairs.contiguous()
-    indices = torch.tensor([[[0, 3], [1, 6], [5, 6]], [[2, 3], [0, 1], [4, 5]]], dtype=torch.int32)
-    kept = gather_pairs(pairs, indices)
+    rows = torch.tensor([0, 3, 8, 27, 41])
+    kept = gather_rows(pairs, rows)
     assert kept.is_contiguous() and storage_bytes(kept) == kept.numel() * kept.element_size()
-    for b in range(2):
-        for h in range(3):
-            for i in range(2):
-                assert torch.equal(kept[b, h, i], pairs[b, h, indices[b, h, i]])
+    for i, row in enumerate(rows.tolist()):
+        assert torch.equal(kept[i], pairs[row // 21, row // 7 % 3, row % 7])
 
 
-def test_evict_frees_memory_and_leaves_what_others_hold() -> None:
-    layer = DynamicLayer()
-    layer.update(torch.randn(1, 2, 10, 8), torch.randn(1, 2, 10, 4))
-    keys, values = cached_pairs(layer)
+@pytest.mark.parametrize("per_head", [3, None])
+def test_evict_frees_memory_and_leaves_what_others_hold(per_head: int | None) -> None:
+    cache = DynamicCache()
+    cache.update(torch.randn(1, 2, 10, 8), torch.randn(1, 2, 10, 4), 0)
+    keys, values = cached_pairs(cache.layers[0])
     before = keys.clone()
-    indices = torch.tensor([[[1, 4, 9], [0, 1, 2]]], dtype=torch.int32)
-    assert evict(layer, indices) == (4 * 20 * (8 + 4), 4 * 6 * (8 + 4))
+    indices = torch.tensor([1, 4, 9, 0, 1, 2], dtype=torch.int32)
+    kept = Kept(indices, torch.tensor([0, 3, 6], dtype=torch.int32), (1, 2, 10), per_head)
+    assert evict(cache, 0, kept, backend="auto") == (4 * 20 * (8 + 4), 4 * 6 * (8 + 4))
     assert torch.equal(keys, before)
-    assert torch.equal(layer.keys[0, 0], keys[0, 0, [1, 4, 9]])
-    assert torch.equal(layer.values[0, 1], values[0, 1, :3])
-    assert storage_bytes(layer.keys, layer.values) == 4 * 6 * (8 + 4)
-    assert layer.get_seq_length() == 3
+    (layer,) = cache.layers
+    if per_head is None:
+        assert layer.get_seq_length() == 10
+        kept_keys, kept_values, lengths = layer.to_dense()
+        assert lengths.tolist() == [[3, 3]]
+    else:
+        assert layer.get_seq_length() == 3
+        kept_keys, kept_values = layer.keys, layer.values
+    assert torch.equal(kept_keys[0, 0], keys[0, 0, [1, 4, 9]])
+    assert torch.equal(kept_values[0, 1], values[0, 1, :3])
+    assert layer.nbytes == 4 * 6 * (8 + 4)
 
 
 def test_storage_bytes_counts_what_is_allocated() -> None:

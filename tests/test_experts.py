@@ -81,15 +81,15 @@ def test_position_experts_keep_exactly_their_regions(
     scores = expert.scores(view)
     assert scores.shape == view.keys.shape[:3]
     # As the press selects, so that also the score has to be right, and row by row.
-    kept = select(
-        scores[:1],
+    (kept,) = select(
+        [scores[:1]],
         None if view.start is None else view.start[:1],
         [len(expected)],
         sinks=0,
         recent=0,
         backend="torch",
     )
-    assert kept.tolist() == [[[start + i for i in expected]] * 2]
+    assert kept.indices.tolist() == [start + i for i in expected] * 2
 
 
 def test_position_scores_fall_with_the_distance() -> None:
@@ -227,7 +227,7 @@ def test_common_scale_standardises_real_numbers() -> None:
     real[1, :20] = False
     scores[:, 1, :, :20] = 1e6
     scores[0, 0, 0, 3] = NAN
-    gain, offset = common_scale(scores, real)
+    gain, offset = common_scale([], scores, real)
     scaled = gain[..., None] * scores + offset[..., None]
     for e in range(2):
         for b in range(2):
@@ -240,5 +240,5 @@ def test_common_scale_standardises_real_numbers() -> None:
 @pytest.mark.parametrize("constant", [0.0, 1 / 3, -1e4, 0.1])
 def test_constant_scores_say_nothing(constant: float) -> None:
     scores = torch.full((1, 1, 1, 1001), constant)
-    gain, offset = common_scale(scores, torch.ones(1, 1001, dtype=torch.bool))
+    gain, offset = common_scale([], scores, torch.ones(1, 1001, dtype=torch.bool))
     assert gain.item() == 0 and offset.item() == 0

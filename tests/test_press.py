@@ -206,7 +206,6 @@ def test_dominant_ties_go_to_the_lower_expert(monkeypatch: pytest.MonkeyPatch) -
 def test_dominant_layers_of_different_lengths_generate() -> None:
     model = tiny_model()
     experts = [Fixed("long", torch.arange(99.0)), "aggressive"]
-    lengths = {0: 50, 1: 30}
     experts[0].kept = lambda length, ratio: 70
     press = make_press(experts=experts, policy="dominant", cache_aware=False)
     input_ids = tokens(1, 99)
@@ -217,8 +216,9 @@ def test_dominant_layers_of_different_lengths_generate() -> None:
         out = model.generate(
             input_ids, max_new_tokens=5, do_sample=False, return_dict_in_generate=True
         )
-    lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
-    assert lengths == [70 + 4, 19 + 9 + 4]
+    lengths = [layer.to_dense()[2].tolist() for layer in out.past_key_values.layers]
+    assert lengths == [[[70 + 4] * 2], [[19 + 9 + 4] * 2]]
+    assert out.past_key_values.get_seq_length() == 99 + 4
     assert out.sequences.shape == (1, 99 + 5)
 
 
