@@ -20,7 +20,7 @@ from moekv.budget import Kept, check_ratio, kept_pairs, protect, resolve_budget,
 from moekv.cache import cached_pairs, check_cache, evict
 from moekv.experts import Expert, PressExpert, build_experts, expert_names
 from moekv.hooks import check_attention, find_layers, hook_arguments, is_pressed, is_sliding
-from moekv.layers import GrowingLayer, RaggedLayer, storage_bytes
+from moekv.layers import GrowingLayer, storage_bytes
 from moekv.mixing import common_scale, stack_scores
 from moekv.ops import ScoreKind
 from moekv.routers import BALANCE_LOSSES, ROUTERS, BaseMoERouter, RouterOutput, make_router
@@ -611,8 +611,7 @@ class MoERouterPress(ScorerPress):
         num_cached = cache.get_seq_length() if isinstance(cache, Cache) else 0
         if cache is not None and not num_cached:
             check_cache(cache)
-        ragged = cache is not None and any(isinstance(x, RaggedLayer) for x in cache.layers)
-        if num_cached and not ragged and tokens is not None and tokens.shape[1] > 1:
+        if num_cached and tokens is not None and tokens.shape[1] > 1:
             raise RuntimeError(
                 f"expected a prefill in one forward, got {tokens.shape[1]} tokens for a cache that "
                 f"holds {num_cached}: leave the `with` block before feeding more than one "

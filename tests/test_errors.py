@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from moekv import Expert, LayerView, MoERouterPress, ops, register_expert
 from moekv.hooks import find_layers
+from moekv.layers import RaggedLayer
 
 NAN, INF = float("nan"), float("inf")
 LENGTH = 40
@@ -128,9 +129,25 @@ def test_unknown_names(option: str, value: Any, choices: str) -> None:
 
 
 @pytest.mark.parametrize("budget", ["head", "model"])
-def test_budgets_to_come(budget: str) -> None:
-    with pytest.raises(NotImplementedError, match=f"'{budget}'.*uniform"):
-        MoERouterPress(budget=budget)
+def test_ragged_budgets_and_eager_attention(budget: str) -> None:
+    model, press = tiny_model(attention="eager"), MoERouterPress(budget=budget)
+    message = f"such as 'sdpa' for budget '{budget}', got 'eager'"
+    with pytest.raises(ValueError, match=message), press(model):
+        pass
+    assert not any(layer._forward_hooks for layer in find_layers(model)[1])
+
+
+@pytest.mark.parametrize("budget", ["head", "model"])
+def test_ragged_budgets_in_a_wrapper(budget: str) -> None:
+    model, press = tiny_model(), ComposedPress([MoERouterPress(budget=budget)])
+    message = "inside a kvpress wrapper, whose layers are dense"
+    with pytest.raises(ValueError, match=message), press(model):
+        prefill(model, tokens(1, LENGTH))
+
+
+def test_ragged_budgets_and_the_dominant_policy() -> None:
+    with pytest.raises(ValueError, match="'uniform' with policy 'dominant'.*got 'model'"):
+        MoERouterPress(policy="dominant", budget="model")
 
 
 def test_unknown_backend() -> None:
@@ -329,7 +346,7 @@ def test_eager_attention_and_layers_of_different_lengths() -> None:
         assert [layer.keys.shape[2] for layer in cache.layers] == [32, 32]
         press._layers[1].router.prior.copy_(torch.tensor([9.0, 0.0]))
         cache = DynamicCache()
-        with pytest.raises(ValueError, match=r"one length for eager attention, got \[32, 12\]"):
+        with pytest.raises(ValueError, match="heads or layers of different lengths, got 'eager'"):
             model(input_ids, past_key_values=cache)
     assert [layer.keys.shape[2] for layer in cache.layers] == [LENGTH, LENGTH]
     assert press.get_stats()["forward_count"] == 1
@@ -385,22 +402,44 @@ def test_prefill_outside_of_the_block() -> None:
 # --- Prompts --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_left_padding(attention: str) -> None:
-    model, press = tiny_model(attention=attention), MoERouterPress()
+def test_left_padding_and_eager_attention() -> None:
+    model, press = tiny_model(attention="eager"), MoERouterPress()
     mask = torch.ones(2, LENGTH, dtype=torch.long)
     mask[1, :7] = 0
     cache = DynamicCache()
-    with pytest.raises(ValueError, match=r"got \[0, 7\] padding positions"), press(model):
+    with pytest.raises(ValueError, match="'sdpa' for rows with padding, got 'eager'"), press(model):
         model(tokens(2, LENGTH), attention_mask=mask, past_key_values=cache)
     assert not cache.layers  # nothing has run
-    # Also where the mask comes ready for the layers.
-    ready = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
-    ready[1, :, :, :7] = False
-    ready[1, :, :7, 0] = True  # no row without a key
-    with pytest.raises(ValueError, match=r"got \[0, 7\] padding"), press(model):
-        model(tokens(2, LENGTH), attention_mask=ready, past_key_values=cache)
-    assert_untouched(model, press, DynamicCache())
+
+
+def test_left_padding_in_a_wrapper() -> None:
+    model, press = tiny_model(), ComposedPress([MoERouterPress()])
+    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    mask[1, :7] = 0
+    message = r"inside a kvpress wrapper, got \[0, 7\] padding"
+    with pytest.raises(ValueError, match=message), press(model):
+        model(tokens(2, LENGTH), attention_mask=mask, past_key_values=DynamicCache())
+
+
+def test_memory_that_runs_out_halfway(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, press, cache = tiny_model(), MoERouterPress(budget="model"), DynamicCache()
+    compress, done = RaggedLayer.compress, []
+
+    def run_out(*args: Any, **kwargs: Any) -> RaggedLayer:
+        if done:
+            raise MemoryError("no memory for the second layer")
+        done.append(compress(*args, **kwargs))
+        return done[0]
+
+    monkeypatch.setattr(RaggedLayer, "compress", run_out)
+    with pytest.raises(MemoryError, match="second layer"), press(model):
+        model(tokens(1, LENGTH), past_key_values=cache)
+    assert done and cache.get_seq_length() == 0  # as before the prefill
+    assert not any(layer.is_initialized for layer in cache.layers)
+    monkeypatch.undo()
+    with press(model):
+        model(tokens(1, LENGTH), past_key_values=cache)
+    assert cache.get_seq_length() == LENGTH and isinstance(cache.layers[0], RaggedLayer)
 
 
 def test_padding_at_the_right() -> None:
