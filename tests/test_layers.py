@@ -123,7 +123,7 @@ def test_appending_moves_old_tokens_a_bounded_number_of_times():
     for _ in range(1000):
         layer.update(torch.zeros(1, HEADS, 1, DIM), torch.zeros(1, HEADS, 1, VALUE_DIM))
         buffers.add(layer.tail_keys.data_ptr())
-    assert len(buffers) <= 12  # 65, 129, ..., later growing by an eighth
+    assert len(buffers) <= 15  # 65, 130, ..., beyond 512 growing by an eighth
 
 
 def test_beams_share_what_is_stored():
