@@ -4,7 +4,7 @@
 //
 //   language    __global__ __device__ __host__ __forceinline__ __launch_bounds__ __restrict__
 //               threadIdx blockIdx blockDim gridDim (x, y, z), dim3, cudaStream_t
-//   types       __half __nv_bfloat16 uint2 uint4 int2 int4 float2 float4 and their make_ functions
+//   types       __half __nv_bfloat16 uint2 uint4 int4 float2 float4 and their make_ functions
 //   conversion  __half2float __bfloat162float __float2half_rn __float2bfloat16_rn
 //               __float_as_uint __uint_as_float
 //   barriers    __syncthreads __syncthreads_or __syncwarp
@@ -154,6 +154,15 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+// Within 2 ulp; 0 where b is above 2^126.
+__device__ __forceinline__ float divide_fast(float a, float b) {
+#ifdef MOEKV_SIMT
+  return a / b;
+#else
+  return __fdividef(a, b);
+#endif
+}
 
 template <typename T>
 __device__ __forceinline__ T from_float(float value) {

@@ -60,7 +60,7 @@ __device__ __forceinline__ unsigned long long sum_over_tokens(unsigned long long
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) gating_topk_kernel(Arguments arguments) {
+__global__ void __launch_bounds__(kThreads, 2) gating_topk_kernel(Arguments arguments) {
   const GatingTopkParams& params = arguments.params;
   const int num_experts = static_cast<int>(params.num_experts);
   const int k = static_cast<int>(params.k);

@@ -121,61 +121,78 @@ __device__ __forceinline__ void wait_for_items_before(unsigned item, Progress* p
   if (lane == 0) atomicMax(&progress->first_word, last_word);
 }
 
+// What a block works on: some consecutive pairs, and of each some units.
+struct Item {
+  unsigned number;
+  int num_pairs, num_units;
+  int64_t first_pair, first_unit;
+};
+
 template <typename Unit>
-__global__ void __launch_bounds__(kThreads) kv_compact_kernel(Arguments arguments) {
+__global__ void __launch_bounds__(kThreads, 4) kv_compact_kernel(Arguments arguments) {
   const KvCompactParams& params = arguments.params;
   const Plane& plane = arguments.planes[blockIdx.y];
   if (blockIdx.x >= plane.num_items) return;
   auto* progress =
       reinterpret_cast<Progress*>(static_cast<char*>(params.workspace) + plane.progress_offset);
 
-  MOEKV_SHARED(unsigned, ticket, 1);
-  MOEKV_SHARED(int64_t, source, kMaxPairs);  // -1: this pair is not moved
-  MOEKV_SHARED(int64_t, target, kMaxPairs);
+  MOEKV_SHARED(Item, items, 1);
+  MOEKV_SHARED(char*, source, kMaxPairs);  // null: this pair is not moved
+  MOEKV_SHARED(char*, target, kMaxPairs);
+  const Item& item = items[0];
   const int thread = static_cast<int>(threadIdx.x);
-  if (thread == 0) ticket[0] = atomicAdd(&progress->next_item, 1u);
+  if (thread == 0) {
+    const unsigned number = atomicAdd(&progress->next_item, 1u);
+    const int64_t pair = number / plane.slices * plane.pairs;
+    const int64_t unit = number % plane.slices * plane.units_per_slice;
+    items[0] = {.number = number,
+                .num_pairs = static_cast<int>(min(plane.pairs, params.num_indices - pair)),
+                .num_units = static_cast<int>(min(plane.units_per_slice, plane.units - unit)),
+                .first_pair = pair,
+                .first_unit = unit};
+  }
   __syncthreads();
-  const unsigned item = ticket[0];
-  const int64_t first_pair = item / plane.slices * plane.pairs;
-  const int64_t first_unit = item % plane.slices * plane.units_per_slice;
-  const int num_pairs = static_cast<int>(min(plane.pairs, params.num_indices - first_pair));
-  const int num_units = static_cast<int>(min(plane.units_per_slice, plane.units - first_unit));
-  if (thread < num_pairs) {
-    int64_t from = -1, to = -1;
-    const bool moves = find_move(params, plane, first_pair + thread, from, to);
-    source[thread] = moves ? from : -1;
-    target[thread] = to;
+  if (thread < item.num_pairs) {
+    int64_t from = 0, to = 0;
+    const bool moves = find_move(params, plane, item.first_pair + thread, from, to);
+    char* data = plane.data + item.first_unit * static_cast<int64_t>(sizeof(Unit));
+    source[thread] = moves ? data + from : nullptr;
+    target[thread] = moves ? data + to : nullptr;
   }
   __syncthreads();
 
-  char* data = plane.data + first_unit * static_cast<int64_t>(sizeof(Unit));
-  Unit units[kUnitsPerThread];
+  // A thread's units are kThreads apart.
+  const auto for_each_unit = [&](const auto& use) {
+    const int num_pairs = item.num_pairs, num_units = item.num_units;
+    int pair = thread / num_units, unit = thread % num_units;
 #pragma unroll
-  for (int i = 0; i < kUnitsPerThread; ++i) {
-    const int unit = i * kThreads + thread;
-    const int pair = unit / num_units;
-    if (pair < num_pairs && source[pair] >= 0) {
-      units[i] = reinterpret_cast<const Unit*>(data + source[pair])[unit % num_units];
+    for (int i = 0; i < kUnitsPerThread; ++i) {
+      if (pair < num_pairs && source[pair]) use(i, pair, unit);
+      pair += kThreads / num_units;
+      unit += kThreads % num_units;
+      if (unit >= num_units) {
+        unit -= num_units;
+        ++pair;
+      }
     }
-  }
+  };
+
+  Unit units[kUnitsPerThread];
+  for_each_unit([&](int i, int pair, int unit) {
+    units[i] = reinterpret_cast<const Unit*>(source[pair])[unit];
+  });
   // Release: all reads of the block come before the report, and so before any write that waits
   // for it.
   __threadfence();
   __syncthreads();
-  if (thread == 0) atomicOr(words_of(progress) + item / 32, 1u << item % 32);
+  if (thread == 0) atomicOr(words_of(progress) + item.number / 32, 1u << item.number % 32);
   if (thread < kWarpSize) {
-    wait_for_items_before(item, progress);
+    wait_for_items_before(item.number, progress);
     __threadfence();
   }
   __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kUnitsPerThread; ++i) {
-    const int unit = i * kThreads + thread;
-    const int pair = unit / num_units;
-    if (pair < num_pairs && source[pair] >= 0) {
-      reinterpret_cast<Unit*>(data + target[pair])[unit % num_units] = units[i];
-    }
-  }
+  for_each_unit(
+      [&](int i, int pair, int unit) { reinterpret_cast<Unit*>(target[pair])[unit] = units[i]; });
 }
 
 Plan plan(const KvCompactParams& params) {

@@ -127,7 +127,7 @@ __device__ __forceinline__ float2 write_spread(const T* base, const Rows& rows, 
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) lag_kernel(Arguments arguments) {
+__global__ void __launch_bounds__(kThreads, 2) lag_kernel(Arguments arguments) {
   const ExpertScoresParams& params = arguments.params;
   const int64_t index = blockIdx.x / arguments.partitions;
   const int64_t batch = index / params.num_kv_heads, head = index % params.num_kv_heads;

@@ -7,19 +7,23 @@ namespace moekv::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// A product of query and key as a logit in units of log2, for exp2: scaled, and softly capped where
-// softcap > 0.
+// From a product of query and key to a logit in units of log2, for exp2. Without a softcap it is
+// product * scale; with one, capped(product), and scale is 1.
 struct Logit {
   float scale, cap, cap_scale;
 
   __device__ __forceinline__ Logit(float scaling, float softcap)
-      : scale(scaling * kLog2E),
+      : scale(softcap > 0.0f ? 1.0f : scaling * kLog2E),
         cap(softcap * kLog2E),
         cap_scale(softcap > 0.0f ? 2.0f * kLog2E * scaling / softcap : 0.0f) {}
 
+  __device__ __forceinline__ bool has_cap() const { return cap > 0.0f; }
+  // cap * tanh(product * scaling / softcap)
+  __device__ __forceinline__ float capped(float product) const {
+    return cap - divide_fast(2.0f * cap, 1.0f + exp2_fast(product * cap_scale));
+  }
   __device__ __forceinline__ float operator()(float product) const {
-    if (cap == 0.0f) return product * scale;
-    return cap - 2.0f * cap / (1.0f + exp2_fast(product * cap_scale));  // cap * tanh
+    return has_cap() ? capped(product) : product * scale;
   }
 };
 

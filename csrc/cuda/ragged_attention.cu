@@ -50,6 +50,11 @@ struct HeadRows {
   }
 };
 
+struct Chunk {
+  int head;
+  int number;  // within the head
+};
+
 // How the rows of all heads are cut into about kTargetChunks chunks. Every thread of a block must
 // call its functions.
 struct Cut {
@@ -70,11 +75,10 @@ struct Cut {
     return static_cast<unsigned>(ceil_div(HeadRows(params, head).length, rows_per_chunk));
   }
 
-  // The head that a chunk belongs to, and its number within the head; head num_heads: there is no
-  // such chunk.
-  __device__ __forceinline__ int2 find(const RaggedAttentionParams& params, unsigned chunk) const {
-    MOEKV_SHARED(int2, found, 1);
-    if (threadIdx.x == 0) found[0] = make_int2(num_heads, 0);
+  // Head num_heads: there is no such chunk.
+  __device__ __forceinline__ Chunk find(const RaggedAttentionParams& params, unsigned chunk) const {
+    MOEKV_SHARED(Chunk, found, 1);
+    if (threadIdx.x == 0) found[0] = {num_heads, 0};
     __syncthreads();
     unsigned first = 0;  // chunk of the heads at hand
     for (int base = 0; base < num_heads; base += kThreads) {
@@ -83,7 +87,7 @@ struct Cut {
       unsigned total;
       const unsigned begin = first + block_exclusive_scan<kThreads>(count, total);
       if (begin <= chunk && chunk < begin + count) {
-        found[0] = make_int2(head, static_cast<int>(chunk - begin));
+        found[0] = {head, static_cast<int>(chunk - begin)};
       }
       first += total;
     }
@@ -152,17 +156,18 @@ struct State {
 };
 
 template <typename T, int kQueries>
-__global__ void __launch_bounds__(kThreads) ragged_attention_kernel(Arguments arguments) {
+__global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
+    ragged_attention_kernel(Arguments arguments) {
   // Rows that a thread loads before it uses them: 64 bytes of keys, and of values.
   constexpr int kBatch = 4 / RawChannels<T>::kWords;
   const RaggedAttentionParams& params = arguments.params;
   const Cut cut(params);
-  const int2 found = cut.find(params, blockIdx.x);
-  if (found.x == cut.num_heads) return;
-  const HeadRows rows(params, found.x);
-  const int64_t batch = found.x / params.num_kv_heads, head = found.x % params.num_kv_heads;
+  const Chunk chunk = cut.find(params, blockIdx.x);
+  if (chunk.head == cut.num_heads) return;
+  const HeadRows rows(params, chunk.head);
+  const int64_t batch = chunk.head / params.num_kv_heads, head = chunk.head % params.num_kv_heads;
   const int64_t group = params.num_query_heads / params.num_kv_heads;
-  const int begin = found.y * cut.rows_per_chunk;
+  const int begin = chunk.number * cut.rows_per_chunk;
   const int end = min(begin + cut.rows_per_chunk, rows.length);
 
   const int thread = static_cast<int>(threadIdx.x);

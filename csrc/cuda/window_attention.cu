@@ -139,15 +139,17 @@ __device__ __forceinline__ void copy_tile(char* tile, const Rows& rows, int firs
   const int bytes = dim * static_cast<int>(sizeof(T));
   const int pieces =
       sizeof(T) == 2 ? ceil_div(bytes, kChunkBytes) * (kChunkBytes / 16) : ceil_div(bytes, 16);
-  for (int i = static_cast<int>(threadIdx.x); i < num_rows * pieces; i += kThreads) {
-    const int row = i / pieces, piece = i % pieces;
+  // Four lanes per row: they look up its address once, and copy 64 bytes at a time.
+  for (int row = static_cast<int>(threadIdx.x) / 4; row < num_rows; row += kThreads / 4) {
     const T* source = rows(first + row);
-    char* target = tile + row * stride + piece * 16;
-    const int channel = piece * kPackSize<T>;
-    if (rows.vectorized && source && channel < dim) {
-      copy_async_16(target, source + channel);
-    } else {
-      *reinterpret_cast<uint4*>(target) = load_16_bytes(source, channel, dim, rows.vectorized);
+    for (int piece = static_cast<int>(threadIdx.x) % 4; piece < pieces; piece += 4) {
+      char* target = tile + row * stride + piece * 16;
+      const int channel = piece * kPackSize<T>;
+      if (rows.vectorized && source && channel < dim) {
+        copy_async_16(target, source + channel);
+      } else {
+        *reinterpret_cast<uint4*>(target) = load_16_bytes(source, channel, dim, rows.vectorized);
+      }
     }
   }
 }
@@ -298,8 +300,21 @@ __device__ __forceinline__ void stream_past(const HeldRows& held_rows, int first
   }
 }
 
+template <int kRowTiles, int kColumnTiles>
+__device__ __forceinline__ void cap_products(float (&product)[kRowTiles][kColumnTiles][4],
+                                             const Logit& logit) {
+  if (!logit.has_cap()) return;
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4 * kColumnTiles; ++j) {
+      product[i][j / 4][j % 4] = logit.capped(product[i][j / 4][j % 4]);
+    }
+  }
+}
+
 template <typename T, int kChunks>
-__global__ void __launch_bounds__(kThreads) attention_rows_kernel(Arguments arguments) {
+__global__ void __launch_bounds__(kThreads, 3) attention_rows_kernel(Arguments arguments) {
   using H = Held<T, kChunks>;
   const ExpertScoresParams& params = arguments.params;
   const int64_t index = blockIdx.x / arguments.row_tiles;
@@ -328,27 +343,36 @@ __global__ void __launch_bounds__(kThreads) attention_rows_kernel(Arguments argu
   }
 
   const auto prepare = [](int) { return make_uint2(0, 0); };
-  const auto reduce = [&](const float (&product)[H::kRowTiles][H::kColumnTiles][4], int key,
+  const auto reduce = [&](float (&product)[H::kRowTiles][H::kColumnTiles][4], int key,
                           const uint2*) {
-    const bool all_visible = key + 8 * H::kColumnTiles <= min(end, head.first_query + 1);
+    cap_products(product, logit);
+    if (key + 8 * H::kColumnTiles > min(end, head.first_query + 1)) {  // not every row sees all
+#pragma unroll
+      for (int i = 0; i < H::kRowTiles; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4 * H::kColumnTiles; ++j) {
+          const int column = key + j / 4 * 8 + 2 * t + j % 2;
+          if (column > last_key[i][j % 4 / 2]) product[i][j / 4][j % 4] = -INFINITY;
+        }
+      }
+    }
 #pragma unroll
     for (int i = 0; i < H::kRowTiles; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float x[2 * H::kColumnTiles];
-        float highest = peak[i][half];
+        float highest = -INFINITY;
 #pragma unroll
         for (int j = 0; j < 2 * H::kColumnTiles; ++j) {
-          const int column = key + j / 2 * 8 + 2 * t + j % 2;
-          const bool visible = all_visible || column <= last_key[i][half];
-          x[j] = visible ? logit(product[i][j / 2][2 * half + j % 2]) : -INFINITY;
-          highest = fmaxf(highest, x[j]);
+          highest = fmaxf(highest, product[i][j / 2][2 * half + j % 2]);
         }
+        highest = fmaxf(peak[i][half], highest * logit.scale);
         const float shift = shift_of(highest);
         float sum = 0.0f;
 #pragma unroll
-        for (int j = 0; j < 2 * H::kColumnTiles; ++j) sum += exp2_fast(x[j] - shift);
-        total[i][half] = total[i][half] * exp2_fast(peak[i][half] - shift) + sum;
+        for (int j = 0; j < 2 * H::kColumnTiles; ++j) {
+          sum += exp2_fast(fmaf(product[i][j / 2][2 * half + j % 2], logit.scale, -shift));
+        }
+        total[i][half] = fmaf(total[i][half], exp2_fast(peak[i][half] - shift), sum);
         peak[i][half] = highest;
       }
     }
@@ -399,7 +423,7 @@ __global__ void __launch_bounds__(kThreads) attention_lse_kernel(Arguments argum
 }
 
 template <typename T, int kChunks>
-__global__ void __launch_bounds__(kThreads) attention_columns_kernel(Arguments arguments) {
+__global__ void __launch_bounds__(kThreads, 3) attention_columns_kernel(Arguments arguments) {
   using H = Held<T, kChunks>;
   constexpr int kKeys = kWarps * 16 * H::kRowTiles;
   const ExpertScoresParams& params = arguments.params;
@@ -421,8 +445,9 @@ __global__ void __launch_bounds__(kThreads) attention_columns_kernel(Arguments a
     return make_uint2(__float_as_uint(value),
                       static_cast<unsigned>(head.first_query + row % head.num_queries));
   };
-  const auto reduce = [&](const float (&product)[H::kRowTiles][H::kColumnTiles][4], int,
+  const auto reduce = [&](float (&product)[H::kRowTiles][H::kColumnTiles][4], int,
                           const uint2* words) {
+    cap_products(product, logit);
 #pragma unroll
     for (int j = 0; j < 2 * H::kColumnTiles; ++j) {
       const uint2 query = words[j / 2 * 8 + 2 * t + j % 2];
@@ -430,9 +455,10 @@ __global__ void __launch_bounds__(kThreads) attention_columns_kernel(Arguments a
       for (int i = 0; i < H::kRowTiles; ++i) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
+          float& x = product[i][j / 2][2 * half + j % 2];
           const int key = warp_key + 16 * i + 8 * half + g;
-          const float x = logit(product[i][j / 2][2 * half + j % 2]) - __uint_as_float(query.x);
-          if (all_visible || key <= static_cast<int>(query.y)) sums[i][half] += exp2_fast(x);
+          if (!all_visible && key > static_cast<int>(query.y)) x = -INFINITY;
+          sums[i][half] += exp2_fast(fmaf(x, logit.scale, -__uint_as_float(query.x)));
         }
       }
     }
