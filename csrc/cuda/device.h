@@ -20,8 +20,7 @@
 //   MOEKV_LAUNCH(kernel, grid, block, shared_bytes, stream, args...)
 //       Launches a kernel, a template in parentheses, and throws if the launch fails.
 //   MOEKV_SHARED_MEMORY(type, name)   type* name: the launch's shared_bytes, 16-byte aligned
-//   MOEKV_SHARED(type, name, size)    type name[size]: shared memory of a size known at compile
-//   time
+//   MOEKV_SHARED(type, name, size)    type name[size]: shared memory of a fixed size
 //
 //   mma_m16n8k16<T>(d, a, b)          one warp's D += A B; T is __half or __nv_bfloat16
 //   copy_async_16(shared, global)     starts a copy of 16 aligned bytes to shared memory

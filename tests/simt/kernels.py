@@ -1,0 +1,164 @@
+"""Builds the simulated kernels, as a module for each flavour and each seeded bug.
+
+Objects are kept by a hash of everything that they are made of, so that only what has changed is
+compiled, and a seeded bug costs one file.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CUDA = ROOT / "csrc" / "cuda"
+CACHE = ROOT / ".cache" / "simt"
+COMPILER = os.environ.get("CXX", "g++")
+
+# What compiles each flavour's kernels, and everything in it. "watched": the compiler calls the
+# simulator before every access, and its checks of alignment and bounds end there, too.
+KERNEL_FLAGS = {
+    "watched": [
+        "-fsanitize=thread,alignment,bounds",
+        "--param=tsan-distinguish-volatile=1",
+        "--param=tsan-instrument-func-entry-exit=0",
+        # One access in the source stays one access.
+        "-fno-tree-vectorize",
+        "-fno-store-merging",
+    ],
+    "sanitized": [],
+}
+FLAGS = {
+    "watched": [],
+    "sanitized": ["-fsanitize=address,undefined", "-fno-omit-frame-pointer"],
+}
+COMMON_FLAGS = [
+    "-std=c++20",
+    "-O2",
+    "-g1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-strict-aliasing",
+    "-fno-sanitize-recover=all",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-DMOEKV_SIMT",
+    "-DMOEKV_CUDA",
+    "-DMOEKV_BACKEND=cuda",
+    f"-I{HERE}",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """A bug to seed: replaces the ``nth`` occurrence of ``old`` in a file of csrc/cuda."""
+
+    file: str
+    old: str
+    new: str
+    nth: int = 0
+
+    def apply(self, text: str) -> str:
+        parts = text.split(self.old)
+        if len(parts) < self.nth + 2:
+            raise ValueError(
+                f"expected {self.nth + 1} of {self.old!r} in {self.file}, got {len(parts) - 1}"
+            )
+        before, after = parts[: self.nth + 1], parts[self.nth + 1 :]
+        return self.old.join(before) + self.new + self.old.join(after)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+@cache
+def _headers(*folders: Path) -> str:
+    headers = [path for folder in folders for path in sorted(folder.glob("*.h"))]
+    return "".join(path.read_text() for path in headers)
+
+
+def _object(source: Path, flags: list[str]) -> Path:
+    text = source.read_text()
+    headers = (HERE / "simt.h").read_text() + _headers(CUDA.parent, CUDA)
+    if source.parent == HERE:
+        headers = _headers(CUDA.parent, HERE)
+    key = hashlib.sha256("\0".join([COMPILER, *flags, headers, text]).encode()).hexdigest()
+    target = CACHE / f"{source.stem}-{key[:20]}.o"
+    if not target.exists():
+        part = target.with_suffix(f".{os.getpid()}.part")
+        language = ["-x", "c++"] if source.suffix == ".cu" else []
+        _run([COMPILER, *COMMON_FLAGS, *flags, *language, "-c", str(source), "-o", str(part)])
+        part.rename(target)
+    return target
+
+
+def build(flavour: str = "watched", edits: tuple[Edit, ...] = ()) -> Path:
+    """Build the module of ``flavour`` with ``edits`` and return its path."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    kernels = sorted(CUDA.glob("*.cu"))
+    flags = FLAGS[flavour]
+    kernel_flags = [*flags, *KERNEL_FLAGS[flavour]]
+    python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    jobs = [(HERE / "machine.cpp", flags), (HERE / "memory.cpp", flags)]
+    jobs.append((HERE / "bindings.cpp", [*flags, *python]))
+    jobs.append((HERE / "selftest.cu", kernel_flags))
+    if edits:
+        # Edited copies of all that may be edited: headers are found beside the kernels.
+        changed = {edit.file for edit in edits}
+        key = hashlib.sha256((repr(edits) + _headers(CUDA.parent, CUDA)).encode()).hexdigest()[:20]
+        folder = CACHE / f"edited-{key}" / "csrc" / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in [*CUDA.iterdir(), *CUDA.parent.glob("*.h")]:
+            text = path.read_text()
+            for edit in edits:
+                text = edit.apply(text) if edit.file == path.name else text
+            target = folder / path.name if path.parent == CUDA else folder.parent / path.name
+            if not target.exists() or target.read_text() != text:
+                target.write_text(text)
+        headers_changed = any(name.endswith(".h") for name in changed)
+        for path in kernels:
+            edited = headers_changed or path.name in changed
+            # The headers are part of the key of an object, so an edited one must be seen in it.
+            mark = [f"-DMOEKV_EDITED={int(key[:8], 16)}"] if edited else []
+            jobs.append((folder / path.name if edited else path, [*kernel_flags, *mark]))
+    else:
+        jobs += [(path, kernel_flags) for path in kernels]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda job: _object(*job), jobs))
+    names = " ".join(path.name for path in objects)
+    key = hashlib.sha256(names.encode()).hexdigest()[:20]
+    module = CACHE / f"simt_kernels-{flavour}-{key}.so"
+    if not module.exists():
+        part = module.with_suffix(f".{os.getpid()}.part")
+        _run([COMPILER, "-shared", *flags, *map(str, objects), "-o", str(part)])
+        part.rename(module)
+    return module
+
+
+def load(path: Path) -> ModuleType:
+    """Import a built module; several may be loaded at once."""
+    spec = importlib.util.spec_from_file_location("simt_kernels", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"cannot load {path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    for flavour in sys.argv[1:] or FLAGS:
+        print(build(flavour))

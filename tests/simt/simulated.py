@@ -1,0 +1,299 @@
+"""The simulated CUDA kernels behind the signatures of the ops, on CPU tensors.
+
+What csrc/ops does for real tensors, for tensors that this copies to the simulated device and back.
+Nothing is validated here: that is the ops' part, and tested with them.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+class Device:
+    """The kernels of one built module, executed in the order that ``seed`` draws."""
+
+    def __init__(self, kernels: ModuleType, seed: int = 0) -> None:
+        self.kernels = kernels
+        self.seed = seed
+
+    def op(self, name: str) -> Callable[..., Any]:
+        function: Callable[..., Any] = getattr(self, name)
+        return function
+
+    @contextlib.contextmanager
+    def _memory(self):
+        memory = Memory(self.kernels)
+        yield memory
+        memory.copy_back()
+
+    def _launch(self, name: str, params: Any, memory: "Memory") -> None:
+        workspace_bytes = getattr(self.kernels, f"{name}_workspace_bytes", None)
+        if workspace_bytes:
+            params.workspace = memory.scratch(workspace_bytes(params))
+        getattr(self.kernels, name)(params, self.seed)
+
+    def gating_topk(
+        self,
+        logits: Tensor,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        k: int,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        num_tokens, num_experts = logits.shape
+        weights = torch.empty(num_tokens, k)
+        experts = torch.empty(num_tokens, k, dtype=torch.int32)
+        prob_sum = torch.empty(num_experts)
+        load = torch.empty(num_experts, dtype=torch.int64)
+        with self._memory() as memory:
+            params = self.kernels.GatingTopkParams()
+            params.logits = memory.input(logits)
+            params.bias = memory.input(bias)
+            params.mask = memory.input(mask)
+            params.weights = memory.output(weights)
+            params.experts = memory.output(experts)
+            params.prob_sum = memory.output(prob_sum)
+            params.load = memory.output(load)
+            params.num_tokens = num_tokens
+            params.num_experts = num_experts
+            params.k = k
+            params.logits_stride = logits.stride(0)
+            params.inv_temperature = 1 / temperature
+            params.dtype = DTYPES[logits.dtype]
+            self._launch("gating_topk", params, memory)
+        return weights, experts, prob_sum, load
+
+    def expert_scores(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        queries: Tensor,
+        start: Tensor | None = None,
+        *,
+        kinds: Sequence[int],
+        scaling: float,
+        softcap: float = 0.0,
+        pool: int = 1,
+        lag: int = 128,
+    ) -> Tensor:
+        keys, values, queries = (with_dense_rows(x) for x in (keys, values, queries))
+        scores = torch.empty(len(kinds), *keys.shape[:3])
+        if scores.numel() == 0:
+            return scores
+        with self._memory() as memory:
+            params = self.kernels.ExpertScoresParams()
+            params.keys = memory.input(keys)
+            params.values = memory.input(values)
+            params.queries = memory.input(queries)
+            params.start = memory.input(start)
+            out = [0] * 4
+            for kind, address in zip(kinds, memory.output_slices(scores), strict=True):
+                out[kind] = address
+            params.scores = out
+            params.batch, params.num_kv_heads, params.num_keys, params.key_dim = keys.shape
+            _, params.num_query_heads, params.num_queries, _ = queries.shape
+            params.value_dim = values.shape[3]
+            params.key_stride = keys.stride()[:3]
+            params.value_stride = values.stride()[:3]
+            params.query_stride = queries.stride()[:3]
+            params.pool, params.lag = pool, lag
+            params.scaling, params.softcap = scaling, softcap
+            params.dtype = DTYPES[keys.dtype]
+            self._launch("expert_scores", params, memory)
+        return scores
+
+    def mix_scores(
+        self,
+        scores: Tensor,
+        weights: Tensor,
+        experts: Tensor,
+        gain: Tensor | None = None,
+        offset: Tensor | None = None,
+    ) -> Tensor:
+        scores, weights, experts = (with_dense_rows(x) for x in (scores, weights, experts))
+        mixed = torch.empty(scores.shape[1:])
+        with self._memory() as memory:
+            params = self.kernels.MixScoresParams()
+            params.scores = memory.input(scores)
+            params.weights = memory.input(weights)
+            params.experts = memory.input(experts)
+            params.gain = memory.input(gain)
+            params.offset = memory.input(offset)
+            params.mixed = memory.output(mixed)
+            params.num_experts, params.batch, params.num_kv_heads, params.num_keys = scores.shape
+            params.k = weights.shape[-1]
+            params.score_stride = scores.stride()[:3]
+            for name, tensor in (("weight_stride", weights), ("expert_stride", experts)):
+                strides = list(tensor.stride())
+                setattr(
+                    params, name, strides[:3] if tensor.dim() == 4 else [strides[0], 0, strides[1]]
+                )
+            self._launch("mix_scores", params, memory)
+        return mixed
+
+    def select_kept(
+        self,
+        scores: Tensor,
+        start: Tensor | None = None,
+        *,
+        total: Sequence[int],
+        sinks: int = 0,
+        window: int = 0,
+        floor: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        scores = with_dense_rows(scores)
+        groups, rows, num_keys = scores.shape
+        indices = torch.empty(sum(total), dtype=torch.int32)
+        offsets = torch.empty(groups * rows + 1, dtype=torch.int32)
+        totals = torch.tensor(list(total), dtype=torch.int64)  # stays on the host
+        with self._memory() as memory:
+            params = self.kernels.SelectKeptParams()
+            params.scores = memory.input(scores)
+            params.start = memory.input(start)
+            params.total = totals.data_ptr()
+            params.indices = memory.output(indices)
+            params.offsets = memory.output(offsets)
+            params.groups, params.rows, params.num_keys = groups, rows, num_keys
+            params.score_stride = scores.stride()[:2]
+            params.sinks, params.window, params.floor = sinks, window, floor
+            params.dtype = DTYPES[scores.dtype]
+            self._launch("select_kept", params, memory)
+        return indices, offsets
+
+    def kv_compact_(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        indices: Tensor,
+        offsets: Tensor | None = None,
+        *,
+        packed: bool = False,
+    ) -> None:
+        with self._memory() as memory:
+            params = self.kernels.KvCompactParams()
+            params.keys = memory.inout(keys)
+            params.values = memory.inout(values)
+            params.indices = memory.input(indices)
+            params.offsets = memory.input(offsets)
+            params.batch, params.num_kv_heads, params.num_keys, _ = keys.shape
+            params.num_kept = indices.shape[2] if offsets is None else 0
+            params.num_indices = indices.numel()
+            params.key_bytes = keys.shape[3] * keys.element_size()
+            params.value_bytes = values.shape[3] * values.element_size()
+            params.key_stride = [x * keys.element_size() for x in keys.stride()[:3]]
+            params.value_stride = [x * values.element_size() for x in values.stride()[:3]]
+            params.packed = packed
+            self._launch("kv_compact", params, memory)
+
+    def ragged_attention(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        begin: Tensor,
+        end: Tensor,
+        tail_keys: Tensor | None = None,
+        tail_values: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        scaling: float,
+        softcap: float = 0.0,
+    ) -> Tensor:
+        query, keys, values = (with_dense_rows(x) for x in (query, keys, values))
+        begin, end = begin.contiguous(), end.contiguous()
+        batch, num_query_heads, num_queries, key_dim = query.shape
+        value_dim = values.shape[1]
+        output = query.new_empty(batch, num_queries, num_query_heads, value_dim)
+        with self._memory() as memory:
+            params = self.kernels.RaggedAttentionParams()
+            params.query = memory.input(query)
+            params.keys = memory.input(keys)
+            params.values = memory.input(values)
+            params.begin = memory.input(begin)
+            params.end = memory.input(end)
+            params.output = memory.output(output)
+            params.batch, params.num_kv_heads = begin.shape
+            params.num_query_heads, params.num_queries = num_query_heads, num_queries
+            params.key_dim, params.value_dim = key_dim, value_dim
+            params.num_stored = keys.shape[0]
+            params.query_stride = query.stride()[:3]
+            params.key_stride, params.value_stride = keys.stride(0), values.stride(0)
+            if tail_keys is not None and tail_values is not None:
+                tail_keys, tail_values = with_dense_rows(tail_keys), with_dense_rows(tail_values)
+                params.tail_keys = memory.input(tail_keys)
+                params.tail_values = memory.input(tail_values)
+                params.num_tail = tail_keys.shape[2]
+                params.tail_key_stride = tail_keys.stride()[:3]
+                params.tail_value_stride = tail_values.stride()[:3]
+            if mask is not None:
+                params.mask = memory.input(mask)
+                params.mask_stride = [
+                    step if size > 1 else 0
+                    for step, size in zip(mask.stride(), mask.shape, strict=True)
+                ]
+            params.scaling, params.softcap = scaling, softcap
+            params.dtype = DTYPES[query.dtype]
+            self._launch("ragged_attention", params, memory)
+        return output
+
+
+def with_dense_rows(tensor: Tensor) -> Tensor:
+    """What the ops make of a tensor whose last dimension has gaps."""
+    dense = tensor.dim() == 0 or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
+    return tensor if dense else tensor.contiguous()
+
+
+def storage_bytes(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
+
+
+class Memory:
+    """Device memory of a call. Every tensor's whole storage lies in a block of exactly its size."""
+
+    def __init__(self, kernels: ModuleType) -> None:
+        self._kernels = kernels
+        self._held: list[Any] = []
+        self._outputs: list[tuple[Any, Tensor]] = []
+
+    def _place(self, tensor: Tensor) -> tuple[Any, int]:
+        memory = self._kernels.Memory(storage_bytes(tensor))
+        self._held.append(memory)
+        return memory, memory.address + tensor.storage_offset() * tensor.element_size()
+
+    def input(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        memory, address = self._place(tensor)
+        memory.write(tensor.untyped_storage().data_ptr())
+        return address
+
+    def output(self, tensor: Tensor) -> int:
+        memory, address = self._place(tensor)
+        self._outputs.append((memory, tensor))
+        return address
+
+    def output_slices(self, tensor: Tensor) -> list[int]:
+        """Addresses of tensor[0], tensor[1], ..."""
+        base = self.output(tensor)
+        return [base + i * tensor.stride(0) * tensor.element_size() for i in range(len(tensor))]
+
+    def inout(self, tensor: Tensor) -> int:
+        address = self.input(tensor)
+        self._outputs.append((self._held[-1], tensor))
+        return address
+
+    def scratch(self, num_bytes: int) -> int:
+        self._held.append(self._kernels.Memory(num_bytes))
+        address: int = self._held[-1].address
+        return address
+
+    def copy_back(self) -> None:
+        for memory, tensor in self._outputs:
+            memory.read(tensor.untyped_storage().data_ptr())

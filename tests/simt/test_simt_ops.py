@@ -1,0 +1,178 @@
+"""The CUDA kernels, simulated, against ``moekv.reference``, and under many schedules."""
+
+import dataclasses
+from types import ModuleType
+from typing import Any
+
+import op_cases
+import pytest
+import simulated
+import test_ops_ragged_attention as ragged
+import torch
+
+CASES = [
+    pytest.param(name, case, id=f"{name}-{case}")
+    for name, (_, cases) in op_cases.CHECKS.items()
+    for case in cases
+]
+NUM_SCHEDULES = 50
+
+# A few inputs per op that take every path and fit in several blocks.
+SCHEDULED: list[tuple[str, Any]] = [
+    ("gating_topk", op_cases.GatingTopk(300, 60, 4, torch.bfloat16, bias=True, mask=True)),
+    ("gating_topk", op_cases.GatingTopk(600, 7, 2, mask=True)),
+    ("expert_scores", op_cases.ExpertScores((1, 2, 75, 80), pool=3, start=(9,), num_queries=5)),
+    ("expert_scores", op_cases.ExpertScores((1, 1, 270, 32), dtype=torch.bfloat16, pool=5)),
+    ("mix_scores", op_cases.MixScores((4, 2, 5, 300), 2)),
+    ("select_kept", op_cases.SelectKept((2, 2, 90), (70,), 2, 3, 4, True, "special")),
+    ("select_kept", op_cases.SelectKept((1, 2, 4500), (3000,), 4, 16, values="ties")),
+    ("kv_compact_", op_cases.KvCompact((1, 2, 400, 80), (150, 400), packed=True)),
+    ("kv_compact_", op_cases.KvCompact((2, 2, 37, 20), (20,), dtype=torch.float16)),
+]
+
+
+def run(kernels: ModuleType, name: str, case: Any, seed: int) -> list[torch.Tensor]:
+    inputs, options = case.inputs()
+    result = simulated.Device(kernels, seed).op(name)(*inputs, **options)
+    if result is None:
+        return inputs[:2]
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_as_the_reference(kernels: ModuleType, name: str, case: Any) -> None:
+    check, _ = op_cases.CHECKS[name]
+    seed = case.generator().initial_seed()  # every case its own schedule
+    check(simulated.Device(kernels, seed).op(name), case)
+
+
+@pytest.mark.parametrize(("name", "case"), SCHEDULED, ids=str)
+def test_every_schedule_gives_the_same_bits(kernels: ModuleType, name: str, case: Any) -> None:
+    op_cases.CHECKS[name][0](simulated.Device(kernels).op(name), case)
+    first = run(kernels, name, case, 0)
+    for seed in range(1, NUM_SCHEDULES):
+        for got, want in zip(run(kernels, name, case, seed), first, strict=True):
+            # As integers, for NaN is not equal to itself.
+            assert torch.equal(got.view(torch.uint8), want.view(torch.uint8)), f"seed {seed}"
+
+
+# The case of many queries launches thousands of blocks: one dtype is enough.
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        (name, dtype)
+        for name in ragged.CASES
+        for dtype in op_cases.FLOAT_DTYPES
+        if dtype == torch.bfloat16 or name != "many queries"
+    ],
+    ids=str,
+)
+def test_ragged_attention(kernels: ModuleType, name: str, dtype: torch.dtype) -> None:
+    case = ragged.cast(ragged.make_case(**ragged.CASES[name]), dtype)
+    options = {"scaling": case["query"].shape[-1] ** -0.5, "softcap": 5.0}
+    got = simulated.Device(kernels, len(name)).ragged_attention(**case, **options)
+    assert got.dtype == dtype and got.is_contiguous()
+    tolerance = ragged.DTYPES[dtype]
+    expected = ragged.oracle(**case, **options)
+    torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 4, 9), (2, 1, 4, 9), (1, 1, 4, 9)], ids=str)
+def test_ragged_attention_with_a_mask(kernels: ModuleType, shape: tuple[int, ...]) -> None:
+    case = ragged.make_case(batch=2, heads=2, group=3, queries=4, tail=9, dim=16)
+    case["end"][1] = case["begin"][1]  # nothing stored in the second row
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.4
+    mask[-1, :, :1] = False
+    got = simulated.Device(kernels).ragged_attention(**case, mask=mask, scaling=0.25)
+    expected = ragged.oracle(**case, mask=mask, scaling=0.25)
+    torch.testing.assert_close(got.double(), expected, atol=4e-6, rtol=4e-6)
+    assert (got[-1, 0] == 0).all()
+
+
+def test_ragged_attention_schedules(kernels: ModuleType) -> None:
+    case = ragged.make_case(heads=3, group=2, dim=24, stored=90, tail=3)
+    first = simulated.Device(kernels).ragged_attention(**case, scaling=0.2)
+    for seed in range(1, NUM_SCHEDULES):
+        got = simulated.Device(kernels, seed).ragged_attention(**case, scaling=0.2)
+        assert torch.equal(got, first), f"seed {seed}"
+
+
+def test_row_ranges_out_of_bounds_are_cut(kernels: ModuleType) -> None:
+    case = ragged.make_case(heads=2, dim=16, stored=50)
+    case["begin"], case["end"] = torch.tensor([[-3, 40]]).int(), torch.tensor([[20, 99]]).int()
+    got = simulated.Device(kernels).ragged_attention(**case, scaling=0.25)
+    case["begin"], case["end"] = case["begin"].clamp(min=0), case["end"].clamp(max=50)
+    expected = ragged.oracle(**case, scaling=0.25)
+    torch.testing.assert_close(got.double(), expected, atol=4e-6, rtol=4e-6)
+
+
+def with_nan(tensor: torch.Tensor, share: float = 0.02) -> torch.Tensor:
+    hit = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(1)) < share
+    return tensor.masked_fill(hit, torch.nan)
+
+
+@pytest.mark.parametrize("dtype", op_cases.FLOAT_DTYPES, ids=str)
+def test_nan_logits(kernels: ModuleType, dtype: torch.dtype) -> None:
+    (logits, *_), options = op_cases.GatingTopk(50, 17, 3, dtype).inputs()
+    logits = with_nan(logits, 0.3)
+    logits[3] = torch.nan
+    logits[4] = -torch.inf
+    logits[5, 2] = torch.inf
+    result = simulated.Device(kernels).gating_topk(logits, **options)
+    op_cases.check_gating_result(result, logits, None, None, **options)
+
+
+@pytest.mark.parametrize("dtype", op_cases.FLOAT_DTYPES, ids=str)
+def test_nan_keys_stay_within_their_head(kernels: ModuleType, dtype: torch.dtype) -> None:
+    case = op_cases.ExpertScores((2, 2, 70, 16), dtype=dtype)
+    (keys, *rest), options = case.inputs()
+    device = simulated.Device(kernels)
+    before = device.expert_scores(keys, *rest, **options)
+    keys[1, 0, 20] = torch.nan
+    after = device.expert_scores(keys, *rest, **options)
+    assert after[:3, 1, 0].isnan().any(-1).all()
+    for batch, head in ((0, 0), (0, 1), (1, 1)):
+        assert torch.equal(after[:, batch, head], before[:, batch, head])
+
+
+def test_indices_out_of_range_move_nothing_outside(kernels: ModuleType) -> None:
+    """An index out of range is neither read nor moved; the memory around stays as it was."""
+    case = op_cases.KvCompact((1, 2, 40, 8), (10,))
+    (keys, values, indices, _), options = case.inputs()
+    indices[0, 0, -1], indices[0, 1, 0] = 1000, -5
+    expected = keys.clone()
+    for head in range(2):
+        for rank, position in enumerate(indices[0, head].tolist()):
+            if 0 <= position < 40:
+                expected[0, head, rank] = keys[0, head, position]
+    simulated.Device(kernels).kv_compact_(keys, values, indices, **options)
+    assert torch.equal(keys, expected)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", ["gating_topk", "expert_scores", "select_kept", "kv_compact_"])
+def test_misaligned_storage(kernels: ModuleType, name: str, offset: int) -> None:
+    """Tensors that begin anywhere give what aligned ones give, through narrower accesses."""
+    case: Any = {
+        "gating_topk": op_cases.GatingTopk(40, 16, 2, torch.bfloat16),
+        "expert_scores": op_cases.ExpertScores((1, 2, 70, 64), dtype=torch.bfloat16),
+        "select_kept": op_cases.SelectKept((2, 1, 64), (20,), dtype=torch.bfloat16),
+        "kv_compact_": op_cases.KvCompact((1, 2, 40, 64), (17,), dtype=torch.bfloat16),
+    }[name]
+
+    class Shifted(type(case)):
+        def inputs(self, device: str = "cpu") -> tuple[list[Any], dict[str, Any]]:
+            inputs, options = dataclasses.replace(case).inputs(device)
+            return [shifted(x) for x in inputs], options
+
+        def __str__(self) -> str:
+            return str(case)
+
+    def shifted(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None or not tensor.is_floating_point():
+            return tensor
+        room = tensor.new_zeros(tensor.numel() + offset)
+        return room[offset:].view(tensor.shape).copy_(tensor)
+
+    shifted_case = Shifted(**{f.name: getattr(case, f.name) for f in dataclasses.fields(case)})
+    op_cases.CHECKS[name][0](simulated.Device(kernels).op(name), shifted_case)
