@@ -17,12 +17,19 @@ import torch
 from moekv import ops
 from moekv.models import DEFAULT_MODEL, load_model
 
-from .presses import ANCHORS, METHODS, OURS, PEERS
+from .presses import ANCHORS, EXPERTS, METHODS, OURS, PEERS, ROUTED
 from .report import write_report
 from .run import cells, run
 from .tasks import TASKS
 
-SETS = {"peers": PEERS, "anchors": ANCHORS, "ours": OURS, "all": METHODS}
+SETS = {
+    "peers": PEERS,
+    "anchors": ANCHORS,
+    "ours": OURS,
+    "experts": EXPERTS,
+    "routers": ROUTED,
+    "all": METHODS,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

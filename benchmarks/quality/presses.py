@@ -11,7 +11,9 @@ from collections.abc import Callable
 import kvpress
 from kvpress import BasePress
 
+from moekv.experts import expert_names
 from moekv.press import MoERouterPress
+from moekv.routers import ROUTERS
 
 Factory = Callable[[float], BasePress]
 
@@ -81,7 +83,17 @@ OURS: dict[str, Factory] = {
     ),
 }
 
-METHODS: dict[str, Factory] = PEERS | ANCHORS | OURS
+#: Every expert alone: what routing has to beat.
+EXPERTS: dict[str, Factory] = {
+    f"expert {name}": _scorer(MoERouterPress, experts=(name,), top_k=1) for name in expert_names()
+}
+
+#: Every kind of router over the same experts.
+ROUTED: dict[str, Factory] = {
+    f"moekv {name}": _scorer(MoERouterPress, router_type=name) for name in ROUTERS
+}
+
+METHODS: dict[str, Factory] = PEERS | ANCHORS | OURS | EXPERTS | ROUTED
 
 #: Why the rest of kvpress is not in the table.
 EXCLUDED = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .metrics import bootstrap
-from .presses import ANCHORS, EXCLUDED, METHODS, PEERS
+from .presses import ANCHORS, EXCLUDED, EXPERTS, METHODS, PEERS
 from .run import FULL, read_results
 
 LEAST_KL = 1e-3  # nats: regrets below it would compare rounding
@@ -207,14 +207,8 @@ def plot(summary: dict[str, Any], folder: Path) -> list[Path]:
                     for c in here
                     if (c["task"], c["method"]) == (task, method)
                 )
-                ours, anchor = method.startswith("moekv"), method in ANCHORS
-                style = {"color": "C3"} if ours else {"color": "C0"} if anchor else {"color": "0.7"}
-                axis.plot(
-                    *zip(*line, strict=True),
-                    label="moekv" if ours else "anchors" if anchor else "peers",
-                    linewidth=2 if ours or anchor else 1,
-                    **style,
-                )
+                label, color, width = _style(method)
+                axis.plot(*zip(*line, strict=True), label=label, color=color, linewidth=width)
             axis.set(title=task, yscale="log", xlabel="removed", ylabel="KL, nats")
         for axis in axes.flat[len(tasks) :]:
             axis.set_axis_off()
@@ -232,14 +226,22 @@ def plot(summary: dict[str, Any], folder: Path) -> list[Path]:
         figure, axis = plt.subplots(figsize=(7, 0.28 * len(ranked) + 1))
         axis.barh([m for _, m in ranked], [v for v, _ in ranked], color="0.7")
         for bar, (_, method) in zip(axis.patches, ranked, strict=True):
-            if method.startswith("moekv"):
-                bar.set_color("C3")
+            bar.set_color(_style(method)[1])
         axis.set(xlabel=f"mean log(KL / best peer's KL), {ratio:.0%} removed")
         figure.tight_layout()
         paths.append(folder / f"regret-{round(100 * ratio)}.png")
         figure.savefig(paths[-1], dpi=120)
         plt.close(figure)
     return paths
+
+
+def _style(method: str) -> tuple[str, str, int]:
+    """Label, colour and width of a method's line."""
+    if method.startswith("moekv"):
+        return "moekv", "C3", 2
+    if method in EXPERTS:
+        return "single experts", "C1", 1
+    return ("anchors", "C0", 2) if method in ANCHORS else ("peers", "0.7", 1)
 
 
 def write_report(results: Path, folder: Path) -> list[Path]:
