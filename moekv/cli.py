@@ -1,8 +1,8 @@
-"""The command line: ``moekv info``, ``moekv demo`` and ``moekv bench``.
+"""The command line: ``moekv info``, ``moekv demo``, ``moekv bench``.
 
-A command is a module with ``add_arguments(parser)`` and ``run(args)``; ``run`` raises
-:class:`CommandError` for what the user can mend, and any other exception is a bug that shows its
-traceback. What a command needs is imported when it runs, so that ``--help`` answers at once.
+A command is a module with ``add_arguments(parser)`` and ``run(args)``; the first line of its
+docstring is its summary. ``run`` raises :class:`CommandError` for what the user can mend; any other
+exception is a bug, and shows its traceback.
 """
 
 from __future__ import annotations
@@ -16,11 +16,7 @@ from rich.console import Console
 
 from moekv import __version__
 
-COMMANDS = {
-    "info": "show versions, instruction sets, libraries and backends",
-    "demo": "compress the cache of a real model, and ask it what it read",
-    "bench": "measure the quality of compressed caches beside kvpress's methods",
-}
+COMMANDS = ("info", "demo", "bench")
 
 
 class CommandError(Exception):
@@ -46,12 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"moekv {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, summary in COMMANDS.items():
+    for name in COMMANDS:
         module = importlib.import_module(f"moekv.{name}")
+        description = module.__doc__ or ""
         command = commands.add_parser(
             name,
-            help=summary,
-            description=module.__doc__,
+            help=description.partition("\n")[0],
+            description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(command)

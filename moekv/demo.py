@@ -16,20 +16,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from moekv.cli import CommandError, make_console
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-
-    from moekv import MoERouterPress
+from moekv.models import DEFAULT_MODEL, load_model
+from moekv.press import MoERouterPress
 
 INSTRUCTION = "Answer the question in a few words, from the text above."
 DTYPES = ("bfloat16", "float16", "float32")
@@ -111,10 +111,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the demo."""
-    import torch
-
-    from moekv import MoERouterPress
-    from moekv.models import DEFAULT_MODEL, load_model
 
     def make_press(ratio: float) -> MoERouterPress:
         return MoERouterPress(
@@ -158,7 +154,10 @@ def run(args: argparse.Namespace) -> None:
         for ratio in sorted({0.0, *args.ratios}):
             title = _title(ratio)
             press = make_press(ratio) if ratio > 0 else None
-            result, cache = read(model, prompt, press, progress, f"{title}: reading")
+            try:
+                result, cache = read(model, prompt, press, progress, f"{title}: reading")
+            except (TypeError, ValueError) as error:  # the press cannot serve this model
+                raise CommandError(str(error)) from error
             if results:
                 _check_compressed(result, results[0])
             ask(
@@ -203,8 +202,6 @@ def _story() -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Hold back the progress bars of transformers, which has several kinds of them."""
-    from transformers.utils import logging
-
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         with contextlib.redirect_stderr(io.StringIO()):
@@ -289,9 +286,6 @@ def read(
     cache : DynamicCache
         Of the context alone.
     """
-    import torch
-    from transformers import DynamicCache
-
     layers = [module for name, module in model.named_modules() if name.endswith("self_attn")]
     task = progress.add_task(title, total=len(layers))
     cache = DynamicCache()
@@ -329,8 +323,6 @@ def ask(
     max_new_tokens: int,
 ) -> None:
     """Ask each question of a copy of the cache, greedily, and add the answers to the result."""
-    import torch
-
     stop = model.generation_config.eos_token_id if model.generation_config else None
     stops = set(stop) if isinstance(stop, list) else {stop}
     task = progress.add_task(title, total=len(questions))
@@ -384,8 +376,6 @@ class _PressClock:
 
 def _now(model: PreTrainedModel) -> float:
     """Seconds on the clock, once the model's device has done its work."""
-    import torch
-
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter()
@@ -393,8 +383,6 @@ def _now(model: PreTrainedModel) -> float:
 
 def cache_bytes(cache: DynamicCache) -> int:
     """Bytes of the storages under all tensors that a cache's layers hold."""
-    import torch
-
     storages: dict[int, int] = {}
     for layer in cache.layers:
         for value in vars(layer).values():

@@ -9,9 +9,10 @@ import platform
 import re
 from pathlib import Path
 
+import torch
 from rich.table import Table
 
-from moekv import __version__
+from moekv import __version__, ops
 from moekv.cli import make_console
 
 PACKAGES = ("torch", "transformers", "kvpress")
@@ -23,10 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the report."""
-    import torch
-
-    from moekv import ops
-
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
@@ -65,8 +62,6 @@ def cuda_library(library: Path) -> str:
 
 
 def _torch_capability() -> str:
-    import torch
-
     return torch.backends.cpu.get_cpu_capability()
 
 
@@ -78,7 +73,5 @@ def _cpu_kernels(capability: str | None) -> str:
 
 
 def _cuda_devices() -> str:
-    import torch
-
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return ", ".join(names) or "none"

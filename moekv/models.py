@@ -18,8 +18,10 @@ from pathlib import Path
 
 import httpx
 import torch
+from gguf import GGUFReader
 from huggingface_hub import constants, get_session, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import OfflineModeIsEnabled
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -175,9 +177,6 @@ def _gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     transformers would make it a Code Llama tokenizer: with a token before every text, five tokens
     beyond the embedding, and the wrong end of a turn.
     """
-    from gguf import GGUFReader
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
     fields = GGUFReader(path).fields
     content = {
         name: fields[f"tokenizer.{name}"].contents()
