@@ -2,6 +2,7 @@
 
 from moekv.experts import Expert, expert_names, register_expert
 from moekv.press import MoERouterPress
+from moekv.ragged_press import ragged
 from moekv.routers import (
     AdaptiveRouter,
     BaseMoERouter,
@@ -11,6 +12,7 @@ from moekv.routers import (
     RouterOutput,
     TopKBalancedRouter,
 )
+from moekv.storage import load_cache, save_cache
 from moekv.view import LayerView
 
 __version__ = "0.1.0"
@@ -27,5 +29,8 @@ __all__ = [
     "RouterOutput",
     "TopKBalancedRouter",
     "expert_names",
+    "load_cache",
+    "ragged",
     "register_expert",
+    "save_cache",
 ]
