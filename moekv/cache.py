@@ -3,7 +3,7 @@
 from typing import Any
 
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
@@ -26,12 +26,12 @@ def check_cache(cache: Any) -> None:
     TypeError
         The cache is not a plain, growing one on the device of its layers (``DynamicCache``).
     """
-    if not isinstance(cache, Cache):
+    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         _refuse(type(cache).__name__)
-    if getattr(cache, "offloading", False):
+    if cache.offloading:
         _refuse(f"an offloaded {type(cache).__name__}")
-    kinds = {type(layer) for layer in getattr(cache, "layers", [])}
-    kinds.add(getattr(cache, "layer_class_to_replicate", None) or DynamicLayer)
+    kinds = {type(layer) for layer in cache.layers}
+    kinds.add(cache.layer_class_to_replicate or DynamicLayer)
     for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
         _refuse(f"{type(cache).__name__} with layers of type {kind.__name__}")
 

@@ -509,13 +509,14 @@ class MoERouterPress(ScorerPress):
             check_attention(hooked[0], f"budget {self.budget!r}")
         self.post_init_from_model(model)
         handles = []
+        rotary: Any = getattr(decoder, "rotary_emb", None)
         bare = [layer for layer in layers if not hasattr(layer, "rotary_emb")]
         self._hooked, self._rated = hooked, []
         self._num_forwards = self._num_commits = 0
         _busy.add(decoder)
         try:
             for layer in bare:  # where kvpress's scorers look for it
-                layer.rotary_emb = decoder.rotary_emb
+                layer.rotary_emb = rotary
             handles.append(
                 decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)
             )
@@ -593,7 +594,7 @@ class MoERouterPress(ScorerPress):
         cache_layer = cache.layers[module.layer_idx]
         keys, values = cached_pairs(cache_layer)
         cache_layer.keys, cache_layer.values = self.compress(
-            module, hidden_states, keys, values, output[1], kwargs
+            module, hidden_states, keys, values, _attentions(output), kwargs
         )
         return output
 
@@ -639,7 +640,8 @@ class MoERouterPress(ScorerPress):
                 "expected the attention layers to run in order, once in a forward, got layer "
                 f"{module.layer_idx} out of turn (transformers {transformers.__version__})"
             )
-        rating = self._rate(module, hidden_states, keys, values, output[1], kwargs)
+        attentions = _attentions(output)
+        rating = self._rate(module, hidden_states, keys, values, attentions, kwargs)
         index: int = module.layer_idx  # type: ignore[assignment]
         self._rated.append(_Rated(cache, index, weakref.ref(keys), rating))
         if module is self._hooked[-1]:
@@ -746,6 +748,10 @@ class MoERouterPress(ScorerPress):
         """Forget everything measured: statistics, routers' histories, and the model they are of."""
         self._layers = {}
         self._bytes, self._pairs = [0, 0], [0, 0]
+
+
+def _attentions(output: Any) -> Tensor | None:
+    return output[1] if isinstance(output, tuple) and len(output) > 1 else None
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

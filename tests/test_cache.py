@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import tiny_model, tokens
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import QuantizedLayer
 
 from moekv.budget import Kept
@@ -40,6 +40,7 @@ def test_dynamic_caches_are_served() -> None:
     [
         (lambda: (), "tuple"),
         (lambda: None, "NoneType"),
+        (lambda: EncoderDecoderCache(DynamicCache(), DynamicCache()), "EncoderDecoderCache"),
         (lambda: StaticCache(tiny_model().config, max_cache_len=99), "StaticLayer"),
         (lambda: DynamicCache(offloading=True), "offloaded"),
         (quantized_cache, "IdentityLayer"),

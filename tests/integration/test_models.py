@@ -119,6 +119,20 @@ def test_sliding_layers_stay_as_they_are(name: str) -> None:
         assert torch.equal(compressed.layers[i].keys, full.layers[i].keys)
 
 
+def test_beams_share_the_compressed_prompt() -> None:
+    model, press = tiny_model(), MoERouterPress(**PRESS)
+    with press(model):
+        out = model.generate(
+            tokens(2, LENGTH),
+            num_beams=3,
+            max_new_tokens=5,
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
+    assert out.sequences.shape == (2, LENGTH + 5)
+    assert out.past_key_values.layers[0].keys.shape[:3] == (6, 2, LENGTH // 2 + 4)
+
+
 def test_rows_of_a_batch_keep_what_each_keeps_alone() -> None:
     model = tiny_model()
     input_ids = tokens(3, LENGTH)
