@@ -19,7 +19,7 @@ from moekv.models import DEFAULT_MODEL, load_model
 
 from .presses import ANCHORS, EXPERTS, METHODS, OURS, PEERS, ROUTED
 from .report import write_report
-from .run import cells, run
+from .run import cells, forget, run
 from .tasks import TASKS
 
 SETS = {
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     runner.add_argument("--ratios", nargs="+", type=float, default=[0.25, 0.5, 0.75, 0.9])
     runner.add_argument("--seed", type=int, default=0)
+    runner.add_argument("--redo", action="store_true", help="drop these methods' old answers first")
     runner.add_argument("--live", action="store_true", help="prefill anew for every method")
     report = commands.add_parser("report", help="write JSON, markdown and plots of results so far")
     for command in (runner, report):
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         model, tokenizer = load_model(args.model)
         _write_meta(results.with_suffix(".meta.json"), model, args)
         methods = list(dict.fromkeys(m for name in args.methods for m in SETS.get(name, [name])))
+        if args.redo:
+            forget(results, methods)
         wanted = list(cells(args.tasks, args.lengths, args.samples, methods, args.ratios))
         run(model, tokenizer, wanted, results, seed=args.seed, live=args.live)
     for path in write_report(results, args.out):

@@ -71,6 +71,15 @@ def _drop_cut_line(path: Path) -> None:
         path.write_bytes(content[: content.rfind(b"\n") + 1])
 
 
+def forget(path: Path, methods: Sequence[str]) -> None:
+    """Drop the answers of methods that changed since they were measured."""
+    _drop_cut_line(path)
+    if path.exists():
+        lines = path.read_text().splitlines(True)
+        kept = [line for line in lines if json.loads(line)["cell"]["method"] not in methods]
+        path.write_text("".join(kept))
+
+
 def run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
