@@ -25,15 +25,15 @@ constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kChannels = 8;  // of a lane
 constexpr int64_t kMaxDim = 256;
-constexpr int kTargetChunks = 512;
-constexpr int kUnit = 64;  // rows; chunks are multiples of it
+constexpr int64_t kTargetBlocks = 512;  // a few per SM
+constexpr int kUnit = 64;               // rows; chunks are multiples of it
 
 struct Arguments {
   RaggedAttentionParams params;
-  float* states;  // [max_chunks, rows, value_dim + 2]: sums, maximum, total
-  int rows;       // queries of a KV head: G * Q
-  int max_chunks;
-  int lanes;  // of a key and its value, a power of two
+  float* states;                  // [max_chunks, rows, value_dim + 2]: sums, maximum, total
+  int rows;                       // queries of a KV head: G * Q
+  int target_chunks, max_chunks;  // of all heads
+  int lanes;                      // of a key and its value, a power of two
   bool vectorized_keys, vectorized_values, vectorized_query;  // may be read 16 bytes at a time
 };
 
@@ -55,20 +55,21 @@ struct Chunk {
   int number;  // within the head
 };
 
-// How the rows of all heads are cut into about kTargetChunks chunks. Every thread of a block must
+// How the rows of all heads are cut into about target_chunks chunks. Every thread of a block must
 // call its functions.
 struct Cut {
   int num_heads;
   int rows_per_chunk;
 
-  __device__ __forceinline__ explicit Cut(const RaggedAttentionParams& params)
-      : num_heads(static_cast<int>(params.batch * params.num_kv_heads)) {
+  __device__ __forceinline__ explicit Cut(const Arguments& arguments)
+      : num_heads(static_cast<int>(arguments.params.batch * arguments.params.num_kv_heads)) {
     unsigned units = 0;
     for (int head = static_cast<int>(threadIdx.x); head < num_heads; head += kThreads) {
-      units += static_cast<unsigned>(ceil_div(HeadRows(params, head).length, kUnit));
+      units += static_cast<unsigned>(ceil_div(HeadRows(arguments.params, head).length, kUnit));
     }
     units = block_sum<kThreads>(units);
-    rows_per_chunk = kUnit * max(1, static_cast<int>(ceil_div<unsigned>(units, kTargetChunks)));
+    rows_per_chunk =
+        kUnit * max(1, static_cast<int>(ceil_div<unsigned>(units, arguments.target_chunks)));
   }
   __device__ __forceinline__ unsigned num_chunks(const RaggedAttentionParams& params,
                                                  int head) const {
@@ -161,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
   // Rows that a thread loads before it uses them: 64 bytes of keys, and of values.
   constexpr int kBatch = 4 / RawChannels<T>::kWords;
   const RaggedAttentionParams& params = arguments.params;
-  const Cut cut(params);
+  const Cut cut(arguments);
   const Chunk chunk = cut.find(params, blockIdx.x);
   if (chunk.head == cut.num_heads) return;
   const HeadRows rows(params, chunk.head);
@@ -341,7 +342,7 @@ __global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
 template <typename T>
 __global__ void __launch_bounds__(kThreads) ragged_attention_merge_kernel(Arguments arguments) {
   const RaggedAttentionParams& params = arguments.params;
-  const Cut cut(params);
+  const Cut cut(arguments);
   const int index = static_cast<int>(blockIdx.x);
   const int64_t row = blockIdx.y;
   const int64_t first_chunk = cut.first_chunk(params, index);
@@ -390,11 +391,15 @@ Arguments arguments_of(const RaggedAttentionParams& params) {
   const auto aligned = [&](const void* data, const int64_t* stride, int strides, int64_t dim) {
     return vectorized(data, stride, strides, dim, params.dtype);
   };
+  const int64_t rows = params.num_query_heads / params.num_kv_heads * params.num_queries;
+  // Many queries fill the device by themselves, and their states would fill its memory.
+  const int64_t target_chunks = ceil_div(kTargetBlocks, ceil_div<int64_t>(rows, 8));
   return {
       .params = params,
       .states = static_cast<float*>(params.workspace),
-      .rows = static_cast<int>(params.num_query_heads / params.num_kv_heads * params.num_queries),
-      .max_chunks = static_cast<int>(kTargetChunks + heads),
+      .rows = static_cast<int>(rows),
+      .target_chunks = static_cast<int>(target_chunks),
+      .max_chunks = static_cast<int>(target_chunks + heads),
       .lanes = static_cast<int>(lanes),
       .vectorized_keys = aligned(params.keys, &params.key_stride, 1, params.key_dim) &&
                          aligned(params.tail_keys, params.tail_key_stride, 3, params.key_dim),
