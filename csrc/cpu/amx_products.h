@@ -1,7 +1,7 @@
 // Products on AMX tiles, which multiply bf16 and add up in fp32. Numbers of more than 8 bits are
 // cut into planes: x = plane 0 + plane 1 + ..., each plane the bf16 nearest to what is left. Two
-// planes hold an fp16 exactly, three an fp32; of the products of planes i and j those with i + j > 2
-// are below the rounding of fp32.
+// planes hold an fp16 exactly, three an fp32; of the products of planes i and j those with i + j >
+// 2 are below the rounding of fp32.
 #pragma once
 
 #include "head_view.h"
@@ -52,28 +52,43 @@ struct AmxProducts {
   // [plane][step][half of the panel][pair of channels][query][2]: tiles of 1024 bytes
   static int64_t panel_bytes(int64_t dim) { return kPlanes<T> * steps(dim) * 2048; }
 
-  // Cuts x into planes, each to out[plane * stride].
-  static void cut(const T* x, bfloat16_t* out, int64_t stride) {
+  // The planes of x, each to out[plane * plane_stride], filled up with zeros to whole steps.
+  static void cut(const T* x, int64_t dim, bfloat16_t* out, int64_t plane_stride) {
+    int64_t d = 0;
+    for (; d + kStep <= dim; d += kStep) cut_step(x + d, out + d, plane_stride);
+    if (d < dim) {
+      T rest[kStep] = {};
+      std::memcpy(rest, x + d, (dim - d) * sizeof(T));
+      cut_step(rest, out + d, plane_stride);
+    }
+  }
+
+  static void cut_step(const T* x, bfloat16_t* out, int64_t plane_stride) {
     if constexpr (kPlanes<T> == 1) {
-      *out = *x;
+      std::memcpy(out, x, kStep * sizeof(T));
     } else {
-      float left = to_float(*x);
-      for (int plane = 0; plane < kPlanes<T>; ++plane) {
-        out[plane * stride] = from_float<bfloat16_t>(left);
-        left -= to_float(out[plane * stride]);
+      Vec left[2] = {Vec::load(x), Vec::load(x + Vec::kLanes)};
+      for (int plane = 0; plane < kPlanes<T>; ++plane, out += plane_stride) {
+        const __m512bh rounded = _mm512_cvtne2ps_pbh(left[1].v, left[0].v);
+        std::memcpy(out, &rounded, sizeof rounded);
+        left[0] = left[0] - Vec::load(out);
+        left[1] = left[1] - Vec::load(out + Vec::kLanes);
       }
     }
   }
 
   static void pack(const HeadView<T>& head, int64_t first, char* panel) {
     std::memset(panel, 0, panel_bytes(head.key_dim));
-    bfloat16_t* out = reinterpret_cast<bfloat16_t*>(panel);
-    const int64_t plane_stride = steps(head.key_dim) * 1024;
+    alignas(64) bfloat16_t planes[kPlanes<T>][kMaxDim];
     for (int64_t lane = 0; lane < 32 && first + lane < head.query_rows(); ++lane) {
-      const T* query = head.query_row(first + lane);
-      for (int64_t d = 0; d < head.key_dim; ++d) {
-        const int64_t tile = d / kStep * 2 + lane / 16;
-        cut(query + d, out + tile * 512 + d % kStep / 2 * 32 + lane % 16 * 2 + d % 2, plane_stride);
+      cut(head.query_row(first + lane), head.key_dim, planes[0], kMaxDim);
+      char* out = panel + lane / 16 * 1024 + lane % 16 * 4;
+      for (const auto& plane : planes) {
+        for (int64_t step = 0; step < steps(head.key_dim); ++step, out += 2048) {
+          for (int pair = 0; pair < 16; ++pair) {
+            std::memcpy(out + pair * 64, plane + step * kStep + pair * 2, 4);
+          }
+        }
       }
     }
   }
@@ -81,23 +96,8 @@ struct AmxProducts {
   static void stage(const HeadView<T>& head, int64_t begin, int count, Keys& keys) {
     const int64_t stride = steps(head.key_dim) * kStep;
     for (int i = 0; i < count; ++i) {
-      const T* key = head.keys + (begin + i) * head.key_stride;
-      if constexpr (kPlanes<T> == 1) {
-        bfloat16_t* row = keys.rows[0] + i * stride;
-        std::memcpy(row, key, head.key_dim * sizeof(T));
-        std::memset(row + head.key_dim, 0, (stride - head.key_dim) * sizeof(T));
-      } else {
-        for (int64_t d = 0; d < stride; d += Vec::kLanes) {
-          const int64_t lanes = head.key_dim - d;
-          Vec left = lanes > 0 ? load_lanes(key + d, lanes) : Vec::set(0.0f);
-          for (int plane = 0; plane < kPlanes<T>; ++plane) {
-            bfloat16_t* row = keys.rows[plane] + i * stride + d;
-            const __m256bh rounded = _mm512_cvtneps_pbh(left.v);
-            std::memcpy(row, &rounded, sizeof rounded);
-            left = left - Vec::load(row);
-          }
-        }
-      }
+      cut(head.keys + (begin + i) * head.key_stride, head.key_dim, keys.rows[0] + i * stride,
+          kTile * kMaxDim);
     }
     const int padded = (count + kBlock - 1) / kBlock * kBlock;
     for (auto& rows : keys.rows) {
@@ -105,9 +105,14 @@ struct AmxProducts {
     }
   }
 
-  static void multiply(const Keys& keys, int count, const char* panel, int64_t dim,
-                       float* products) {
+  template <typename Work>
+  static void multiply(const Keys& keys, int count, const char* panel, int64_t dim, float* products,
+                       const Work& work) {
+    constexpr int kPairs = kPlanes<T> == 1 ? 1 : kPlanes<T> == 2 ? 4 : 6;  // of planes
     const int64_t stride = steps(dim) * kStep, row_bytes = stride * sizeof(bfloat16_t);
+    const int parts = (count + kBlock - 1) / kBlock * kPairs * static_cast<int>(steps(dim));
+    const int share = (kTile + parts - 1) / parts;
+    int worked = 0;
     order_tile_loads();
     for (int i = 0; i < count; i += kBlock) {
       _tile_zero(0);
@@ -127,6 +132,8 @@ struct AmxProducts {
             _tile_loadd(5, key + 16 * stride + d, row_bytes);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
+            work(worked, worked + share);
+            worked += share;
           }
         }
       }

@@ -56,11 +56,29 @@ struct HeadView {
     return queries + m % group * query_head_stride + m / group * query_stride;
   }
 
+  // Asks for the keys or values [begin, end), as far as there are any.
+  void prefetch_keys(int64_t begin, int64_t end) const {
+    prefetch(keys, key_stride, key_dim, begin, end);
+  }
+  void prefetch_values(int64_t begin, int64_t end) const {
+    prefetch(values, value_stride, value_dim, begin, end);
+  }
+
   void score_padding() const {
     for (int kind = 0; kind < kNumScoreKinds; ++kind) {
       const bool is_mass = kind == static_cast<int>(ScoreKind::kMass);
       for (int64_t i = 1; scores[kind] && i <= start; ++i) {
         scores[kind][-i] = is_mass ? 0.0f : -__builtin_inff();
+      }
+    }
+  }
+
+ private:
+  void prefetch(const T* rows, int64_t stride, int64_t dim, int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end && i < length; ++i) {
+      const char* row = reinterpret_cast<const char*>(rows + i * stride);
+      for (size_t byte = 0; byte < dim * sizeof(T); byte += 64) {
+        __builtin_prefetch(row + byte, 0, 2);  // to L2
       }
     }
   }

@@ -10,12 +10,17 @@ namespace {
 
 constexpr float kLeastNorm = 1e-12f;
 
-// First pass: anchor [dim rounded up to lanes] becomes the sum of the directions of the keys
-// [begin, end). Their inverse norms wait in the scores for the second pass.
+constexpr int kPair = 2 * Vec::kLanes;
+
+// First pass: anchor [dim rounded up to pairs, in the order of load_pair] becomes the sum of the
+// directions of the keys [begin, end). Their inverse norms wait in the scores for the second pass.
 template <typename T>
 inline void sum_directions(const HeadView<T>& head, int64_t begin, int64_t end, float* anchor) {
   float* inverse_norms = head.score(ScoreKind::kDiversity);
-  for (int64_t d = 0; d < head.key_dim; d += Vec::kLanes) Vec::set(0.0f).store(anchor + d);
+  for (int64_t d = 0; d < head.key_dim; d += kPair) {
+    Vec::set(0.0f).store(anchor + d);
+    Vec::set(0.0f).store(anchor + d + Vec::kLanes);
+  }
   for (int64_t block = begin; block < end; block += 16) {
     const int count = static_cast<int>(end - block < 16 ? end - block : 16);
     const T* keys = head.keys + block * head.key_stride;
@@ -23,9 +28,9 @@ inline void sum_directions(const HeadView<T>& head, int64_t begin, int64_t end, 
     for (int i = 0; i < 16; ++i) {
       squares[i] = Vec::set(0.0f);
       if (i >= count) continue;
-      for (int64_t d = 0; d < head.key_dim; d += Vec::kLanes) {
-        const Vec k = load_lanes(keys + i * head.key_stride + d, head.key_dim - d);
-        squares[i] = fma(k, k, squares[i]);
+      for (int64_t d = 0; d < head.key_dim; d += kPair) {
+        const VecPair k = load_pair(keys + i * head.key_stride + d, head.key_dim - d);
+        squares[i] = fma(k.b, k.b, fma(k.a, k.a, squares[i]));
       }
     }
     alignas(64) float inverse[16];
@@ -34,13 +39,15 @@ inline void sum_directions(const HeadView<T>& head, int64_t begin, int64_t end, 
       (Vec::set(1.0f) / max(Vec::set(kLeastNorm), sqrt(Vec::load(inverse + i)))).store(inverse + i);
     }
     std::memcpy(inverse_norms + block, inverse, count * sizeof(float));
-    for (int64_t d = 0; d < head.key_dim; d += Vec::kLanes) {
-      Vec sum = Vec::load(anchor + d);
+    for (int64_t d = 0; d < head.key_dim; d += kPair) {
+      Vec a = Vec::load(anchor + d), b = Vec::load(anchor + d + Vec::kLanes);
       for (int i = 0; i < count; ++i) {
-        const Vec k = load_lanes(keys + i * head.key_stride + d, head.key_dim - d);
-        sum = fma(k, Vec::set(inverse[i]), sum);
+        const VecPair k = load_pair(keys + i * head.key_stride + d, head.key_dim - d);
+        a = fma(k.a, Vec::set(inverse[i]), a);
+        b = fma(k.b, Vec::set(inverse[i]), b);
       }
-      sum.store(anchor + d);
+      a.store(anchor + d);
+      b.store(anchor + d + Vec::kLanes);
     }
   }
 }
@@ -50,8 +57,9 @@ template <typename T>
 inline void combine_directions(const HeadView<T>& head, int64_t chunks, int64_t stride,
                                float* anchor) {
   if (chunks == 0) return;
+  const int64_t dim = (head.key_dim + kPair - 1) / kPair * kPair;
   Vec square = Vec::set(0.0f);
-  for (int64_t d = 0; d < head.key_dim; d += Vec::kLanes) {
+  for (int64_t d = 0; d < dim; d += Vec::kLanes) {
     Vec sum = Vec::load(anchor + d);
     for (int64_t chunk = 1; chunk < chunks; ++chunk) {
       sum = sum + Vec::load(anchor + chunk * stride + d);
@@ -62,7 +70,7 @@ inline void combine_directions(const HeadView<T>& head, int64_t chunks, int64_t 
   const float least = kLeastNorm * static_cast<float>(head.length);  // the norm is of the mean
   const float norm = __builtin_sqrtf(square.sum());
   const Vec factor = Vec::set(-1.0f / (norm > least ? norm : least));
-  for (int64_t d = 0; d < head.key_dim; d += Vec::kLanes) {
+  for (int64_t d = 0; d < dim; d += Vec::kLanes) {
     (Vec::load(anchor + d) * factor).store(anchor + d);
   }
 }
@@ -79,8 +87,10 @@ inline void score_directions(const HeadView<T>& head, int64_t begin, int64_t end
       dots[i] = Vec::set(0.0f);
       if (i >= count) continue;
       const T* key = head.keys + (block + i) * head.key_stride;
-      for (int64_t d = 0; d < head.key_dim; d += Vec::kLanes) {
-        dots[i] = fma(load_lanes(key + d, head.key_dim - d), Vec::load(anchor + d), dots[i]);
+      for (int64_t d = 0; d < head.key_dim; d += kPair) {
+        const VecPair k = load_pair(key + d, head.key_dim - d);
+        dots[i] = fma(k.a, Vec::load(anchor + d), dots[i]);
+        dots[i] = fma(k.b, Vec::load(anchor + d + Vec::kLanes), dots[i]);
       }
     }
     float dot[16];

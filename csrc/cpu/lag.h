@@ -17,41 +17,46 @@ struct Channels {
   const T* row(int64_t i) const { return data + i * stride; }
 };
 
-// x becomes (x - low) * inverse, channel by channel.
+// x becomes (x - low) * inverse, channel by channel, in the order of load_pair.
 struct ChannelScale {
   alignas(64) float low[kMaxDim], inverse[kMaxDim];
 
-  template <int kVecs, typename T>
+  // The channels [d, d + kPairs * 2 * kLanes), as far as there are any.
+  template <int kPairs, typename T>
   void set_from(const Channels<T>& x, int64_t begin, int64_t end, int64_t d) {
-    const int64_t left = x.dim - d;
-    Vec lowest[kVecs], highest[kVecs];
-    for (int v = 0; v < kVecs; ++v) {
-      lowest[v] = highest[v] =
-          load_lanes(x.row(begin) + d + v * Vec::kLanes, left - v * Vec::kLanes);
-    }
+    const auto load = [&](int64_t i, int pair) {
+      // Several pairs are always whole.
+      const int64_t channels = kPairs > 1 ? 2 * Vec::kLanes : x.dim - d;
+      return load_pair(x.row(i) + d + pair * 2 * Vec::kLanes, channels);
+    };
+    VecPair lowest[kPairs], highest[kPairs];
+    for (int pair = 0; pair < kPairs; ++pair) lowest[pair] = highest[pair] = load(begin, pair);
     for (int64_t i = begin + 1; i < end; ++i) {
-      for (int v = 0; v < kVecs; ++v) {
-        const Vec lanes = load_lanes(x.row(i) + d + v * Vec::kLanes, left - v * Vec::kLanes);
-        lowest[v] = min(lowest[v], lanes);
-        highest[v] = max(highest[v], lanes);
+      for (int pair = 0; pair < kPairs; ++pair) {
+        const VecPair lanes = load(i, pair);
+        lowest[pair] = {min(lowest[pair].a, lanes.a), min(lowest[pair].b, lanes.b)};
+        highest[pair] = {max(highest[pair].a, lanes.a), max(highest[pair].b, lanes.b)};
       }
     }
-    for (int v = 0; v < kVecs; ++v) {
-      lowest[v].store(low + d + v * Vec::kLanes);
-      (Vec::set(1.0f) / (highest[v] - lowest[v] + Vec::set(1e-6f)))
-          .store(inverse + d + v * Vec::kLanes);
+    for (int pair = 0; pair < kPairs; ++pair) {
+      set(d + pair * 2 * Vec::kLanes, lowest[pair].a, highest[pair].a);
+      set(d + pair * 2 * Vec::kLanes + Vec::kLanes, lowest[pair].b, highest[pair].b);
     }
+  }
+
+  void set(int64_t d, Vec lowest, Vec highest) {
+    lowest.store(low + d);
+    (Vec::set(1.0f) / (highest - lowest + Vec::set(1e-6f))).store(inverse + d);
   }
 
   // From the ranges of the tokens [begin, end).
   template <typename T>
   ChannelScale(const Channels<T>& x, int64_t begin, int64_t end) {
-    constexpr int kVecs = 4;
+    // Whole rows of 128 channels at a time, where the registers hold their lows and highs.
+    constexpr int kPairs = Vec::kLanes == 16 ? 4 : 2, kStep = kPairs * 2 * Vec::kLanes;
     int64_t d = 0;
-    for (; d + kVecs * Vec::kLanes <= x.dim; d += kVecs * Vec::kLanes) {
-      set_from<kVecs>(x, begin, end, d);
-    }
-    for (; d < x.dim; d += Vec::kLanes) set_from<1>(x, begin, end, d);
+    for (; d + kStep <= x.dim; d += kStep) set_from<kPairs>(x, begin, end, d);
+    for (; d < x.dim; d += 2 * Vec::kLanes) set_from<1>(x, begin, end, d);
   }
 };
 
@@ -61,10 +66,12 @@ inline void channel_spread(const Channels<T>& x, const ChannelScale& scale, int6
                            int64_t end, float* spread) {
   const Vec inverse_dim = Vec::set(1.0f / static_cast<float>(x.dim));
   const Vec inverse_rest = Vec::set(x.dim > 1 ? 1.0f / static_cast<float>(x.dim - 1) : 0.0f);
-  // 1 in the last vector's lanes that are channels.
-  const int64_t tail = x.dim % Vec::kLanes;
-  alignas(64) float tail_lanes[Vec::kLanes] = {};
-  for (int64_t lane = 0; lane < tail; ++lane) tail_lanes[lane] = 1.0f;
+  constexpr int64_t kPair = 2 * Vec::kLanes;
+  // 1 in the lanes of the last pair that are channels.
+  const int64_t tail = x.dim % kPair;
+  T ones[kPair] = {};
+  for (int64_t lane = 0; lane < tail; ++lane) ones[lane] = from_float<T>(1.0f);
+  const VecPair tail_ones = load_pair(ones);
 
   for (int64_t block = begin; block < end; block += 16) {
     const int count = static_cast<int>(end - block < 16 ? end - block : 16);
@@ -76,21 +83,26 @@ inline void channel_spread(const Channels<T>& x, const ChannelScale& scale, int6
       if (i >= count) continue;
       const T* token = x.row(block + i);
       const Vec first = Vec::set((to_float(token[0]) - scale.low[0]) * scale.inverse[0]);
+      const auto distance = [&](int64_t d, Vec channels) {
+        return (channels - Vec::load(scale.low + d)) * Vec::load(scale.inverse + d) - first;
+      };
+      VecPair sum{sums[i], sums[i]}, square = sum;
+      const auto add = [&](Vec a, Vec b) {
+        sum = {sum.a + a, sum.b + b};
+        square = {fma(a, a, square.a), fma(b, b, square.b)};
+      };
       int64_t d = 0;
-      for (; d + Vec::kLanes <= x.dim; d += Vec::kLanes) {
-        const Vec scaled =
-            (Vec::load(token + d) - Vec::load(scale.low + d)) * Vec::load(scale.inverse + d);
-        const Vec distance = scaled - first;
-        sums[i] = sums[i] + distance;
-        squares[i] = fma(distance, distance, squares[i]);
+      for (; d + kPair <= x.dim; d += kPair) {
+        const VecPair channels = load_pair(token + d);
+        add(distance(d, channels.a), distance(d + Vec::kLanes, channels.b));
       }
       if (tail > 0) {
-        const Vec scaled = (load_partial(token + d, tail) - Vec::load(scale.low + d)) *
-                           Vec::load(scale.inverse + d);
-        const Vec distance = (scaled - first) * Vec::load(tail_lanes);
-        sums[i] = sums[i] + distance;
-        squares[i] = fma(distance, distance, squares[i]);
+        const VecPair channels = load_pair(token + d, tail);
+        add(distance(d, channels.a) * tail_ones.a,
+            distance(d + Vec::kLanes, channels.b) * tail_ones.b);
       }
+      sums[i] = sum.a + sum.b;
+      squares[i] = square.a + square.b;
     }
     alignas(64) float sum[16], square[16];
     sum16(sums, sum);
@@ -107,10 +119,19 @@ inline void channel_spread(const Channels<T>& x, const ChannelScale& scale, int6
 // Replaces x by exp(x - its largest); the sum of that.
 inline float exponentials(float* x, int64_t count) {
   float top = x[0];
-  for (int64_t i = 1; i < count; ++i) top = x[i] > top ? x[i] : top;
-  Vec sum = Vec::set(0.0f);
-  const Vec shift = Vec::set(top);
   int64_t i = 0;
+  if (count >= Vec::kLanes) {
+    Vec tops = Vec::load(x);
+    for (; i + Vec::kLanes <= count; i += Vec::kLanes) tops = max(tops, Vec::load(x + i));
+    float lanes[Vec::kLanes];
+    tops.store(lanes);
+    for (float lane : lanes) top = lane > top ? lane : top;
+  }
+  for (; i < count; ++i) top = x[i] > top ? x[i] : top;
+
+  const Vec shift = Vec::set(top);
+  Vec sum = Vec::set(0.0f);
+  i = 0;
   for (; i + Vec::kLanes <= count; i += Vec::kLanes) {
     const Vec e = exp(Vec::load(x + i) - shift);
     e.store(x + i);

@@ -2,7 +2,8 @@
 //
 // Queries are packed once per head into panels of kPanel rows, keys are staged tile by tile; lanes
 // run over queries, so that per-query numbers of the softmax are vectors. multiply() writes
-// products [key][query], kPanel floats a key.
+// products [key][query], kPanel floats a key; in between it calls work(from, to) until the ranges
+// cover [0, kTile).
 #pragma once
 
 #include "amx_products.h"
@@ -61,9 +62,11 @@ struct FmaProducts {
     std::memset(keys.rows + count * keys.stride, 0, (padded - count) * keys.stride * sizeof(float));
   }
 
-  static void multiply(const Keys& keys, int count, const char* panel, int64_t dim,
-                       float* products) {
+  template <typename Work>
+  static void multiply(const Keys& keys, int count, const char* panel, int64_t dim, float* products,
+                       const Work& work) {
     const float* queries = reinterpret_cast<const float*>(panel);
+    work(0, kTile);  // the same units multiply and exponentiate: nothing to gain from interleaving
     for (int i = 0; i < count; i += kBlock) {
       const float* key = keys.rows + i * keys.stride;
       Vec sums[kBlock][2];

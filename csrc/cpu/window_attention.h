@@ -37,32 +37,8 @@ class WindowAttention {
       peak[m] = kLeastPeak;
       total[m] = 0.0f;
     }
-    const Vec scale = Vec::set(to_log2_), zero = Vec::set(0.0f);
-    for_each_panel(
-        begin, end,
-        [&](int64_t, int count, int64_t m, const float* logits) {
-          Vec top[2] = {Vec::set(kHiddenLogit), Vec::set(kHiddenLogit)};
-          for (int i = 0; i < count; ++i) {
-            top[0] = max(top[0], Vec::load(logits + i * kPanel));
-            top[1] = max(top[1], Vec::load(logits + i * kPanel + Vec::kLanes));
-          }
-          Vec sum[2], shift[2];
-          for (int half = 0; half < 2; ++half) {
-            const int64_t at = m + half * Vec::kLanes;
-            const Vec old = Vec::load(peak + at);
-            const Vec now = max(old, top[half] * scale);
-            now.store(peak + at);
-            sum[half] = Vec::load(total + at) * exp2(old - now);
-            shift[half] = zero - now;
-          }
-          for (int i = 0; i < count; ++i) {
-            const float* logit = logits + i * kPanel;
-            sum[0] = sum[0] + exp2(fma(Vec::load(logit), scale, shift[0]));
-            sum[1] = sum[1] + exp2(fma(Vec::load(logit + Vec::kLanes), scale, shift[1]));
-          }
-          for (int half = 0; half < 2; ++half) sum[half].store(total + m + half * Vec::kLanes);
-        },
-        [](int64_t, int) {});
+    const bool want_values = head_.score(ScoreKind::kLag) != nullptr;
+    for_each_panel(begin, end, want_values, Denominators{peak, total, Vec::set(to_log2_), {}, {}});
   }
 
   // Between the passes: what to add to a query's logits to get log2 of its share of MASS.
@@ -86,54 +62,132 @@ class WindowAttention {
 
   // Second pass: MASS of the keys [begin, end).
   void column_sums(int64_t begin, int64_t end, const float* shift) const {
-    const Vec scale = Vec::set(to_log2_);
-    Vec sums[Products::kTile];
-    for (auto& sum : sums) sum = Vec::set(0.0f);
-    for_each_panel(
-        begin, end,
-        [&](int64_t, int count, int64_t m, const float* logits) {
-          const Vec shift0 = Vec::load(shift + m), shift1 = Vec::load(shift + m + Vec::kLanes);
-          for (int i = 0; i < count; ++i) {
-            const float* logit = logits + i * kPanel;
-            sums[i] = sums[i] + (exp2(fma(Vec::load(logit), scale, shift0)) +
-                                 exp2(fma(Vec::load(logit + Vec::kLanes), scale, shift1)));
-          }
-        },
-        [&](int64_t tile, int count) {
-          for (int i = 0; i < count; i += 16) {
-            float mass[16];
-            sum16(sums + i, mass);
-            const int valid = count - i < 16 ? count - i : 16;
-            std::memcpy(head_.mass + tile + i, mass, valid * sizeof(float));
-          }
-          for (auto& sum : sums) sum = Vec::set(0.0f);
-        });
+    ColumnSums sums{head_.mass, shift, Vec::set(to_log2_), {}, {}};
+    for (auto& sum : sums.sums) sum = Vec::set(0.0f);
+    for_each_panel(begin, end, false, sums);
   }
 
  private:
+  // Products of a tile with a panel on their way to the softmax.
+  struct Block {
+    int64_t tile = 0, m = 0;  // the first key, the first query
+    int count = 0;            // keys
+    bool last = false;        // of the tile's panels
+    float* logits;            // [key][query], before to_log2_
+  };
+
+  // What becomes of a block. rows() may come in any number of pieces.
+  struct Denominators {
+    float *peak, *total;
+    Vec scale, shift[2], sum[2];
+
+    void begin(const Block& block) {
+      Vec top[4][2];
+      for (auto& t : top) t[0] = t[1] = Vec::set(kHiddenLogit);
+      const auto raise = [&](int i, Vec* t) {
+        t[0] = max(t[0], Vec::load(block.logits + i * kPanel));
+        t[1] = max(t[1], Vec::load(block.logits + i * kPanel + Vec::kLanes));
+      };
+      int i = 0;
+      for (; i + 4 <= block.count; i += 4) {
+        for (int j = 0; j < 4; ++j) raise(i + j, top[j]);
+      }
+      for (; i < block.count; ++i) raise(i, top[0]);
+      for (int half = 0; half < 2; ++half) {
+        const int64_t at = block.m + half * Vec::kLanes;
+        const Vec highest = max(max(top[0][half], top[1][half]), max(top[2][half], top[3][half]));
+        const Vec old = Vec::load(peak + at);
+        const Vec now = max(old, highest * scale);
+        now.store(peak + at);
+        sum[half] = Vec::load(total + at) * exp2(old - now);
+        shift[half] = Vec::set(0.0f) - now;
+      }
+    }
+    void rows(const Block& block, int from, int to) {
+      for (int i = from; i < to; ++i) {
+        const float* logit = block.logits + i * kPanel;
+        sum[0] = sum[0] + exp2(fma(Vec::load(logit), scale, shift[0]));
+        sum[1] = sum[1] + exp2(fma(Vec::load(logit + Vec::kLanes), scale, shift[1]));
+      }
+    }
+    void end(const Block& block) {
+      sum[0].store(total + block.m);
+      sum[1].store(total + block.m + Vec::kLanes);
+    }
+  };
+
+  struct ColumnSums {
+    float* mass;
+    const float* shifts;
+    Vec scale, shift[2], sums[Products::kTile];
+
+    void begin(const Block& block) {
+      shift[0] = Vec::load(shifts + block.m);
+      shift[1] = Vec::load(shifts + block.m + Vec::kLanes);
+    }
+    void rows(const Block& block, int from, int to) {
+      for (int i = from; i < to; ++i) {
+        const float* logit = block.logits + i * kPanel;
+        sums[i] = sums[i] + (exp2(fma(Vec::load(logit), scale, shift[0])) +
+                             exp2(fma(Vec::load(logit + Vec::kLanes), scale, shift[1])));
+      }
+    }
+    void end(const Block& block) {
+      if (!block.last) return;
+      for (int i = 0; i < block.count; i += 16) {
+        float sum[16];
+        sum16(sums + i, sum);
+        const int valid = block.count - i < 16 ? block.count - i : 16;
+        std::memcpy(mass + block.tile + i, sum, valid * sizeof(float));
+      }
+      for (auto& sum : sums) sum = Vec::set(0.0f);
+    }
+  };
+
   int64_t panels() const { return (head_.query_rows() + kPanel - 1) / kPanel; }
 
-  // panel(tile, count, m, logits) for the keys [tile, tile + count) and the queries [m, m +
-  // kPanel), with their logits [key][query] before to_log2_; tile_end(tile, count) after a tile's
-  // panels.
-  template <typename Panel, typename TileEnd>
-  void for_each_panel(int64_t begin, int64_t end, const Panel& panel,
-                      const TileEnd& tile_end) const {
+  // Gives every block of keys [begin, end) to the softmax, in order. The exponentials of one block
+  // are interleaved with the products of the next: they keep different units of the processor busy.
+  template <typename Softmax>
+  void for_each_panel(int64_t begin, int64_t end, bool want_values, Softmax softmax) const {
     [[maybe_unused]] const typename Products::Session session{};
     typename Products::Keys keys;
-    alignas(64) float logits[Products::kTile * kPanel];
+    // Not a multiple of 4 KiB apart, or loads from one would wait for stores to the other.
+    alignas(64) float logits[2][Products::kTile * kPanel + 512];
+    Block done{.logits = logits[0]}, next{.logits = logits[1]};
+    const auto work = [&](int from, int to) {
+      // The panels together ask for the tile after the next one's, and for the values that LAG will
+      // want: there is nothing to wait for here, and much there.
+      const int64_t ahead = next.tile + Products::kTile, part = next.m / kPanel * Products::kTile;
+      const int64_t first = ahead + (part + from) / panels(), last = ahead + (part + to) / panels();
+      head_.prefetch_keys(first, last);
+      if (want_values) head_.prefetch_values(first, last);
+      if (from == 0) {
+        if (to_softcap_ > 0) softcap(done);
+        hide_future(done);
+        softmax.begin(done);
+      }
+      softmax.rows(done, from < done.count ? from : done.count, to < done.count ? to : done.count);
+    };
     for (int64_t tile = begin; tile < end; tile += Products::kTile) {
       const int count =
           static_cast<int>(end - tile < Products::kTile ? end - tile : Products::kTile);
       Products::stage(head_, tile, count, keys);
       for (int64_t m = first_seeing(tile) / kPanel * kPanel; m < head_.query_rows(); m += kPanel) {
-        Products::multiply(keys, count, packed_ + m / kPanel * panel_bytes_, head_.key_dim, logits);
-        if (to_softcap_ > 0) softcap(logits, count);
-        hide_future(tile, count, m, logits);
-        panel(tile, count, m, logits);
+        const char* panel = packed_ + m / kPanel * panel_bytes_;
+        next.tile = tile;
+        next.m = m;
+        next.count = count;
+        next.last = m + kPanel >= head_.query_rows();
+        Products::multiply(keys, count, panel, head_.key_dim, next.logits, work);
+        if (done.count > 0) softmax.end(done);
+        const Block swap = done;
+        done = next;
+        next = swap;
       }
-      tile_end(tile, count);
     }
+    work(0, Products::kTile);
+    softmax.end(done);
   }
 
   // The first row of queries that can see the key; <= 0 for keys before the window.
@@ -143,19 +197,20 @@ class WindowAttention {
   }
 
   // tanh(s / softcap)
-  void softcap(float* logits, int count) const {
+  void softcap(const Block& block) const {
     const Vec one = Vec::set(1.0f), two = Vec::set(2.0f), factor = Vec::set(to_softcap_);
-    for (int i = 0; i < count * kPanel; i += Vec::kLanes) {
-      (one - two / (one + exp2(Vec::load(logits + i) * factor))).store(logits + i);
+    for (int i = 0; i < block.count * kPanel; i += Vec::kLanes) {
+      float* logits = block.logits + i;
+      (one - two / (one + exp2(Vec::load(logits) * factor))).store(logits);
     }
   }
 
-  void hide_future(int64_t tile, int count, int64_t m, float* logits) const {
-    for (int i = count - 1; i >= 0; --i) {
-      int64_t hidden = first_seeing(tile + i) - m;
-      if (hidden <= 0) return;  // nor from the keys before
+  void hide_future(const Block& block) const {
+    for (int i = block.count - 1; i >= 0; --i) {
+      int64_t hidden = first_seeing(block.tile + i) - block.m;
+      if (hidden <= 0) return;  // nor is any key before
       if (hidden > kPanel) hidden = kPanel;
-      for (int64_t lane = 0; lane < hidden; ++lane) logits[i * kPanel + lane] = kHiddenLogit;
+      for (int64_t lane = 0; lane < hidden; ++lane) block.logits[i * kPanel + lane] = kHiddenLogit;
     }
   }
 
