@@ -151,7 +151,9 @@ def build(flavour: str = "watched", edits: tuple[Edit, ...] = ()) -> Path:
 
 def load(path: Path) -> ModuleType:
     """Import a built module; several may be loaded at once."""
-    spec = importlib.util.spec_from_file_location("simt_kernels", path)
+    # pybind11 keeps modules by name: each needs its own.
+    name = f"{path.stem}.simt_kernels"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"cannot load {path}")
     module = importlib.util.module_from_spec(spec)
