@@ -23,6 +23,7 @@ class Memory {
 
   uintptr_t address() const { return reinterpret_cast<uintptr_t>(data_); }
   void write(uintptr_t source) {
+    if (bytes_ == 0) return;
     std::memcpy(data_, reinterpret_cast<const void*>(source), bytes_);
     simt::mark_written(data_, bytes_);
   }

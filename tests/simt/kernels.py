@@ -114,7 +114,7 @@ def build(flavour: str = "watched", edits: tuple[Edit, ...] = ()) -> Path:
     kernel_flags = [*flags, *KERNEL_FLAGS[flavour]]
     python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     jobs = [(HERE / "machine.cpp", flags), (HERE / "memory.cpp", flags)]
-    jobs.append((HERE / "bindings.cpp", [*flags, *python]))
+    jobs.append((HERE / "bindings.cpp", python))
     jobs.append((HERE / "selftest.cu", kernel_flags))
     if edits:
         # Edited copies of all that may be edited: headers are found beside the kernels.
