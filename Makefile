@@ -56,4 +56,4 @@ $(torch): | $(VENV)/bin/python
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("moekv needs Python 3.10 or later: make PYTHON=..." \
 	    if sys.version_info < (3, 10) else 0)'
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }

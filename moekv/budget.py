@@ -136,6 +136,8 @@ class Kept:
         """Return the kept pairs' numbers in the flat layer [B * H * T]: int64 [n]."""
         batch, num_heads, num_keys = self.shape
         begin = torch.arange(batch * num_heads, device=self.indices.device) * num_keys
+        if self.per_head is not None:
+            return (self.indices.view(-1, self.per_head) + begin[:, None]).flatten()
         # The size is known, so that nothing has to wait for the device.
         return self.indices + begin.repeat_interleave(
             self.offsets.diff(), output_size=len(self.indices)

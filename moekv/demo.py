@@ -104,6 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-experts", type=_positive, default=4, metavar="N", help="default: %(default)s")
     add("--top-k", type=_positive, default=2, metavar="K", help="default: %(default)s")
     add("--router", default="pikv", metavar="TYPE", help="default: %(default)s")
+    add("--budget", default="auto", help="auto, uniform, head or model (default: %(default)s)")
     add("--backend", default="auto", help="auto, cpu, cuda or torch (default: %(default)s)")
     add("--device", help="where the model runs (default: the GPU if there is one)")
     add("--dtype", choices=DTYPES, default=DTYPES[0], help="default: %(default)s")
@@ -118,6 +119,7 @@ def run(args: argparse.Namespace) -> None:
             num_experts=args.num_experts,
             top_k=args.top_k,
             router_type=args.router,
+            budget=args.budget,
             backend=args.backend,
         )
 

@@ -363,12 +363,21 @@ class MoERouterPress(ScorerPress):
     def _hit_rates(self, experts: Sequence[Expert], scores: Tensor, view: LayerView) -> Tensor:
         """Share [E] of the observed attention on what each expert alone would keep."""
         mass = view.scores_of(ScoreKind.MASS)
-        rates = []
-        for expert, score in zip(experts, scores, strict=True):
-            totals = self._alone(expert, view.lengths)
-            (kept,) = self._select([score], view, totals)
-            rates.append((mass * kept.mask()).sum(-1).mean())
-        return torch.stack(rates).clamp(max=1)
+        batch, num_heads, _ = mass.shape
+        sinks, recent = self._protected(view)
+        totals = [self._alone(expert, view.lengths) for expert in experts]
+        (kept,) = select(  # all experts at once, as further rows of the batch
+            [scores.flatten(0, 1)],
+            None if view.start is None else view.start.repeat(len(experts)),
+            [total for rows in totals for total in rows],
+            sinks=sinks,
+            recent=recent,
+            backend=self.backend,
+        )
+        hits = mass.flatten().index_select(0, kept.rows() % mass.numel())
+        per_expert = torch.split(hits, [num_heads * sum(rows) for rows in totals])
+        rates = torch.stack([part.sum() for part in per_expert])
+        return (rates / (batch * num_heads)).clamp(max=1)
 
     def _alone(self, expert: Expert, lengths: Sequence[int]) -> list[int]:
         """Pairs that an expert alone keeps in each row."""

@@ -129,11 +129,12 @@ def test_demo_on_a_local_folder(
     sizes = [length, length // 2, length // 4]
     mebibytes = " │ ".join(f"{2 * 2 * 2 * 16 * 4 * n / 2**20:.2f} MiB" for n in sizes)
     assert f"KV cache │ {mebibytes}" in out
-    assert re.search(r"of the full cache's bytes │ 100.0 % │ 50.\d % │ 2[45].\d %", out)
+    shares = " │ ".join(f"{100 * n / length:.1f} %" for n in sizes)
+    assert f"of the full cache's bytes │ {shares}" in out
     assert re.search(r"of it in the press │ - │ \d\.\d{3} s", out)
     assert "What the router chose at 75 % removed" in out
     assert re.search(r"aggressive +┃ moderate +┃ conservative +┃ selective", out)
-    assert "│ 1 │" in out
+    assert re.search(r"│ 1 ?│ +0 %", out)
 
 
 def test_demo_fails_where_the_press_does_nothing(

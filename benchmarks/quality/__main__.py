@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     results = args.out / "answers.jsonl"
     if args.command == "run":
+        logging.getLogger("kvpress").setLevel(logging.ERROR)  # KVzip warns of its cost every time
         model, tokenizer = load_model(args.model)
         _write_meta(results.with_suffix(".meta.json"), model, args)
         methods = list(dict.fromkeys(m for name in args.methods for m in SETS.get(name, [name])))

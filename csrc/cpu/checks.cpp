@@ -25,15 +25,23 @@ template <typename... Parts>
 
 void check_experts(const MixScoresParams& p) {
   const int64_t heads = p.expert_stride[1] == 0 ? 1 : p.num_kv_heads;
+  const bool dense = p.expert_stride[2] == p.k;
+  const int64_t run = dense ? p.num_keys * p.k : p.k;  // ids without a gap
+  const int64_t num_runs = dense ? 1 : p.num_keys;
   for (int64_t b = 0; b < p.batch; ++b) {
     for (int64_t h = 0; h < heads; ++h) {
-      for (int64_t t = 0; t < p.num_keys; ++t) {
+      for (int64_t i = 0; i < num_runs; ++i) {
         const int32_t* experts =
-            p.experts + b * p.expert_stride[0] + h * p.expert_stride[1] + t * p.expert_stride[2];
-        for (int64_t j = 0; j < p.k; ++j) {
+            p.experts + b * p.expert_stride[0] + h * p.expert_stride[1] + i * p.expert_stride[2];
+        // Without an early end, so that the loop is vectorised.
+        bool known = true;
+        for (int64_t j = 0; j < run; ++j) {
+          known &= static_cast<uint32_t>(experts[j]) < static_cast<uint32_t>(p.num_experts);
+        }
+        for (int64_t j = 0; !known; ++j) {
           if (experts[j] < 0 || experts[j] >= p.num_experts) {
             fail("mix_scores: expected experts between 0 and ", p.num_experts - 1, ", got ",
-                 experts[j], " at position ", t);
+                 experts[j], " at position ", dense ? j / p.k : i);
           }
         }
       }
@@ -61,7 +69,8 @@ void check_indices(const KvCompactParams& p) {
       int32_t previous = -1;
       while (p.indices[bad] > previous && p.indices[bad] < p.num_keys) previous = p.indices[bad++];
       fail("kv_compact_: expected indices ascending in each row, between 0 and ", p.num_keys - 1,
-           ", got ", p.indices[bad], " after ", previous, " in row ", row);
+           ", got ", p.indices[bad], bad > begin ? " after " + std::to_string(previous) : "",
+           " in row ", row);
     }
   }
   if (p.offsets && p.offsets[rows] != p.num_indices) {

@@ -1,5 +1,6 @@
 #include <torch/csrc/stable/library.h>
 
+#include <cfloat>
 #include <tuple>
 
 #include "../backend.h"
@@ -23,7 +24,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gating_topk_op(const Tensor& logits_i
               " experts, got ", num_experts);
   MOEKV_CHECK(k >= 1 && k <= num_experts, kOp,
               "expected k between 1 and num_experts = ", num_experts, ", got ", k);
+  const auto inv_temperature = static_cast<float>(1.0 / temperature);
   MOEKV_CHECK(temperature > 0, kOp, "expected temperature > 0, got ", temperature);
+  MOEKV_CHECK(inv_temperature > 0 && inv_temperature <= FLT_MAX, kOp,
+              "expected a temperature whose inverse fits float32, got ", temperature);
   if (bias) check_vector(kOp, "bias", *bias, ScalarType::Float, num_experts, logits);
   if (mask) check_vector(kOp, "mask", *mask, ScalarType::Bool, num_tokens, logits);
 
@@ -46,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gating_topk_op(const Tensor& logits_i
       .num_experts = num_experts,
       .k = k,
       .logits_stride = logits.stride(0),
-      .inv_temperature = static_cast<float>(1.0 / temperature),
+      .inv_temperature = inv_temperature,
       .dtype = dtype,
   };
   const Tensor workspace = new_workspace(logits, gating_topk_workspace_bytes(params));
