@@ -73,12 +73,17 @@ add_library(moekv_torch_cuda SHARED ${CMAKE_BINARY_DIR}/cuda/torch_cuda.cpp)
 set_target_properties(moekv_torch_cuda PROPERTIES OUTPUT_NAME torch_cuda
                       LIBRARY_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/cuda)
 
-add_library(moekv_cuda SHARED csrc/ops/stream.cpp csrc/cuda/checks.cpp ${MOEKV_OPS} ${cuda_objects})
-target_compile_definitions(moekv_cuda PRIVATE MOEKV_BACKEND=cuda MOEKV_CUDA USE_CUDA)
+list(JOIN MOEKV_CUDA_ARCHITECTURES " " architectures)
+add_library(moekv_cuda SHARED csrc/ops/stream.cpp csrc/cuda/architectures.cpp csrc/cuda/checks.cpp
+            ${MOEKV_OPS} ${cuda_objects})
+target_compile_definitions(
+  moekv_cuda PRIVATE MOEKV_BACKEND=cuda MOEKV_CUDA USE_CUDA
+                     "MOEKV_CUDA_ARCHITECTURES=\"${architectures} +PTX\"")
 target_compile_options(moekv_cuda PRIVATE ${MOEKV_WARNINGS})
 target_link_libraries(moekv_cuda PRIVATE moekv_torch moekv_torch_cuda ${MOEKV_CUDART}
                       ${CMAKE_DL_LIBS} pthread rt)
 target_link_options(moekv_cuda PRIVATE LINKER:--no-undefined
                     LINKER:--version-script=${CMAKE_SOURCE_DIR}/csrc/exports.map)
+set_property(TARGET moekv_cuda APPEND PROPERTY LINK_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/exports.map)
 set_target_properties(moekv_cuda PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${MOEKV_OUTPUT_DIR}
                       SKIP_BUILD_RPATH ON)
