@@ -1,7 +1,5 @@
-import dataclasses
 import os
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -10,35 +8,14 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from targets import NATIVE_TARGETS, TARGETS, Target
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moekv import ops, reference
+from moekv import ops
 from moekv.models import ModelUnavailableError, load_model
 
 hypothesis.settings.register_profile("moekv", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("moekv")
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A backend of the ops, and the device of its tensors."""
-
-    backend: str
-    device: str
-
-    def op(self, name: str) -> Callable[..., Any]:
-        namespace: Any = reference if self.backend == "torch" else torch.ops.moekv
-        function: Callable[..., Any] = getattr(namespace, name)
-        return function
-
-    def __str__(self) -> str:
-        return self.backend if self.backend == self.device else f"{self.backend}-{self.device}"
-
-
-TARGETS = [Target("cpu", "cpu"), Target("torch", "cpu")]
-if ops.available_backends()["cuda"] is None:
-    TARGETS += [Target("cuda", "cuda"), Target("torch", "cuda")]
-NATIVE_TARGETS = [target for target in TARGETS if target.backend != "torch"]
 
 
 @pytest.fixture(params=TARGETS, ids=str)
@@ -70,20 +47,3 @@ def real_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return load_model()
     except ModelUnavailableError as error:
         pytest.skip(str(error))
-
-
-def on_any_number_of_threads(run: Callable[[], Any]) -> None:
-    """Assert that ``run`` returns the same bits on 1, 2 and 3 threads."""
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            result = run()
-            results.append([result] if isinstance(result, torch.Tensor) else list(result))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            # As integers, for NaN is not equal to itself.
-            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))

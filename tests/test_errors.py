@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Target
 from kvpress import BlockPress, ComposedPress, KnormPress
+from targets import Target
 from tiny_models import prefill, tiny_model, tokens
 from torch import Tensor, nn
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache

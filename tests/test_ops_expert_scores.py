@@ -5,7 +5,7 @@ from pathlib import Path
 import op_cases
 import pytest
 import torch
-from conftest import on_any_number_of_threads
+from targets import on_any_number_of_threads
 from torch import Tensor
 
 from moekv import ops, reference

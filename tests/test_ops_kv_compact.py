@@ -3,9 +3,9 @@ import math
 import op_cases
 import pytest
 import torch
-from conftest import NATIVE_TARGETS, on_any_number_of_threads
 from hypothesis import given
 from hypothesis import strategies as st
+from targets import NATIVE_TARGETS, on_any_number_of_threads
 from torch import Tensor
 
 from moekv import ops, reference
