@@ -2,7 +2,7 @@
 #
 # Variables:  PYTHON  the interpreter that makes .venv (3.10 or later)
 #             TORCH   what pip installs as torch; any release from 2.10 on, CPU or CUDA
-#             MOEKV_CUDA=AUTO|ON|OFF  whether the CUDA library is built (AUTO: where nvcc is found)
+#             MOEKV_CUDA=AUTO|ON|OFF  whether the CUDA library is built (AUTO: with nvcc, for a torch with CUDA)
 #             ARGS    arguments of the demo or of pytest, e.g.  make test ARGS="-k select_kept"
 # pip is used as it is configured (PIP_* variables, pip.conf).
 PYTHON ?= python3
