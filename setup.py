@@ -1,7 +1,8 @@
 """Drives CMake over csrc/; the rest of the package is described in pyproject.toml.
 
 Environment: ``MOEKV_CUDA=AUTO|ON|OFF`` chooses whether the CUDA library is built (AUTO: with nvcc,
-for a torch with CUDA); ``CMAKE_ARGS`` is handed to CMake; ``CMAKE_BUILD_PARALLEL_LEVEL`` limits the jobs.
+for a torch with CUDA); ``CMAKE_ARGS`` is handed to CMake; ``CMAKE_BUILD_PARALLEL_LEVEL`` limits
+the jobs.
 """
 
 from __future__ import annotations
