@@ -137,8 +137,8 @@ __global__ void __launch_bounds__(kThreads, 4) kv_compact_kernel(Arguments argum
       reinterpret_cast<Progress*>(static_cast<char*>(params.workspace) + plane.progress_offset);
 
   MOEKV_SHARED(Item, items, 1);
-  MOEKV_SHARED(char*, source, kMaxPairs);  // null: this pair is not moved
-  MOEKV_SHARED(char*, target, kMaxPairs);
+  MOEKV_SHARED(int64_t, source, kMaxPairs);  // -1: this pair is not moved
+  MOEKV_SHARED(int64_t, target, kMaxPairs);
   const Item& item = items[0];
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) {
@@ -155,9 +155,9 @@ __global__ void __launch_bounds__(kThreads, 4) kv_compact_kernel(Arguments argum
   if (thread < item.num_pairs) {
     int64_t from = 0, to = 0;
     const bool moves = find_move(params, plane, item.first_pair + thread, from, to);
-    char* data = plane.data + item.first_unit * static_cast<int64_t>(sizeof(Unit));
-    source[thread] = moves ? data + from : nullptr;
-    target[thread] = moves ? data + to : nullptr;
+    const int64_t offset = item.first_unit * static_cast<int64_t>(sizeof(Unit));
+    source[thread] = moves ? from + offset : -1;
+    target[thread] = to + offset;
   }
   __syncthreads();
 
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, 4) kv_compact_kernel(Arguments argum
     int pair = thread / num_units, unit = thread % num_units;
 #pragma unroll
     for (int i = 0; i < kUnitsPerThread; ++i) {
-      if (pair < num_pairs && source[pair]) use(i, pair, unit);
+      if (pair < num_pairs && source[pair] >= 0) use(i, pair, unit);
       pair += kThreads / num_units;
       unit += kThreads % num_units;
       if (unit >= num_units) {
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, 4) kv_compact_kernel(Arguments argum
 
   Unit units[kUnitsPerThread];
   for_each_unit([&](int i, int pair, int unit) {
-    units[i] = reinterpret_cast<const Unit*>(source[pair])[unit];
+    units[i] = reinterpret_cast<const Unit*>(plane.data + source[pair])[unit];
   });
   // Release: all reads of the block come before the report, and so before any write that waits
   // for it.
@@ -191,8 +191,9 @@ __global__ void __launch_bounds__(kThreads, 4) kv_compact_kernel(Arguments argum
     __threadfence();
   }
   __syncthreads();
-  for_each_unit(
-      [&](int i, int pair, int unit) { reinterpret_cast<Unit*>(target[pair])[unit] = units[i]; });
+  for_each_unit([&](int i, int pair, int unit) {
+    reinterpret_cast<Unit*>(plane.data + target[pair])[unit] = units[i];
+  });
 }
 
 Plan plan(const KvCompactParams& params) {

@@ -95,6 +95,8 @@ __device__ __forceinline__ float2 write_spread(const T* base, const Rows& rows, 
     scale[j] = channel < rows.dim ? 1.0f / (high[j] - low[j] + kEpsilon) : 0.0f;
   }
 
+  const float inverse_dim = 1.0f / static_cast<float>(rows.dim);
+  const float inverse_degrees = 1.0f / static_cast<float>(max(rows.dim - 1, 1));
   float highest = -INFINITY;
   for_each_position(base, rows, begin, end, [&](int position, const float (&x)[kChannelsPerLane]) {
     float scaled[kChannelsPerLane];
@@ -104,7 +106,7 @@ __device__ __forceinline__ float2 write_spread(const T* base, const Rows& rows, 
       scaled[j] = (x[j] - low[j]) * scale[j];
       sum += scaled[j];
     }
-    const float mean = sum_over_lanes(sum, rows.lanes) / static_cast<float>(rows.dim);
+    const float mean = sum_over_lanes(sum, rows.lanes) * inverse_dim;
     float square = 0.0f;
 #pragma unroll
     for (int j = 0; j < kChannelsPerLane; ++j) {
@@ -112,7 +114,7 @@ __device__ __forceinline__ float2 write_spread(const T* base, const Rows& rows, 
       square = fmaf(deviation, deviation, square);
     }
     square = sum_over_lanes(square, rows.lanes);
-    const float deviation = sqrtf(square / static_cast<float>(max(rows.dim - 1, 1)));
+    const float deviation = sqrtf(square * inverse_degrees);
     if (position >= end) return;
     if (first_channel == 0) spread[position] = deviation;
     highest = fmaxf(highest, deviation);
