@@ -13,7 +13,7 @@ ARGS ?=
 python := $(VENV)/bin/python
 pip := $(python) -m pip
 native := moekv/lib/libmoekv_cpu.so
-sources := pyproject.toml setup.py CMakeLists.txt $(shell find csrc tools -type f)
+sources := pyproject.toml setup.py CMakeLists.txt $(shell find cmake csrc tools -type f)
 cpp := $(shell find csrc $(wildcard tests) -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 # One stamp per choice of torch: another TORCH installs anew.
 torch := $(VENV)/.torch-$(shell echo '$(TORCH)' | cksum | cut -d ' ' -f 1)

@@ -42,7 +42,7 @@ def test_the_sdist_has_the_sources(built: Path) -> None:
     assert path.name == f"moekv-{moekv.__version__}.tar.gz"
     with tarfile.open(path) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
-    sources = _files("csrc") | _files("tests", "*.py") | _files("tools", "*.py")
+    sources = _files("cmake") | _files("csrc") | _files("tests", "*.py") | _files("tools", "*.py")
     assert sources | {"CMakeLists.txt", "Makefile", "LICENSE", ".ci/run"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
