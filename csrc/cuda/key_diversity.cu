@@ -66,7 +66,7 @@ struct Run {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) key_diversity_sum_kernel(Arguments arguments) {
+__global__ void __launch_bounds__(kThreads, 3) key_diversity_sum_kernel(Arguments arguments) {
   const Run run(arguments);
   float sum[kChannelsPerLane] = {};
   run.for_each_key<T>(arguments, [&](int, const float (&x)[kChannelsPerLane], float inverse_norm) {
