@@ -9,6 +9,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 ARGS ?=
+# What the CUDA library is tried with; the compiler is of the same release.
+CUDA_TORCH ?= torch==2.14.1
+cuda_compiler := $(addsuffix ==13.0.*,nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt \
+    nvidia-cuda-cccl nvidia-nvvm)
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip
@@ -20,6 +24,7 @@ torch := $(VENV)/.torch-$(shell echo '$(TORCH)' | cksum | cut -d ' ' -f 1)
 installed := $(VENV)/.installed
 
 .PHONY: demo test lint format install clean FORCE
+.PHONY: cuda-build cuda-check cuda-resources cuda-link-check gpu-check
 
 demo: $(installed)  ## compress the cache of a real model and show what comes out
 	$(python) -m moekv demo $(ARGS)
@@ -39,6 +44,35 @@ format: $(installed)  ## rewrite the sources as `make lint` wants them
 	$(VENV)/bin/ruff format .
 
 install: $(installed)
+
+cuda-build: $(installed)  ## the CUDA library for every architecture, warnings as errors
+	@command -v nvcc >/dev/null || test -x /usr/local/cuda/bin/nvcc || \
+	    $(pip) install --quiet $(cuda_compiler)
+	@MOEKV_CUDA=ON $(pip) install --quiet --no-build-isolation --no-deps --editable .
+
+cuda-check: cuda-build  ## registers, spills and instructions of the kernels are as recorded
+	$(python) tools/cuda_resources.py --check
+
+cuda-resources: cuda-build  ## record them anew in docs/cuda-resources.md
+	$(python) tools/cuda_resources.py
+
+cuda-link-check: cuda-build  ## load the library into a CUDA build of torch (downloads gigabytes)
+	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && $(PYTHON) -m venv "$$dir" && \
+	    "$$dir/bin/pip" install --quiet $(CUDA_TORCH) numpy && \
+	    "$$dir/bin/python" tools/cuda_link_check.py
+
+gpu-check:  ## on a machine with a GPU: the ops' tests on it, and what each op reaches of its memory
+	@nvidia-smi -L >/dev/null 2>&1 || \
+	    { echo 'gpu-check: no NVIDIA GPU is present (nvidia-smi -L finds none)' >&2; exit 1; }
+	$(MAKE) VENV=.venv-cuda TORCH=$(CUDA_TORCH) cuda-build
+	.venv-cuda/bin/python -m pytest $(wildcard tests/test_ops_*.py)
+	@if command -v compute-sanitizer >/dev/null; then \
+	    for tool in memcheck racecheck synccheck; do \
+	        compute-sanitizer --tool $$tool --error-exitcode 1 \
+	            .venv-cuda/bin/python -m pytest -q -k cuda $(wildcard tests/test_ops_*.py) || exit 1; \
+	    done; \
+	else echo 'gpu-check: no compute-sanitizer, going on without'; fi
+	.venv-cuda/bin/python tools/gpu_check.py
 
 clean:
 	rm -rf build dist moekv/lib *.egg-info $(installed)

@@ -1,0 +1,235 @@
+"""What the compiler made of the CUDA kernels, as a table in ``docs/cuda-resources.md``.
+
+Reads registers, stack and shared memory of every kernel and architecture from the built library,
+and from its machine code whether memory is accessed in 16 bytes, whether 16-bit scoring runs on
+tensor cores, and that nothing spills to local memory::
+
+    python tools/cuda_resources.py            # writes the table
+    python tools/cuda_resources.py --check    # compares with it
+
+Needs cuobjdump and nvdisasm: those of the CUDA toolkit, else of the packages nvidia-cuda-cuobjdump
+and nvidia-cuda-nvdisasm, which are installed into ``.cache/`` on first use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = ROOT / "moekv" / "lib" / "libmoekv_cuda.so"
+TABLE = ROOT / "docs" / "cuda-resources.md"
+TOOLS = ROOT / ".cache" / "cuda-tools"
+ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+REGISTER_SLACK = 8  # more than recorded: another release of the compiler, not another kernel
+
+# Kernels whose loops must move 16 bytes at a time, and those that must use tensor cores. Not here:
+# kernels that read a few numbers per row, and mix_scores, where neighbouring threads read
+# neighbouring floats.
+WIDE = re.compile(
+    r"gating_topk_kernel|attention_(rows|columns)_kernel|key_diversity_(sum|cosine)_kernel"
+    r"|lag\w*_kernel|select_kept_(histogram|count|write)_kernel|kv_compact_kernel<uint4>"
+    r"|ragged_attention_kernel"
+)
+TENSOR_CORES = re.compile(r"attention_(rows|columns)_kernel<__(half|nv_bfloat16)")
+
+
+@dataclasses.dataclass
+class Kernel:
+    """One kernel on one architecture. Bytes, and numbers of instructions."""
+
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    wide_loads: int = 0
+    wide_stores: int = 0
+    tensor_core: int = 0
+    local: int = 0
+
+
+Kernels = dict[str, dict[str, Kernel]]  # by name, then architecture
+
+
+def find_tools() -> Path:
+    """Return the folder of cuobjdump and nvdisasm."""
+    candidates = [TOOLS / "nvidia" / "cu13" / "bin"]
+    if home := os.environ.get("CUDA_HOME"):
+        candidates.append(Path(home) / "bin")
+    if found := shutil.which("cuobjdump"):
+        candidates.append(Path(found).parent)
+    for _ in range(2):
+        for folder in candidates:
+            if (folder / "cuobjdump").exists() and (folder / "nvdisasm").exists():
+                return folder
+        packages = ["nvidia-cuda-cuobjdump==13.*", "nvidia-cuda-nvdisasm==13.*"]
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(TOOLS)]
+        subprocess.run([*command, *packages], check=True)
+    raise FileNotFoundError(f"expected cuobjdump and nvdisasm in one of {candidates}")
+
+
+def dump(library: Path, *options: str) -> str:
+    """Return what cuobjdump says of the library."""
+    folder = find_tools()
+    environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"}
+    command = [str(folder / "cuobjdump"), *options, str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return done.stdout
+
+
+def short_names(mangled: set[str]) -> dict[str, str]:
+    """Return ``gating_topk_kernel<float>`` and the like for mangled names."""
+    names = sorted(mangled)
+    done = subprocess.run(
+        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
+    )
+    short = {}
+    for name, full in zip(names, done.stdout.splitlines(), strict=True):
+        # Without return type, parameters and namespaces.
+        match = re.search(r"(\w+_kernel)(<.*?>)?\(", full)
+        if not match:
+            raise ValueError(f"expected a kernel, got {full}")
+        short[name] = match[1] + (match[2] or "")
+    return short
+
+
+def collect(library: Path) -> Kernels:
+    """Read all kernels of the library."""
+    found: dict[tuple[str, str], Kernel] = defaultdict(Kernel)
+    architecture = name = ""
+    for line in dump(library, "-res-usage").splitlines():
+        if match := re.match(r"arch = sm_(\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function (\S+):", line):
+            name = match[1]
+        elif match := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            kernel = found[name, architecture]
+            kernel.registers, kernel.stack, kernel.shared = (int(match[i]) for i in (1, 2, 3))
+            kernel.stack += int(match[4])
+    for line in dump(library, "-sass").splitlines():
+        if match := re.match(r"\s*code for sm_(\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function : (\S+)", line):
+            name = match[1]
+        elif match := re.match(r"\s*/\*\w+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line):
+            kernel, instruction = found[name, architecture], match[1]
+            wide = bool(re.search(r"\.(128|256)\b", instruction))
+            kernel.wide_loads += wide and instruction.startswith(("LDG.", "LD.", "LDGSTS."))
+            kernel.wide_stores += wide and instruction.startswith(("STG.", "ST."))
+            kernel.tensor_core += instruction.startswith("HMMA.")
+            kernel.local += instruction.split(".")[0] in ("LDL", "STL")
+    short = short_names({mangled for mangled, _ in found})
+    kernels: Kernels = defaultdict(dict)
+    for (mangled, architecture), kernel in sorted(found.items()):
+        kernels[short[mangled]][architecture] = kernel
+    return dict(sorted(kernels.items()))
+
+
+def problems(kernels: Kernels) -> list[str]:
+    """Return what is wrong, whatever the table says."""
+    wrong = []
+    for name, versions in kernels.items():
+        if missing := set(ARCHITECTURES) - set(versions):
+            wrong.append(f"{name}: not compiled for sm_{', sm_'.join(sorted(missing))}")
+        for architecture, kernel in versions.items():
+            where = f"{name} on sm_{architecture}"
+            if kernel.stack or kernel.local:
+                wrong.append(
+                    f"{where}: expected no local memory, got {kernel.stack} bytes and "
+                    f"{kernel.local} accesses"
+                )
+            if WIDE.match(name) and not kernel.wide_loads:
+                wrong.append(f"{where}: expected loads of 16 bytes, got none")
+            if name == "kv_compact_kernel<uint4>" and not kernel.wide_stores:
+                wrong.append(f"{where}: expected stores of 16 bytes, got none")
+            if TENSOR_CORES.match(name) and not kernel.tensor_core:
+                wrong.append(f"{where}: expected tensor core instructions, got none")
+    for pattern in (WIDE, TENSOR_CORES):
+        if not any(pattern.match(name) for name in kernels):
+            wrong.append(f"no kernel matches {pattern.pattern}")
+    return wrong
+
+
+HEADER = """\
+# Resources of the CUDA kernels
+
+Written by `make cuda-resources`, compared by `make cuda-check`. What the compiler says and what the
+machine code holds:
+
+- registers of a thread, per compute capability;
+- shared: bytes of static shared memory of a block, beside what a launch asks for;
+- loads, stores: instructions on sm_90 that move 16 bytes from global memory (to registers or to
+  shared memory) and to it;
+- HMMA: tensor core instructions on sm_90.
+
+No kernel uses local memory on any architecture: no stack, no spilled register.
+
+"""
+
+
+def table(kernels: Kernels) -> str:
+    """Return the page."""
+    rows = [
+        ["kernel", *(f"sm_{a}" for a in ARCHITECTURES), "shared", "loads", "stores", "HMMA"],
+        ["---", *["---:"] * (len(ARCHITECTURES) + 4)],
+    ]
+    for name, versions in kernels.items():
+        # From sm_90 on the system takes 1 KiB of its own, which would count as shared.
+        shared, h = versions["80"].shared, versions["90"]
+        counts = [shared, h.wide_loads, h.wide_stores, h.tensor_core]
+        registers = [versions[a].registers for a in ARCHITECTURES]
+        rows.append([f"`{name}`", *map(str, registers), *(str(x or "") for x in counts)])
+    return HEADER + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def recorded_registers(text: str) -> dict[str, list[int]]:
+    """Return the registers in a page's table, by kernel and in the order of the architectures."""
+    rows = re.findall(r"^\| `([^`]+)` \| (.*) \|$", text, re.MULTILINE)
+    count = len(ARCHITECTURES)
+    return {name: [int(x) for x in cells.split(" | ")[:count]] for name, cells in rows}
+
+
+def changes(kernels: Kernels, recorded: dict[str, list[int]]) -> list[str]:
+    """Return what is worse than recorded, and kernels that came or went."""
+    wrong = [f"{name}: not in the table" for name in kernels.keys() - recorded.keys()]
+    wrong += [f"{name}: in the table alone" for name in recorded.keys() - kernels.keys()]
+    for name in kernels.keys() & recorded.keys():
+        for architecture, before in zip(ARCHITECTURES, recorded[name], strict=True):
+            now = kernels[name][architecture].registers
+            if now > before + REGISTER_SLACK:
+                wrong.append(
+                    f"{name} on sm_{architecture}: expected {before} registers as recorded, "
+                    f"got {now}"
+                )
+    return sorted(wrong)
+
+
+def main() -> None:
+    """Write the table, or compare with it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="compare with the table")
+    parser.add_argument("--library", type=Path, default=LIBRARY)
+    arguments = parser.parse_args()
+    if not arguments.library.exists():
+        sys.exit(f"expected {arguments.library}: build it with `make cuda-build`")
+    kernels = collect(arguments.library)
+    wrong = problems(kernels)
+    if arguments.check:
+        wrong += changes(kernels, recorded_registers(TABLE.read_text()))
+    if wrong:
+        sys.exit("\n".join([*wrong, "After a change that means it: make cuda-resources"]))
+    if arguments.check:
+        print(f"{len(kernels)} kernels on {len(ARCHITECTURES)} architectures: as recorded")
+    else:
+        TABLE.write_text(table(kernels))
+        print(f"wrote {TABLE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
