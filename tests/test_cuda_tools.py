@@ -1,0 +1,90 @@
+"""The gates around the CUDA library: that they can fail, and on what."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import cuda_resources  # noqa: E402
+from cuda_resources import ARCHITECTURES, Kernel  # noqa: E402
+
+
+def kernels() -> cuda_resources.Kernels:
+    """Kernels with nothing to complain about."""
+    names = [
+        "attention_rows_kernel<__nv_bfloat16, 4>",
+        "kv_compact_kernel<uint4>",
+        "mix_scores_kernel",
+    ]
+    good = Kernel(registers=40, shared=512, wide_loads=2, wide_stores=2, tensor_core=8)
+    return {name: {a: Kernel(**vars(good)) for a in ARCHITECTURES} for name in names}
+
+
+def test_good_kernels_pass_and_the_table_holds_them() -> None:
+    page = cuda_resources.table(kernels())
+    assert cuda_resources.problems(kernels()) == []
+    recorded = cuda_resources.recorded_registers(page)
+    assert recorded == {name: [40] * len(ARCHITECTURES) for name in kernels()}
+    assert cuda_resources.changes(kernels(), recorded) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "message"),
+    [
+        ("mix_scores_kernel", "stack", 16, "expected no local memory, got 16 bytes"),
+        ("mix_scores_kernel", "local", 3, "expected no local memory, got 0 bytes and 3 accesses"),
+        ("kv_compact_kernel<uint4>", "wide_loads", 0, "expected loads of 16 bytes"),
+        ("kv_compact_kernel<uint4>", "wide_stores", 0, "expected stores of 16 bytes"),
+        ("attention_rows_kernel<__nv_bfloat16, 4>", "tensor_core", 0, "tensor core"),
+    ],
+)
+def test_bad_kernels_are_told(name: str, field: str, value: int, message: str) -> None:
+    changed = kernels()
+    setattr(changed[name]["100"], field, value)
+    (problem,) = cuda_resources.problems(changed)
+    assert problem.startswith(f"{name} on sm_100: ") and message in problem
+
+
+def test_missing_architectures_and_kernels_are_told() -> None:
+    changed = kernels()
+    del changed["mix_scores_kernel"]["90"]
+    assert cuda_resources.problems(changed) == ["mix_scores_kernel: not compiled for sm_90"]
+    assert any("no kernel matches" in x for x in cuda_resources.problems({}))
+
+
+def test_changes_against_the_record_are_told() -> None:
+    recorded = {name: [40] * len(ARCHITECTURES) for name in kernels()}
+    changed = kernels()
+    changed["mix_scores_kernel"]["86"].registers += cuda_resources.REGISTER_SLACK
+    assert cuda_resources.changes(changed, recorded) == []
+    changed["mix_scores_kernel"]["86"].registers += 1
+    (more,) = cuda_resources.changes(changed, recorded)
+    assert more == "mix_scores_kernel on sm_86: expected 40 registers as recorded, got 49"
+    changed["new_kernel"] = changed.pop("mix_scores_kernel")
+    assert cuda_resources.changes(changed, recorded) == [
+        "mix_scores_kernel: in the table alone",
+        "new_kernel: not in the table",
+    ]
+
+
+def test_the_committed_table_lists_every_kernel() -> None:
+    recorded = cuda_resources.recorded_registers(cuda_resources.TABLE.read_text())
+    in_sources = set()
+    for path in (ROOT / "csrc" / "cuda").glob("*.cu"):
+        words = path.read_text().replace("(", " ").split()
+        in_sources |= {word for word in words if word.endswith("_kernel")}
+    assert {name.split("<")[0] for name in recorded} == in_sources
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU")
+def test_gpu_check_says_at_once_that_there_is_no_gpu() -> None:
+    done = subprocess.run(
+        ["make", "gpu-check"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode != 0
+    assert "gpu-check: no NVIDIA GPU is present" in done.stderr
