@@ -47,7 +47,8 @@ def _append(buffer: Tensor, length: int, states: Tensor) -> Tensor:
         grown = buffer.new_empty((batch, num_kv_heads, needed + max(needed // 8, _LEAST_ROOM), dim))
         grown[:, :, :length] = buffer[:, :, :length]
         buffer = grown
-    buffer[:, :, length:needed] = states
+    # Detached: a cache that recorded gradients would hold every step of a generation.
+    buffer[:, :, length:needed] = states.detach()
     return buffer
 
 
@@ -55,7 +56,7 @@ def gather_rows(pairs: Tensor, rows: Tensor) -> Tensor:
     """Copy rows of [B, H, T, D], numbered flat, into [n, D]."""
     # Whole rows of a flat view: several times faster on a CPU than torch.gather, and one pass where
     # compaction in place, which needs a copy to give memory back, takes two.
-    return pairs.reshape(-1, pairs.shape[-1]).index_select(0, rows)
+    return pairs.detach().reshape(-1, pairs.shape[-1]).index_select(0, rows)
 
 
 class GrowingLayer(DynamicLayer):

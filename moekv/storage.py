@@ -50,7 +50,7 @@ def save_cache(cache: Cache, path: str | os.PathLike[str], model: PreTrainedMode
     layers = []
     for index, layer in enumerate(cache.layers):
         parts, description = _take_apart(layer, index)
-        tensors |= {f"{index}.{name}": part.contiguous() for name, part in parts.items()}
+        tensors |= {f"{index}.{name}": part.detach().contiguous() for name, part in parts.items()}
         layers.append(description)
     header = {"format": _FORMAT, "model": fingerprint(model), "layers": json.dumps(layers)}
     header["sha256"] = _checksum(header, tensors)

@@ -64,6 +64,19 @@ def test_a_loaded_cache_goes_on_as_the_saved_one(model, cache, tmp_path):
     assert os.listdir(tmp_path) == [path.name]
 
 
+def test_a_cache_that_was_filled_with_gradients_is_saved(model, tmp_path):
+    cache = DynamicCache()
+    model(torch.arange(9)[None], past_key_values=cache)
+    assert cache.layers[0].keys.requires_grad
+    kept = Kept.from_mask(torch.ones(1, 2, 9, dtype=torch.bool))
+    layer = cache.layers[1]
+    cache.layers[1] = RaggedLayer.compress(layer.keys, layer.values, kept)
+    model(torch.arange(2)[None], past_key_values=cache)
+    assert not cache.layers[1].tail_keys.requires_grad
+    save_cache(cache, tmp_path / "x", model)
+    assert load_cache(tmp_path / "x", model).get_seq_length() == 11
+
+
 def test_the_file_holds_the_kept_pairs_only(model, cache, tmp_path):
     path = tmp_path / "context.safetensors"
     save_cache(cache, path, model)
