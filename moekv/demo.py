@@ -39,7 +39,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 class Question:
     """A question, and words of which a right answer has one (none: not known).
 
-    The first is the one that the text has.
+    The first is how the text has it.
     """
 
     text: str
@@ -59,7 +59,7 @@ QUESTIONS = (
     Question("What was the name of the ship that was wrecked on the reef?", ("Ottoline",)),
     Question("Which language did the parrot speak?", ("Portuguese",)),
     Question("Which city did the keeper always want to see?", ("Lisbon",)),
-    Question("How many crates did the machinery come in?", ("eleven", "11")),
+    Question("How many crates did the machinery come in?", ("eleven crates", "eleven", "11")),
 )
 
 

@@ -57,22 +57,24 @@ def test_demo_text(real_model: Loaded) -> None:
     assert tokenizer.decode(ids) == whole
 
 
-def test_demo() -> None:
-    command = ["demo", "--context-tokens", "1100", "--ratios", "0.5", "--max-new-tokens", "12"]
+def test_demo(real_model: Loaded) -> None:
+    prompt = demo.Prompt(real_model[1], demo._story(), 1400)
+    asked = sum(question.facts[0] in prompt.text for question in demo.QUESTIONS)
+    assert 0 < asked < len(demo.QUESTIONS)
+    command = ["demo", "--context-tokens", "1400", "--ratios", "0.5", "--max-new-tokens", "12"]
     done = subprocess.run(
         [sys.executable, "-m", "moekv", *command], capture_output=True, text=True, check=False
     )
-    if "the other way to it, failed" in done.stderr:
-        pytest.skip(done.stderr)
     assert done.returncode == 0, done.stderr
     out = re.sub(r"\s+", " ", done.stdout)
+    length = prompt.ids.shape[1]
+    assert f"{length:,} tokens of context, {asked} questions" in out
     # 30 layers, keys and values, 3 heads of 64 bf16 numbers.
-    length = int(re.search(r"([\d,]+) tokens of context, 3 questions", out)[1].replace(",", ""))
     full, half = (30 * 2 * 3 * 64 * 2 * n / 2**20 for n in (length, length // 2))
     assert f"KV cache │ {full:.2f} MiB │ {half:.2f} MiB" in out
-    assert "✓ " in out.split("Costs, measured")[0]
-    assert re.search(r"Right answers │ 3 of 3 │ \d of 3", out)
-    assert "│ 29 │" in out.split("What the router chose at 50 % removed")[1]
+    right = re.search(rf"Right answers │ (\d) of {asked} │ \d of {asked}", out)
+    assert right is not None and int(right[1]) > 0
+    assert re.search(r"│ 29 ?│ +\d+ %", out.split("What the router chose at 50 % removed")[1])
 
 
 def test_usage_in_the_readme(
