@@ -43,10 +43,14 @@ struct ExpertScores {
     return Attention(p, head, packed);
   }
 
+  // How many items of `work` elements each are worth waking a thread for: a few tens of
+  // microseconds.
+  static int64_t grain(int64_t work) { return 65536 / (work + 1) + 1; }
+
   // function(head, row, unit, begin, end) for all chunks of real keys.
   template <typename Function>
-  void for_each_unit(const Function& function) const {
-    parallel_for(0, layout.rows * layout.chunks, 1, [&](int64_t first, int64_t last) {
+  void for_each_unit(int64_t grain, const Function& function) const {
+    parallel_for(0, layout.rows * layout.chunks, grain, [&](int64_t first, int64_t last) {
       for (int64_t unit = first; unit < last; ++unit) {
         const int64_t row = unit / layout.chunks;
         const HeadView<T> view = head(row);
@@ -59,19 +63,20 @@ struct ExpertScores {
   }
 
   template <typename Function>
-  void for_each_row(const Function& function) const {
-    parallel_for(0, layout.rows, 1, [&](int64_t first, int64_t last) {
+  void for_each_row(int64_t grain, const Function& function) const {
+    parallel_for(0, layout.rows, grain, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) function(head(row), row);
     });
   }
 
   void run() const {
-    for_each_row([&](const HeadView<T>& head, int64_t row) {
-      head.score_padding();
-      if (mass || attention) window(head, row).pack_queries();
-    });
+    for_each_row(grain(layout.queries * layout.dim + p.num_keys),
+                 [&](const HeadView<T>& head, int64_t row) {
+                   head.score_padding();
+                   if (mass || attention) window(head, row).pack_queries();
+                 });
     for_each_unit(
-        [&](const HeadView<T>& head, int64_t row, int64_t unit, int64_t begin, int64_t end) {
+        1, [&](const HeadView<T>& head, int64_t row, int64_t unit, int64_t begin, int64_t end) {
           if (mass || attention) {
             const int64_t partial = unit * layout.queries;
             window(head, row).partial_softmax(begin, end, at(layout.peak, partial),
@@ -82,7 +87,8 @@ struct ExpertScores {
         });
     if (!mass && !attention && !diversity) return;
 
-    for_each_row([&](const HeadView<T>& head, int64_t row) {
+    for_each_row(grain(layout.chunks * (layout.queries + layout.dim)), [&](const HeadView<T>& head,
+                                                                           int64_t row) {
       const int64_t first = row * layout.chunks;
       const int64_t chunks = (head.length + kChunkKeys - 1) / kChunkKeys;
       if (mass || attention) {
@@ -93,19 +99,19 @@ struct ExpertScores {
       if (diversity)
         combine_directions(head, chunks, layout.dim, at(layout.anchor, first * layout.dim));
     });
-    for_each_unit([&](const HeadView<T>& head, int64_t row, int64_t, int64_t begin, int64_t end) {
-      if (mass || attention) {
-        window(head, row).column_sums(begin, end, at(layout.shift, row * layout.queries));
-      }
-      if (diversity) {
-        score_directions(head, begin, end, at(layout.anchor, row * layout.chunks * layout.dim));
-      }
-    });
+    for_each_unit(
+        1, [&](const HeadView<T>& head, int64_t row, int64_t, int64_t begin, int64_t end) {
+          if (mass || attention) {
+            window(head, row).column_sums(begin, end, at(layout.shift, row * layout.queries));
+          }
+          if (diversity) {
+            score_directions(head, begin, end, at(layout.anchor, row * layout.chunks * layout.dim));
+          }
+        });
     if (!attention) return;
 
-    for_each_unit([&](const HeadView<T>& head, int64_t, int64_t, int64_t begin, int64_t end) {
-      log_attention(head, p.pool, begin, end);
-    });
+    for_each_unit(grain(kChunkKeys), [&](const HeadView<T>& head, int64_t, int64_t, int64_t begin,
+                                         int64_t end) { log_attention(head, p.pool, begin, end); });
   }
 };
 
