@@ -1,0 +1,260 @@
+"""What a press adds to a prefill: time, by stage for moekv, and memory at the peak.
+
+    python -m benchmarks.end_to_end.prefill --model smollm2 --lengths 1024 2048 4096 8192
+    python -m benchmarks.end_to_end.prefill --model llama-shape --lengths 8192 --methods moekv
+
+All methods of one length take turns in one process. The time in a press is that of its hooks, which
+is exact where the difference of two prefills drowns in noise (KVComposePress alone also works
+outside of its hooks). Peers are all presses of kvpress that compress within one prefill. A method
+that fails here (it needs a download, or another attention implementation) is recorded with its
+error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+import moekv.ops
+import moekv.press
+from benchmarks.measure import (
+    RESULTS,
+    Times,
+    peak_extra_bytes,
+    quartiles,
+    timed,
+    write_results,
+)
+from benchmarks.quality.presses import PEERS
+from moekv import MoERouterPress
+from moekv.models import load_model
+from moekv.routers import BaseMoERouter
+from moekv.view import ViewBuilder
+
+from .decode import llama_shape
+
+RATIO = 0.5
+NO_PRESS = "no press"
+
+METHODS: dict[str, Callable[[], Any]] = {
+    NO_PRESS: lambda: None,
+    "moekv": lambda: MoERouterPress(RATIO),
+    "moekv budget=head": lambda: MoERouterPress(RATIO, budget="head"),
+    "moekv budget=model": lambda: MoERouterPress(RATIO, budget="model"),
+} | {name: lambda make=make: make(RATIO) for name, make in PEERS.items()}
+
+#: Where each stage of moekv's press is: what is called within another stage counts there.
+STAGES: dict[str, Sequence[tuple[Any, str]]] = {
+    "view": [(ViewBuilder, "__call__")],
+    "gate": [(BaseMoERouter, "__call__")],
+    "score": [(moekv.press, "stack_scores"), (moekv.ops, "expert_scores")],
+    "mix": [(MoERouterPress, "_mix")],
+    "statistics": [(MoERouterPress, "_hit_rates"), (MoERouterPress, "_record")],
+    "select": [(MoERouterPress, "_choose")],
+    "compact": [(moekv.press, "evict")],
+}
+
+
+class Stopwatch:
+    """Adds up the time spent in functions; of nested ones, the outermost counts."""
+
+    def __init__(self) -> None:
+        self.wall: dict[str, float] = {}
+        self.cpu: dict[str, float] = {}
+        self._running: set[str] = set()
+
+    def around(self, name: str, function: Callable[..., Any], group: str) -> Callable[..., Any]:
+        """Time a function under a name, unless another of its group is running."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if group in self._running:
+                return function(*args, **kwargs)
+            self._running.add(group)
+            wall, cpu = time.perf_counter(), time.process_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.wall[name] = self.wall.get(name, 0.0) + time.perf_counter() - wall
+                self.cpu[name] = self.cpu.get(name, 0.0) + time.process_time() - cpu
+                self._running.discard(group)
+
+        return call
+
+    @contextmanager
+    def of_hooks(self) -> Iterator[None]:
+        """Time all forward hooks that are registered in the block."""
+        with ExitStack() as stack:
+            for method in ("register_forward_hook", "register_forward_pre_hook"):
+                original = getattr(nn.Module, method)
+
+                def register(
+                    module: nn.Module,
+                    hook: Any,
+                    *args: Any,
+                    original: Any = original,
+                    **options: Any,
+                ) -> Any:
+                    hook = self.around("press", hook, "hooks")
+                    return original(module, hook, *args, **options)
+
+                stack.enter_context(mock.patch.object(nn.Module, method, register))
+            yield
+
+    @contextmanager
+    def of_stages(self) -> Iterator[None]:
+        """Time the stages of moekv's press in the block."""
+        with ExitStack() as stack:
+            for stage, places in STAGES.items():
+                for owner, name in places:
+                    wrapped = self.around(stage, getattr(owner, name), "stages")
+                    stack.enter_context(mock.patch.object(owner, name, wrapped))
+            yield
+
+
+@torch.no_grad()
+def prefill(model: PreTrainedModel, ids: Tensor, press: Any) -> Stopwatch:
+    """Prefill a fresh cache with a press, or with none; the times of its hooks and stages."""
+    cache, watch = DynamicCache(), Stopwatch()
+    with watch.of_hooks(), watch.of_stages(), nullcontext() if press is None else press(model):
+        model.model(ids, past_key_values=cache)
+    for layer in model.model.layers:  # what kvpress's head-wise presses leave behind
+        layer.self_attn.masked_key_indices = None
+    return watch
+
+
+def measure(
+    model: PreTrainedModel,
+    length: int,
+    methods: Sequence[str],
+    rounds: int,
+    tick: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """One row per method; `tick` is told what comes next."""
+    ids = torch.randint(5, model.config.vocab_size, (1, length), generator=torch.manual_seed(0))
+    times = {name: Times() for name in methods}
+    watches: dict[str, list[Stopwatch]] = {name: [] for name in methods}
+    memory: dict[str, int] = {}
+    errors: dict[str, str] = {}
+    prefill(model, ids, None)  # first touches of memory, caches of kernels
+    for turn in range(-1, rounds):  # the first of them measures memory
+        for name in methods:
+            tick(name)
+            if name in errors:
+                continue
+            gc.collect()
+            press, seen = METHODS[name](), watches[name]
+            run = partial(prefill, model, ids, press)
+            try:
+                if turn < 0:
+                    memory[name] = peak_extra_bytes(run)
+                else:
+                    seen.append(timed(run, times[name]))
+            except Exception as error:  # a method that fails is a result
+                errors[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    rows = []
+    for name in methods:
+        row: dict[str, Any] = {"length": length, "method": name}
+        if name in errors:
+            rows.append(row | {"error": errors[name]})
+            continue
+        seen = watches[name]
+        rows.append(
+            row
+            | times[name].summary()
+            | {
+                "stages_s": {
+                    stage: quartiles([watch.wall.get(stage, 0.0) for watch in seen])
+                    for stage in seen[0].wall
+                },
+                "share": _shares(times[name].wall, [watch.wall for watch in seen]),
+                "cpu_share": _shares(times[name].cpu, [watch.cpu for watch in seen]),
+                "peak_bytes": memory[name],
+            }
+        )
+    return rows
+
+
+def _shares(totals: Sequence[float], stages: Sequence[dict[str, float]]) -> list[float]:
+    """Time in the press, of what the same prefill took beside it."""
+    inside = [seen.get("press", 0.0) for seen in stages]
+    return quartiles([part / (all_ - part) for all_, part in zip(totals, inside, strict=True)])
+
+
+def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    """Print one length's table."""
+    table = Table(title=f"prefill of {rows[0]['length']:,} tokens")
+    stages = list(STAGES)
+    for column in ("method", "prefill s", "press ms", "share", "CPU share", "peak MiB", *stages):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in rows:
+        if "error" in row:
+            table.add_row(row["method"], row["error"][:40])
+            continue
+        inside = row["stages_s"]
+        table.add_row(
+            row["method"],
+            f"{row['wall_s'][1]:.2f}",
+            f"{1e3 * inside.get('press', [0] * 3)[1]:.1f}",
+            f"{row['share'][1]:.2%}",
+            f"{row['cpu_share'][1]:.2%}",
+            f"{row['peak_bytes'] / 2**20:.0f}",
+            *(f"{1e3 * inside[stage][1]:.1f}" if stage in inside else "" for stage in stages),
+        )
+    console.print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=["smollm2", "llama-shape"], default="smollm2")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048])
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="timed prefills of each method")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, help="JSON (default: benchmarks/results/prefill-MODEL)")
+    args = parser.parse_args(arguments)
+    if args.rounds < 1:
+        parser.error(f"expected --rounds >= 1, got {args.rounds}")
+    torch.set_num_threads(args.threads)
+    model = llama_shape() if args.model == "llama-shape" else load_model()[0]
+    console, rows = Console(width=None if sys.stdout.isatty() else 160), []
+    with Progress(console=console) as progress:
+        steps = len(args.lengths) * len(args.methods) * (args.rounds + 1)
+        bar = progress.add_task("", total=steps)
+
+        for length in args.lengths:
+
+            def tick(name: str, length: int = length) -> None:
+                progress.update(bar, advance=1, description=f"{length:,} tokens, {name}")
+
+            measured = measure(model, length, args.methods, args.rounds, tick)
+            common = {"model": args.model, "threads": args.threads, "ratio": RATIO}
+            rows += [common | row for row in measured]
+            show(measured, console)
+    out = args.out or RESULTS / f"prefill-{args.model}.json"
+    command = "python -m benchmarks.end_to_end.prefill"
+    given = sys.argv[1:] if arguments is None else arguments
+    write_results(out, f"{command} {shlex.join(given)}".strip(), rows)
+    console.print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()
