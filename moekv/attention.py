@@ -1,8 +1,9 @@
 """Decode attention over compressed layers, inside transformers' attention interface.
 
 Models look their attention function up by name ("sdpa", "flash_attention_2", ...) at every call.
-:func:`install` wraps each of these functions once: a call that brings :class:`RaggedPairs` goes to
-``ragged_attention``, every other call goes where it went before.
+:func:`install` wraps each of these functions once: a call that brings :class:`RaggedPairs`, or one
+query for keys that :func:`serve_steps` has marked, goes to ``ragged_attention``. Every other call
+goes where it went before.
 """
 
 import functools
@@ -24,6 +25,11 @@ NOT_DENSE = (
     "Attention reads them through moekv.attention, which serves every attention implementation of "
     "transformers but 'eager'. Call cache.layers[i].to_dense() for padded tensors and their lengths"
 )
+
+
+_BACKEND = "_moekv_backend"  # attribute of the keys that ragged_attention may serve
+_NATIVE = ops.available_backends()["cpu"] is None
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class RaggedPairs:
@@ -95,26 +101,71 @@ class RaggedPairs:
 def install() -> None:
     """Teach every attention function of transformers to serve compressed layers. Idempotent."""
     for name, function in list(ALL_ATTENTION_FUNCTIONS.items()):
-        if not getattr(function, "serves_ragged_pairs", False):
-            ALL_ATTENTION_FUNCTIONS[name] = _serve_ragged_pairs(function)
+        if not getattr(function, "serves_compressed_layers", False):
+            ALL_ATTENTION_FUNCTIONS[name] = _serve_compressed_layers(function)
 
 
-def _serve_ragged_pairs(function: Callable[..., Any]) -> Callable[..., Any]:
+def serve_steps(keys: Tensor, backend: str) -> None:
+    """Let decode steps over the dense keys of a compressed layer go to ``ragged_attention``.
+
+    Only on a CPU, where the native op is faster than SDPA. Keys that it does not serve stay as
+    they are.
+
+    Parameters
+    ----------
+    keys : Tensor [B, H, T, D]
+        What the layer's ``update`` returns.
+    backend : str
+        Of the op.
+    """
+    native = _NATIVE and backend != "torch"
+    if native and keys.device.type == "cpu" and keys.dtype in _DTYPES:
+        setattr(keys, _BACKEND, backend)
+
+
+def _is_step(
+    module: nn.Module,
+    query: Tensor,
+    keys: Tensor,
+    mask: Tensor | None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> bool:
+    """Whether ``ragged_attention`` gives what the model's own function would, to one query."""
+    return (
+        hasattr(keys, _BACKEND)
+        and query.shape[2] == 1
+        and query.dtype == keys.dtype
+        and not query.requires_grad
+        and not dropout
+        and not softcap  # some functions take it, others leave it out
+        and s_aux is None
+        and (mask is None or mask.shape[-1] == keys.shape[2])
+        # The function that kvpress has wrapped writes to the keys that its head-wise presses mask.
+        and getattr(module, "masked_key_indices", None) is None
+    )
+
+
+def _serve_compressed_layers(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def attention(
         module: nn.Module,
         query: Tensor,
         key: Tensor | RaggedPairs,
-        value: Tensor | RaggedPairs,
+        value: Any,
         attention_mask: Tensor | None,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
         if isinstance(key, RaggedPairs):
             return attend(module, query, key, attention_mask, **kwargs), None
+        if _is_step(module, query, key, attention_mask, *args, **kwargs):
+            return _attend_dense(query, key, value, attention_mask, kwargs.get("scaling")), None
         return function(module, query, key, value, attention_mask, *args, **kwargs)
 
-    attention.serves_ragged_pairs = True  # type: ignore[attr-defined]
+    attention.serves_compressed_layers = True  # type: ignore[attr-defined]
     return attention
 
 
@@ -182,6 +233,26 @@ def attend(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap or 0.0,
         backend=layer.backend,
+    )
+
+
+def _attend_dense(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
+) -> Tensor:
+    """Attention of one query over the dense keys [B, H, T, D]: a tail with nothing before it."""
+    batch, num_kv_heads, length, dim = key.shape
+    nothing = torch.zeros((batch, num_kv_heads), dtype=torch.int32)
+    return ops.ragged_attention(
+        query,
+        key.new_empty((0, dim)),
+        value.new_empty((0, value.shape[3])),
+        nothing,
+        nothing,
+        key,
+        value,
+        _tail_mask(mask, length, length),
+        scaling=dim**-0.5 if scaling is None else scaling,
+        backend=getattr(key, _BACKEND),
     )
 
 

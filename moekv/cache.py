@@ -73,7 +73,7 @@ def evict(cache: Cache, index: int, kept: Kept, *, backend: str) -> tuple[int, i
     layer = (
         RaggedLayer.compress(keys, values, kept, backend=backend)
         if kept.per_head is None
-        else GrowingLayer.compress(keys, values, kept)
+        else GrowingLayer.compress(keys, values, kept, backend=backend)
     )
     cache.layers[index] = layer
     return storage_bytes(keys, values), layer.nbytes

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from moekv.attention import NOT_DENSE, RaggedPairs, install
+from moekv.attention import NOT_DENSE, RaggedPairs, install, serve_steps
 from moekv.budget import Kept
 
 _LEAST_ROOM = 64  # tokens
@@ -64,21 +64,29 @@ class GrowingLayer(DynamicLayer):
 
     ``DynamicLayer`` copies the whole cache for every token. Here ``keys`` and ``values`` are views
     [B, H, T, D] of buffers with room behind them; whatever replaces or crops them works as before.
+    Decode steps on a CPU are served by ``ragged_attention``, see ``moekv.attention.serve_steps``.
 
     Parameters
     ----------
     keys, values : Tensor
         [B, H, T, D] and [B, H, T, Dv]. They are taken over, not copied.
+    backend : str
+        Which implementation of ``ragged_attention`` serves this layer; ``"torch"``: none, steps go
+        to the model's own attention.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, *, backend: str = "auto") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        install()
+        self.backend = backend
         self.lazy_initialization(keys, values)
         self.keys = self._key_buffer = keys
         self.values = self._value_buffer = values
 
     @classmethod
-    def compress(cls, keys: Tensor, values: Tensor, kept: Kept) -> "GrowingLayer":
+    def compress(
+        cls, keys: Tensor, values: Tensor, kept: Kept, *, backend: str = "auto"
+    ) -> "GrowingLayer":
         """Copy the chosen pairs of a dense layer, as many of every head.
 
         Parameters
@@ -87,6 +95,8 @@ class GrowingLayer(DynamicLayer):
             [B, H, T, D] and [B, H, T, Dv].
         kept : Kept
             With ``per_head``.
+        backend : str
+            Which implementation of ``ragged_attention`` to use.
 
         Returns
         -------
@@ -97,7 +107,11 @@ class GrowingLayer(DynamicLayer):
         batch, num_kv_heads, _ = kept.shape
         assert kept.per_head is not None
         shape = (batch, num_kv_heads, kept.per_head, -1)
-        return cls(gather_rows(keys, rows).view(shape), gather_rows(values, rows).view(shape))
+        return cls(
+            gather_rows(keys, rows).view(shape),
+            gather_rows(values, rows).view(shape),
+            backend=backend,
+        )
 
     @property
     def nbytes(self) -> int:
@@ -131,6 +145,7 @@ class GrowingLayer(DynamicLayer):
         )
         length += key_states.shape[2]
         self.keys, self.values = self._key_buffer[:, :, :length], self._value_buffer[:, :, :length]
+        serve_steps(self.keys, self.backend)
         return self.keys, self.values
 
     @staticmethod

@@ -103,11 +103,16 @@ inline void tile_values(const float (*weights)[kTileKeys], const T* values, int6
   }
 }
 
-// A tile of keys as the queries see it. For tail tiles, visible() decides; stored rows are all
-// seen.
+// A tile of the tail as the queries see it; stored rows are all seen.
 struct TailView {
   const RaggedAttentionParams* params;
   int64_t batch, kv_head, first;  // first: tail position of the tile's first key
+
+  // Whether every query sees the tile's `count` keys.
+  bool all_visible(int64_t count) const {
+    const RaggedAttentionParams& p = *params;
+    return !p.mask && first + count <= p.num_tail - p.num_queries + 1;
+  }
 
   bool visible(int64_t row_query, int64_t j) const {
     const RaggedAttentionParams& p = *params;
@@ -176,21 +181,22 @@ inline void attend_keys(const RaggedAttentionParams& p, const float* queries, in
     const int n = static_cast<int>(count - first < kTileKeys ? count - first : kTileKeys);
     const T* k = keys + first * key_stride;
     const T* v = values + first * value_stride;
+    const TailView* hidden = tail && !tail->all_visible(n) ? tail : nullptr;
     for (int64_t m = 0; m < num_rows; m += kQueryRows) {
       const float* q = queries + m * p.key_dim;
       float* partial = partials + m * stride;
       switch (num_rows - m) {
         case 1:
-          attend_tile<1>(p, q, m, k, key_stride, v, value_stride, n, tail, partial, stride);
+          attend_tile<1>(p, q, m, k, key_stride, v, value_stride, n, hidden, partial, stride);
           break;
         case 2:
-          attend_tile<2>(p, q, m, k, key_stride, v, value_stride, n, tail, partial, stride);
+          attend_tile<2>(p, q, m, k, key_stride, v, value_stride, n, hidden, partial, stride);
           break;
         case 3:
-          attend_tile<3>(p, q, m, k, key_stride, v, value_stride, n, tail, partial, stride);
+          attend_tile<3>(p, q, m, k, key_stride, v, value_stride, n, hidden, partial, stride);
           break;
         default:
-          attend_tile<4>(p, q, m, k, key_stride, v, value_stride, n, tail, partial, stride);
+          attend_tile<4>(p, q, m, k, key_stride, v, value_stride, n, hidden, partial, stride);
           break;
       }
     }
