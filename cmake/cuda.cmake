@@ -39,15 +39,19 @@ if(NOT MOEKV_CUDA_INCLUDE_DIR OR NOT MOEKV_CUDART)
   return()
 endif()
 
-list(GET MOEKV_CUDA_ARCHITECTURES 0 first_architecture)
 set(nvcc_flags
     -std=c++20 -O3 -DNDEBUG -DMOEKV_BACKEND=cuda --Werror=all-warnings
     -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror,-fno-strict-aliasing
-    -isystem ${MOEKV_CUDA_INCLUDE_DIR}
-    --generate-code=arch=compute_${first_architecture},code=compute_${first_architecture})
+    -isystem ${MOEKV_CUDA_INCLUDE_DIR})
+list(GET MOEKV_CUDA_ARCHITECTURES 0 first_architecture)
+list(GET MOEKV_CUDA_ARCHITECTURES -1 last_architecture)
 foreach(architecture ${MOEKV_CUDA_ARCHITECTURES})
-  list(APPEND nvcc_flags
-       --generate-code=arch=compute_${architecture},code=sm_${architecture})
+  set(code sm_${architecture})
+  # PTX of the last for GPUs that come after it, of the first for those between.
+  if(architecture STREQUAL first_architecture OR architecture STREQUAL last_architecture)
+    set(code [compute_${architecture},${code}])
+  endif()
+  list(APPEND nvcc_flags --generate-code=arch=compute_${architecture},code=${code})
 endforeach()
 
 set(cuda_objects)

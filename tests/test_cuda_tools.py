@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import cuda_resources  # noqa: E402
-from cuda_resources import ARCHITECTURES, Kernel  # noqa: E402
+from cuda_resources import ARCHITECTURES, PTX, Kernel  # noqa: E402
 
 
 def kernels() -> cuda_resources.Kernels:
@@ -27,7 +27,7 @@ def kernels() -> cuda_resources.Kernels:
 
 def test_good_kernels_pass_and_the_table_holds_them() -> None:
     page = cuda_resources.table(kernels())
-    assert cuda_resources.problems(kernels()) == []
+    assert cuda_resources.problems(kernels(), PTX) == []
     recorded = cuda_resources.recorded_registers(page)
     assert recorded == {name: [40] * len(ARCHITECTURES) for name in kernels()}
     assert cuda_resources.changes(kernels(), recorded) == []
@@ -38,6 +38,7 @@ def test_good_kernels_pass_and_the_table_holds_them() -> None:
     [
         ("mix_scores_kernel", "stack", 16, "expected no local memory, got 16 bytes"),
         ("mix_scores_kernel", "local", 3, "expected no local memory, got 0 bytes and 3 accesses"),
+        ("mix_scores_kernel", "generic", 2, "got 2 that do not"),
         ("kv_compact_kernel<uint4>", "wide_loads", 0, "expected loads of 16 bytes"),
         ("kv_compact_kernel<uint4>", "wide_stores", 0, "expected stores of 16 bytes"),
         ("attention_rows_kernel<__nv_bfloat16, 4>", "tensor_core", 0, "tensor core"),
@@ -46,15 +47,19 @@ def test_good_kernels_pass_and_the_table_holds_them() -> None:
 def test_bad_kernels_are_told(name: str, field: str, value: int, message: str) -> None:
     changed = kernels()
     setattr(changed[name]["100"], field, value)
-    (problem,) = cuda_resources.problems(changed)
+    (problem,) = cuda_resources.problems(changed, PTX)
     assert problem.startswith(f"{name} on sm_100: ") and message in problem
+
+
+def test_missing_ptx_is_told() -> None:
+    assert cuda_resources.problems(kernels(), {"80"}) == ["expected PTX of sm_120, got none"]
 
 
 def test_missing_architectures_and_kernels_are_told() -> None:
     changed = kernels()
     del changed["mix_scores_kernel"]["90"]
-    assert cuda_resources.problems(changed) == ["mix_scores_kernel: not compiled for sm_90"]
-    assert any("no kernel matches" in x for x in cuda_resources.problems({}))
+    assert cuda_resources.problems(changed, PTX) == ["mix_scores_kernel: not compiled for sm_90"]
+    assert any("no kernel matches" in x for x in cuda_resources.problems({}, PTX))
 
 
 def test_changes_against_the_record_are_told() -> None:

@@ -1,8 +1,8 @@
 """What the compiler made of the CUDA kernels, as a table in ``docs/cuda-resources.md``.
 
 Reads registers, stack and shared memory of every kernel and architecture from the built library,
-and from its machine code whether memory is accessed in 16 bytes, whether 16-bit scoring runs on
-tensor cores, and that nothing spills to local memory::
+and from its machine code whether memory is accessed in 16 bytes and as global memory, whether
+16-bit scoring runs on tensor cores, and that nothing spills to local memory::
 
     python tools/cuda_resources.py            # writes the table
     python tools/cuda_resources.py --check    # compares with it
@@ -28,6 +28,7 @@ LIBRARY = ROOT / "moekv" / "lib" / "libmoekv_cuda.so"
 TABLE = ROOT / "docs" / "cuda-resources.md"
 TOOLS = ROOT / ".cache" / "cuda-tools"
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+PTX = {"80", "120"}  # for GPUs between these, and for those that come after
 REGISTER_SLACK = 8  # more than recorded: another release of the compiler, not another kernel
 
 # Kernels whose loops must move 16 bytes at a time, and those that must use tensor cores. Not here:
@@ -51,6 +52,7 @@ class Kernel:
     wide_loads: int = 0
     wide_stores: int = 0
     tensor_core: int = 0
+    generic: int = 0
     local: int = 0
 
 
@@ -120,10 +122,12 @@ def collect(library: Path) -> Kernels:
         elif match := re.match(r"\s*/\*\w+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line):
             kernel, instruction = found[name, architecture], match[1]
             wide = bool(re.search(r"\.(128|256)\b", instruction))
-            kernel.wide_loads += wide and instruction.startswith(("LDG.", "LD.", "LDGSTS."))
-            kernel.wide_stores += wide and instruction.startswith(("STG.", "ST."))
-            kernel.tensor_core += instruction.startswith("HMMA.")
-            kernel.local += instruction.split(".")[0] in ("LDL", "STL")
+            base = instruction.split(".")[0]
+            kernel.wide_loads += wide and base in ("LDG", "LDGSTS")
+            kernel.wide_stores += wide and base == "STG"
+            kernel.tensor_core += base == "HMMA"
+            kernel.generic += base in ("LD", "ST", "ATOM")
+            kernel.local += base in ("LDL", "STL")
     short = short_names({mangled for mangled, _ in found})
     kernels: Kernels = defaultdict(dict)
     for (mangled, architecture), kernel in sorted(found.items()):
@@ -131,9 +135,14 @@ def collect(library: Path) -> Kernels:
     return dict(sorted(kernels.items()))
 
 
-def problems(kernels: Kernels) -> list[str]:
+def ptx_of(library: Path) -> set[str]:
+    """Return the architectures whose PTX the library holds."""
+    return set(re.findall(r"\.sm_(\w+)\.ptx", dump(library, "-lptx")))
+
+
+def problems(kernels: Kernels, ptx: set[str]) -> list[str]:
     """Return what is wrong, whatever the table says."""
-    wrong = []
+    wrong = [f"expected PTX of sm_{x}, got none" for x in sorted(PTX - ptx)]
     for name, versions in kernels.items():
         if missing := set(ARCHITECTURES) - set(versions):
             wrong.append(f"{name}: not compiled for sm_{', sm_'.join(sorted(missing))}")
@@ -143,6 +152,11 @@ def problems(kernels: Kernels) -> list[str]:
                 wrong.append(
                     f"{where}: expected no local memory, got {kernel.stack} bytes and "
                     f"{kernel.local} accesses"
+                )
+            if kernel.generic:
+                wrong.append(
+                    f"{where}: expected accesses to say that memory is global or shared, got "
+                    f"{kernel.generic} that do not"
                 )
             if WIDE.match(name) and not kernel.wide_loads:
                 wrong.append(f"{where}: expected loads of 16 bytes, got none")
@@ -168,7 +182,8 @@ machine code holds:
   shared memory) and to it;
 - HMMA: tensor core instructions on sm_90.
 
-No kernel uses local memory on any architecture: no stack, no spilled register.
+No kernel uses local memory on any architecture (no stack, no spilled register), and none leaves it
+to the hardware to find out whether an address is of global or of shared memory.
 
 """
 
@@ -219,7 +234,7 @@ def main() -> None:
     if not arguments.library.exists():
         sys.exit(f"expected {arguments.library}: build it with `make cuda-build`")
     kernels = collect(arguments.library)
-    wrong = problems(kernels)
+    wrong = problems(kernels, ptx_of(arguments.library))
     if arguments.check:
         wrong += changes(kernels, recorded_registers(TABLE.read_text()))
     if wrong:

@@ -38,11 +38,18 @@ __device__ __forceinline__ unsigned block_sum(unsigned value) {
   return total;
 }
 
+// One array for all reductions of a kernel.
+template <int kWarps>
+__device__ __forceinline__ float* reduction_array() {
+  MOEKV_SHARED(float, warp_values, kWarps);
+  return warp_values;
+}
+
 // In an order that does not depend on timing.
 template <int kThreads, typename Combine>
 __device__ __forceinline__ float block_reduce(float value, const Combine& combine) {
   constexpr int kWarps = kThreads / kWarpSize;
-  MOEKV_SHARED(float, warp_values, kWarps);
+  float* warp_values = reduction_array<kWarps>();
   for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
     value = combine(value, __shfl_xor_sync(kFullWarp, value, distance));
   }

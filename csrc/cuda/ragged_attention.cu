@@ -80,12 +80,12 @@ struct Cut {
   __device__ __forceinline__ Chunk find(const RaggedAttentionParams& params, unsigned chunk) const {
     MOEKV_SHARED(Chunk, found, 1);
     if (threadIdx.x == 0) found[0] = {num_heads, 0};
-    __syncthreads();
     unsigned first = 0;  // chunk of the heads at hand
     for (int base = 0; base < num_heads; base += kThreads) {
       const int head = base + static_cast<int>(threadIdx.x);
       const unsigned count = head < num_heads ? num_chunks(params, head) : 0;
       unsigned total;
+      // The scan's barriers stand between this and the write above.
       const unsigned begin = first + block_exclusive_scan<kThreads>(count, total);
       if (begin <= chunk && chunk < begin + count) {
         found[0] = {head, static_cast<int>(chunk - begin)};

@@ -182,11 +182,11 @@ __device__ __forceinline__ void pick_digit(Selection& selection, unsigned* histo
     bin = 0;
     sum += counts[i];
   }
-  unsigned total;
-  unsigned above = block_exclusive_scan<kThreads>(sum, total);
   const unsigned need = selection.need;
   const unsigned prefix = selection.key;
-  __syncthreads();  // all have read the selection
+  // Behind the scan's barriers all have read the selection.
+  unsigned total;
+  unsigned above = block_exclusive_scan<kThreads>(sum, total);
 #pragma unroll
   for (int i = 0; i < kBinsPerThread; ++i) {
     if (above < need && need <= above + counts[i]) {
@@ -381,8 +381,7 @@ __global__ void __launch_bounds__(kThreads) select_kept_write_kernel(Arguments a
     for (unsigned i = threadIdx.x; i < num_kept; i += kThreads) {
       params.indices[out + i] = staged[i];
     }
-    __syncthreads();
-    out += num_kept;
+    out += num_kept;  // the next tile stages its positions behind the barriers of its scans
     equal_before += num_equal;
   }
 }

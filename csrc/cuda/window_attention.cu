@@ -218,8 +218,8 @@ struct Held<float, kChunks> {
   template <typename Rows>
   __device__ __forceinline__ void load(const Rows& rows, int first, int dim, char* shared) {
     const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+    // They travel with the first tile that streams by.
     copy_tile<float>(shared, rows, first - 16 * warp, 16 * kWarps, dim);
-    copy_async_commit();
     tile_of_warp = shared + 16 * warp * tile_stride<float>(dim);
   }
 

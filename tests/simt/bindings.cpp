@@ -101,6 +101,7 @@ PYBIND11_MODULE(simt_kernels, m) {
       .def_property_readonly("address", &Memory::address)
       .def("write", &Memory::write)
       .def("read", &Memory::read);
+  m.def("seed", &simt::seed_bug);
   m.def("selftest", [](const std::string& name, uintptr_t data, uint64_t seed) {
     simt::set_schedule(seed);
     simt::selftest(name, reinterpret_cast<void*>(data));

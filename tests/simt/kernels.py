@@ -1,16 +1,18 @@
-"""Builds the simulated kernels, as a module for each flavour and each seeded bug.
+"""Builds the simulated kernels, as a module for each flavour, with or without seeded bugs.
 
 Objects are kept by a hash of everything that they are made of, so that only what has changed is
-compiled, and a seeded bug costs one file.
+compiled. All seeded bugs are in one module, each behind a switch.
 """
 
 import dataclasses
 import hashlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -62,21 +64,36 @@ COMMON_FLAGS = [
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """A bug to seed: replaces the ``nth`` occurrence of ``old`` in a file of csrc/cuda."""
+    """Replaces the ``nth`` occurrence of ``old`` in a file of csrc/cuda.
+
+    In ``new``, ``SEEDED`` is true while ``module.seed(n)`` has this edit switched on, the n-th of
+    those that the module was built with, from 1.
+    """
 
     file: str
     old: str
     new: str
     nth: int = 0
 
-    def apply(self, text: str) -> str:
-        parts = text.split(self.old)
-        if len(parts) < self.nth + 2:
+
+def apply(edits: Sequence[Edit], file: str, text: str) -> str:
+    """Return a file's text with its edits, which all tell their places in the original."""
+    spans = []
+    for number, edit in enumerate(edits, start=1):
+        if edit.file != file:
+            continue
+        places = [match.start() for match in re.finditer(re.escape(edit.old), text)]
+        if len(places) <= edit.nth:
             raise ValueError(
-                f"expected {self.nth + 1} of {self.old!r} in {self.file}, got {len(parts) - 1}"
+                f"expected {edit.nth + 1} of {edit.old!r} in {file}, got {len(places)}"
             )
-        before, after = parts[: self.nth + 1], parts[self.nth + 1 :]
-        return self.old.join(before) + self.new + self.old.join(after)
+        begin = places[edit.nth]
+        spans.append((begin, begin + len(edit.old), number, edit))
+    for begin, end, number, edit in sorted(spans, key=lambda span: span[:2], reverse=True):
+        if end > len(text) or text[begin:end] != edit.old:
+            raise ValueError(f"expected edits of {file} that do not overlap, got {edit}")
+        text = text[:begin] + edit.new.replace("SEEDED", f"::simt::seeded({number})") + text[end:]
+    return text
 
 
 def _run(command: list[str]) -> None:
@@ -106,7 +123,7 @@ def _object(source: Path, flags: list[str]) -> Path:
     return target
 
 
-def build(flavour: str = "watched", edits: tuple[Edit, ...] = ()) -> Path:
+def build(flavour: str = "watched", edits: Sequence[Edit] = ()) -> Path:
     """Build the module of ``flavour`` with ``edits`` and return its path."""
     CACHE.mkdir(parents=True, exist_ok=True)
     kernels = sorted(CUDA.glob("*.cu"))
@@ -119,13 +136,13 @@ def build(flavour: str = "watched", edits: tuple[Edit, ...] = ()) -> Path:
     if edits:
         # Edited copies of all that may be edited: headers are found beside the kernels.
         changed = {edit.file for edit in edits}
-        key = hashlib.sha256((repr(edits) + _headers(CUDA.parent, CUDA)).encode()).hexdigest()[:20]
+        key = hashlib.sha256(
+            (repr(list(edits)) + _headers(CUDA.parent, CUDA)).encode()
+        ).hexdigest()[:20]
         folder = CACHE / f"edited-{key}" / "csrc" / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
         for path in [*CUDA.iterdir(), *CUDA.parent.glob("*.h")]:
-            text = path.read_text()
-            for edit in edits:
-                text = edit.apply(text) if edit.file == path.name else text
+            text = apply(edits, path.name, path.read_text())
             target = folder / path.name if path.parent == CUDA else folder.parent / path.name
             if not target.exists() or target.read_text() != text:
                 target.write_text(text)

@@ -23,6 +23,7 @@ constexpr uint64_t kStepsWithoutProgress = 3'000'000;
 constexpr uint64_t kMaxSteps = 400'000'000;
 
 uint64_t schedule_seed = 0, launches_in_schedule = 0;
+int seeded_number = 0;
 
 // --- Fibers -------------------------------------------------------------------------------------
 
@@ -506,6 +507,9 @@ Index grid_size() {
   const dim3& size = machine.launch->grid;
   return {size.x, size.y, size.z};
 }
+
+bool seeded(int number) { return number == seeded_number; }
+void seed_bug(int number) { seeded_number = number; }
 
 void yield() {
   make_ready(*machine.block, *machine.thread);

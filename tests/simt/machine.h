@@ -168,5 +168,6 @@ void release(void* pointer);
 void mark_written(void* pointer, size_t bytes);
 
 void set_schedule(uint64_t seed);
+void seed_bug(int number);  // 0: none
 
 }  // namespace simt

@@ -46,6 +46,9 @@ struct Index {
 [[gnu::const]] Index block_size();
 [[gnu::const]] Index grid_size();
 
+// Whether a bug that a test has put into the kernels is switched on; see kernels.py.
+[[gnu::const]] bool seeded(int number);
+
 }  // namespace simt
 
 #define threadIdx (::simt::thread_index())
