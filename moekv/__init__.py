@@ -1,5 +1,6 @@
 """Mixture-of-experts compression of KV caches."""
 
+from moekv.decoding import DecodingConfig
 from moekv.experts import Expert, expert_names, register_expert
 from moekv.press import MoERouterPress
 from moekv.ragged_press import ragged
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptiveRouter",
     "BaseMoERouter",
+    "DecodingConfig",
     "EPLBRouter",
     "Expert",
     "HierarchicalRouter",

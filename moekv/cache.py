@@ -14,12 +14,14 @@ from moekv.budget import Kept
 from moekv.layers import GrowingLayer, RaggedLayer, storage_bytes
 
 
-def check_cache(cache: Any) -> None:
+def check_cache(cache: Any, *, grown: bool = False) -> None:
     """Raise unless pairs can be evicted from a cache.
 
     Parameters
     ----------
     cache : transformers.Cache
+    grown : bool
+        Whether its layers may have been compressed before.
 
     Raises
     ------
@@ -32,7 +34,8 @@ def check_cache(cache: Any) -> None:
         _refuse(f"an offloaded {type(cache).__name__}")
     kinds = {type(layer) for layer in cache.layers}
     kinds.add(cache.layer_class_to_replicate or DynamicLayer)
-    for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
+    served = {DynamicLayer, DynamicSlidingWindowLayer}
+    for kind in kinds - (served | {GrowingLayer, RaggedLayer} if grown else served):
         _refuse(f"{type(cache).__name__} with layers of type {kind.__name__}")
 
 

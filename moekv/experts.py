@@ -194,15 +194,16 @@ class PressExpert(Expert):
 
     def scores(self, view: LayerView) -> Tensor:
         """Call the press's ``score`` with what the hook got."""
-        scores: Tensor = self.press.score(
-            view.module,
-            view.hidden_states,
-            view.keys,
-            view.values,
-            view.attentions,
-            dict(view.kwargs),
+        keys, values = (
+            pairs.reshape(len(view.hidden_states), -1, *pairs.shape[2:])
+            for pairs in (view.keys, view.values)
         )
-        return scores
+        scores: Tensor = self.press.score(
+            view.module, view.hidden_states, keys, values, view.attentions, dict(view.kwargs)
+        )
+        if scores.shape != keys.shape[:3]:
+            return scores
+        return scores.reshape(view.keys.shape[:3])
 
 
 _REGISTRY: dict[str, Callable[[], Expert]] = {

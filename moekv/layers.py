@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from moekv import ops
 from moekv.attention import NOT_DENSE, RaggedPairs, install, serve_steps
 from moekv.budget import Kept
+from moekv.recent import RecentStates
 
 _LEAST_ROOM = 64  # tokens
 
@@ -25,11 +27,12 @@ def storage_bytes(*tensors: Tensor) -> int:
     return sum(storages.values())
 
 
-def _append(buffer: Tensor, length: int, states: Tensor) -> Tensor:
+def _append(buffer: Tensor, length: int, states: Tensor, most: int | None) -> Tensor:
     """Write new pairs behind the first ``length`` of a buffer, or of a larger one if need be.
 
     A full buffer grows by an eighth, so that a pair is copied a bounded number of times however
-    many tokens follow, and little memory waits in vain.
+    many tokens follow, and little memory waits in vain; where no more than ``most`` are expected,
+    there is room for no more.
     """
     batch, num_kv_heads, capacity, dim = buffer.shape
     if states.shape[:2] != (batch, num_kv_heads) or states.shape[3] != dim:
@@ -44,7 +47,9 @@ def _append(buffer: Tensor, length: int, states: Tensor) -> Tensor:
         )
     needed = length + states.shape[2]
     if needed > capacity:
-        grown = buffer.new_empty((batch, num_kv_heads, needed + max(needed // 8, _LEAST_ROOM), dim))
+        room = needed + max(needed // 8, _LEAST_ROOM)
+        room = room if most is None else max(needed, min(room, most))
+        grown = buffer.new_empty((batch, num_kv_heads, room, dim))
         grown[:, :, :length] = buffer[:, :, :length]
         buffer = grown
     # Detached: a cache that recorded gradients would hold every step of a generation.
@@ -73,6 +78,17 @@ class GrowingLayer(DynamicLayer):
     backend : str
         Which implementation of ``ragged_attention`` serves this layer; ``"torch"``: none, steps go
         to the model's own attention.
+
+    Attributes
+    ----------
+    evicted : int
+        Pairs that have left each head: by so much the true length exceeds the reported one.
+    most : int or None
+        Pairs of a head, if known, that will not be exceeded.
+    recent : RecentStates or None
+        Inputs of the attention layer, for compression during decoding.
+    counted : tuple
+        Whose statistics count how many of the pairs as kept, see ``moekv.decoding``.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, *, backend: str = "auto") -> None:
@@ -80,8 +96,12 @@ class GrowingLayer(DynamicLayer):
         install()
         self.backend = backend
         self.lazy_initialization(keys, values)
-        self.keys = self._key_buffer = keys
-        self.values = self._value_buffer = values
+        self.keys = self._key_buffer = keys.detach()
+        self.values = self._value_buffer = values.detach()
+        self.evicted = 0
+        self.most: int | None = None
+        self.recent: RecentStates | None = None
+        self.counted: tuple[object, int] = (None, 0)
 
     @classmethod
     def compress(
@@ -104,14 +124,51 @@ class GrowingLayer(DynamicLayer):
             With storage of its own, no larger than the kept pairs.
         """
         rows = kept.rows()
-        batch, num_kv_heads, _ = kept.shape
+        batch, num_kv_heads, length = kept.shape
         assert kept.per_head is not None
         shape = (batch, num_kv_heads, kept.per_head, -1)
-        return cls(
+        layer = cls(
             gather_rows(keys, rows).view(shape),
             gather_rows(values, rows).view(shape),
             backend=backend,
         )
+        layer.evicted = length - kept.per_head
+        return layer
+
+    def recompress(self, kept: Kept) -> None:
+        """Move the chosen pairs to the front, in place: the rest is room for new tokens.
+
+        Parameters
+        ----------
+        kept : Kept
+            With ``per_head``.
+        """
+        assert kept.per_head is not None and self.keys is not None and self.values is not None
+        batch, num_kv_heads, length = kept.shape
+        indices = kept.indices.view(batch, num_kv_heads, kept.per_head)
+        ops.kv_compact_(self.keys, self.values, indices, backend=self.backend)
+        self.keys = self.keys[:, :, : kept.per_head]
+        self.values = self.values[:, :, : kept.per_head]
+        self.evicted += length - kept.per_head
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Give batch row b the pairs of row ``beam_idx[b]``."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        if self.recent is not None:
+            self.recent.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every batch row."""
+        super().batch_repeat_interleave(repeats)
+        if self.recent is not None and self.keys is not None:
+            rows = torch.arange(len(self.keys) // repeats)
+            self.recent.select(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the batch rows that ``indices`` names."""
+        super().batch_select_indices(indices)
+        if self.recent is not None:
+            self.recent.select(indices)
 
     @property
     def nbytes(self) -> int:
@@ -139,9 +196,11 @@ class GrowingLayer(DynamicLayer):
             All keys and values.
         """
         length = self.get_seq_length()
-        self._key_buffer = _append(self._under(self.keys, self._key_buffer), length, key_states)
+        self._key_buffer = _append(
+            self._under(self.keys, self._key_buffer), length, key_states, self.most
+        )
         self._value_buffer = _append(
-            self._under(self.values, self._value_buffer), length, value_states
+            self._under(self.values, self._value_buffer), length, value_states, self.most
         )
         length += key_states.shape[2]
         self.keys, self.values = self._key_buffer[:, :, :length], self._value_buffer[:, :, :length]
@@ -169,6 +228,13 @@ class RaggedLayer(CacheLayerMixin):
         Positions that the stored pairs were kept from, padding included.
     backend : str
         Which implementation of ``ragged_attention`` serves this layer.
+
+    Attributes
+    ----------
+    most : int or None
+        Tokens of the tail, if known, that will not be exceeded.
+    recent, counted
+        As in :class:`GrowingLayer`.
     """
 
     is_sliding = False
@@ -192,6 +258,10 @@ class RaggedLayer(CacheLayerMixin):
         self.backend = backend
         self.is_initialized = True
         self.tail_length = 0
+        self.most: int | None = None
+        self.recent: RecentStates | None = None
+        self.counted: tuple[object, int] = (None, 0)
+        self._stored_pairs: list[int] | None = None
         self._tail_keys = keys.new_empty((*begin.shape, 0, keys.shape[1]))
         self._tail_values = values.new_empty((*begin.shape, 0, values.shape[1]))
 
@@ -225,6 +295,37 @@ class RaggedLayer(CacheLayerMixin):
             length=length,
             backend=backend,
         )
+
+    def recompress(self, kept: Kept) -> None:
+        """Leave only the chosen pairs, in new memory; the tail becomes part of what is stored.
+
+        Parameters
+        ----------
+        kept : Kept
+            Of the pairs as :meth:`to_dense` shows them.
+        """
+        batch, num_kv_heads, longest = kept.shape
+        head = torch.arange(batch * num_kv_heads, device=self.device).repeat_interleave(
+            kept.offsets.diff(), output_size=len(kept.indices)
+        )
+        stored = (self.end - self.begin).flatten().long()
+        place = kept.indices - (longest - stored - self.tail_length)[head]
+        row = torch.where(
+            place < stored[head],
+            self.begin.flatten()[head] + place,
+            len(self.stored_keys) + head * self.tail_length + place - stored[head],
+        )
+        keys, values = (
+            torch.cat([pairs, tail.flatten(0, 2)]).index_select(0, row)
+            for pairs, tail in (
+                (self.stored_keys, self.tail_keys),
+                (self.stored_values, self.tail_values),
+            )
+        )
+        self.context_length, self.tail_length = self.get_seq_length(), 0
+        self.stored_keys, self.stored_values, self._stored_pairs = keys, values, None
+        self.begin = kept.offsets[:-1].view(batch, num_kv_heads)
+        self.end = kept.offsets[1:].view(batch, num_kv_heads)
 
     # -- what transformers asks of a layer ---------------------------------------------------------
 
@@ -286,8 +387,8 @@ class RaggedLayer(CacheLayerMixin):
         tuple of RaggedPairs
             All keys and values, for attention.
         """
-        self._tail_keys = _append(self._tail_keys, self.tail_length, key_states)
-        self._tail_values = _append(self._tail_values, self.tail_length, value_states)
+        self._tail_keys = _append(self._tail_keys, self.tail_length, key_states, self.most)
+        self._tail_values = _append(self._tail_values, self.tail_length, value_states, self.most)
         self.tail_length += key_states.shape[2]
         return self.keys, self.values
 
@@ -336,6 +437,9 @@ class RaggedLayer(CacheLayerMixin):
         indices = indices.to(self.device)
         self.begin, self.end = self.begin[indices], self.end[indices]
         self._tail_keys, self._tail_values = self._tail_keys[indices], self._tail_values[indices]
+        self._stored_pairs = None
+        if self.recent is not None:
+            self.recent.select(indices)
 
     def reset(self) -> None:
         """Refuse: what was evicted cannot be emptied in place.
@@ -371,6 +475,13 @@ class RaggedLayer(CacheLayerMixin):
     def tail_values(self) -> Tensor:
         """[B, H, S, Dv], the values of the tokens since compression."""
         return self._tail_values[:, :, : self.tail_length]
+
+    @property
+    def stored_pairs(self) -> list[int]:
+        """Stored pairs of each batch row, all heads together. Waits for the device if new."""
+        if self._stored_pairs is None:
+            self._stored_pairs = (self.end - self.begin).sum(1).tolist()
+        return self._stored_pairs
 
     @property
     def nbytes(self) -> int:

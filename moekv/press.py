@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from moekv import decoding as growth
 from moekv import ops
 from moekv.budget import Kept, check_ratio, kept_pairs, protect, resolve_budget, select
 from moekv.cache import cached_pairs, check_cache, evict
+from moekv.decoding import DecodingConfig, Held, Regrown
 from moekv.experts import Expert, PressExpert, build_experts, expert_names
 from moekv.hooks import check_attention, find_layers, hook_arguments, is_pressed, is_sliding
 from moekv.layers import GrowingLayer, storage_bytes
@@ -63,6 +65,17 @@ class _Rated:
     index: int
     keys: weakref.ref[Tensor]
     rating: _Rating
+    states: Tensor | None  # [B, N, hidden], the last inputs, where compression will go on
+
+
+@dataclass
+class _Growth:
+    """A forward that adds tokens to a cache, after which pairs leave."""
+
+    padding: Sequence[int]  # of the rows, in positions of the mask
+    keep: list[int]  # pairs of a head that stay in each row, on average
+    ragged: bool  # whether layers are to report the true length
+    regrown: list[tuple[Regrown, _Rating]]
 
 
 @dataclass
@@ -75,9 +88,9 @@ class MoERouterPress(ScorerPress):
 
     Inside ``with press(model):`` each prefill is compressed once, when its last layer has run: an
     exception anywhere leaves the cache whole. Until then the full cache is held, so the peak is
-    that of a prefill without compression. Decoding steps compress nothing (inside
-    ``kvpress.DecodingPress`` they do). As a part of a kvpress wrapper the press acts on each layer
-    at once.
+    that of a prefill without compression. Decoding steps compress nothing unless `decoding` says
+    so (or ``kvpress.DecodingPress`` does). As a part of a kvpress wrapper the press acts on each
+    layer at once.
 
     Parameters
     ----------
@@ -120,13 +133,20 @@ class MoERouterPress(ScorerPress):
         Last real positions that stay in any case: too few queries have seen them to judge.
     window : int
         Last tokens whose queries are observed.
+    decoding : DecodingConfig, optional
+        Compress during decoding, too, so that a cache never exceeds its budget.
+    context_length : int, optional
+        Length of the prompts, padding included, that are fed in chunks, as
+        ``generate(prefill_chunk_size=...)`` does. Pairs leave after each chunk, as many as it
+        takes to hold no more than what stays of the whole prompt: the peak is that and a
+        chunk. All layers become ragged. None: a prefill is one forward.
 
     Raises
     ------
     ValueError
         An option is unknown or out of range.
     TypeError
-        An expert is none.
+        An expert is none, or `decoding` is no ``DecodingConfig``.
     RuntimeError
         The backend is not available.
 
@@ -158,6 +178,8 @@ class MoERouterPress(ScorerPress):
     sinks: int = 4
     recent: int = 16
     window: int = 64
+    decoding: DecodingConfig | None = None
+    context_length: int | None = None
 
     def __post_init__(self) -> None:
         """Check every option before a model is at hand."""
@@ -177,6 +199,15 @@ class MoERouterPress(ScorerPress):
         _check_count("sinks", self.sinks, 0)
         _check_count("recent", self.recent, 0)
         _check_count("window", self.window, 1)
+        if self.decoding is not None and not isinstance(self.decoding, DecodingConfig):
+            raise TypeError(f"expected decoding a moekv.DecodingConfig, got {self.decoding!r}")
+        if self.context_length is not None:
+            _check_count("context_length", self.context_length, 1)
+        if self.policy == "dominant" and self._goes_on:
+            raise ValueError(
+                "expected policy 'mixture' where compression goes on during decoding or between "
+                "chunks, got 'dominant', which has no budget to come back to"
+            )
         self._experts: list[Expert] | None = None
         if self.experts is not None:
             self._experts = build_experts(self.experts)
@@ -203,7 +234,8 @@ class MoERouterPress(ScorerPress):
         self._view = ViewBuilder()
         self._hooked: list[nn.Module] = []
         self._rated: list[_Rated] = []
-        self._num_forwards = self._num_commits = 0
+        self._growth: _Growth | None = None
+        self._num_cached = self._num_forwards = self._num_commits = self._num_grown = 0
 
     # --- Rating -----------------------------------------------------------------------------------
 
@@ -278,6 +310,12 @@ class MoERouterPress(ScorerPress):
                 f"expected budget 'uniform' inside a kvpress wrapper, whose layers are dense, got "
                 f"{self.budget!r}; use the press in a block of its own"
             )
+        if self._goes_on:
+            raise ValueError(
+                "expected neither decoding nor context_length inside a kvpress wrapper, which "
+                "decides itself when to compress: use the press in a block of its own, or "
+                "kvpress.DecodingPress without them"
+            )
         rating = self._rate(module, hidden_states, keys, values, attentions, kwargs)
         if rating.start is not None and self._evicts:
             num_keys = keys.shape[2]
@@ -304,8 +342,6 @@ class MoERouterPress(ScorerPress):
         kwargs: dict[str, Any],
     ) -> _Rating:
         with torch.no_grad():
-            experts = self._experts_for(module)
-            kinds = {ScoreKind.MASS}.union(*(expert.kinds for expert in experts))
             view = self._view(
                 module,
                 hidden_states,
@@ -314,27 +350,39 @@ class MoERouterPress(ScorerPress):
                 attentions,
                 kwargs,
                 window=self.window,
-                kinds=sorted(kinds),
+                kinds=self._kinds(module),
                 backend=self.backend,
             )
-            layer = self._layer(module, hidden_states, experts)
+            return self._rate_view(view)
+
+    def _kinds(self, module: nn.Module) -> list[ScoreKind]:
+        experts = self._experts_for(module)
+        return sorted({ScoreKind.MASS}.union(*(expert.kinds for expert in experts)))
+
+    def _rate_view(self, view: LayerView, alone: Sequence[int] | None = None) -> _Rating:
+        """Rate a view, in each row of which an expert alone would keep so many pairs."""
+        with torch.no_grad():
+            experts = self._experts_for(view.module)
+            layer = self._layer(view.module, view.hidden_states, experts)
             routed = layer.router(view.hidden_states, view.token_mask)
             scores = stack_scores(experts, view)
             ruling = None
             if self.policy == "dominant":
                 ruling = routed.probs.sum((0, 1)).argmax()
                 decisive = scores.index_select(0, ruling[None])[0]
-                one_hot = torch.arange(len(experts), device=keys.device) == ruling
+                one_hot = torch.arange(len(experts), device=scores.device) == ruling
                 shares = (view.real[..., None] & one_hot).float()
             else:
                 decisive, shares = self._mix(experts, scores, routed, view)
             seen = Observation(
-                num_tokens=sum(min(n, view.hidden_states.shape[1]) for n in view.lengths),
+                num_tokens=sum(
+                    min(n, view.hidden_states.shape[1]) for n in view.lengths[:: view.folded]
+                ),
                 load=routed.load,
                 entropy=torch.special.entr(routed.probs).sum(),
                 aux_loss=routed.aux_loss,
                 shares=shares,
-                hit_rates=self._hit_rates(experts, scores, view),
+                hit_rates=self._hit_rates(experts, scores, view, alone),
             )
         return _Rating(
             layer, decisive, ruling, view.start, view.lengths, view.begins, view.ends, seen
@@ -350,7 +398,7 @@ class MoERouterPress(ScorerPress):
         shares.scatter_(-1, chosen.long(), weights)
         if not view.aligned:
             # Not every pair's token is known: all are mixed as the known ones are on average.
-            total = shares.sum(1, keepdim=True)
+            total = shares.sum(1, keepdim=True).repeat_interleave(view.folded, 0)
             shares = total / total.sum(-1, keepdim=True).clamp(min=1e-20)
             shares = shares * view.real[..., None]
             weights = shares.contiguous()
@@ -360,12 +408,18 @@ class MoERouterPress(ScorerPress):
         mixed = ops.mix_scores(scores, weights, chosen, gain, offset, backend=self.backend)
         return mixed, shares
 
-    def _hit_rates(self, experts: Sequence[Expert], scores: Tensor, view: LayerView) -> Tensor:
+    def _hit_rates(
+        self,
+        experts: Sequence[Expert],
+        scores: Tensor,
+        view: LayerView,
+        alone: Sequence[int] | None,
+    ) -> Tensor:
         """Share [E] of the observed attention on what each expert alone would keep."""
         mass = view.scores_of(ScoreKind.MASS)
         batch, num_heads, _ = mass.shape
         sinks, recent = self._protected(view)
-        totals = [self._alone(expert, view.lengths) for expert in experts]
+        totals = [alone or self._alone(expert, view.lengths) for expert in experts]
         (kept,) = select(  # all experts at once, as further rows of the batch
             [scores.flatten(0, 1)],
             None if view.start is None else view.start.repeat(len(experts)),
@@ -395,7 +449,23 @@ class MoERouterPress(ScorerPress):
 
     @property
     def _evicts(self) -> bool:
-        return self.compression_ratio > 0 or self.policy == "dominant"
+        return self.compression_ratio > 0 or self.policy == "dominant" or self.decoding is not None
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether a cache may be compressed more than once."""
+        return self.decoding is not None or self.context_length is not None
+
+    def _keep(self, lengths: Sequence[int], ahead: int = 0) -> list[int]:
+        """Pairs of a head in each row that stay of a prompt, of which some tokens are ahead."""
+        keep = [kept_pairs(n + ahead, self.compression_ratio) for n in lengths]
+        if self.decoding is not None:
+            keep = [min(n, self.decoding.target) for n in keep]
+        return [min(k, max(n, 1)) for k, n in zip(keep, lengths, strict=True)]
+
+    def _ahead(self, num_tokens: int) -> int:
+        """Tokens that a prompt has behind the first ones."""
+        return 0 if self.context_length is None else self.context_length - num_tokens
 
     def _choose(self, ratings: Sequence[_Rating]) -> list[Kept | None]:
         """Say what each layer keeps; None where everything stays.
@@ -407,11 +477,21 @@ class MoERouterPress(ScorerPress):
         first = ratings[0]
         num_keys = first.scores.shape[2]
         if self.policy == "mixture":
-            totals = [kept_pairs(n, self.compression_ratio) for n in first.lengths]
+            ahead = self._ahead(num_keys)
+            totals = self._keep(first.lengths, ahead)
             if first.start is None and totals[0] == num_keys:
                 return [None] * len(ratings)
-            scores = [r.scores for r in ratings]
-            return list(self._select(scores, first, totals, budget=self._budget))
+            chosen = self._select([r.scores for r in ratings], first, totals, budget=self._budget)
+            if first.start is not None and not all(first.lengths):
+                # Rows that are all padding, so far.
+                real = torch.arange(num_keys, device=first.start.device) >= first.start[:, None]
+                chosen = [
+                    Kept.from_mask(kept.mask() & real.to(kept.indices.device)[:, None])
+                    for kept in chosen
+                ]
+            if ahead:
+                chosen = [replace(kept, per_head=None) for kept in chosen]
+            return list(chosen)
         assert self._experts is not None
         ruling = [r.ruling for r in ratings if r.ruling is not None]
         rulers = torch.stack([r.to(ruling[0].device) for r in ruling]).tolist()
@@ -442,10 +522,13 @@ class MoERouterPress(ScorerPress):
             backend=self.backend,
         )
 
+    def _observe(self, rating: _Rating) -> None:
+        rating.layer.stats.observe(rating.seen)
+        rating.layer.router.update_history(rating.seen.hit_rates)
+
     def _record(self, rating: _Rating, kept: Kept | None, before: int, after: int) -> None:
         layer, seen = rating.layer, rating.seen
-        layer.stats.observe(seen)
-        layer.router.update_history(seen.hit_rates)
+        self._observe(rating)
         batch, num_heads, num_keys = rating.scores.shape
         pairs = num_heads * sum(rating.lengths)
         if kept is None:
@@ -473,12 +556,130 @@ class MoERouterPress(ScorerPress):
                 before = after = storage_bytes(*cached_pairs(r.cache.layers[r.index]))
                 if chosen is not None:
                     before, after = evict(r.cache, r.index, chosen, backend=self.backend)
+                if r.states is not None:
+                    self._go_on(r)
                 self._record(r.rating, chosen, before, after)
         except BaseException:
             # Out of memory, say. Half a compressed cache is of no use: begin again with none.
             for r in rated:
                 r.cache.layers[r.index] = DynamicLayer()  # type: ignore[no-untyped-call]
             raise
+
+    def _go_on(self, rated: _Rated) -> None:
+        """Make a layer ready for later compressions."""
+        layer = growth.growing(rated.cache, rated.index, backend=self.backend)
+        assert rated.states is not None
+        growth.remember(layer, rated.states, self.window)
+        self._expect(layer)
+        lengths = rated.rating.lengths
+        kept = growth.count_pairs(layer, 0, [rated.rating.scores.shape[2] - n for n in lengths])
+        layer.counted = (self._pairs, sum(kept))
+
+    def _expect(self, layer: growth.Grown) -> None:
+        """Tell a layer how far it will grow, where that is known."""
+        if self.decoding is not None:
+            dense = isinstance(layer, GrowingLayer)
+            layer.most = self.decoding.interval + (self.decoding.target if dense else 0)
+
+    def _last_states(self, hidden_states: Tensor, rating: _Rating) -> Tensor | None:
+        """Copy the inputs of the last tokens that no head will lack after a prefill."""
+        if not self._goes_on:
+            return None
+        run = growth.run_without_gaps(
+            self._keep(rating.lengths, self._ahead(hidden_states.shape[1])),
+            rating.lengths,
+            sinks=self.sinks,
+            recent=self.recent,
+            window=self.window,
+        )
+        return hidden_states[:, hidden_states.shape[1] - run :].clone()
+
+    def _plan(self, cache: Cache, fed: int, mask: Any) -> _Growth | None:
+        """Say what is to stay of a cache whose first layer has got new tokens; None: all."""
+        indices: list[Any] = [module.layer_idx for module in self._hooked]
+        layers = [growth.growing(cache, index, backend=self.backend) for index in indices]
+        keys, _ = cached_pairs(layers[0])
+        batch, num_heads = keys.shape[:2]
+        seen = layers[0].get_seq_length()
+        in_prompt = (
+            self.context_length is not None
+            and seen <= self.context_length
+            and not getattr(layers[0], "evicted", 0)
+        )
+        padding: Sequence[int] = (0,) * batch
+
+        def too_many(limit: Sequence[int]) -> bool:
+            counts = [
+                growth.count_pairs(layer, 0 if layer is layers[0] else fed, padding)
+                for layer in layers
+            ]
+            return growth.exceeds(counts, num_heads, limit, over_model=self._budget == "model")
+
+        if in_prompt:
+            padding = self._view.row_starts(mask, batch)
+            lengths = [seen - p for p in padding]
+            keep = limit = self._keep(lengths, self._ahead(seen))
+        elif self.decoding is not None:
+            keep = [self.decoding.target] * batch
+            limit = [self.decoding.target + self.decoding.interval - 1] * batch
+            if too_many(limit):
+                padding = self._view.row_starts(mask, batch)
+        else:
+            return None
+        if not too_many(limit):
+            return None
+        ragged = in_prompt or any(padding) or self._budget != "uniform"
+        if ragged:
+            check_attention(self._hooked[0], "heads or layers of different lengths")
+        return _Growth(padding, keep, ragged, [])
+
+    def _shrink(self, cache: Cache, growth_: _Growth) -> None:
+        """Let pairs leave the rated layers of a cache that has grown."""
+        regrown = [each for each, _ in growth_.regrown]
+        kept = growth.choose(
+            regrown,
+            growth_.keep,
+            budget=self._budget,
+            sinks=self.sinks,
+            recent=self.recent,
+            backend=self.backend,
+        )
+        if growth_.ragged:
+            kept = [replace(chosen, per_head=None) for chosen in kept]
+        for (each, rating), chosen in zip(growth_.regrown, kept, strict=True):
+            layer = growth.recompress(cache, each, chosen, backend=self.backend)
+            held = [sum(row) for row in each.lengths]
+            heads = each.scores.shape[1]
+            if layer.recent is not None:
+                run = growth.run_without_gaps(
+                    growth_.keep,
+                    [n // heads for n in held],
+                    sinks=self.sinks,
+                    recent=self.recent,
+                    window=self.window,
+                )
+                layer.recent.keep(run, layer.get_seq_length())
+            self._expect(layer)
+            self._record_growth(layer, rating, chosen, sum(held))
+
+    def _record_growth(
+        self, layer: growth.Grown, rating: _Rating, kept: Kept, num_held: int
+    ) -> None:
+        """Count the pairs that have come since those of the layer were counted, and what stays."""
+        self._observe(rating)
+        share = kept.mask().float()
+        shares = rating.seen.shares
+        share = share.mean(1) if len(share) == len(shares) else share.flatten(0, 1)
+        rating.layer.stats.evict(shares, share)
+        owner, counted = layer.counted
+        counted = counted if owner is self._pairs else 0
+        num_kept = len(kept.indices)
+        keys, values = cached_pairs(layer)
+        pair = (keys.shape[-1] + values.shape[-1]) * keys.dtype.itemsize
+        for numbers, unit in ((self._pairs, 1), (self._bytes, pair)):
+            numbers[0] += (num_held - counted) * unit
+            numbers[1] += (num_kept - counted) * unit
+        layer.counted = (self._pairs, num_kept)
 
     # --- Hooks ------------------------------------------------------------------------------------
 
@@ -520,8 +721,8 @@ class MoERouterPress(ScorerPress):
         handles = []
         rotary: Any = getattr(decoder, "rotary_emb", None)
         bare = [layer for layer in layers if not hasattr(layer, "rotary_emb")]
-        self._hooked, self._rated = hooked, []
-        self._num_forwards = self._num_commits = 0
+        self._hooked, self._rated, self._growth = hooked, [], None
+        self._num_cached = self._num_forwards = self._num_commits = self._num_grown = 0
         _busy.add(decoder)
         try:
             for layer in bare:  # where kvpress's scorers look for it
@@ -534,7 +735,8 @@ class MoERouterPress(ScorerPress):
                 for layer in hooked
             ]
             yield
-            if self._num_forwards and not self._num_commits and self._evicts:
+            acted = self._num_commits or self._num_grown
+            if self._num_forwards and not acted and self._evicts:
                 raise RuntimeError(
                     f"MoERouterPress compressed nothing in {self._num_forwards} forward(s): no "
                     "prefill ended inside the block. Either the prompt was fed outside of it, or "
@@ -547,7 +749,7 @@ class MoERouterPress(ScorerPress):
             for layer in bare:
                 layer._modules.pop("rotary_emb", None)
             _busy.discard(decoder)
-            self._hooked, self._rated = [], []
+            self._hooked, self._rated, self._growth = [], [], None
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
         """Get ready for a model: kvpress calls this when a block begins.
@@ -618,27 +820,67 @@ class MoERouterPress(ScorerPress):
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         cache, mask = given.get("past_key_values"), given.get("attention_mask")
-        num_cached = cache.get_seq_length() if isinstance(cache, Cache) else 0
-        if cache is not None and not num_cached:
+        num_tokens = 0 if tokens is None else tokens.shape[1]
+        self._num_cached = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+        if cache is not None and self._num_cached:
+            self._check_growth(cache, num_tokens, given.get("cache_position"))
+            return
+        if cache is not None:
             check_cache(cache)
-        if num_cached and tokens is not None and tokens.shape[1] > 1:
+        what = "rows with padding"
+        if self.context_length is not None:
+            if num_tokens > self.context_length:
+                raise RuntimeError(
+                    f"expected a prompt of context_length = {self.context_length} tokens, got "
+                    f"{num_tokens}"
+                )
+            what = "chunks of a prompt"
+        in_chunks = self.context_length is not None and num_tokens < self.context_length
+        padded = isinstance(mask, Tensor) and any(read_starts(mask))
+        if self._evicts and (in_chunks or padded):
+            check_attention(self._hooked[0], what)
+
+    def _check_growth(self, cache: Cache, num_tokens: int, cache_position: Any) -> None:
+        """Refuse tokens for a cache that holds some, unless masks and budgets can be right."""
+        if self._goes_on:
+            check_cache(cache, grown=True)
+        if num_tokens <= 1:
+            return
+        num_cached = self._num_cached
+        layer = cache.layers[self._hooked[0].layer_idx]  # type: ignore[index]
+        evicted = getattr(layer, "evicted", 0)
+        if self.context_length is not None and not evicted and num_cached < self.context_length:
+            if num_cached + num_tokens > self.context_length:
+                raise RuntimeError(
+                    f"expected a prompt of context_length = {self.context_length} tokens, got "
+                    f"{num_tokens} more for the {num_cached} that the cache has"
+                )
+            return
+        if self.decoding is None:
             raise RuntimeError(
-                f"expected a prefill in one forward, got {tokens.shape[1]} tokens for a cache that "
+                f"expected a prefill in one forward, got {num_tokens} tokens for a cache that "
                 f"holds {num_cached}: leave the `with` block before feeding more than one "
-                "token at a time, and feed the whole prompt at once"
+                "token at a time, and feed the whole prompt at once, or give its length "
+                "as context_length"
             )
-        if not num_cached and self._evicts and isinstance(mask, Tensor) and any(read_starts(mask)):
-            check_attention(self._hooked[0], "rows with padding")
+        first = num_cached if cache_position is None else int(cache_position[0])
+        if evicted and first != num_cached:
+            raise RuntimeError(
+                f"expected one token at a time for a cache of {num_cached} pairs at position "
+                f"{first}, got {num_tokens}: their masks would be wrong, as dense layers do not "
+                'know what was evicted; budget="head" or "model" does'
+            )
 
     def _after_attention(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
     ) -> None:
         """Rate a layer after its prefill, and commit after the last."""
         hidden_states, cache = hook_arguments(kwargs, "hidden_states", "past_key_values")
-        cache_layer = cache.layers[module.layer_idx]
-        keys, values = cached_pairs(cache_layer)
-        if keys.shape[2] != hidden_states.shape[1]:
-            return  # decoding
+        if self._num_cached:
+            if self._goes_on:
+                self._after_growth(module, kwargs, hidden_states, cache, _attentions(output))
+            return
+        keys, values = cached_pairs(cache.layers[module.layer_idx])
         check_cache(cache)
         if module is self._hooked[0]:
             check_ratio(self.compression_ratio)
@@ -652,13 +894,52 @@ class MoERouterPress(ScorerPress):
         attentions = _attentions(output)
         rating = self._rate(module, hidden_states, keys, values, attentions, kwargs)
         index: int = module.layer_idx  # type: ignore[assignment]
-        self._rated.append(_Rated(cache, index, weakref.ref(keys), rating))
+        states = self._last_states(hidden_states, rating)
+        self._rated.append(_Rated(cache, index, weakref.ref(keys), rating, states))
         if module is self._hooked[-1]:
             rated, self._rated = self._rated, []
             del keys, values  # the commit frees them layer by layer
             with torch.no_grad():
                 self._commit(rated)
             self._num_commits += 1
+
+    def _after_growth(
+        self,
+        module: nn.Module,
+        kwargs: dict[str, Any],
+        hidden_states: Tensor,
+        cache: Cache,
+        attentions: Tensor | None,
+    ) -> None:
+        """Rate a layer that has got new tokens, and let pairs leave after the last layer."""
+        index: int = module.layer_idx  # type: ignore[assignment]
+        layer = growth.growing(cache, index, backend=self.backend)
+        growth.remember(layer, hidden_states, self.window)
+        if module is self._hooked[0]:
+            check_ratio(self.compression_ratio)
+            self._num_grown += 1
+            self._growth = self._plan(cache, hidden_states.shape[1], kwargs.get("attention_mask"))
+        plan = self._growth
+        if plan is None:
+            return
+        with torch.no_grad():
+            held = Held.of(layer, plan.padding)
+            assert layer.recent is not None
+            view = held.view(
+                module,
+                layer.recent.states(self.window),
+                attentions,
+                kwargs,
+                kinds=self._kinds(module),
+                backend=self.backend,
+            )
+            rating = self._rate_view(view, held.alone(plan.keep))
+            scores = rating.scores.view(held.shape)
+            plan.regrown.append((Regrown(index, layer, scores, held.start, held.lengths), rating))
+            if module is self._hooked[-1]:
+                self._growth = None
+                del held, view
+                self._shrink(cache, plan)
 
     # --- Memory of layers -------------------------------------------------------------------------
 

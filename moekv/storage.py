@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from moekv.fingerprint import fingerprint
-from moekv.layers import RaggedLayer
+from moekv.layers import GrowingLayer, RaggedLayer
 
 _FORMAT = "moekv-cache-1"
 _RAGGED = ("stored_keys", "stored_values", "begin", "end", "tail_keys", "tail_values")
@@ -124,14 +124,23 @@ def _take_apart(layer: CacheLayerMixin, index: int) -> tuple[dict[str, Tensor], 
         parts = {name: getattr(layer, name) for name in _RAGGED}
         parts["end"] = parts["end"].clone()  # a file may not hold one memory under two names
         return parts, {"context_length": layer.context_length, "backend": layer.backend}
-    if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
-        return {"keys": layer.keys, "values": layer.values}, {}
+    if type(layer) in (DynamicLayer, GrowingLayer):
+        keys, values = layer.keys, layer.values
+        if keys is not None and values is not None:
+            parts = {"keys": keys, "values": values}
+            if isinstance(layer, GrowingLayer):
+                return parts, {"evicted": layer.evicted, "backend": layer.backend}
+            return parts, {}
     raise TypeError(
         f"expected compressed or dense dynamic layers, layer {index} is a {type(layer).__name__}"
     )
 
 
 def _put_together(parts: dict[str, Tensor], description: dict[str, Any]) -> CacheLayerMixin:
+    if "keys" in parts and description.get("evicted") is not None:
+        growing = GrowingLayer(parts["keys"], parts["values"], backend=description["backend"])
+        growing.evicted = description["evicted"]
+        return growing
     if "keys" in parts:
         dense = DynamicLayer()  # type: ignore[no-untyped-call]
         dense.update(parts["keys"], parts["values"])

@@ -27,6 +27,9 @@ class LayerView:
     Shapes: B batch, H KV heads, Hq query heads, T cached pairs, N tokens whose hidden states are
     known, W window queries, D head dim.
 
+    Where heads keep different numbers of pairs (see ``moekv.decoding``), each KV head is a row of
+    its own: B is batch times KV heads and H is 1 in all but `hidden_states`.
+
     Attributes
     ----------
     module : nn.Module
@@ -70,9 +73,21 @@ class LayerView:
     _scores: Tensor | None = field(default=None, repr=False)
 
     @property
+    def folded(self) -> int:
+        """KV heads that are rows of their own: all, or 1 where rows are those of the batch."""
+        return self.keys.shape[0] // self.hidden_states.shape[0]
+
+    @property
+    def heads(self) -> Tensor:
+        """Which of the layer's KV heads each row and column holds: [B, H], int64."""
+        batch, num_heads = self.keys.shape[:2]
+        heads = torch.arange(num_heads * self.folded, device=self.keys.device)
+        return heads.repeat(batch // self.folded).view(batch, num_heads)
+
+    @property
     def aligned(self) -> bool:
         """Whether every cached pair has its hidden state (N = T)."""
-        return self.hidden_states.shape[1] == self.keys.shape[2]
+        return self.hidden_states.shape[1] == self.keys.shape[2] and self.folded == 1
 
     @property
     def real(self) -> Tensor:
@@ -90,7 +105,9 @@ class LayerView:
     @property
     def token_mask(self) -> Tensor | None:
         """True at the real ones of the N tokens: [B, N], bool; None where all are real."""
-        return None if self.start is None else self.real[:, -self.hidden_states.shape[1] :]
+        if self.start is None:
+            return None
+        return self.real[:: self.folded, -self.hidden_states.shape[1] :].contiguous()
 
     def scores_of(self, kind: ScoreKind) -> Tensor:
         """Scores of one kind; all kinds are computed together, at the first call.
@@ -186,7 +203,7 @@ class ViewBuilder:
         first = 0 if whole or offset is None else offset
         starts = [
             min(max(start - first, 0), num_keys)
-            for start in self._row_starts(kwargs.get("attention_mask"), len(keys))
+            for start in self.row_starts(kwargs.get("attention_mask"), len(keys))
         ]
         queries = get_prerope_query_states(module, hidden_states[:, -window:])
         num_queries = queries.shape[2]
@@ -214,7 +231,7 @@ class ViewBuilder:
             backend=backend,
         )
 
-    def _row_starts(self, mask: Any, batch: int) -> tuple[int, ...]:
+    def row_starts(self, mask: Any, batch: int) -> tuple[int, ...]:
         """Count each row's padding. The layers of a forward share their mask: one read for all."""
         if mask is None:
             return (0,) * batch
@@ -275,6 +292,26 @@ def _offset_in(part: Tensor, fed: Tensor) -> int | None:
     offset, rest = divmod(int(part.storage_offset() - fed.storage_offset()), fed.stride(1))
     inside = rest == 0 and 0 <= offset <= fed.shape[1] - part.shape[1]
     return offset if inside else None
+
+
+def recent_queries(module: nn.Module, hidden_states: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    """Form the queries of the last tokens, rotated at their true positions.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The attention layer.
+    hidden_states : Tensor [B, N, hidden]
+        Its inputs, of the last N tokens that were fed, one after another.
+    kwargs : mapping
+        Of the layer's last forward, whose positions end with the last token's.
+
+    Returns
+    -------
+    Tensor [B, Hq, N, D]
+    """
+    cos, sin = _last_rotations(module, hidden_states, kwargs, hidden_states.shape[1])
+    return _rotate(get_prerope_query_states(module, hidden_states), cos, sin)
 
 
 def _last_rotations(

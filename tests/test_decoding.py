@@ -1,0 +1,345 @@
+"""Caches that are compressed as they grow, against masks on a full cache."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from kvpress import ExpectedAttentionPress, KeyDiffPress, KnormPress
+from masked_reference import Lockstep
+from tiny_models import prefill, tiny_model, tokens
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from moekv import DecodingConfig, Expert, LayerView, MoERouterPress, load_cache, save_cache
+from moekv.attention import install
+from moekv.layers import GrowingLayer, RaggedLayer
+from moekv.ops import ScoreKind
+
+BUDGETS = ["uniform", "head", "model"]
+EXPERTS = ["conservative", "selective", "semantic", "temporal"]
+
+
+class Uneven(Expert):
+    """Scores by the key, on one scale, so that heads and layers differ in what they keep."""
+
+    name = "uneven"
+    comparable = True
+
+    def scores(self, view: LayerView) -> torch.Tensor:
+        return view.keys.float().norm(dim=-1) + 2.0 * view.heads[..., None]
+
+
+def make_press(ratio: float = 0.0, **options: Any) -> MoERouterPress:
+    options = {"experts": [Uneven()], "top_k": 1, "sinks": 2, "recent": 4, "window": 7} | options
+    return MoERouterPress(ratio, **options)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("padding", [(0,), (0, 0), (0, 9, 22)], ids=["one", "two", "padded"])
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_a_growing_cache_never_exceeds_its_budget(
+    budget: str, padding: tuple[int, ...], ratio: float
+) -> None:
+    target, interval = 20, 6
+    press = make_press(ratio, budget=budget, decoding=DecodingConfig(target, interval))
+    both = Lockstep(padding=padding)
+    batch, length = len(padding), 30
+    compressions = 0
+    with press(both.model):
+        both.feed(tokens(batch, length))
+        prompt = [min(target, max(1, int((length - p) * (1 - ratio)))) for p in padding]
+        expected = torch.tensor(prompt)
+        assert_average(both.pairs(), expected, budget)
+        for step in range(40):
+            both.feed(tokens(batch, 1, seed=step))
+            expected = expected + 1
+            if expected.max() >= target + interval:
+                compressions += 1
+                expected = expected.clamp(max=target)
+            assert_average(both.pairs(), expected, budget)
+    assert compressions >= 5
+    if budget != "uniform":
+        pairs = both.pairs()
+        assert len(set(pairs[:, 0].flatten().tolist())) > 1
+
+
+def assert_average(pairs: torch.Tensor, expected: torch.Tensor, budget: str) -> None:
+    """Pairs [L, B, H] of each head; exact over the heads that share a budget."""
+    layers, _, heads = pairs.shape
+    if budget == "uniform":
+        assert (pairs == expected[:, None]).all()
+    elif budget == "head":
+        assert (pairs.sum(2) == heads * expected).all()
+    else:
+        assert (pairs.sum((0, 2)) == layers * heads * expected).all()
+
+
+@pytest.mark.parametrize("name", ["llama_mha", "mistral", "qwen2", "qwen3", "phi3"])
+@pytest.mark.parametrize("budget", ["uniform", "model"])
+def test_every_attention(name: str, budget: str) -> None:
+    press = make_press(0.5, budget=budget, experts=EXPERTS, decoding=DecodingConfig(16, 5))
+    both = Lockstep(name, padding=(0, 4))
+    with press(both.model):
+        both.feed(tokens(2, 24))
+        for step in range(15):
+            both.feed(tokens(2, 1, seed=step))
+    assert both.pairs().max() < 24
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_generation_without_end(budget: str, attention: str) -> None:
+    """``generate`` does what feeding by hand does."""
+    model = tiny_model(attention=attention)
+    press = make_press(0.5, budget=budget, experts=EXPERTS, decoding=DecodingConfig(12, 4))
+    if attention == "eager" and budget != "uniform":
+        pytest.skip("refused, see docs/errors.md")
+    prompt = tokens(2, 40)
+    with press(model):
+        out = model.generate(
+            prompt,
+            max_new_tokens=30,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    by_hand = make_press(0.5, budget=budget, experts=EXPERTS, decoding=DecodingConfig(12, 4))
+    both = Lockstep(padding=(0, 0))
+    with by_hand(both.model):
+        logits = [both.feed(prompt)[:, -1]]
+        for token in out.sequences[:, 40:-1].T:
+            logits.append(both.feed(token[:, None])[:, -1])
+    torch.testing.assert_close(torch.stack(out.logits), torch.stack(logits), atol=1e-3, rtol=1e-3)
+    for layer, other in zip(out.past_key_values.layers, both.cache.layers, strict=True):
+        assert type(layer) is type(other)
+        assert isinstance(layer, GrowingLayer if budget == "uniform" else RaggedLayer)
+
+
+def test_dense_layers_are_compacted_in_the_memory_that_they_have() -> None:
+    model, press = tiny_model(), make_press(decoding=DecodingConfig(20, 10))
+    pair = 2 * 16 * 4
+    with press(model):
+        cache = prefill(model, tokens(1, 25))
+        memory = set()
+        for step in range(45):
+            decode(model, cache, 25 + step)
+            assert all(layer.nbytes <= 30 * 2 * pair for layer in cache.layers)
+            if step >= 5:
+                memory.add(tuple(layer.keys.data_ptr() for layer in cache.layers))
+    assert len(memory) == 1
+
+
+def decode(model: Any, cache: Any, position: int, batch: int = 1) -> torch.Tensor:
+    """Feed one token as ``generate`` does."""
+    where = torch.tensor([position])
+    with torch.no_grad():
+        return model(
+            tokens(batch, 1, seed=position),
+            past_key_values=cache,
+            cache_position=where,
+            position_ids=where[None],
+        ).logits
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_statistics_count_every_pair_once(budget: str) -> None:
+    model = tiny_model()
+    press = make_press(0.5, budget=budget, experts=EXPERTS, decoding=DecodingConfig(20, 10))
+    with press(model):
+        cache = prefill(model, tokens(1, 60))
+        for step in range(25):
+            decode(model, cache, 60 + step)
+    # 60 pairs came with the prompt and 20 before the second compression; 20 stay of each head.
+    stats = press.get_stats()
+    pair, heads = 2 * 16 * 4, 2 * 2
+    assert stats["compression"] == {
+        "bytes_before": 80 * heads * pair,
+        "bytes_after": 20 * heads * pair,
+        "bytes_freed": 60 * heads * pair,
+        "ratio": 60 / 80,
+    }
+    assert stats["forward_count"] == 3
+    for layer in stats["layer_stats"].values():
+        # The prompt, then 7 of the 4 + 10 tokens since: as many as the window has.
+        assert layer["router_stats"]["total_tokens"] == 60 + 7 + 7
+        assert sum(layer["expert_compression_stats"]["expert_usage"].values()) == pytest.approx(1)
+        removed = layer["expert_compression_stats"]["compression_ratios"]
+        assert all(0 < ratio < 1 for ratio in removed.values() if not math.isnan(ratio))
+        assert not all(map(math.isnan, removed.values()))
+    press.reset_stats()
+    with press(model):
+        for step in range(10):
+            decode(model, cache, 85 + step)
+    # Only what the press has seen since: 25 pairs that were there, and 5 tokens.
+    assert press.get_stats()["compression"]["ratio"] == 10 / 30
+
+
+class Spy(Expert):
+    name = "spy"
+    kinds = (ScoreKind.MASS,)
+
+    def __init__(self) -> None:
+        self.views: list[LayerView] = []
+
+    def scores(self, view: LayerView) -> torch.Tensor:
+        self.views.append(view)
+        return view.scores_of(ScoreKind.MASS)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_queries_and_hit_rates_are_those_of_decoding(
+    budget: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, spy = tiny_model(), Spy()
+    experts = [Uneven(), spy, "semantic"]
+    press = make_press(
+        budget=budget, experts=experts, window=6, decoding=DecodingConfig(20, 3), top_k=3
+    )
+    install()
+    attend, queries = ALL_ATTENTION_FUNCTIONS["sdpa"], {0: [], 1: []}
+
+    def listen(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        queries[module.layer_idx].append(query)
+        return attend(module, query, *args, **kwargs)
+
+    listen.serves_compressed_layers = True  # as what it calls does
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", listen)
+    with press(model):
+        cache = prefill(model, tokens(2, 21))
+        spy.views.clear()
+        press._layers[0].stats.num_calls = 0  # the moving average begins anew
+        compressions = 0
+        for step in range(8):
+            decode(model, cache, 21 + step, batch=2)
+            views, spy.views = spy.views, []
+            compressions += bool(views)
+            for view in views:
+                # 4 tokens are recent and 3 came since: the window takes 6 of these 7.
+                fed = torch.cat(queries[view.module.layer_idx], dim=2)[:, :, -6:]
+                got = view.queries
+                if view.folded > 1:
+                    assert view.keys.shape[:2] == (4, 1) and view.folded == 2
+                    got = got.reshape(2, 4, 6, 16)
+                torch.testing.assert_close(got, fed, atol=1e-5, rtol=1e-5)
+                assert view.heads.flatten().tolist() == [0, 1, 0, 1]
+            if compressions == 1 and views:
+                mass = views[0].scores_of(ScoreKind.MASS)
+                rates = press._layers[0].stats.hit_rates
+                # What the attention itself would keep, as many pairs of each head as leave it now.
+                expected = 0.0
+                for row, length in enumerate(views[0].lengths):
+                    for head in mass[row]:
+                        share = 20 / 23 if view.folded == 1 else 20 / (sum(views[0].lengths) / 4)
+                        count = int(length * share + 1e-6)
+                        inner = head[head.shape[0] - length :]
+                        always = set(range(2)) | set(range(length - 4, length))
+                        others = [i for i in inner.argsort(descending=True).tolist()]
+                        others = [i for i in others if i not in always]
+                        kept = [*always, *others[: count - len(always)]]
+                        expected += float(inner[kept].sum()) / 4
+                if budget != "model":
+                    assert float(rates[1]) == pytest.approx(expected, abs=1e-5)
+    assert compressions == 2
+
+
+def test_history_follows_decoding() -> None:
+    model = tiny_model()
+    press = make_press(
+        experts=EXPERTS, top_k=2, cache_update_interval=2, decoding=DecodingConfig(20, 4)
+    )
+    biases = []
+    with press(model):
+        cache = prefill(model, tokens(1, 30))
+        for step in range(13):
+            biases.append(press._layers[0].router.history_bias.clone())
+            decode(model, cache, 30 + step)
+    assert not biases[0].any()  # after the prefill alone
+    assert biases[4].any() and not torch.equal(biases[4], biases[-1])
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_scorers_of_kvpress_rate_what_decoding_press_would_give_them(budget: str) -> None:
+    press = make_press(
+        0.4,
+        experts=[KnormPress(), KeyDiffPress(), ExpectedAttentionPress(n_sink=0), "selective"],
+        budget=budget,
+        top_k=3,
+        decoding=DecodingConfig(15, 5),
+    )
+    both = Lockstep(padding=(0, 3))
+    with press(both.model):
+        both.feed(tokens(2, 30))
+        for step in range(12):
+            both.feed(tokens(2, 1, seed=step))
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("padding", [(0,), (0, 7)])
+def test_a_prompt_that_was_fed_outside_of_the_block(budget: str, padding: tuple[int, ...]) -> None:
+    both, batch = Lockstep(padding=padding), len(padding)
+    both.feed(tokens(batch, 40))
+    press = make_press(0.5, budget=budget, decoding=DecodingConfig(20, 5))
+    with press(both.model):
+        both.feed(tokens(batch, 1))
+        assert_average(both.pairs(), torch.tensor([20] * batch), budget)
+        for step in range(7):
+            both.feed(tokens(batch, 1, seed=step))
+    both.feed(tokens(batch, 1))  # and goes on outside
+    assert press.get_stats()["forward_count"] == 2
+
+
+def test_a_prompt_within_the_budget_stays_whole() -> None:
+    both, press = Lockstep(), make_press(decoding=DecodingConfig(30, 10))
+    with press(both.model):
+        both.feed(tokens(1, 12))
+        for step in range(27):
+            both.feed(tokens(1, 1, seed=step))
+            assert (both.pairs() == 12 + step + 1).all()
+        both.feed(tokens(1, 1))
+        assert (both.pairs() == 30).all()
+    assert press.get_stats()["compression"]["ratio"] == 10 / 40
+
+
+@pytest.mark.parametrize("budget", ["head", "model"])
+def test_several_tokens_at_once(budget: str) -> None:
+    """Ragged layers know the true length: a second prompt may come inside the block."""
+    both = Lockstep(padding=(0, 5))
+    press = make_press(0.5, budget=budget, decoding=DecodingConfig(15, 5))
+    with press(both.model):
+        both.feed(tokens(2, 30))
+        for turn in range(3):
+            both.feed(tokens(2, 11, seed=turn))
+            assert_average(both.pairs(), torch.tensor([15, 15]), budget)
+            both.feed(tokens(2, 1, seed=turn))
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_beams(budget: str) -> None:
+    """Inputs that the layers remember follow the beams, as their pairs do."""
+    model = tiny_model()
+    press = make_press(0.5, budget=budget, experts=EXPERTS, decoding=DecodingConfig(12, 4))
+    with press(model):
+        out = model.generate(
+            tokens(2, 30),
+            num_beams=3,
+            max_new_tokens=17,
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
+    assert out.sequences.shape == (2, 47)
+    for layer in out.past_key_values.layers:
+        assert layer.recent.states(7).shape[0] == 6
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_saved_cache_goes_on(budget: str, tmp_path: Any) -> None:
+    both = Lockstep()
+    with make_press(0.5, budget=budget, decoding=DecodingConfig(15, 5))(both.model):
+        both.feed(tokens(1, 30))
+        both.feed(tokens(1, 1))
+    save_cache(both.cache, tmp_path / "cache", both.model)
+    both.cache = load_cache(tmp_path / "cache", both.model)
+    with make_press(0.5, budget=budget, decoding=DecodingConfig(15, 5))(both.model):
+        for step in range(12):
+            both.feed(tokens(1, 1, seed=step))
+    assert both.pairs().float().mean() < 20
