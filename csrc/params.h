@@ -42,6 +42,16 @@ struct ExpertScoresParams {
   DType dtype;
 };
 
+struct TokenStandoutParams {
+  const void* hidden_states;  // [B, T, C], dtype
+  const bool* mask;           // [B, T] or null, true: a real token
+  float* standout;            // [B, T]
+  void* workspace;            // token_standout_workspace_bytes()
+  int64_t batch, num_tokens, num_channels;
+  int64_t stride[2];  // batch, token; channels are dense
+  DType dtype;
+};
+
 struct MixScoresParams {
   const float* scores;     // [E, B, H, T]
   const float* weights;    // [B, H or 1, T, k]

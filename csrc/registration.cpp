@@ -9,6 +9,7 @@ STABLE_TORCH_LIBRARY(moekv, m) {
       "expert_scores(Tensor keys, Tensor values, Tensor queries, Tensor? start=None, *, "
       "int[] kinds, float scaling, float softcap=0.0, SymInt pool=1, SymInt lag=128) "
       "-> Tensor scores");
+  m.def("token_standout(Tensor hidden_states, Tensor? mask=None) -> Tensor standout");
   m.def(
       "mix_scores(Tensor scores, Tensor weights, Tensor experts, Tensor? gain=None, "
       "Tensor? offset=None) -> Tensor mixed");

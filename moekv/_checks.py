@@ -140,6 +140,13 @@ def expert_scores(
         )
 
 
+def token_standout(hidden_states: Tensor, mask: Tensor | None) -> None:
+    expect = _Expect("token_standout", hidden_states)
+    expect.rank("hidden_states", hidden_states, 3, "[batch, num_tokens, hidden_size]")
+    expect.floating("hidden_states", hidden_states)
+    expect.tensor("mask", mask, torch.bool, hidden_states.shape[:2])
+
+
 def mix_scores(
     scores: Tensor, weights: Tensor, experts: Tensor, gain: Tensor | None, offset: Tensor | None
 ) -> None:

@@ -311,6 +311,41 @@ def expert_scores(
     return scores
 
 
+def token_standout(
+    hidden_states: Tensor, mask: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """Say how much each token stands out from the others of its row.
+
+    The cosine distance of its hidden state from the mean direction of the row's real tokens,
+    standardised over them (mean 0, standard deviation 1; 1e-4 is added to the deviation, far above
+    the rounding noise of equal tokens). Scaling the hidden states does not change it. No gradients.
+
+    Parameters
+    ----------
+    hidden_states : Tensor [B, T, hidden], float32, float16 or bfloat16
+    mask : Tensor [B, T], bool, optional
+        True: a real token. Others are not read.
+    backend : str
+        One of ``BACKENDS``; ``auto``: native kernels where they are, by the device of
+        ``hidden_states``.
+
+    Returns
+    -------
+    Tensor [B, T], float32
+        0 at padding. NaN in a row stays there.
+
+    Raises
+    ------
+    ValueError
+        ``backend`` is unknown, or ``hidden_states`` are elsewhere.
+    RuntimeError
+        The backend is not available, or an argument has a wrong shape, dtype or device.
+    """
+    op = _implementation("token_standout", hidden_states, backend)
+    standout: Tensor = op(hidden_states, mask)
+    return standout
+
+
 def mix_scores(
     scores: Tensor,
     weights: Tensor,
@@ -553,6 +588,10 @@ def _fake_expert_scores(
     return keys.new_empty(len(kinds), *keys.shape[:3], dtype=torch.float32)
 
 
+def _fake_token_standout(hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
+    return hidden_states.new_empty(hidden_states.shape[:2], dtype=torch.float32)
+
+
 def _fake_mix_scores(
     scores: Tensor,
     weights: Tensor,
@@ -644,6 +683,7 @@ if _failures["cpu"] is None:
     for _fake in (
         _fake_gating_topk,
         _fake_expert_scores,
+        _fake_token_standout,
         _fake_mix_scores,
         _fake_select_kept,
         _fake_kv_compact_,

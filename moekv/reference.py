@@ -20,6 +20,7 @@ _FLOAT_MAX = torch.finfo(torch.float32).max
 _LEAST_SHARE = 1e-20
 _LEAST_NORM = 1e-12
 _LAG_EPSILON = 1e-6
+_LEAST_SPREAD = 1e-4
 _TILE = 1024  # keys at a time: bounds the memory beside the output
 
 
@@ -225,6 +226,23 @@ def _lag(keys: Tensor, values: Tensor, start: Tensor, lag: int) -> Tensor:
         tiles.append(((shares[0] + shares[1]) / 2 * size).clamp(min=_LEAST_SHARE).log().flatten(2))
     back = (torch.arange(num_keys, device=keys.device) - start).clamp(min=0)
     return torch.cat(tiles, -1).gather(-1, back.expand(batch, num_kv_heads, num_keys))
+
+
+def token_standout(hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Standardised cosine distance [B, T] of each token from its row's mean direction."""
+    _checks.token_standout(hidden_states, mask)
+    wide = _wide(hidden_states)
+    if mask is None:
+        mask = torch.ones(wide.shape[:2], dtype=torch.bool, device=wide.device)
+    wide = wide.masked_fill(~mask[..., None], 0.0)
+    directions = functional.normalize(wide, dim=-1, eps=_LEAST_NORM)
+    mean_direction = functional.normalize(directions.sum(1), dim=-1, eps=_LEAST_NORM)
+    distance = 1 - (directions @ mean_direction[..., None])[..., 0]
+    num_real = mask.sum(1, keepdim=True).clamp(min=1)
+    mean = distance.where(mask, 0.0).sum(1, keepdim=True) / num_real
+    deviation = (distance - mean).where(mask, 0.0)
+    std = (deviation.square().sum(1, keepdim=True) / num_real).sqrt()
+    return deviation / (std + _LEAST_SPREAD)
 
 
 def mix_scores(

@@ -383,20 +383,12 @@ class AdaptiveRouter(BaseMoERouter):
 
     def _importance(self, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
         """Estimate `[B, T]` in [0, 1] from hidden states `[B, T, hidden]` that are 0 at padding."""
-        directions = F.normalize(hidden_states.float(), dim=-1)
-        mean_direction = F.normalize(directions.sum(1), dim=-1)
-        distance = 1 - torch.einsum("btd,bd->bt", directions, mean_direction)
-        real = torch.ones_like(distance) if mask is None else mask.float()
-        num_real = real.sum(1, keepdim=True).clamp(min=1)
-        deviation = (distance - (distance * real).sum(1, keepdim=True) / num_real) * real
-        # 1e-4 is far above the rounding noise of equal tokens and far below any real spread.
-        std = (deviation.square().sum(1, keepdim=True) / num_real).sqrt()
-        standout = deviation / (std + 1e-4)
+        standout = ops.token_standout(hidden_states.detach(), mask, backend=self.backend)
         head = self.importance_head
         dtype = hidden_states.dtype
         learned = F.linear(hidden_states, head.weight.to(dtype), head.bias.to(dtype))
-        importance = standout.detach() + learned[..., 0].float()
-        return importance.nan_to_num(nan=0.0).sigmoid() * real
+        importance = (standout + learned[..., 0].float()).nan_to_num(nan=0.0).sigmoid()
+        return importance if mask is None else importance.masked_fill(~mask, 0.0)
 
 
 class PiKVMoERouter(AdaptiveRouter):

@@ -187,6 +187,24 @@ def test_expert_scores(shape, value_dim, num_queries, start, softcap, pool, lag,
                 torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
+# --- token_standout -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", [[True] * 5, [False, True, True, False, True], [False] * 5])
+def test_token_standout(mask):
+    hidden = torch.randn(5, 3, generator=torch.Generator().manual_seed(2)).double()
+    real = [i for i in range(5) if mask[i]]
+    rows = [[x / math.hypot(*row) for x in row] for row in hidden.tolist()]
+    total = [sum(rows[i][c] for i in real) for c in range(3)]
+    length = math.hypot(*total)
+    distance = {i: 1 - sum(map(math.prod, zip(rows[i], total, strict=True))) / length for i in real}
+    mean = sum(distance.values()) / max(len(real), 1)
+    spread = math.sqrt(sum((d - mean) ** 2 for d in distance.values()) / max(len(real), 1))
+    expected = [(distance[i] - mean) / (spread + 1e-4) if mask[i] else 0.0 for i in range(5)]
+    got = reference.token_standout(hidden[None], torch.tensor([mask]))
+    torch.testing.assert_close(got, torch.tensor([expected], dtype=torch.float64))
+
+
 # --- mix_scores -----------------------------------------------------------------------------------
 
 
@@ -288,6 +306,7 @@ def test_kv_compact_(case):
 ONE_OF_EACH = [
     ("gating_topk", op_cases.GatingTopk(9, 8, 2, bias=True, mask=True)),
     ("expert_scores", op_cases.ExpertScores((2, 2, 40, 8), start=(0, 3), pool=3)),
+    ("token_standout", op_cases.TokenStandout((2, 9, 8), mask=True)),
     ("mix_scores", op_cases.MixScores((4, 2, 2, 9), 2)),
     ("select_kept", op_cases.SelectKept((2, 2, 9), (7, 9), 1, 1, padding=True)),
     ("kv_compact_", op_cases.KvCompact((1, 3, 9, 4), (2, 0, 9))),

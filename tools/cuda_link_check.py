@@ -30,6 +30,7 @@ OPS = (
     "mix_scores",
     "ragged_attention",
     "select_kept",
+    "token_standout",
 )
 
 

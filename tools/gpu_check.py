@@ -21,7 +21,7 @@ from torch import Tensor
 from moekv import ops, reference
 
 NUM_QUERY_HEADS, NUM_KV_HEADS, HEAD_DIM, NUM_QUERIES = 32, 8, 128, 64
-NUM_EXPERTS, TOP_K = 4, 2
+NUM_EXPERTS, TOP_K, HIDDEN_SIZE = 4, 2, 4096
 REPEATS = 30
 
 
@@ -76,6 +76,7 @@ def make_ops(num_tokens: int, device: torch.device) -> list[Timed]:
     keys = random(1, NUM_KV_HEADS, num_tokens, HEAD_DIM)
     values = random(1, NUM_KV_HEADS, num_tokens, HEAD_DIM)
     queries = random(1, NUM_QUERY_HEADS, NUM_QUERIES, HEAD_DIM)
+    hidden = random(1, num_tokens, HIDDEN_SIZE)
     expert_scores = random(NUM_EXPERTS, 1, NUM_KV_HEADS, num_tokens).float()
     gate = reference.gating_topk(logits, k=TOP_K)
     weights, experts = (x.view(1, num_tokens, TOP_K) for x in gate[:2])
@@ -112,6 +113,11 @@ def make_ops(num_tokens: int, device: torch.device) -> list[Timed]:
         Timed("expert_scores MASS", 2 * plane + row, score(ops.ScoreKind.MASS)),
         Timed("expert_scores DIVERSITY", 2 * plane + row, score(ops.ScoreKind.DIVERSITY)),
         Timed("expert_scores LAG", 2 * plane + row, score(ops.ScoreKind.LAG)),
+        Timed(
+            "token_standout",
+            2 * HIDDEN_SIZE * 2 + 4,
+            lambda backend: backend.token_standout(hidden),
+        ),
         Timed(
             "mix_scores",
             (NUM_EXPERTS + 1) * row + TOP_K * 8,

@@ -88,6 +88,7 @@ const Kernels& kernels() {
 
 void gating_topk(const GatingTopkParams& params, Stream) { kernels().gating_topk(params); }
 void expert_scores(const ExpertScoresParams& params, Stream) { kernels().expert_scores(params); }
+void token_standout(const TokenStandoutParams& params, Stream) { kernels().token_standout(params); }
 void mix_scores(const MixScoresParams& params, Stream) { kernels().mix_scores(params); }
 void select_kept(const SelectKeptParams& params, Stream) { kernels().select_kept(params); }
 void kv_compact(const KvCompactParams& params, Stream) { kernels().kv_compact(params); }

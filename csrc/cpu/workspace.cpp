@@ -4,6 +4,7 @@
 #include "gating_plan.h"
 #include "ragged_plan.h"
 #include "select_plan.h"
+#include "standout_plan.h"
 
 namespace moekv::cpu {
 
@@ -13,6 +14,10 @@ size_t gating_topk_workspace_bytes(const GatingTopkParams& params) {
 
 size_t expert_scores_workspace_bytes(const ExpertScoresParams& params) {
   return expert_scores_layout(params).bytes;
+}
+
+size_t token_standout_workspace_bytes(const TokenStandoutParams& params) {
+  return standout_plan(params).floats * sizeof(float);
 }
 
 size_t select_kept_workspace_bytes(const SelectKeptParams& params) {

@@ -126,6 +126,14 @@ PYBIND11_MODULE(simt_kernels, m) {
     m.def("expert_scores_workspace_bytes", &cuda::expert_scores_workspace_bytes);
   }
   {
+    using P = TokenStandoutParams;
+    Fields<P>(m, "TokenStandoutParams") FIELD(hidden_states) FIELD(mask) FIELD(standout)
+        FIELD(workspace) FIELD(batch) FIELD(num_tokens) FIELD(num_channels) FIELD(stride)
+            FIELD(dtype);
+    m.def("token_standout", launcher(&cuda::token_standout));
+    m.def("token_standout_workspace_bytes", &cuda::token_standout_workspace_bytes);
+  }
+  {
     using P = MixScoresParams;
     Fields<P>(m, "MixScoresParams") FIELD(scores) FIELD(weights) FIELD(experts) FIELD(gain)
         FIELD(offset) FIELD(mixed) FIELD(num_experts) FIELD(batch) FIELD(num_kv_heads)

@@ -109,6 +109,22 @@ class Device:
             self._launch("expert_scores", params, memory)
         return scores
 
+    def token_standout(self, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
+        hidden_states = with_dense_rows(hidden_states)
+        standout = torch.empty(hidden_states.shape[:2])
+        if standout.numel() == 0:
+            return standout
+        with self._memory() as memory:
+            params = self.kernels.TokenStandoutParams()
+            params.hidden_states = memory.input(hidden_states)
+            params.mask = memory.input(None if mask is None else mask.contiguous())
+            params.standout = memory.output(standout)
+            params.batch, params.num_tokens, params.num_channels = hidden_states.shape
+            params.stride = hidden_states.stride()[:2]
+            params.dtype = DTYPES[hidden_states.dtype]
+            self._launch("token_standout", params, memory)
+        return standout
+
     def mix_scores(
         self,
         scores: Tensor,

@@ -11,12 +11,14 @@ import op_cases
 import pytest
 import simulated
 from kernels import Edit
-from op_cases import BF16, FP16, ExpertScores, GatingTopk, KvCompact, SelectKept
+from op_cases import BF16, FP16, ExpertScores, GatingTopk, KvCompact, SelectKept, TokenStandout
 
 FEW_BLOCKS = (
     Edit("select_kept.cu", "kMaxBlocks = 8192", "kMaxBlocks = 2"),
     Edit("gating_topk.cu", "kMaxBlocks = 512", "kMaxBlocks = 2"),
     Edit("key_diversity.cu", "kMaxBlocks = 2048", "kMaxBlocks = 1"),
+    Edit("token_standout.cu", "kMaxRuns = 256", "kMaxRuns = 2"),
+    Edit("token_standout.cu", "kMaxGridY = 65535", "kMaxGridY = 3"),
 )
 
 
@@ -34,6 +36,7 @@ def few_blocks() -> ModuleType:
         GatingTopk(500, 256, 2, mask=True),
         GatingTopk(2000, 8, 2, mask=True),
         GatingTopk(700, 60, 3, bias=True),
+        TokenStandout((3, 300, 40), mask=True),
         ExpertScores((1, 2, 700, 64), kinds=(2,)),
         ExpertScores((2, 1, 333, 256), start=(0, 100), kinds=(2,)),
     ],
@@ -70,6 +73,7 @@ def check(kernels: ModuleType, case: op_cases.Case, seed: int) -> None:
         SelectKept: ("select_kept", op_cases.check_select_kept),
         GatingTopk: ("gating_topk", op_cases.check_gating_topk),
         ExpertScores: ("expert_scores", op_cases.check_expert_scores),
+        TokenStandout: ("token_standout", op_cases.check_token_standout),
         KvCompact: ("kv_compact_", op_cases.check_kv_compact_),
     }[type(case)]
     checker(simulated.Device(kernels, seed).op(name), case)

@@ -122,6 +122,16 @@ BUGS = {
         op_cases.MixScores((4, 1, 2, 50), 2),
         r"out of the bounds of global memory",
     ),
+    "standout, one channel too many": Bug(
+        Edit(
+            "token_standout.cu",
+            "channel >= params.num_channels",
+            "channel >= params.num_channels + SEEDED",
+        ),
+        "token_standout",
+        op_cases.TokenStandout((1, 20, 50)),
+        r"out of the bounds of global memory",
+    ),
     # Masks and divergence.
     "gating, half a warp in the mask": Bug(
         Edit(

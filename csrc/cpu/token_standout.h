@@ -1,0 +1,187 @@
+// How much each token stands out: its cosine distance from the mean direction of its row's tokens,
+// standardised over the row. Two passes over the hidden states: the sum of directions, then the
+// cosines.
+#pragma once
+
+#include "../params.h"
+#include "parallel.h"
+#include "standout_plan.h"
+#include "vec.h"
+
+namespace moekv::cpu::MOEKV_ISA {
+namespace {
+
+constexpr int64_t kStandoutTile = 16;  // tokens, as many as sum16 sums
+constexpr int64_t kStandoutPair = 2 * Vec::kLanes;
+constexpr float kLeastTokenNorm = 1e-12f;
+// Far above the rounding noise of equal tokens and far below any real spread.
+constexpr double kLeastSpread = 1e-4;
+
+// The real tokens of a run of at most kStandoutTile: their rows, and where they stand in the run.
+template <typename T>
+struct TokenTile {
+  const T* rows[kStandoutTile];
+  int64_t place[kStandoutTile];
+  int count = 0;
+
+  TokenTile(const TokenStandoutParams& p, int64_t batch, int64_t begin, int64_t end) {
+    const T* base = static_cast<const T*>(p.hidden_states) + batch * p.stride[0];
+    const bool* mask = p.mask ? p.mask + batch * p.num_tokens : nullptr;
+    for (int64_t token = begin; token < end && token < begin + kStandoutTile; ++token) {
+      if (mask && !mask[token]) continue;
+      rows[count] = base + token * p.stride[1];
+      place[count++] = token;
+    }
+  }
+};
+
+// sum [sum_floats, in the order of load_pair] of the directions of the tokens [begin, end).
+// Their inverse norms wait in `inverse_norms` for the second pass; 0 at padding.
+template <typename T>
+inline void sum_token_directions(const TokenStandoutParams& p, int64_t batch, int64_t begin,
+                                 int64_t end, int64_t sum_floats, float* inverse_norms,
+                                 float* sum) {
+  const int64_t channels = p.num_channels;
+  std::memset(sum, 0, sum_floats * sizeof(float));
+  std::memset(inverse_norms + begin, 0, (end - begin) * sizeof(float));
+  for (int64_t first = begin; first < end; first += kStandoutTile) {
+    const TokenTile<T> tile(p, batch, first, end);
+    Vec squares[kStandoutTile];
+    for (int i = 0; i < kStandoutTile; ++i) {
+      squares[i] = Vec::set(0.0f);
+      if (i >= tile.count) continue;
+      for (int64_t c = 0; c < channels; c += kStandoutPair) {
+        const VecPair x = load_pair(tile.rows[i] + c, channels - c);
+        squares[i] = fma(x.b, x.b, fma(x.a, x.a, squares[i]));
+      }
+    }
+    float inverse[kStandoutTile];
+    sum16(squares, inverse);
+    for (int i = 0; i < tile.count; ++i) {
+      const float norm = __builtin_sqrtf(inverse[i]);
+      inverse[i] = 1.0f / (norm < kLeastTokenNorm ? kLeastTokenNorm : norm);
+      inverse_norms[tile.place[i]] = inverse[i];
+    }
+    for (int64_t c = 0; c < channels; c += kStandoutPair) {
+      Vec a = Vec::load(sum + c), b = Vec::load(sum + c + Vec::kLanes);
+      for (int i = 0; i < tile.count; ++i) {
+        const VecPair x = load_pair(tile.rows[i] + c, channels - c);
+        a = fma(x.a, Vec::set(inverse[i]), a);
+        b = fma(x.b, Vec::set(inverse[i]), b);
+      }
+      a.store(sum + c);
+      b.store(sum + c + Vec::kLanes);
+    }
+  }
+}
+
+// The sums of all chunks of a row become one direction, in the first's place.
+inline void mean_token_direction(const StandoutPlan& plan, float* sums) {
+  Vec square = Vec::set(0.0f);
+  for (int64_t c = 0; c < plan.sum_floats; c += Vec::kLanes) {
+    Vec sum = Vec::load(sums + c);
+    for (int64_t chunk = 1; chunk < plan.num_chunks; ++chunk) {
+      sum = sum + Vec::load(sums + chunk * plan.sum_floats + c);
+    }
+    sum.store(sums + c);
+    square = fma(sum, sum, square);
+  }
+  const float norm = __builtin_sqrtf(square.sum());
+  const Vec factor = Vec::set(1.0f / (norm < kLeastTokenNorm ? kLeastTokenNorm : norm));
+  for (int64_t c = 0; c < plan.sum_floats; c += Vec::kLanes) {
+    (Vec::load(sums + c) * factor).store(sums + c);
+  }
+}
+
+// Inverse norms become cosine distances from the mean direction.
+template <typename T>
+inline void token_distances(const TokenStandoutParams& p, int64_t batch, int64_t begin, int64_t end,
+                            const float* mean, float* distances) {
+  const int64_t channels = p.num_channels;
+  for (int64_t first = begin; first < end; first += kStandoutTile) {
+    const TokenTile<T> tile(p, batch, first, end);
+    Vec dots[kStandoutTile];
+    for (int i = 0; i < kStandoutTile; ++i) {
+      dots[i] = Vec::set(0.0f);
+      if (i >= tile.count) continue;
+      for (int64_t c = 0; c < channels; c += kStandoutPair) {
+        const VecPair x = load_pair(tile.rows[i] + c, channels - c);
+        dots[i] = fma(x.a, Vec::load(mean + c), dots[i]);
+        dots[i] = fma(x.b, Vec::load(mean + c + Vec::kLanes), dots[i]);
+      }
+    }
+    float dot[kStandoutTile];
+    sum16(dots, dot);
+    for (int i = 0; i < tile.count; ++i) {
+      float& distance = distances[tile.place[i]];
+      distance = 1.0f - dot[i] * distance;
+    }
+  }
+}
+
+// Distances become standardised ones; 0 at padding.
+inline void standardise_tokens(const TokenStandoutParams& p, int64_t batch, float* distances) {
+  const bool* mask = p.mask ? p.mask + batch * p.num_tokens : nullptr;
+  double sum = 0.0, square = 0.0;
+  int64_t count = 0;
+  for (int64_t t = 0; t < p.num_tokens; ++t) {
+    if (mask && !mask[t]) continue;
+    sum += distances[t];
+    ++count;
+  }
+  const double mean = sum / static_cast<double>(count ? count : 1);
+  for (int64_t t = 0; t < p.num_tokens; ++t) {
+    const double deviation = mask && !mask[t] ? 0.0 : distances[t] - mean;
+    square += deviation * deviation;
+  }
+  const double spread = __builtin_sqrt(square / static_cast<double>(count ? count : 1));
+  const auto scale = static_cast<float>(1.0 / (spread + kLeastSpread));
+  for (int64_t t = 0; t < p.num_tokens; ++t) {
+    const auto deviation = static_cast<float>(distances[t] - mean);
+    distances[t] = mask && !mask[t] ? 0.0f : deviation * scale;
+  }
+}
+
+template <typename T>
+inline void token_standout_typed(const TokenStandoutParams& p) {
+  const StandoutPlan plan = standout_plan(p);
+  const int64_t row_floats = plan.num_chunks * plan.sum_floats;
+  float* sums = static_cast<float*>(p.workspace);
+  const auto for_each_chunk = [&](const auto& work) {
+    parallel_for(0, p.batch * plan.num_chunks, 1, [&](int64_t first, int64_t last) {
+      for (int64_t item = first; item < last; ++item) {
+        const int64_t batch = item / plan.num_chunks, chunk = item % plan.num_chunks;
+        const int64_t begin = chunk * plan.chunk_tokens, end = begin + plan.chunk_tokens;
+        work(batch, begin, end < p.num_tokens ? end : p.num_tokens,
+             p.standout + batch * p.num_tokens, sums + batch * row_floats, chunk);
+      }
+    });
+  };
+  for_each_chunk(
+      [&](int64_t batch, int64_t begin, int64_t end, float* out, float* row_sums, int64_t chunk) {
+        sum_token_directions<T>(p, batch, begin, end, plan.sum_floats, out,
+                                row_sums + chunk * plan.sum_floats);
+      });
+  parallel_for(0, p.batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) mean_token_direction(plan, sums + b * row_floats);
+  });
+  for_each_chunk([&](int64_t batch, int64_t begin, int64_t end, float* out, const float* row_sums,
+                     int64_t) { token_distances<T>(p, batch, begin, end, row_sums, out); });
+  parallel_for(0, p.batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) standardise_tokens(p, b, p.standout + b * p.num_tokens);
+  });
+}
+
+inline void token_standout_kernel(const TokenStandoutParams& p) {
+  switch (p.dtype) {
+    case DType::kFloat:
+      return token_standout_typed<float>(p);
+    case DType::kHalf:
+      return token_standout_typed<half_t>(p);
+    case DType::kBFloat16:
+      return token_standout_typed<bfloat16_t>(p);
+  }
+}
+
+}  // namespace
+}  // namespace moekv::cpu::MOEKV_ISA

@@ -1,0 +1,217 @@
+// How much each token stands out: its cosine distance from the mean direction of its row's tokens,
+// standardised over the row. Three reads of the hidden states: norms, the sum of directions, and
+// the cosines. Whole tokens are the work of a warp; in the sum, a thread has a channel.
+#include <algorithm>
+
+#include "../backend.h"
+#include "block.h"
+#include "device.h"
+
+namespace moekv::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kRowThreads = 1024;
+constexpr int64_t kMinTokensPerRun = 64;
+constexpr int64_t kMaxRuns = 256;  // of a row
+constexpr int64_t kMaxGridY = 65535;
+constexpr float kLeastNorm = 1e-12f;
+// Far above the rounding noise of equal tokens and far below any real spread.
+constexpr float kLeastSpread = 1e-4f;
+
+struct Arguments {
+  TokenStandoutParams params;
+  float* partial;  // [B, runs, C]: sums of directions
+  float* mean;     // [B, C]: their direction
+  int64_t runs, tokens_per_run;
+  bool vectorized;  // tokens may be read 16 bytes at a time
+};
+
+__device__ __forceinline__ bool is_real(const TokenStandoutParams& params, int64_t token) {
+  return !params.mask || params.mask[token];
+}
+
+template <typename T>
+__device__ __forceinline__ const T* row_of(const TokenStandoutParams& params, int64_t token) {
+  return static_cast<const T*>(params.hidden_states) +
+         token / params.num_tokens * params.stride[0] +
+         token % params.num_tokens * params.stride[1];
+}
+
+// Calls use(channel, value) for the lane's channels of a token.
+template <typename T, typename Use>
+__device__ __forceinline__ void for_each_channel(const Arguments& arguments, const T* row, int lane,
+                                                 const Use& use) {
+  const int64_t channels = arguments.params.num_channels;
+  if (arguments.vectorized) {
+#pragma unroll 4
+    for (int64_t c = lane * kPackSize<T>; c < channels; c += kWarpSize * kPackSize<T>) {
+      float pack[kPackSize<T>];
+      load_pack(row + c, pack);
+#pragma unroll
+      for (int i = 0; i < kPackSize<T>; ++i) use(c + i, pack[i]);
+    }
+  } else {
+    for (int64_t c = lane; c < channels; c += kWarpSize) use(c, to_float(row[c]));
+  }
+}
+
+__device__ __forceinline__ float warp_sum(float value) {
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kFullWarp, value, distance);
+  }
+  return value;
+}
+
+// Inverse norms; 0 at padding.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) token_norms_kernel(Arguments arguments) {
+  const TokenStandoutParams& params = arguments.params;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int64_t token =
+      static_cast<int64_t>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarpSize;
+  if (token >= params.batch * params.num_tokens) return;
+  float square = 0.0f;
+  if (is_real(params, token)) {
+    for_each_channel(arguments, row_of<T>(params, token), lane,
+                     [&](int64_t, float x) { square = fmaf(x, x, square); });
+  }
+  square = warp_sum(square);
+  if (lane == 0) {
+    const float norm = sqrtf(square);
+    params.standout[token] =
+        is_real(params, token) ? 1.0f / (norm < kLeastNorm ? kLeastNorm : norm) : 0.0f;
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 4) token_directions_kernel(Arguments arguments) {
+  const TokenStandoutParams& params = arguments.params;
+  const int64_t channel = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (channel >= params.num_channels) return;
+  for (int64_t i = blockIdx.y; i < params.batch * arguments.runs; i += gridDim.y) {
+    const int64_t first = i / arguments.runs * params.num_tokens;  // of the row
+    const int64_t begin = i % arguments.runs * arguments.tokens_per_run;
+    const int64_t end = min(begin + arguments.tokens_per_run, params.num_tokens);
+    const T* x = row_of<T>(params, first + begin) + channel;
+    float sum = 0.0f;
+#pragma unroll 8
+    for (int64_t token = first + begin; token < first + end; ++token, x += params.stride[1]) {
+      if (is_real(params, token)) sum = fmaf(to_float(*x), params.standout[token], sum);
+    }
+    arguments.partial[i * params.num_channels + channel] = sum;
+  }
+}
+
+// One block per row: the direction of the sum.
+__global__ void __launch_bounds__(kRowThreads) token_mean_kernel(Arguments arguments) {
+  const int64_t channels = arguments.params.num_channels;
+  const float* partial = arguments.partial + blockIdx.x * arguments.runs * channels;
+  float* mean = arguments.mean + blockIdx.x * channels;
+  float square = 0.0f;
+  for (int64_t c = threadIdx.x; c < channels; c += kRowThreads) {
+    float sum = 0.0f;
+    for (int64_t run = 0; run < arguments.runs; ++run) sum += partial[run * channels + c];
+    mean[c] = sum;
+    square = fmaf(sum, sum, square);
+  }
+  const float norm = sqrtf(block_sum<kRowThreads>(square));
+  const float factor = 1.0f / (norm < kLeastNorm ? kLeastNorm : norm);
+  for (int64_t c = threadIdx.x; c < channels; c += kRowThreads) mean[c] *= factor;
+}
+
+// Inverse norms become distances.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) token_distances_kernel(Arguments arguments) {
+  const TokenStandoutParams& params = arguments.params;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int64_t token =
+      static_cast<int64_t>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarpSize;
+  if (token >= params.batch * params.num_tokens || !is_real(params, token)) return;
+  const float* mean = arguments.mean + token / params.num_tokens * params.num_channels;
+  float product = 0.0f;
+  for_each_channel(arguments, row_of<T>(params, token), lane,
+                   [&](int64_t c, float x) { product = fmaf(x, __ldg(mean + c), product); });
+  product = warp_sum(product);
+  if (lane == 0) params.standout[token] = 1.0f - product * params.standout[token];
+}
+
+// One block per row: distances become standardised ones, 0 at padding.
+__global__ void __launch_bounds__(kRowThreads) token_standardise_kernel(Arguments arguments) {
+  const TokenStandoutParams& params = arguments.params;
+  const int64_t first = blockIdx.x * params.num_tokens, end = first + params.num_tokens;
+  float sum = 0.0f, count = 0.0f;
+  for (int64_t token = first + threadIdx.x; token < end; token += kRowThreads) {
+    if (!is_real(params, token)) continue;
+    sum += params.standout[token];
+    count += 1.0f;
+  }
+  count = fmaxf(block_sum<kRowThreads>(count), 1.0f);
+  const float mean = block_sum<kRowThreads>(sum) / count;
+  float square = 0.0f;
+  for (int64_t token = first + threadIdx.x; token < end; token += kRowThreads) {
+    if (!is_real(params, token)) continue;
+    const float deviation = params.standout[token] - mean;
+    square = fmaf(deviation, deviation, square);
+  }
+  const float spread = sqrtf(block_sum<kRowThreads>(square) / count) + kLeastSpread;
+  for (int64_t token = first + threadIdx.x; token < end; token += kRowThreads) {
+    const bool real = is_real(params, token);
+    params.standout[token] = real ? (params.standout[token] - mean) / spread : 0.0f;
+  }
+}
+
+Arguments plan(const TokenStandoutParams& params) {
+  const int64_t tokens_per_run = std::max(kMinTokensPerRun, ceil_div(params.num_tokens, kMaxRuns));
+  const int64_t runs = ceil_div(params.num_tokens, tokens_per_run);
+  const int64_t element = params.dtype == DType::kFloat ? 4 : 2;
+  const auto bits = static_cast<int64_t>(reinterpret_cast<uintptr_t>(params.hidden_states)) |
+                    (params.stride[0] | params.stride[1] | params.num_channels) * element;
+  auto* const partial = static_cast<float*>(params.workspace);
+  return {.params = params,
+          .partial = partial,
+          .mean = partial + params.batch * runs * params.num_channels,
+          .runs = runs,
+          .tokens_per_run = tokens_per_run,
+          .vectorized = bits % 16 == 0};
+}
+
+template <typename T>
+void run(const Arguments& arguments, Stream stream) {
+  const TokenStandoutParams& params = arguments.params;
+  const auto rows = static_cast<unsigned>(params.batch);
+  const auto tokens =
+      static_cast<unsigned>(ceil_div<int64_t>(params.batch * params.num_tokens, kWarps));
+  const dim3 sums(static_cast<unsigned>(ceil_div<int64_t>(params.num_channels, kThreads)),
+                  static_cast<unsigned>(std::min(params.batch * arguments.runs, kMaxGridY)));
+  MOEKV_LAUNCH(token_norms_kernel<T>, tokens, kThreads, 0, stream, arguments);
+  if (params.num_channels > 0) {
+    MOEKV_LAUNCH(token_directions_kernel<T>, sums, kThreads, 0, stream, arguments);
+  }
+  MOEKV_LAUNCH(token_mean_kernel, rows, kRowThreads, 0, stream, arguments);
+  MOEKV_LAUNCH(token_distances_kernel<T>, tokens, kThreads, 0, stream, arguments);
+  MOEKV_LAUNCH(token_standardise_kernel, rows, kRowThreads, 0, stream, arguments);
+}
+
+}  // namespace
+
+size_t token_standout_workspace_bytes(const TokenStandoutParams& params) {
+  return static_cast<size_t>(params.batch * (plan(params).runs + 1) * params.num_channels) *
+         sizeof(float);
+}
+
+void token_standout(const TokenStandoutParams& params, Stream stream) {
+  check_device("token_standout");
+  const Arguments arguments = plan(params);
+  switch (params.dtype) {
+    case DType::kFloat:
+      return run<float>(arguments, stream);
+    case DType::kHalf:
+      return run<__half>(arguments, stream);
+    case DType::kBFloat16:
+      return run<__nv_bfloat16>(arguments, stream);
+  }
+}
+
+}  // namespace moekv::cuda
