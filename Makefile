@@ -17,13 +17,15 @@ cuda_compiler := $(addsuffix ==13.0.*,nvidia-cuda-nvcc nvidia-cuda-runtime nvidi
 python := $(VENV)/bin/python
 pip := $(python) -m pip
 native := moekv/lib/libmoekv_cpu.so
-sources := pyproject.toml setup.py CMakeLists.txt $(shell find cmake csrc tools -type f)
-cpp := $(shell find csrc $(wildcard tests) -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+sources := pyproject.toml setup.py CMakeLists.txt benchmarks/cpp/CMakeLists.txt \
+    $(shell find cmake csrc tools -type f)
+cpp := $(shell find csrc $(wildcard tests benchmarks) -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 # One stamp per choice of torch: another TORCH installs anew.
 torch := $(VENV)/.torch-$(shell echo '$(TORCH)' | cksum | cut -d ' ' -f 1)
 installed := $(VENV)/.installed
 
 .PHONY: demo test lint format install clean FORCE
+.PHONY: bench-cpp instructions instructions-check
 .PHONY: cuda-build cuda-check cuda-resources cuda-link-check gpu-check
 
 demo: $(installed)  ## compress the cache of a real model and show what comes out
@@ -44,6 +46,17 @@ format: $(installed)  ## rewrite the sources as `make lint` wants them
 	$(VENV)/bin/ruff format .
 
 install: $(installed)
+
+bench-cpp: $(installed)  ## time the C++ kernels by themselves, on every instruction set (needs libbenchmark-dev)
+	@PATH="$(abspath $(VENV)/bin):$$PATH" && cmake -S . -B build/bench -G Ninja -DMOEKV_CUDA=OFF \
+	    -DMOEKV_BENCH=ON >/dev/null && cmake --build build/bench --target moekv_bench
+	build/bench/benchmarks/cpp/moekv_bench $(ARGS)
+
+instructions-check: $(installed)  ## the CPU kernels execute as many instructions as recorded
+	$(python) tools/instruction_counts.py --check
+
+instructions: $(installed)  ## record them anew in benchmarks/cpp/instructions.json
+	$(python) tools/instruction_counts.py
 
 cuda-build: $(installed)  ## the CUDA library for every architecture, warnings as errors
 	@command -v nvcc >/dev/null || test -x /usr/local/cuda/bin/nvcc || \

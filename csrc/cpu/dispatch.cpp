@@ -7,22 +7,17 @@
 #include <unistd.h>
 #endif
 
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
 #include "../backend.h"
-#include "kernels.h"
+#include "dispatch.h"
 
 namespace moekv::cpu {
 namespace {
-
-struct Isa {
-  const char* name;
-  const Kernels* kernels;
-  bool supported;
-};
 
 #ifdef MOEKV_X86_ISAS
 // Whether there are tiles of bf16 and the system lets this process use them. Linux wants to be
@@ -41,14 +36,13 @@ bool may_use_amx() {
 }
 #endif
 
-// From the lowest to the best. null: the environment names none of them.
-const Isa* choose() {
-  static Isa isas[] = {
-      {"default", &isa_default::kernels, true},
+auto detect() {
+  std::array isas{
+      Isa{"default", &isa_default::kernels, true},
 #ifdef MOEKV_X86_ISAS
-      {"avx2", &isa_avx2::kernels, false},
-      {"avx512", &isa_avx512::kernels, false},
-      {"amx", &isa_amx::kernels, false},
+      Isa{"avx2", &isa_avx2::kernels, false},
+      Isa{"avx512", &isa_avx512::kernels, false},
+      Isa{"amx", &isa_amx::kernels, false},
 #endif
   };
 #ifdef MOEKV_X86_ISAS
@@ -60,9 +54,14 @@ const Isa* choose() {
                       __builtin_cpu_supports("avx512dq");
   isas[3].supported = isas[2].supported && __builtin_cpu_supports("avx512bf16") && may_use_amx();
 #endif
+  return isas;
+}
+
+// null: the environment names none of them.
+const Isa* choose() {
   const char* wanted = std::getenv("MOEKV_CPU_CAPABILITY");
   const Isa* best = nullptr;
-  for (const Isa& isa : isas) {
+  for (const Isa& isa : isas()) {
     if (isa.supported) best = &isa;
     if (wanted && std::strcmp(wanted, isa.name) == 0) return best;
   }
@@ -85,6 +84,11 @@ const Kernels& kernels() {
 }
 
 }  // namespace
+
+std::span<const Isa> isas() {
+  static const auto all = detect();
+  return all;
+}
 
 void gating_topk(const GatingTopkParams& params, Stream) { kernels().gating_topk(params); }
 void expert_scores(const ExpertScoresParams& params, Stream) { kernels().expert_scores(params); }

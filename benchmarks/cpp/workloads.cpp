@@ -1,0 +1,255 @@
+#include "workloads.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+#include <memory>
+#include <new>
+
+#include "../../csrc/backend.h"
+#include "../../csrc/cpu/parallel.h"
+
+namespace moekv::cpu {
+
+// The kernels' own speed is measured: on one thread, without a pool.
+void parallel_for_impl(int64_t begin, int64_t end, int64_t, RangeFunction function, void* context) {
+  if (begin < end) function(begin, end, context);
+}
+
+int64_t num_threads() { return 1; }
+
+}  // namespace moekv::cpu
+
+namespace moekv::bench {
+namespace {
+
+constexpr int64_t kHeads = 8, kQueryHeads = 32, kDim = 128, kWindow = 64;
+
+// Zeroed memory, aligned as torch's, and kept for as long as a workload needs it.
+class Memory {
+ public:
+  template <typename T>
+  T* take(int64_t count) {
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64 + 64;
+    void* memory = std::aligned_alloc(64, bytes);
+    if (!memory) throw std::bad_alloc();
+    std::memset(memory, 0, bytes);
+    owned_->emplace_back(memory, std::free);
+    return static_cast<T*>(memory);
+  }
+
+  // Numbers in [-2, 2), the same in every run.
+  float* floats(int64_t count) {
+    float* numbers = take<float>(count);
+    for (int64_t i = 0; i < count; ++i) numbers[i] = random();
+    return numbers;
+  }
+  uint16_t* bfloats(int64_t count) {
+    uint16_t* numbers = take<uint16_t>(count);
+    for (int64_t i = 0; i < count; ++i) {
+      const float number = random();
+      std::memcpy(numbers + i, reinterpret_cast<const char*>(&number) + 2, 2);
+    }
+    return numbers;
+  }
+
+  // What a workload captures to keep its memory.
+  std::shared_ptr<void> owner() const { return owned_; }
+
+ private:
+  float random() {
+    state_ = state_ * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<float>(state_ >> 40) * (4.0f / (1 << 24)) - 2.0f;
+  }
+
+  uint64_t state_ = 1;
+  std::shared_ptr<std::vector<std::unique_ptr<void, decltype(&std::free)>>> owned_ =
+      std::make_shared<std::vector<std::unique_ptr<void, decltype(&std::free)>>>();
+};
+
+template <typename Params>
+Workload make(std::string name, int64_t moved, void (*cpu::Kernels::*kernel)(const Params&),
+              const Params& params, const Memory& memory) {
+  return {std::move(name), moved,
+          [=, keep = memory.owner()](const cpu::Kernels& kernels) { (kernels.*kernel)(params); }};
+}
+
+void set_strides(int64_t (&stride)[3], int64_t heads, int64_t positions, int64_t dim) {
+  stride[0] = heads * positions * dim;
+  stride[1] = positions * dim;
+  stride[2] = dim;
+}
+
+Workload gating_topk(int64_t num_tokens, int64_t num_experts) {
+  constexpr int64_t k = 2;
+  Memory memory;
+  GatingTopkParams p{};
+  p.logits = memory.bfloats(num_tokens * num_experts);
+  p.weights = memory.take<float>(num_tokens * k);
+  p.experts = memory.take<int32_t>(num_tokens * k);
+  p.prob_sum = memory.take<float>(num_experts);
+  p.load = memory.take<int64_t>(num_experts);
+  p.num_tokens = num_tokens;
+  p.num_experts = num_experts;
+  p.k = k;
+  p.logits_stride = num_experts;
+  p.inv_temperature = 1;
+  p.dtype = DType::kBFloat16;
+  p.workspace = memory.take<char>(cpu::gating_topk_workspace_bytes(p));
+  return make("gating_topk, " + std::to_string(num_experts) + " experts",
+              num_tokens * (2 * num_experts + 8 * k), &cpu::Kernels::gating_topk, p, memory);
+}
+
+Workload expert_scores(const char* name, int64_t num_keys, std::initializer_list<ScoreKind> kinds) {
+  Memory memory;
+  const int64_t pairs = kHeads * num_keys;
+  ExpertScoresParams p{};
+  p.keys = memory.bfloats(pairs * kDim);
+  p.values = memory.bfloats(pairs * kDim);
+  p.queries = memory.bfloats(kQueryHeads * kWindow * kDim);
+  for (const ScoreKind kind : kinds) p.scores[static_cast<int>(kind)] = memory.take<float>(pairs);
+  p.batch = 1;
+  p.num_kv_heads = kHeads;
+  p.num_query_heads = kQueryHeads;
+  p.num_keys = num_keys;
+  p.num_queries = kWindow;
+  p.key_dim = p.value_dim = kDim;
+  set_strides(p.key_stride, kHeads, num_keys, kDim);
+  set_strides(p.value_stride, kHeads, num_keys, kDim);
+  set_strides(p.query_stride, kQueryHeads, kWindow, kDim);
+  p.pool = 5;
+  p.lag = 128;
+  p.scaling = 0.08838834764f;
+  p.dtype = DType::kBFloat16;
+  p.workspace = memory.take<char>(cpu::expert_scores_workspace_bytes(p));
+  const int64_t kv_reads = kinds.size() > 1 ? 3 : 2;
+  const auto outputs = static_cast<int64_t>(kinds.size());
+  return make(name, pairs * (kv_reads * 2 * kDim + 4 * outputs), &cpu::Kernels::expert_scores, p,
+              memory);
+}
+
+Workload mix_scores(int64_t num_keys) {
+  constexpr int64_t num_experts = 4, k = 2;
+  Memory memory;
+  const int64_t pairs = kHeads * num_keys;
+  MixScoresParams p{};
+  p.scores = memory.floats(num_experts * pairs);
+  p.weights = memory.floats(num_keys * k);
+  int32_t* experts = memory.take<int32_t>(num_keys * k);
+  for (int64_t i = 0; i < num_keys * k; ++i) experts[i] = static_cast<int32_t>(i * 5 / 3 % 4);
+  p.experts = experts;
+  p.gain = memory.floats(num_experts * kHeads);
+  p.offset = memory.floats(num_experts * kHeads);
+  p.mixed = memory.take<float>(pairs);
+  p.num_experts = num_experts;
+  p.batch = 1;
+  p.num_kv_heads = kHeads;
+  p.num_keys = num_keys;
+  p.k = k;
+  set_strides(p.score_stride, 1, kHeads, num_keys);
+  set_strides(p.weight_stride, 0, 0, k);
+  p.weight_stride[0] = num_keys * k;
+  std::memcpy(p.expert_stride, p.weight_stride, sizeof p.expert_stride);
+  return make("mix_scores", 4 * pairs * (num_experts + 1) + 8 * num_keys * k,
+              &cpu::Kernels::mix_scores, p, memory);
+}
+
+// Half of the pairs: of every head by itself, or of all heads together.
+Workload select_kept(const char* name, int64_t num_keys, int64_t rows) {
+  Memory memory;
+  const int64_t groups = kHeads / rows, total = rows * (num_keys / 2);
+  SelectKeptParams p{};
+  p.scores = memory.floats(kHeads * num_keys);
+  int64_t* totals = memory.take<int64_t>(groups);
+  for (int64_t g = 0; g < groups; ++g) totals[g] = total;
+  p.total = totals;
+  p.indices = memory.take<int32_t>(groups * total);
+  p.offsets = memory.take<int32_t>(kHeads + 1);
+  p.groups = groups;
+  p.rows = rows;
+  p.num_keys = num_keys;
+  p.score_stride[0] = rows * num_keys;
+  p.score_stride[1] = num_keys;
+  p.sinks = 4;
+  p.window = 16;
+  p.floor = 1;
+  p.dtype = DType::kFloat;
+  p.workspace = memory.take<char>(cpu::select_kept_workspace_bytes(p));
+  return make(name, 4 * (kHeads * num_keys + groups * total), &cpu::Kernels::select_kept, p,
+              memory);
+}
+
+Workload kv_compact(int64_t num_keys) {
+  Memory memory;
+  const int64_t pairs = kHeads * num_keys, kept = num_keys / 2;
+  KvCompactParams p{};
+  p.keys = memory.bfloats(pairs * kDim);
+  p.values = memory.bfloats(pairs * kDim);
+  // One of each two neighbours, so that runs of kept pairs have one or two.
+  int32_t* indices = memory.take<int32_t>(kHeads * kept);
+  const float* coin = memory.floats(kHeads * kept);
+  for (int64_t i = 0; i < kHeads * kept; ++i) {
+    indices[i] = static_cast<int32_t>(2 * (i % kept) + (coin[i] > 0));
+  }
+  p.indices = indices;
+  p.batch = 1;
+  p.num_kv_heads = kHeads;
+  p.num_keys = num_keys;
+  p.num_kept = kept;
+  p.num_indices = kHeads * kept;
+  p.key_bytes = p.value_bytes = 2 * kDim;
+  set_strides(p.key_stride, kHeads, num_keys, 2 * kDim);
+  set_strides(p.value_stride, kHeads, num_keys, 2 * kDim);
+  return make("kv_compact", kHeads * kept * (2 * 2 * 2 * kDim + 4), &cpu::Kernels::kv_compact, p,
+              memory);
+}
+
+Workload ragged_attention(int64_t num_keys) {
+  Memory memory;
+  const int64_t pairs = kHeads * num_keys;
+  RaggedAttentionParams p{};
+  p.query = memory.bfloats(kQueryHeads * kDim);
+  p.keys = memory.bfloats(pairs * kDim);
+  p.values = memory.bfloats(pairs * kDim);
+  int32_t* begin = memory.take<int32_t>(kHeads);
+  int32_t* end = memory.take<int32_t>(kHeads);
+  for (int64_t h = 0; h < kHeads; ++h) {
+    begin[h] = static_cast<int32_t>(h * num_keys);
+    end[h] = static_cast<int32_t>((h + 1) * num_keys);
+  }
+  p.begin = begin;
+  p.end = end;
+  p.output = memory.take<uint16_t>(kQueryHeads * kDim);
+  p.batch = 1;
+  p.num_kv_heads = kHeads;
+  p.num_query_heads = kQueryHeads;
+  p.num_queries = 1;
+  p.key_dim = p.value_dim = kDim;
+  p.num_stored = pairs;
+  set_strides(p.query_stride, kQueryHeads, 1, kDim);
+  p.key_stride = p.value_stride = kDim;
+  p.scaling = 0.08838834764f;
+  p.dtype = DType::kBFloat16;
+  p.workspace = memory.take<char>(cpu::ragged_attention_workspace_bytes(p));
+  return make("ragged_attention", 2 * pairs * 2 * kDim, &cpu::Kernels::ragged_attention, p, memory);
+}
+
+}  // namespace
+
+std::vector<Workload> workloads(int64_t num_keys) {
+  return {
+      gating_topk(num_keys, 8),
+      gating_topk(num_keys, 128),
+      expert_scores("expert_scores, window attention", num_keys, {ScoreKind::kAttention}),
+      expert_scores(
+          "expert_scores, all kinds", num_keys,
+          {ScoreKind::kMass, ScoreKind::kAttention, ScoreKind::kDiversity, ScoreKind::kLag}),
+      mix_scores(num_keys),
+      select_kept("select_kept, per head", num_keys, 1),
+      select_kept("select_kept, over heads", num_keys, kHeads),
+      kv_compact(num_keys),
+      ragged_attention(num_keys),
+  };
+}
+
+}  // namespace moekv::bench
