@@ -106,6 +106,30 @@ def test_auto_takes_the_native_kernels(monkeypatch):
         gate("torch")
 
 
+def test_why_there_is_no_cuda(monkeypatch, tmp_path):
+    """Each reason in turn, from what is missing first to what is missing last."""
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "is not a CUDA build; install one" in ops._load_cuda(None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(ops, "_CUDA_LIBRARY", tmp_path / "libmoekv_cuda.so")
+    reason = ops._load_cuda(None)
+    assert "libmoekv_cuda.so has not been built; build it where nvcc is" in reason
+    assert "MOEKV_CUDA=ON" in reason
+    ops._CUDA_LIBRARY.write_bytes(b"not a library")
+    assert "libmoekv_cuda.so does not load with torch" in ops._load_cuda(None)
+    assert ops._load_cuda("no CPU library") == "no CPU library"  # it holds the schemas
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(ops._failures, "cuda", None)
+    reason = "torch finds no CUDA device; check the driver and CUDA_VISIBLE_DEVICES"
+    assert ops.available_backends()["cuda"] == reason
+    with pytest.raises(RuntimeError, match=f"backend 'cuda' is not available: {reason}"):
+        ops.check_backend("cuda")
+    monkeypatch.setitem(ops._failures, "cuda", "it has not been built")
+    with pytest.raises(RuntimeError, match="backend 'cuda' is not available: it has not been"):
+        gate("cuda")
+
+
 def test_unknown_backend():
     with pytest.raises(ValueError, match="one of auto, cpu, cuda, torch, got 'tpu'"):
         gate("tpu")

@@ -27,7 +27,7 @@
 //   copy_async_commit()               closes a group of copies
 //   copy_async_wait<n>()              waits for all but the last n groups of this thread
 //   exp2_fast(x)                      2^x within 2 ulp; subnormals may be 0
-//   check_device(op)                  throws if the current device is too old for the kernels
+//   compute_capability(op)            of the current device
 //   zero_async(op, pointer, bytes, stream)
 //
 // Memory is read and written through pointers to wider types: compile with -fno-strict-aliasing.
@@ -36,6 +36,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #ifdef MOEKV_SIMT
@@ -46,17 +48,15 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <stdexcept>
-#include <string>
-
 namespace moekv::cuda {
 
 // `what` names the kernel or the call; the op's name is in the kernel's.
 inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) {
-    throw std::runtime_error(std::string("moekv::cuda: ") + what +
-                             " failed: " + cudaGetErrorString(status));
-  }
+  if (status == cudaSuccess) return;
+  const bool no_image = status == cudaErrorNoKernelImageForDevice;
+  throw std::runtime_error(
+      std::string("moekv::cuda: ") + what + " failed: " + cudaGetErrorString(status) +
+      (no_image ? "; `python -m moekv info` lists what the library was compiled for" : ""));
 }
 
 // More than 48 KiB of dynamic shared memory must be asked for per kernel.
@@ -80,16 +80,15 @@ void launch(const char* name, Kernel* kernel, dim3 grid, dim3 block, size_t shar
   extern __shared__ __align__(16) unsigned char moekv_shared[]; \
   type* name = reinterpret_cast<type*>(moekv_shared)
 
-inline void check_device(const char* op) {
+struct ComputeCapability {
+  int major, minor;
+};
+inline ComputeCapability compute_capability(const char* op) {
   int device = 0, major = 0, minor = 0;
   check(cudaGetDevice(&device), op);
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), op);
   check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), op);
-  if (major < 8) {
-    throw std::runtime_error(std::string("moekv::") + op +
-                             ": expected a GPU of compute capability 8.0 or higher, got " +
-                             std::to_string(major) + "." + std::to_string(minor));
-  }
+  return {major, minor};
 }
 
 inline void zero_async(const char* op, void* pointer, size_t bytes, void* stream) {
@@ -146,6 +145,16 @@ __device__ __forceinline__ void copy_async_wait() {
 #endif  // MOEKV_SIMT
 
 namespace moekv::cuda {
+
+// Every launcher calls it first: mma.m16n8k16 and cp.async came with 8.0.
+inline void check_device(const char* op) {
+  const auto [major, minor] = compute_capability(op);
+  if (major < 8) {
+    throw std::runtime_error(std::string("moekv::") + op +
+                             ": expected a GPU of compute capability 8.0 or higher, got " +
+                             std::to_string(major) + "." + std::to_string(minor));
+  }
+}
 
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;

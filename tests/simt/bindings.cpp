@@ -102,6 +102,7 @@ PYBIND11_MODULE(simt_kernels, m) {
       .def("write", &Memory::write)
       .def("read", &Memory::read);
   m.def("seed", &simt::seed_bug);
+  m.def("set_compute_capability", [](int times_10) { simt::compute_capability = times_10; });
   m.def("selftest", [](const std::string& name, uintptr_t data, uint64_t seed) {
     simt::set_schedule(seed);
     simt::selftest(name, reinterpret_cast<void*>(data));

@@ -16,6 +16,20 @@ def kernels() -> ModuleType:
     return built.load(built.build(FLAVOUR))
 
 
+@pytest.fixture(scope="session")
+def few_blocks() -> ModuleType:
+    """The kernels with fewer blocks, each of which has more to do."""
+    edits = [
+        built.Edit("select_kept.cu", "kMaxBlocks = 8192", "kMaxBlocks = 2"),
+        built.Edit("gating_topk.cu", "kMaxBlocks = 512", "kMaxBlocks = 2"),
+        built.Edit("key_diversity.cu", "kMaxBlocks = 2048", "kMaxBlocks = 1"),
+        built.Edit("token_standout.cu", "kMaxRuns = 256", "kMaxRuns = 2"),
+        built.Edit("token_standout.cu", "kMaxGridY = 65535", "kMaxGridY = 3"),
+        built.Edit("ragged_attention.cu", "kTargetBlocks = 512", "kTargetBlocks = 6"),
+    ]
+    return built.load(built.build(FLAVOUR, edits))
+
+
 @pytest.fixture
 def selftest(kernels: ModuleType) -> Callable[..., torch.Tensor]:
     """Run a kernel of selftest.cu on a copy of an array and return what it makes of it."""

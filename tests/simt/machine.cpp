@@ -15,6 +15,7 @@
 namespace simt {
 
 Machine machine;
+int compute_capability = 80;
 
 namespace {
 

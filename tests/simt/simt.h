@@ -357,6 +357,8 @@ void launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 grid, d
           [](const void* copy) { (*static_cast<const decltype(call)*>(copy))(); }});
 }
 
+extern int compute_capability;  // of the simulated device, times 10
+
 void zero(void* pointer, size_t bytes);
 void copy_async_16(void* shared, const void* global);
 void copy_async_commit();
@@ -369,7 +371,12 @@ void copy_async_wait(int pending);
 
 namespace moekv::cuda {
 
-inline void check_device(const char*) {}
+struct ComputeCapability {
+  int major, minor;
+};
+inline ComputeCapability compute_capability(const char*) {
+  return {::simt::compute_capability / 10, ::simt::compute_capability % 10};
+}
 inline void zero_async(const char*, void* pointer, size_t bytes, void*) {
   ::simt::zero(pointer, bytes);
 }

@@ -6,25 +6,10 @@ over a long context; where a size is cheap to exceed, it is exceeded.
 
 from types import ModuleType
 
-import kernels as built
 import op_cases
 import pytest
 import simulated
-from kernels import Edit
 from op_cases import BF16, FP16, ExpertScores, GatingTopk, KvCompact, SelectKept, TokenStandout
-
-FEW_BLOCKS = (
-    Edit("select_kept.cu", "kMaxBlocks = 8192", "kMaxBlocks = 2"),
-    Edit("gating_topk.cu", "kMaxBlocks = 512", "kMaxBlocks = 2"),
-    Edit("key_diversity.cu", "kMaxBlocks = 2048", "kMaxBlocks = 1"),
-    Edit("token_standout.cu", "kMaxRuns = 256", "kMaxRuns = 2"),
-    Edit("token_standout.cu", "kMaxGridY = 65535", "kMaxGridY = 3"),
-)
-
-
-@pytest.fixture(scope="module")
-def few_blocks() -> ModuleType:
-    return built.load(built.build("watched", FEW_BLOCKS))
 
 
 @pytest.mark.parametrize(

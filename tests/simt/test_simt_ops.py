@@ -29,6 +29,8 @@ SCHEDULED: list[tuple[str, Any]] = [
     ("select_kept", op_cases.SelectKept((1, 2, 4500), (3000,), 4, 16, values="ties")),
     ("kv_compact_", op_cases.KvCompact((1, 2, 400, 80), (150, 400), packed=True)),
     ("kv_compact_", op_cases.KvCompact((2, 2, 37, 20), (20,), dtype=torch.float16)),
+    # Deep fragments, of which a warp holds fewer rows.
+    ("expert_scores", op_cases.ExpertScores((1, 1, 100, 136), dtype=torch.float16, kinds=(0,))),
 ]
 
 
@@ -90,12 +92,31 @@ def test_ragged_attention_with_a_mask(kernels: ModuleType, shape: tuple[int, ...
     assert (got[-1, 0] == 0).all()
 
 
-def test_ragged_attention_schedules(kernels: ModuleType) -> None:
-    case = ragged.make_case(heads=3, group=2, dim=24, stored=90, tail=3)
-    first = simulated.Device(kernels).ragged_attention(**case, scaling=0.2)
+@pytest.mark.parametrize("group", [2, 5])  # up to four queries, and more
+def test_ragged_attention_schedules(few_blocks: ModuleType, group: int) -> None:
+    case = ragged.make_case(heads=3, group=group, dim=24, stored=300, tail=3)
+    first = simulated.Device(few_blocks).ragged_attention(**case, scaling=0.2)
+    expected = ragged.oracle(**case, scaling=0.2)
+    torch.testing.assert_close(first.double(), expected, atol=4e-6, rtol=4e-6)
     for seed in range(1, NUM_SCHEDULES):
-        got = simulated.Device(kernels, seed).ragged_attention(**case, scaling=0.2)
+        got = simulated.Device(few_blocks, seed).ragged_attention(**case, scaling=0.2)
         assert torch.equal(got, first), f"seed {seed}"
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_ragged_attention_on_misaligned_storage(kernels: ModuleType, offset: int) -> None:
+    case = ragged.make_case(heads=2, dim=64, stored=100, tail=3)
+    expected = simulated.Device(kernels).ragged_attention(**case, scaling=0.1)
+
+    def shifted(tensor: torch.Tensor) -> torch.Tensor:
+        room = tensor.new_zeros(tensor.numel() + offset)
+        return room[offset:].view(tensor.shape).copy_(tensor)
+
+    floats = [name for name, tensor in case.items() if tensor.is_floating_point()]
+    for name in floats:  # each alone makes its own accesses narrower
+        moved = case | {name: shifted(case[name])}
+        got = simulated.Device(kernels).ragged_attention(**moved, scaling=0.1)
+        torch.testing.assert_close(got, expected)
 
 
 def test_row_ranges_out_of_bounds_are_cut(kernels: ModuleType) -> None:
@@ -148,6 +169,46 @@ def test_indices_out_of_range_move_nothing_outside(kernels: ModuleType) -> None:
                 expected[0, head, rank] = keys[0, head, position]
     simulated.Device(kernels).kv_compact_(keys, values, indices, **options)
     assert torch.equal(keys, expected)
+
+
+def call(kernels: ModuleType, name: str) -> None:
+    """Any op on any input."""
+    device = simulated.Device(kernels)
+    if name == "ragged_attention":
+        device.ragged_attention(**ragged.make_case(), scaling=0.1)
+    else:
+        check, (_, case, *_) = op_cases.CHECKS[name]
+        check(device.op(name), case)
+
+
+@pytest.mark.parametrize("name", [*op_cases.CHECKS, "ragged_attention"])
+def test_gpus_that_are_too_old(kernels: ModuleType, name: str) -> None:
+    kernels.set_compute_capability(75)
+    try:
+        message = f"moekv::{name}: expected a GPU of compute capability 8.0 or higher, got 7.5"
+        with pytest.raises(RuntimeError, match=message):
+            call(kernels, name)
+    finally:
+        kernels.set_compute_capability(80)
+    call(kernels, name)
+
+
+@pytest.mark.parametrize("dims", [{"dim": 257}, {"dim": 64, "value_dim": 512}], ids=str)
+def test_head_dims_beyond_the_kernel(kernels: ModuleType, dims: dict[str, int]) -> None:
+    case = ragged.make_case(**dims)
+    key_dim, value_dim = case["keys"].shape[1], case["values"].shape[1]
+    message = (
+        "moekv::ragged_attention: expected head dims of 1 to 256 on CUDA, "
+        f"got {key_dim} for keys and {value_dim} for values"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        simulated.Device(kernels).ragged_attention(**case, scaling=0.1)
+
+
+def test_more_pairs_than_a_group_may_have(kernels: ModuleType) -> None:
+    scores = torch.zeros(2**20).expand(1, 2**11, 2**20)
+    with pytest.raises(RuntimeError, match="moekv::select_kept: expected fewer than 2.31 pairs in"):
+        simulated.Device(kernels).select_kept(scores, total=[2**11])
 
 
 @pytest.mark.parametrize("offset", [1, 2, 4, 8])
