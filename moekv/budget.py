@@ -199,26 +199,15 @@ def select(
         )
 
     if budget == "model":
-        device = scores[0].device
-        stacked = torch.stack([layer.to(device) for layer in scores], dim=1).flatten(1, 2)
-        indices, offsets = choose(stacked, stacked.shape[1])
-        counts = offsets.diff().view(batch, len(scores), num_heads)
-        bounds = offsets[::num_heads].tolist()  # of the layers in each row
-        chosen = []
-        for index, layer in enumerate(scores):
-            parts = [
-                indices[bounds[i] : bounds[i + 1]]
-                for i in range(index, batch * len(scores), len(scores))
-            ]
-            ends = counts[:, index].flatten().cumsum(0, dtype=torch.int32)
-            chosen.append(
-                Kept(
-                    torch.cat(parts).to(layer.device),
-                    functional.pad(ends, (1, 0)).to(layer.device),
-                    shape,
-                )
-            )
-        return chosen
+        shared = len(scores) * num_heads
+        return select_over_layers(
+            scores,
+            start,
+            [n * shared for n in totals],
+            sinks=sinks,
+            recent=recent,
+            backend=backend,
+        )
     if budget == "head":
         return [Kept(*choose(layer, num_heads), shape) for layer in scores]
     per_head = totals[0] if start is None and len(set(totals)) == 1 else None
@@ -226,3 +215,75 @@ def select(
         Kept(*choose(layer.reshape(-1, 1, num_keys), num_heads), shape, per_head)
         for layer in scores
     ]
+
+
+def select_over_layers(
+    scores: Sequence[Tensor],
+    start: Tensor | None,
+    totals: Sequence[int],
+    *,
+    sinks: int,
+    recent: int,
+    backend: str,
+) -> list[Kept]:
+    """Choose the best pairs over all heads of some layers. Waits for the device, once.
+
+    Parameters
+    ----------
+    scores : sequence of L Tensor [B, H, T], float32
+        On one scale.
+    start : Tensor [B], int32, or None
+        Padding at the left of each row.
+    totals : sequence of B ints
+        Pairs that each row keeps in all, at least one for each of its heads.
+    sinks, recent : int
+        First and last real positions that every head keeps, as far as the total allows.
+    backend : str
+
+    Returns
+    -------
+    list of L Kept
+    """
+    batch, num_heads, num_keys = scores[0].shape
+    device = scores[0].device
+    stacked = torch.stack([layer.to(device) for layer in scores], dim=1).flatten(1, 2)
+    starts = None
+    if start is not None:
+        starts = start.to(device)[:, None].expand(batch, stacked.shape[1]).contiguous()
+    indices, offsets = ops.select_kept(
+        stacked, starts, total=totals, sinks=sinks, window=recent, backend=backend
+    )
+    counts = offsets.diff().view(batch, len(scores), num_heads)
+    bounds = offsets[::num_heads].tolist()  # of the layers in each row
+    chosen = []
+    for index, layer in enumerate(scores):
+        parts = [
+            indices[bounds[i] : bounds[i + 1]]
+            for i in range(index, batch * len(scores), len(scores))
+        ]
+        ends = counts[:, index].flatten().cumsum(0, dtype=torch.int32)
+        chosen.append(
+            Kept(
+                torch.cat(parts).to(layer.device),
+                functional.pad(ends, (1, 0)).to(layer.device),
+                (batch, num_heads, num_keys),
+            )
+        )
+    return chosen
+
+
+def without_padding(chosen: Sequence[Kept], start: Tensor) -> list[Kept]:
+    """Take padding out of what is kept, which a row of nothing else has. Waits for the device.
+
+    Parameters
+    ----------
+    chosen : sequence of Kept
+    start : Tensor [B], int32
+        Padding at the left of each row.
+
+    Returns
+    -------
+    list of Kept
+    """
+    real = torch.arange(chosen[0].shape[2], device=start.device) >= start[:, None]
+    return [Kept.from_mask(kept.mask() & real.to(kept.indices.device)[:, None]) for kept in chosen]

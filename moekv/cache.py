@@ -80,3 +80,19 @@ def evict(cache: Cache, index: int, kept: Kept, *, backend: str) -> tuple[int, i
     )
     cache.layers[index] = layer
     return storage_bytes(keys, values), layer.nbytes
+
+
+def empty_cache(cache: Cache) -> None:
+    """Make a cache as it was before its prefill, layers with sliding windows included.
+
+    Parameters
+    ----------
+    cache : Cache
+        One that :func:`check_cache` has passed.
+    """
+    for index, layer in enumerate(cache.layers):
+        cache.layers[index] = (
+            DynamicSlidingWindowLayer(layer.sliding_window)
+            if isinstance(layer, DynamicSlidingWindowLayer)
+            else DynamicLayer()  # type: ignore[no-untyped-call]
+        )

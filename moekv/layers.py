@@ -327,6 +327,32 @@ class RaggedLayer(CacheLayerMixin):
         self.begin = kept.offsets[:-1].view(batch, num_kv_heads)
         self.end = kept.offsets[1:].view(batch, num_kv_heads)
 
+    def subset(self, kept: Kept, *, of: Kept) -> "RaggedLayer":
+        """Copy some of the stored pairs.
+
+        Parameters
+        ----------
+        kept : Kept
+            What stays of each head.
+        of : Kept
+            What the layer holds.
+
+        Returns
+        -------
+        RaggedLayer
+            Without a tail, with storage of its own.
+        """
+        rows = torch.searchsorted(of.rows(), kept.rows())  # both ascend
+        heads = self.begin.shape
+        return RaggedLayer(
+            self.stored_keys.index_select(0, rows),
+            self.stored_values.index_select(0, rows),
+            kept.offsets[:-1].view(heads),
+            kept.offsets[1:].view(heads),
+            length=self.context_length,
+            backend=self.backend,
+        )
+
     # -- what transformers asks of a layer ---------------------------------------------------------
 
     @property

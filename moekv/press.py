@@ -17,7 +17,15 @@ from transformers.cache_utils import DynamicLayer
 
 from moekv import decoding as growth
 from moekv import ops
-from moekv.budget import Kept, check_ratio, kept_pairs, protect, resolve_budget, select
+from moekv.budget import (
+    Kept,
+    check_ratio,
+    kept_pairs,
+    protect,
+    resolve_budget,
+    select,
+    without_padding,
+)
 from moekv.cache import cached_pairs, check_cache, evict
 from moekv.decoding import DecodingConfig, Held, Regrown
 from moekv.experts import Expert, PressExpert, build_experts, expert_names
@@ -27,6 +35,7 @@ from moekv.mixing import common_scale, stack_scores
 from moekv.ops import ScoreKind
 from moekv.routers import BALANCE_LOSSES, ROUTERS, BaseMoERouter, RouterOutput, make_router
 from moekv.stats import LayerStats, Observation
+from moekv.streaming import StreamingBudget
 from moekv.view import LayerView, ViewBuilder, read_starts
 
 POLICIES = ("mixture", "dominant")
@@ -88,9 +97,9 @@ class MoERouterPress(ScorerPress):
 
     Inside ``with press(model):`` each prefill is compressed once, when its last layer has run: an
     exception anywhere leaves the cache whole. Until then the full cache is held, so the peak is
-    that of a prefill without compression. Decoding steps compress nothing unless `decoding` says
-    so (or ``kvpress.DecodingPress`` does). As a part of a kvpress wrapper the press acts on each
-    layer at once.
+    that of a prefill without compression (see `streaming`). Decoding steps compress nothing unless
+    `decoding` says so (or ``kvpress.DecodingPress`` does). As a part of a kvpress wrapper the press
+    acts on each layer at once.
 
     Parameters
     ----------
@@ -140,6 +149,11 @@ class MoERouterPress(ScorerPress):
         ``generate(prefill_chunk_size=...)`` does. Pairs leave after each chunk, as many as it
         takes to hold no more than what stays of the whole prompt: the peak is that and a
         chunk. All layers become ragged. None: a prefill is one forward.
+    streaming : bool
+        Of a budget over the model: trim each layer as it arrives, instead of all after the last.
+        What stays is the same; the peak is the budget, an eighth of it, and one whole layer. The
+        price: a selection for every layer, and older layers are copied a few times. An exception
+        halfway leaves the cache empty instead of whole.
 
     Raises
     ------
@@ -180,6 +194,7 @@ class MoERouterPress(ScorerPress):
     window: int = 64
     decoding: DecodingConfig | None = None
     context_length: int | None = None
+    streaming: bool = False
 
     def __post_init__(self) -> None:
         """Check every option before a model is at hand."""
@@ -192,6 +207,16 @@ class MoERouterPress(ScorerPress):
             raise ValueError(
                 f"expected budget 'uniform' with policy 'dominant', in which an expert says how "
                 f"much each head keeps, got {self.budget!r}"
+            )
+        if self.streaming and self._budget != "model":
+            raise ValueError(
+                f"expected budget 'model' with streaming, which trims all layers to one budget, "
+                f"got {self.budget!r}"
+            )
+        if self.streaming and self.context_length is not None:
+            raise ValueError(
+                "expected streaming or context_length, got both: a prompt in chunks has pairs of "
+                "all layers leave after each chunk, and its peak is bounded by that"
             )
         ops.check_backend(self.backend)
         _check_count("top_k", self.top_k, 1)
@@ -236,6 +261,7 @@ class MoERouterPress(ScorerPress):
         self._rated: list[_Rated] = []
         self._growth: _Growth | None = None
         self._num_cached = self._num_forwards = self._num_commits = self._num_grown = 0
+        self._stream: StreamingBudget | None = None
 
     # --- Rating -----------------------------------------------------------------------------------
 
@@ -483,12 +509,7 @@ class MoERouterPress(ScorerPress):
                 return [None] * len(ratings)
             chosen = self._select([r.scores for r in ratings], first, totals, budget=self._budget)
             if first.start is not None and not all(first.lengths):
-                # Rows that are all padding, so far.
-                real = torch.arange(num_keys, device=first.start.device) >= first.start[:, None]
-                chosen = [
-                    Kept.from_mask(kept.mask() & real.to(kept.indices.device)[:, None])
-                    for kept in chosen
-                ]
+                chosen = without_padding(chosen, first.start)  # rows that are all padding, so far
             if ahead:
                 chosen = [replace(kept, per_head=None) for kept in chosen]
             return list(chosen)
@@ -681,6 +702,38 @@ class MoERouterPress(ScorerPress):
             numbers[1] += (num_kept - counted) * unit
         layer.counted = (self._pairs, num_kept)
 
+    def _begin_stream(self, cache: Cache, rating: _Rating) -> None:
+        """Get ready to trim the layers of a prefill as they arrive, if anything is to leave."""
+        totals = self._keep(rating.lengths)
+        if not self._evicts or (rating.start is None and totals[0] == rating.scores.shape[2]):
+            return
+        sinks, recent = self._protected(rating)
+        self._stream = StreamingBudget(
+            cache,
+            num_layers=len(self._hooked),
+            totals=totals,
+            lengths=rating.lengths,
+            start=rating.start,
+            sinks=sinks,
+            recent=recent,
+            backend=self.backend,
+        )
+
+    def _end_stream(self, rated: Sequence[_Rated]) -> None:
+        """Record what the stream has done; its last layer has trimmed all to the budget."""
+        assert self._stream is not None
+        for r, trimmed in zip(rated, self._stream.layers, strict=True):
+            if r.states is not None:
+                self._go_on(r)
+            self._record(r.rating, trimmed.kept, trimmed.before, trimmed.after)
+        self._stream = None
+
+    def _abort_stream(self, *_: Any) -> None:
+        """Empty the cache of a prefill that has not come to its end."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.abort()
+
     # --- Hooks ------------------------------------------------------------------------------------
 
     @contextmanager
@@ -734,6 +787,7 @@ class MoERouterPress(ScorerPress):
                 layer.register_forward_hook(self._after_attention, with_kwargs=True)
                 for layer in hooked
             ]
+            handles.append(decoder.register_forward_hook(self._abort_stream, always_call=True))
             yield
             acted = self._num_commits or self._num_grown
             if self._num_forwards and not acted and self._evicts:
@@ -744,6 +798,7 @@ class MoERouterPress(ScorerPress):
                     "layers that carry the hooks"
                 )
         finally:
+            self._abort_stream()  # after an interrupt, for which no hook is called
             for handle in handles:
                 handle.remove()
             for layer in bare:
@@ -811,6 +866,7 @@ class MoERouterPress(ScorerPress):
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Refuse what cannot be compressed before anything runs."""
+        self._abort_stream()
         self._rated = []
         self._num_forwards += 1
         try:
@@ -881,7 +937,8 @@ class MoERouterPress(ScorerPress):
                 self._after_growth(module, kwargs, hidden_states, cache, _attentions(output))
             return
         keys, values = cached_pairs(cache.layers[module.layer_idx])
-        check_cache(cache)
+        if self._stream is None:  # it replaces layers
+            check_cache(cache)
         if module is self._hooked[0]:
             check_ratio(self.compression_ratio)
             self._rated = []
@@ -896,11 +953,20 @@ class MoERouterPress(ScorerPress):
         index: int = module.layer_idx  # type: ignore[assignment]
         states = self._last_states(hidden_states, rating)
         self._rated.append(_Rated(cache, index, weakref.ref(keys), rating, states))
+        del keys, values  # what is evicted is free at once
+        if self.streaming:
+            if len(self._rated) == 1:
+                self._begin_stream(cache, rating)
+            if self._stream is not None:
+                with torch.no_grad():
+                    self._stream.add(index, rating.scores)
         if module is self._hooked[-1]:
             rated, self._rated = self._rated, []
-            del keys, values  # the commit frees them layer by layer
             with torch.no_grad():
-                self._commit(rated)
+                if self._stream is None:
+                    self._commit(rated)
+                else:
+                    self._end_stream(rated)
             self._num_commits += 1
 
     def _after_growth(

@@ -146,6 +146,14 @@ def test_ragged_budgets_in_a_wrapper(budget: str) -> None:
         prefill(model, tokens(1, LENGTH))
 
 
+def test_streaming_and_other_budgets() -> None:
+    for budget in ("auto", "uniform", "head"):
+        with pytest.raises(ValueError, match=f"expected budget 'model' .* got '{budget}'"):
+            MoERouterPress(budget=budget, streaming=True)
+    with pytest.raises(ValueError, match="expected streaming or context_length, got both"):
+        MoERouterPress(budget="model", streaming=True, context_length=100)
+
+
 def test_ragged_budgets_and_the_dominant_policy() -> None:
     with pytest.raises(ValueError, match="'uniform' with policy 'dominant'.*got 'model'"):
         MoERouterPress(policy="dominant", budget="model")
@@ -441,6 +449,19 @@ def test_memory_that_runs_out_halfway(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done and cache.get_seq_length() == 0  # as before the prefill
     assert not any(layer.is_initialized for layer in cache.layers)
     monkeypatch.undo()
+    with press(model):
+        model(tokens(1, LENGTH), past_key_values=cache)
+    assert cache.get_seq_length() == LENGTH and isinstance(cache.layers[0], RaggedLayer)
+
+
+def test_exception_halfway_through_a_stream() -> None:
+    model, cache, expert = tiny_model(), DynamicCache(), Failing()
+    press = MoERouterPress(experts=[expert], top_k=1, budget="model", streaming=True)
+    with pytest.raises(ArithmeticError), press(model):
+        model(tokens(1, LENGTH), past_key_values=cache)
+    assert cache.get_seq_length() == 0 and not any(x.is_initialized for x in cache.layers)
+    assert press.get_stats()["forward_count"] == 0
+    expert.layer = None
     with press(model):
         model(tokens(1, LENGTH), past_key_values=cache)
     assert cache.get_seq_length() == LENGTH and isinstance(cache.layers[0], RaggedLayer)
