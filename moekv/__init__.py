@@ -1,5 +1,6 @@
 """Mixture-of-experts compression of KV caches."""
 
+from moekv.chunks import prefill_in_chunks
 from moekv.decoding import DecodingConfig
 from moekv.experts import Expert, expert_names, register_expert
 from moekv.press import MoERouterPress
@@ -32,6 +33,7 @@ __all__ = [
     "TopKBalancedRouter",
     "expert_names",
     "load_cache",
+    "prefill_in_chunks",
     "ragged",
     "register_expert",
     "save_cache",

@@ -145,10 +145,10 @@ class MoERouterPress(ScorerPress):
     decoding : DecodingConfig, optional
         Compress during decoding, too, so that a cache never exceeds its budget.
     context_length : int, optional
-        Length of the prompts, padding included, that are fed in chunks, as
-        ``generate(prefill_chunk_size=...)`` does. Pairs leave after each chunk, as many as it
-        takes to hold no more than what stays of the whole prompt: the peak is that and a
-        chunk. All layers become ragged. None: a prefill is one forward.
+        Length of a prompt, padding included, that is fed in several forwards (which
+        ``moekv.prefill_in_chunks`` does). Pairs leave after each, as many as it takes to hold no
+        more than what stays of the whole prompt: the peak is that and a chunk. Layers become
+        ragged, whatever the budget. None: a prefill is one forward.
     streaming : bool
         Of a budget over the model: trim each layer as it arrives, instead of all after the last.
         What stays is the same; the peak is the budget, an eighth of it, and one whole layer. The
@@ -510,7 +510,7 @@ class MoERouterPress(ScorerPress):
             chosen = self._select([r.scores for r in ratings], first, totals, budget=self._budget)
             if first.start is not None and not all(first.lengths):
                 chosen = without_padding(chosen, first.start)  # rows that are all padding, so far
-            if ahead:
+            if self.context_length is not None:
                 chosen = [replace(kept, per_head=None) for kept in chosen]
             return list(chosen)
         assert self._experts is not None
@@ -879,24 +879,36 @@ class MoERouterPress(ScorerPress):
         num_tokens = 0 if tokens is None else tokens.shape[1]
         self._num_cached = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
         if cache is not None and self._num_cached:
-            self._check_growth(cache, num_tokens, given.get("cache_position"))
+            self._check_growth(cache, num_tokens, given)
             return
         if cache is not None:
             check_cache(cache)
-        what = "rows with padding"
         if self.context_length is not None:
-            if num_tokens > self.context_length:
-                raise RuntimeError(
-                    f"expected a prompt of context_length = {self.context_length} tokens, got "
-                    f"{num_tokens}"
-                )
-            what = "chunks of a prompt"
-        in_chunks = self.context_length is not None and num_tokens < self.context_length
-        padded = isinstance(mask, Tensor) and any(read_starts(mask))
-        if self._evicts and (in_chunks or padded):
-            check_attention(self._hooked[0], what)
+            self._check_chunk(num_tokens, given)
+            if self._evicts:
+                check_attention(self._hooked[0], "a prompt in chunks")
+        if self._evicts and isinstance(mask, Tensor) and any(read_starts(mask)):
+            check_attention(self._hooked[0], "rows with padding")
 
-    def _check_growth(self, cache: Cache, num_tokens: int, cache_position: Any) -> None:
+    def _check_chunk(self, num_tokens: int, given: dict[str, Any]) -> None:
+        """Refuse a chunk beyond the prompt, and one at other positions than its own."""
+        seen = self._num_cached + num_tokens
+        assert self.context_length is not None
+        if seen > self.context_length:
+            raise RuntimeError(
+                f"expected a prompt of context_length = {self.context_length} tokens, got "
+                f"{num_tokens} for a cache that holds {self._num_cached}"
+            )
+        position_ids = given.get("position_ids")
+        if isinstance(position_ids, Tensor) and int(position_ids.max()) >= seen:
+            raise RuntimeError(
+                f"expected positions below {seen} for a chunk of {num_tokens} tokens behind "
+                f"{self._num_cached}, got {int(position_ids.max())}: some versions of "
+                "transformers number the chunks of generate(prefill_chunk_size=...) wrongly; "
+                "moekv.prefill_in_chunks does not"
+            )
+
+    def _check_growth(self, cache: Cache, num_tokens: int, given: dict[str, Any]) -> None:
         """Refuse tokens for a cache that holds some, unless masks and budgets can be right."""
         if self._goes_on:
             check_cache(cache, grown=True)
@@ -906,19 +918,16 @@ class MoERouterPress(ScorerPress):
         layer = cache.layers[self._hooked[0].layer_idx]  # type: ignore[index]
         evicted = getattr(layer, "evicted", 0)
         if self.context_length is not None and not evicted and num_cached < self.context_length:
-            if num_cached + num_tokens > self.context_length:
-                raise RuntimeError(
-                    f"expected a prompt of context_length = {self.context_length} tokens, got "
-                    f"{num_tokens} more for the {num_cached} that the cache has"
-                )
+            self._check_chunk(num_tokens, given)
             return
         if self.decoding is None:
             raise RuntimeError(
                 f"expected a prefill in one forward, got {num_tokens} tokens for a cache that "
                 f"holds {num_cached}: leave the `with` block before feeding more than one "
                 "token at a time, and feed the whole prompt at once, or give its length "
-                "as context_length"
+                "as context_length (moekv.prefill_in_chunks does)"
             )
+        cache_position = given.get("cache_position")
         first = num_cached if cache_position is None else int(cache_position[0])
         if evicted and first != num_cached:
             raise RuntimeError(

@@ -86,15 +86,17 @@ class Lockstep:
             before = self.visible[index]
             if isinstance(layer, RaggedLayer):
                 keys, values, lengths = layer.to_dense()
+                # The tail may have padding, which attention masks.
+                lengths = lengths - (self.padding - layer.context_length).clamp(min=0)[:, None]
                 assert layer.get_seq_length() == self.length
             else:
                 keys, values = layer.keys, layer.values
                 lengths = torch.full(keys.shape[:2], keys.shape[2])
             after = torch.zeros_like(before)
             for b, h in torch.cartesian_prod(*map(torch.arange, before.shape[:2])).tolist():
-                # A ragged layer's tail may have padding, which attention masks.
                 n = int(lengths[b, h])
                 distance = torch.cdist(keys[b, h, keys.shape[2] - n :], full.keys[b, h])
+                distance[:, ~before[b, h]] = math.inf  # padding, or evicted before
                 place = distance.argmin(-1)
                 assert (distance.amin(-1) < 1e-2).all()
                 assert (place.diff() > 0).all()
@@ -105,9 +107,7 @@ class Lockstep:
                     rtol=1e-2,
                 )
                 after[b, h, place] = True
-            real = torch.arange(self.length) >= self.padding[:, None, None]
-            assert not (after & real & ~before).any()
-            self.visible[index] = after & real
+            self.visible[index] = after
 
     def pairs(self) -> Tensor:
         """Visible pairs [L, B, H] of each head."""
