@@ -51,7 +51,8 @@ def prefill_in_chunks(
     Raises
     ------
     ValueError
-        `chunk_size` is less than 1, or the cache is not empty.
+        `chunk_size` is less than 1, the cache is not empty, or the press streams or has a
+        dominant policy.
     RuntimeError, TypeError
         As in a block of the press.
 
@@ -62,6 +63,11 @@ def prefill_in_chunks(
     """
     if chunk_size < 1:
         raise ValueError(f"expected chunk_size >= 1, got {chunk_size}")
+    if press.streaming or press.policy != "mixture":
+        raise ValueError(
+            "expected streaming=False, as chunks bound the peak already, and policy 'mixture', "
+            f"got {press.streaming} and {press.policy!r}"
+        )
     cache = DynamicCache(config=model.config) if past_key_values is None else past_key_values
     if cache.get_seq_length():
         raise ValueError(f"expected an empty cache, got one that holds {cache.get_seq_length()}")

@@ -1069,18 +1069,22 @@ class MoERouterPress(ScorerPress):
         Returns
         -------
         dict
-            ``forward_count``: prefills rated (calls of the layer that was rated most often).
+            ``forward_count``: ratings of the layer that was rated most often: one for each
+            prefill, and for each compression while decoding or between chunks.
             ``total_aux_loss``: auxiliary losses, summed over layers and forwards;
             ``avg_aux_loss``: that per forward.
             ``compression``: ``bytes_before``, ``bytes_after``, ``bytes_freed`` of the storages of
             the layers that the press compressed, and ``ratio``, the exact share of real
-            pairs removed.
+            pairs removed. Where a cache is compressed again, every pair counts once: before,
+            when the compression after its coming is done; after, as long as it stays. Room
+            for tokens to come does not count.
             ``layer_stats``: for each layer index
 
             - ``router_stats``: ``expert_usage_ratios`` and ``expert_usage_count`` (how
               often each expert was chosen, as a share and as a number), ``total_tokens`` (real
-              ones), ``routing_decisions`` (choices made, all experts together), ``router_entropy``
-              (of the probabilities, mean over tokens, nats);
+              ones; those of a window that is routed again count again), ``routing_decisions``
+              (choices made, all experts together), ``router_entropy`` (of the probabilities,
+              mean over tokens, nats);
             - ``expert_compression_stats``: ``expert_usage`` (share of the positions' weight that
               the expert had), ``compression_ratios`` (share removed of the pairs that it rated,
               by weight; NaN if it rated none, or if a wrapper evicted), ``cache_hit_rates``

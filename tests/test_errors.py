@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from moekv import Expert, LayerView, MoERouterPress, ops, register_expert
+from moekv import (
+    DecodingConfig,
+    Expert,
+    LayerView,
+    MoERouterPress,
+    ops,
+    prefill_in_chunks,
+    register_expert,
+)
 from moekv.hooks import find_layers
 from moekv.layers import RaggedLayer
 
@@ -157,6 +165,35 @@ def test_streaming_and_other_budgets() -> None:
 def test_ragged_budgets_and_the_dominant_policy() -> None:
     with pytest.raises(ValueError, match="'uniform' with policy 'dominant'.*got 'model'"):
         MoERouterPress(policy="dominant", budget="model")
+
+
+@pytest.mark.parametrize("number", [0, -1, 2.5, True, None])
+def test_decoding_options(number: Any) -> None:
+    for name in ("target", "interval"):
+        with pytest.raises(ValueError, match=f"expected {name} an integer >= 1, got {number}"):
+            DecodingConfig(**{name: number})
+    with pytest.raises(TypeError, match="decoding a moekv.DecodingConfig, got 2048"):
+        MoERouterPress(decoding=2048)
+    if number is not None:
+        with pytest.raises(ValueError, match="expected context_length an integer >= 1"):
+            MoERouterPress(context_length=number)
+
+
+GOES_ON = [{"decoding": DecodingConfig()}, {"context_length": LENGTH}]
+
+
+@pytest.mark.parametrize("options", GOES_ON)
+def test_compression_that_goes_on_and_the_dominant_policy(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="'mixture' where compression goes on.*got 'dominant'"):
+        MoERouterPress(policy="dominant", **options)
+
+
+@pytest.mark.parametrize("options", GOES_ON)
+def test_compression_that_goes_on_in_a_wrapper(options: dict[str, Any]) -> None:
+    model, press = tiny_model(), ComposedPress([MoERouterPress(**options)])
+    message = "neither decoding nor context_length inside a kvpress wrapper"
+    with pytest.raises(ValueError, match=message), press(model):
+        prefill(model, tokens(1, LENGTH))
 
 
 def test_unknown_backend() -> None:
@@ -484,6 +521,125 @@ def test_prefill_in_chunks() -> None:
         model.generate(tokens(1, LENGTH), prefill_chunk_size=16, max_new_tokens=2)
 
 
+def test_second_prompt_for_dense_layers() -> None:
+    model, cache = tiny_model(), DynamicCache()
+    press = MoERouterPress(decoding=DecodingConfig(30, 5))
+    where = torch.arange(LENGTH, LENGTH + 3)
+    with torch.no_grad(), press(model):
+        model(tokens(1, LENGTH), past_key_values=cache)
+        keys = cache.layers[0].keys.clone()
+        with pytest.raises(RuntimeError, match='20 pairs at position 40, got 3.*budget="head"'):
+            model(
+                tokens(1, 3), past_key_values=cache, cache_position=where, position_ids=where[None]
+            )
+        assert torch.equal(cache.layers[0].keys, keys)
+        # Places of its own, as transformers numbers them by default, give the right masks.
+        model(tokens(1, 3), past_key_values=cache, position_ids=where[None])
+    assert cache.get_seq_length() == 23
+
+
+def test_prompt_longer_than_its_length() -> None:
+    model, press, cache = tiny_model(), MoERouterPress(context_length=30), DynamicCache()
+    with torch.no_grad(), press(model):
+        message = "context_length = 30 tokens, got 31 for a cache that holds 0"
+        with pytest.raises(RuntimeError, match=message):
+            model(tokens(1, 31), past_key_values=cache)
+        assert not cache.get_seq_length()
+        model(tokens(1, 25), past_key_values=cache)
+        with pytest.raises(RuntimeError, match="got 6 for a cache that holds 25"):
+            model(tokens(1, 6), past_key_values=cache)
+        model(tokens(1, 5), past_key_values=cache)
+        assert cache.layers[1].to_dense()[2].tolist() == [[15, 15]]
+
+
+def test_chunks_at_wrong_positions() -> None:
+    model, press, cache = tiny_model(), MoERouterPress(context_length=30), DynamicCache()
+    message = r"positions below 10 .* got 29: some versions of transformers .*prefill_in_chunks"
+    where = torch.arange(20, 30)[None]
+    with pytest.raises(RuntimeError, match=message), torch.no_grad(), press(model):
+        model(tokens(1, 10), past_key_values=cache, position_ids=where)
+    assert not cache.get_seq_length()
+
+
+def test_arguments_of_prefill_in_chunks() -> None:
+    model, press = tiny_model(), MoERouterPress()
+    with pytest.raises(ValueError, match="chunk_size >= 1, got 0"):
+        prefill_in_chunks(press, model, tokens(1, LENGTH), chunk_size=0)
+    for other in (
+        MoERouterPress(budget="model", streaming=True),
+        MoERouterPress(policy="dominant"),
+    ):
+        with pytest.raises(ValueError, match="streaming=False, .* and policy 'mixture', got"):
+            prefill_in_chunks(other, model, tokens(1, LENGTH), chunk_size=9)
+    full = prefill(model, tokens(1, LENGTH))
+    with pytest.raises(ValueError, match="empty cache, got one that holds 40"):
+        prefill_in_chunks(press, model, tokens(1, LENGTH), chunk_size=9, past_key_values=full)
+    assert press.context_length is None
+    assert_untouched(model, press, full)
+
+
+def test_eager_attention_and_compression_that_goes_on() -> None:
+    model, press = tiny_model(attention="eager"), MoERouterPress(context_length=LENGTH)
+    cache = DynamicCache()
+    with pytest.raises(ValueError, match="for a prompt in chunks, got 'eager'"), press(model):
+        model(tokens(1, 10), past_key_values=cache)
+    assert not cache.layers
+    mask = torch.ones(2, LENGTH + 1, dtype=torch.long)
+    mask[1, :7] = 0
+    cache = prefill(model, tokens(2, LENGTH), attention_mask=mask[:, :-1])
+    press = MoERouterPress(decoding=DecodingConfig(20, 5))
+    message = "for heads or layers of different lengths, got 'eager'"
+    with pytest.raises(ValueError, match=message), torch.no_grad(), press(model):
+        model(tokens(2, 1), past_key_values=cache, attention_mask=mask)
+    cache.crop(LENGTH)
+    full = prefill(model, tokens(2, LENGTH), attention_mask=mask[:, :-1])
+    for layer, whole in zip(cache.layers, full.layers, strict=True):
+        assert torch.equal(layer.keys, whole.keys)
+
+
+@pytest.mark.parametrize("budget", ["head", "model"])
+def test_memory_that_runs_out_while_decoding(budget: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, cache = tiny_model(), DynamicCache()
+    press = MoERouterPress(budget=budget, decoding=DecodingConfig(20, 5), sinks=1, recent=2)
+    recompress, done = RaggedLayer.recompress, []
+
+    def run_out(*args: Any) -> None:
+        if done:
+            raise MemoryError("no memory for the second layer")
+        done.append(recompress(*args))
+
+    def decode(step: int) -> None:
+        where = torch.tensor([LENGTH + step])
+        model(
+            tokens(1, 1, seed=step),
+            past_key_values=cache,
+            cache_position=where,
+            position_ids=where[None],
+        )
+
+    def held() -> list[int]:
+        return [int(layer.to_dense()[2].sum()) for layer in cache.layers]
+
+    with torch.no_grad(), press(model):
+        model(tokens(1, LENGTH), past_key_values=cache)
+        for step in range(4):
+            decode(step)
+        whole = held()
+        monkeypatch.setattr(RaggedLayer, "recompress", run_out)
+        with pytest.raises(MemoryError, match="second layer"):
+            decode(4)
+        monkeypatch.undo()
+        assert len(done) == 1
+        if budget == "head":
+            assert held() == [40, whole[1] + 2]
+        assert cache.get_seq_length() == LENGTH + 5
+        decode(5)
+        assert sum(held()) == 80 if budget == "head" else sum(held()) <= 2 * 2 * 25
+        for step in range(6, 12):
+            decode(step)
+            assert sum(held()) <= 2 * 2 * 25
+
+
 def test_context_shorter_than_what_always_stays() -> None:
     model = tiny_model()
     press = MoERouterPress(0.5, sinks=4, recent=16)
@@ -520,6 +676,35 @@ def test_exception_in_an_expert(layer: int, policy: str) -> None:
     assert [x.keys.shape[2] for x in cache.layers] == [LENGTH] * (layer + 1)
     expert.layer = None
     assert_untouched(model, press, cache)
+
+
+@pytest.mark.parametrize("budget", ["uniform", "model"])
+def test_exception_in_an_expert_while_decoding(budget: str) -> None:
+    model, expert, cache = tiny_model(), Failing(), DynamicCache()
+    press = MoERouterPress(experts=[expert], top_k=1, budget=budget, decoding=DecodingConfig(20, 1))
+    expert.layer = None
+    where = torch.tensor([LENGTH])
+    inputs = {"past_key_values": cache, "cache_position": where, "position_ids": where[None]}
+
+    def held() -> list[list[int]]:
+        return [
+            layer.to_dense()[2].tolist() if budget == "model" else layer.keys.shape[2]
+            for layer in cache.layers
+        ]
+
+    with torch.no_grad(), press(model):
+        model(tokens(1, LENGTH), past_key_values=cache)
+        before = held()
+        expert.layer = 1
+        with pytest.raises(ArithmeticError, match="out of luck"):
+            model(tokens(1, 1), **inputs)
+        grown = [torch.tensor(n) + 1 for n in before]
+        assert [torch.tensor(n).tolist() for n in held()] == [n.tolist() for n in grown]
+        expert.layer = None
+        cache.crop(-1)
+        model(tokens(1, 1), **inputs)
+    assert press.get_stats()["forward_count"] == 2
+    assert torch.tensor(held()).float().mean() == 20
 
 
 def test_scores_of_an_expert_of_another_shape() -> None:
