@@ -8,13 +8,16 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
 )
 
 from moekv.budget import Kept
 from moekv.layers import GrowingLayer, RaggedLayer, storage_bytes
+from moekv.static import CompactStaticLayer
 
 
-def check_cache(cache: Any, *, grown: bool = False) -> None:
+def check_cache(cache: Any, *, grown: bool = False, static: str | None = None) -> None:
     """Raise unless pairs can be evicted from a cache.
 
     Parameters
@@ -22,11 +25,14 @@ def check_cache(cache: Any, *, grown: bool = False) -> None:
     cache : transformers.Cache
     grown : bool
         Whether its layers may have been compressed before.
+    static : str, optional
+        What a static cache cannot serve; None where it can.
 
     Raises
     ------
     TypeError
-        The cache is not a plain, growing one on the device of its layers (``DynamicCache``).
+        The cache is not a plain one on the device of its layers (``DynamicCache``, or
+        ``StaticCache`` where that will do).
     """
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         _refuse(type(cache).__name__)
@@ -35,19 +41,33 @@ def check_cache(cache: Any, *, grown: bool = False) -> None:
     kinds = {type(layer) for layer in cache.layers}
     kinds.add(cache.layer_class_to_replicate or DynamicLayer)
     served = {DynamicLayer, DynamicSlidingWindowLayer}
+    if is_static(cache):
+        if static is not None:
+            raise TypeError(
+                f"expected a transformers.DynamicCache for {static}, got a static cache, whose "
+                "layers keep one length: every head must keep as many pairs, once, after a "
+                "prefill in one forward without padding"
+            )
+        kinds.discard(DynamicLayer)
+        served = {StaticLayer, StaticSlidingWindowLayer, CompactStaticLayer}
     for kind in kinds - (served | {GrowingLayer, RaggedLayer} if grown else served):
         _refuse(f"{type(cache).__name__} with layers of type {kind.__name__}")
 
 
+def is_static(cache: Any) -> bool:
+    """Say whether a cache has static layers."""
+    return isinstance(cache, Cache) and any(isinstance(x, StaticLayer) for x in cache.layers)
+
+
 def _refuse(what: str) -> None:
     raise TypeError(
-        f"expected a transformers.DynamicCache, got {what}; "
+        f"expected a transformers.DynamicCache or StaticCache, got {what}; "
         "pass past_key_values=DynamicCache(), or none and no cache_implementation"
     )
 
 
 def cached_pairs(layer: CacheLayerMixin) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, H, T, D] of an initialised cache layer."""
+    """Keys and values [B, H, T, D] of an initialised cache layer; of a static one, all slots."""
     keys, values = layer.keys, layer.values
     assert keys is not None and values is not None
     return keys, values
@@ -90,6 +110,9 @@ def empty_cache(cache: Cache) -> None:
     cache : Cache
         One that :func:`check_cache` has passed.
     """
+    if is_static(cache):
+        cache.reset()  # type: ignore[no-untyped-call]
+        return
     for index, layer in enumerate(cache.layers):
         cache.layers[index] = (
             DynamicSlidingWindowLayer(layer.sliding_window)

@@ -13,7 +13,6 @@ from kvpress import ScorerPress
 from kvpress.presses.base_press import is_prefilling
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from moekv import decoding as growth
 from moekv import ops
@@ -26,7 +25,7 @@ from moekv.budget import (
     select,
     without_padding,
 )
-from moekv.cache import cached_pairs, check_cache, evict
+from moekv.cache import cached_pairs, check_cache, empty_cache, evict, is_static
 from moekv.decoding import DecodingConfig, Held, Regrown
 from moekv.experts import Expert, PressExpert, build_experts, expert_names
 from moekv.hooks import check_attention, find_layers, hook_arguments, is_pressed, is_sliding
@@ -34,6 +33,7 @@ from moekv.layers import GrowingLayer, storage_bytes
 from moekv.mixing import common_scale, stack_scores
 from moekv.ops import ScoreKind
 from moekv.routers import BALANCE_LOSSES, ROUTERS, BaseMoERouter, RouterOutput, make_router
+from moekv.static import compact
 from moekv.stats import LayerStats, Observation
 from moekv.streaming import StreamingBudget
 from moekv.view import LayerView, ViewBuilder, read_starts
@@ -575,15 +575,16 @@ class MoERouterPress(ScorerPress):
         try:
             for r, chosen in zip(rated, kept, strict=True):
                 before = after = storage_bytes(*cached_pairs(r.cache.layers[r.index]))
-                if chosen is not None:
+                if is_static(r.cache):
+                    compact(r.cache, r.index, chosen, backend=self.backend)
+                elif chosen is not None:
                     before, after = evict(r.cache, r.index, chosen, backend=self.backend)
                 if r.states is not None:
                     self._go_on(r)
                 self._record(r.rating, chosen, before, after)
         except BaseException:
             # Out of memory, say. Half a compressed cache is of no use: begin again with none.
-            for r in rated:
-                r.cache.layers[r.index] = DynamicLayer()  # type: ignore[no-untyped-call]
+            empty_cache(rated[0].cache)
             raise
 
     def _go_on(self, rated: _Rated) -> None:
@@ -787,7 +788,8 @@ class MoERouterPress(ScorerPress):
                 layer.register_forward_hook(self._after_attention, with_kwargs=True)
                 for layer in hooked
             ]
-            handles.append(decoder.register_forward_hook(self._abort_stream, always_call=True))
+            if self.streaming:
+                handles.append(decoder.register_forward_hook(self._abort_stream, always_call=True))
             yield
             acted = self._num_commits or self._num_grown
             if self._num_forwards and not acted and self._evicts:
@@ -866,6 +868,8 @@ class MoERouterPress(ScorerPress):
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Refuse what cannot be compressed before anything runs."""
+        if torch.compiler.is_compiling():
+            return
         self._abort_stream()
         self._rated = []
         self._num_forwards += 1
@@ -881,14 +885,25 @@ class MoERouterPress(ScorerPress):
         if cache is not None and self._num_cached:
             self._check_growth(cache, num_tokens, given)
             return
+        padded = False
+        if isinstance(mask, Tensor) and self._evicts:
+            padded = any(read_starts(mask[..., :num_tokens] if is_static(cache) else mask))
         if cache is not None:
-            check_cache(cache)
+            check_cache(cache, static=self._not_for_static(padded))
         if self.context_length is not None:
             self._check_chunk(num_tokens, given)
             if self._evicts:
                 check_attention(self._hooked[0], "a prompt in chunks")
-        if self._evicts and isinstance(mask, Tensor) and any(read_starts(mask)):
+        if padded:
             check_attention(self._hooked[0], "rows with padding")
+
+    def _not_for_static(self, padded: bool) -> str | None:
+        """Name what keeps the press from compressing a static cache."""
+        if self._goes_on:
+            return "compression that goes on (decoding, context_length)"
+        if self._evicts and (self._budget != "uniform" or self.policy != "mixture"):
+            return f"budget {self.budget!r} with policy {self.policy!r}"
+        return "rows with padding" if padded else None
 
     def _check_chunk(self, num_tokens: int, given: dict[str, Any]) -> None:
         """Refuse a chunk beyond the prompt, and one at other positions than its own."""
@@ -940,13 +955,20 @@ class MoERouterPress(ScorerPress):
         self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
     ) -> None:
         """Rate a layer after its prefill, and commit after the last."""
+        if torch.compiler.is_compiling():
+            return  # a step over a static cache, which is compressed after its prefill alone
         hidden_states, cache = hook_arguments(kwargs, "hidden_states", "past_key_values")
         if self._num_cached:
             if self._goes_on:
                 self._after_growth(module, kwargs, hidden_states, cache, _attentions(output))
             return
         keys, values = cached_pairs(cache.layers[module.layer_idx])
-        if self._stream is None:  # it replaces layers
+        held = weakref.ref(keys)
+        if is_static(cache):
+            num_tokens = hidden_states.shape[1]
+            keys, values = keys[:, :, :num_tokens], values[:, :, :num_tokens]
+            kwargs = kwargs | {"attention_mask": None}  # no padding, and no slots to come
+        elif self._stream is None:  # it replaces layers
             check_cache(cache)
         if module is self._hooked[0]:
             check_ratio(self.compression_ratio)
@@ -961,7 +983,7 @@ class MoERouterPress(ScorerPress):
         rating = self._rate(module, hidden_states, keys, values, attentions, kwargs)
         index: int = module.layer_idx  # type: ignore[assignment]
         states = self._last_states(hidden_states, rating)
-        self._rated.append(_Rated(cache, index, weakref.ref(keys), rating, states))
+        self._rated.append(_Rated(cache, index, held, rating, states))
         del keys, values  # what is evicted is free at once
         if self.streaming:
             if len(self._rated) == 1:

@@ -19,6 +19,7 @@ from transformers import Cache
 from transformers.cache_utils import StaticLayer
 
 from moekv import ops
+from moekv.attention import install
 from moekv.budget import Kept
 
 
@@ -52,6 +53,7 @@ class CompactStaticLayer(StaticLayer):
         layer : StaticLayer
             Initialised; not to be used any more.
         """
+        install()  # now, and not when a layer of another kind asks: that would compile again
         compact = cls(layer.max_cache_len)
         compact.__dict__.update(layer.__dict__)
         compact._init_evicted()
@@ -131,20 +133,22 @@ class CompactStaticLayer(StaticLayer):
         self.evicted.fill_(self._num_evicted)
 
 
-def compact(cache: Cache, index: int, kept: Kept, *, backend: str) -> None:
+def compact(cache: Cache, index: int, kept: Kept | None, *, backend: str) -> None:
     """Leave only the kept pairs in a layer of a static cache.
 
     Parameters
     ----------
     cache : Cache
-        Its layer becomes a ``CompactStaticLayer`` with the same buffers, once.
+        Its layer becomes a ``CompactStaticLayer`` with the same buffers, once, and if nothing is
+        to leave this time, too: for compiled graphs that is another layer.
     index : int
-    kept : Kept
-        With ``per_head``.
+    kept : Kept, optional
+        With ``per_head``; None: all.
     backend : str
     """
     layer = cache.layers[index]
     assert isinstance(layer, StaticLayer)
     if not isinstance(layer, CompactStaticLayer):
         layer = cache.layers[index] = CompactStaticLayer.take_over(layer)
-    layer.compact(kept, backend=backend)
+    if kept is not None:
+        layer.compact(kept, backend=backend)

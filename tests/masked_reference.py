@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from tiny_models import tiny_model
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moekv.hooks import find_layers, is_sliding
@@ -42,12 +43,15 @@ class Lockstep:
     `padding` positions at the left of each row are no tokens.
     """
 
-    def __init__(self, name: str = "llama", padding: tuple[int, ...] = (0,)) -> None:
+    def __init__(
+        self, name: str = "llama", padding: tuple[int, ...] = (0,), cache: Cache | None = None
+    ) -> None:
         self.model, self.full_model = tiny_model(name), tiny_model(name, "masked_reference")
-        self.cache, self.full = DynamicCache(), DynamicCache()
+        self.cache, self.full = cache or DynamicCache(), DynamicCache()
         _, layers = find_layers(self.model)
         self.layers = [layer.layer_idx for layer in layers if not is_sliding(layer)]
         assert len(self.layers) == len(layers)
+        self.forward = self.model
         self.heads = self.model.config.num_key_value_heads
         self.padding = torch.tensor(padding)
         self.visible = [torch.ones(len(padding), self.heads, 0).bool() for _ in self.layers]
@@ -68,7 +72,7 @@ class Lockstep:
         }
         mask = (torch.arange(self.length) >= self.padding[:, None]).long()
         with torch.no_grad():
-            got = self.model(
+            got = self.forward(
                 input_ids, past_key_values=self.cache, attention_mask=mask, **inputs
             ).logits
             expected = self.full_model(input_ids, past_key_values=self.full, **inputs).logits
@@ -91,6 +95,10 @@ class Lockstep:
                 assert layer.get_seq_length() == self.length
             else:
                 keys, values = layer.keys, layer.values
+                if isinstance(layer, StaticLayer):
+                    filled = int(layer.keys[0, 0].any(-1).sum())
+                    keys, values = keys[:, :, :filled], values[:, :, :filled]
+                    assert int(layer.get_seq_length()) == self.length
                 lengths = torch.full(keys.shape[:2], keys.shape[2])
             after = torch.zeros_like(before)
             for b, h in torch.cartesian_prod(*map(torch.arange, before.shape[:2])).tolist():

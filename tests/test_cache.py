@@ -35,19 +35,27 @@ def test_dynamic_caches_are_served() -> None:
     check_cache(DynamicCache(config=tiny_model("gemma3").config))
 
 
+def test_static_caches_are_served_where_one_length_will_do() -> None:
+    for name in ("llama", "gemma3"):
+        cache = StaticCache(tiny_model(name).config, max_cache_len=99)
+        check_cache(cache)
+        with pytest.raises(TypeError, match="for many lengths, got a static cache"):
+            check_cache(cache, static="many lengths")
+    check_cache(DynamicCache(), static="many lengths")
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: (), "tuple"),
         (lambda: None, "NoneType"),
         (lambda: EncoderDecoderCache(DynamicCache(), DynamicCache()), "EncoderDecoderCache"),
-        (lambda: StaticCache(tiny_model().config, max_cache_len=99), "StaticLayer"),
         (lambda: DynamicCache(offloading=True), "offloaded"),
         (quantized_cache, "IdentityLayer"),
     ],
 )
 def test_other_caches_are_not(make: Any, message: str) -> None:
-    with pytest.raises(TypeError, match=f"expected a transformers.DynamicCache, got .*{message}"):
+    with pytest.raises(TypeError, match=f"expected a transformers.DynamicCache.*, got .*{message}"):
         check_cache(make())
 
 

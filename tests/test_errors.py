@@ -26,6 +26,7 @@ from moekv import (
 )
 from moekv.hooks import find_layers
 from moekv.layers import RaggedLayer
+from moekv.static import CompactStaticLayer
 
 NAN, INF = float("nan"), float("inf")
 LENGTH = 40
@@ -322,16 +323,72 @@ def test_caches_that_cannot_be_served() -> None:
     from test_cache import quantized_cache
 
     model = tiny_model()
-    static = StaticCache(model.config, max_cache_len=64)
     for cache, name in [
-        (static, "StaticLayer"),
         (quantized_cache(), "IdentityLayer"),
         (DynamicCache(offloading=True), "offloaded"),
+        (StaticCache(model.config, max_cache_len=64, offloading=True), "offloaded"),
     ]:
-        refuse(TypeError, f"DynamicCache, got .*{name}", model, MoERouterPress(), cache=cache)
+        refuse(TypeError, f"StaticCache, got .*{name}", model, MoERouterPress(), cache=cache)
         assert not any(layer.is_initialized for layer in cache.layers)
-    with pytest.raises(TypeError, match="StaticLayer"), MoERouterPress()(model):
-        model.generate(tokens(1, LENGTH), cache_implementation="static", max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"budget": "head"}, "budget 'head'"),
+        ({"budget": "model"}, "budget 'model'"),
+        ({"policy": "dominant"}, "policy 'dominant'"),
+        ({"decoding": DecodingConfig()}, "compression that goes on"),
+        ({"context_length": LENGTH}, "compression that goes on"),
+        ({}, "rows with padding"),
+    ],
+)
+def test_static_caches_and_layers_of_different_lengths(options: dict[str, Any], what: str) -> None:
+    model, press = tiny_model(), MoERouterPress(**options)
+    cache = StaticCache(model.config, max_cache_len=64)
+    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    mask[1, :7] = 0
+    message = f"DynamicCache for .*{what}.*, got a static cache"
+    for inputs in ({"attention_mask": mask}, {}) if options else ({"attention_mask": mask},):
+        with pytest.raises(TypeError, match=message), torch.no_grad(), press(model):
+            model(tokens(2, LENGTH), past_key_values=cache, **inputs)
+    assert not any(layer.is_initialized for layer in cache.layers)
+    with pytest.raises(TypeError, match=message), press(model):
+        model.generate(
+            tokens(2, LENGTH),
+            attention_mask=mask,
+            cache_implementation="static",
+            max_new_tokens=2,
+        )
+
+
+def test_memory_that_runs_out_in_a_static_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, press = tiny_model(), MoERouterPress()
+    cache, layers = StaticCache(model.config, max_cache_len=64), []
+
+    def run_out(layer: CompactStaticLayer, *args: Any, **kwargs: Any) -> None:
+        layers.append(layer)
+        if len(layers) == 2:
+            raise MemoryError("no memory for the second layer")
+        compact(layer, *args, **kwargs)
+
+    compact = CompactStaticLayer.compact
+    monkeypatch.setattr(CompactStaticLayer, "compact", run_out)
+    with pytest.raises(MemoryError), torch.no_grad(), press(model):
+        model(tokens(1, LENGTH), past_key_values=cache)
+    assert len(layers) == 2 and not cache.get_seq_length()
+    monkeypatch.undo()
+    with torch.no_grad(), press(model):
+        model(tokens(1, LENGTH), past_key_values=cache)
+    expected = prefill_with(model)
+    for layer, other in zip(cache.layers, expected.layers, strict=True):
+        assert int(layer.evicted) == LENGTH // 2
+        torch.testing.assert_close(layer.keys[:, :, : LENGTH // 2], other.keys)
+
+
+def prefill_with(model: nn.Module) -> DynamicCache:
+    with MoERouterPress()(model):
+        return prefill(model, tokens(1, LENGTH))
 
 
 def test_no_cache() -> None:
