@@ -88,6 +88,12 @@ class RaggedPairs:
             raise AttributeError(name)
         raise TypeError(f"a ragged cache has no dense tensor to take '{name}' of: {NOT_DENSE}")
 
+    def _refuse_operator(self, *_: Any) -> NoReturn:
+        raise TypeError(f"a ragged cache has no dense tensor to calculate with: {NOT_DENSE}")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse_operator
+    __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = __neg__ = _refuse_operator
+
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None

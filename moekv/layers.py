@@ -57,6 +57,13 @@ def _append(buffer: Tensor, length: int, states: Tensor, most: int | None) -> Te
     return buffer
 
 
+def _uncroppable(wanted: int, compressed: int) -> str:
+    return (
+        f"cannot crop to {wanted} positions: the first {compressed} were compressed together, only "
+        "tokens after them can be removed"
+    )
+
+
 def gather_rows(pairs: Tensor, rows: Tensor) -> Tensor:
     """Copy rows of [B, H, T, D], numbered flat, into [n, D]."""
     # Whole rows of a flat view: several times faster on a CPU than torch.gather, and one pass where
@@ -99,6 +106,7 @@ class GrowingLayer(DynamicLayer):
         self.keys = self._key_buffer = keys.detach()
         self.values = self._value_buffer = values.detach()
         self.evicted = 0
+        self._compressed = 0  # pairs of a head after the last compression
         self.most: int | None = None
         self.recent: RecentStates | None = None
         self.counted: tuple[object, int] = (None, 0)
@@ -132,7 +140,7 @@ class GrowingLayer(DynamicLayer):
             gather_rows(values, rows).view(shape),
             backend=backend,
         )
-        layer.evicted = length - kept.per_head
+        layer.evicted, layer._compressed = length - kept.per_head, kept.per_head
         return layer
 
     def recompress(self, kept: Kept) -> None:
@@ -150,6 +158,21 @@ class GrowingLayer(DynamicLayer):
         self.keys = self.keys[:, :, : kept.per_head]
         self.values = self.values[:, :, : kept.per_head]
         self.evicted += length - kept.per_head
+        self._compressed = kept.per_head
+
+    def crop(self, max_length: int) -> None:
+        """Forget the tokens after the first ``max_length`` pairs, or the last ``-max_length``.
+
+        Raises
+        ------
+        ValueError
+            If that would reach into the compressed context, where heads end with different tokens.
+        """
+        length = self.get_seq_length()
+        wanted = length + max_length if max_length < 0 else max_length
+        if self.evicted and wanted < min(length, self._compressed):
+            raise ValueError(_uncroppable(wanted, self._compressed))
+        super().crop(max_length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give batch row b the pairs of row ``beam_idx[b]``."""
@@ -443,10 +466,7 @@ class RaggedLayer(CacheLayerMixin):
         if wanted >= length:
             return
         if wanted < self.context_length:
-            raise ValueError(
-                f"cannot crop to {wanted} positions: the first {self.context_length} were "
-                "compressed together, only tokens after them can be removed"
-            )
+            raise ValueError(_uncroppable(wanted, self.context_length))
         self.tail_length = wanted - self.context_length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

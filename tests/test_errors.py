@@ -391,6 +391,141 @@ def prefill_with(model: nn.Module) -> DynamicCache:
         return prefill(model, tokens(1, LENGTH))
 
 
+def compressed(model: nn.Module, budget: str, batch: int = 1, extra: int = 0) -> DynamicCache:
+    """A compressed cache of LENGTH tokens, and some since."""
+    with MoERouterPress(budget=budget)(model):
+        cache = prefill(model, tokens(batch, LENGTH))
+    for step in range(extra):
+        where = torch.tensor([LENGTH + step])
+        with torch.no_grad():
+            model(
+                tokens(batch, 1, seed=step),
+                past_key_values=cache,
+                cache_position=where,
+                position_ids=where[None],
+            )
+    return cache
+
+
+def held(cache: DynamicCache) -> list[Tensor]:
+    """Everything that a cache holds."""
+    return [
+        pairs.clone()
+        for layer in cache.layers
+        for pairs in (layer.to_dense() if isinstance(layer, RaggedLayer) else (layer.keys,))
+    ]
+
+
+def assert_same(cache: DynamicCache, before: list[Tensor]) -> None:
+    for pairs, old in zip(held(cache), before, strict=True):
+        assert torch.equal(pairs, old)
+
+
+COMPRESSED = ["uniform", "model"]
+
+
+@pytest.mark.parametrize("budget", COMPRESSED)
+@pytest.mark.parametrize(
+    ("name", "dtype", "batch", "message"),
+    [
+        ("llama", torch.float32, 2, r"new pairs \[1, 2, num_queries, 16\].*got \[2, 2, 1, 16\]"),
+        ("llama", torch.bfloat16, 1, "torch.float32 on cpu like the cache, got torch.bfloat16"),
+        ("llama_mha", torch.float32, 1, r"got \[1, 4, 1, 16\]"),
+        ("qwen3", torch.float32, 1, r"got \[1, 2, 1, 24\]"),
+    ],
+)
+def test_other_tokens_for_a_compressed_cache(
+    budget: str, name: str, dtype: torch.dtype, batch: int, message: str
+) -> None:
+    cache = compressed(tiny_model(), budget, extra=1)
+    before = held(cache)
+    other = tiny_model(name).to(dtype)
+    where = torch.tensor([LENGTH + 1])
+    with pytest.raises(ValueError, match=message), torch.no_grad():
+        other(
+            tokens(batch, 1),
+            past_key_values=cache,
+            cache_position=where,
+            position_ids=where[None],
+        )
+    assert_same(cache, before)
+
+
+@pytest.mark.parametrize("budget", COMPRESSED)
+def test_memory_that_runs_out_when_a_layer_grows(
+    budget: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    cache, expected = (compressed(model, budget) for _ in range(2))
+    before = held(cache)
+    for failing in (1, 2):  # the buffer of the keys, that of the values
+        calls = []
+
+        def run_out(
+            self: Tensor,
+            *args: Any,
+            failing: int = failing,
+            calls: list[int] = calls,
+            **kwargs: Any,
+        ) -> Tensor:
+            calls.append(1)
+            if len(calls) == failing:
+                raise MemoryError("no memory for one more token")
+            return self.new_zeros(*args, **kwargs)
+
+        pair = torch.ones(1, 2, 1, 16)
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "new_empty", run_out)
+            with pytest.raises(MemoryError):
+                cache.layers[0].update(pair, pair)
+        assert_same(cache, before)
+    for each in (cache, expected):
+        each.layers[0].update(pair, pair)
+    assert_same(cache, held(expected))
+
+
+@pytest.mark.parametrize("budget", COMPRESSED)
+def test_crop_into_a_compressed_context(budget: str) -> None:
+    model = tiny_model()
+    cache = compressed(model, budget, extra=3)
+    before, length = held(cache), cache.get_seq_length()
+    for wanted in (-4, length - 4, 0, -length - 1):
+        with pytest.raises(ValueError, match="compressed together, only tokens after them"):
+            cache.crop(wanted)
+        assert_same(cache, before)
+    cache.crop(-2)
+    assert cache.get_seq_length() == length - 2
+    cache.crop(length - 3)
+    assert_same(cache, held(compressed(model, budget)))
+
+
+def test_ragged_cache_for_code_that_expects_dense_tensors() -> None:
+    cache = compressed(tiny_model(), "model")
+    before = held(cache)
+    eager = tiny_model(attention="eager")
+    where = torch.tensor([[LENGTH]])
+    keys = cache.layers[0].keys
+    for use in (
+        lambda: eager(tokens(1, 1), past_key_values=cache, position_ids=where),
+        lambda: torch.cat([keys, keys], dim=2),
+        lambda: keys.sum(),
+        lambda: keys + 1,
+        lambda: keys[:, :, 3:],
+        lambda: keys[0],
+        lambda: [pair for layer in cache for pair in layer[0]],
+    ):
+        with pytest.raises(TypeError, match=r"to_dense\(\)"), torch.no_grad():
+            use()
+    cache.crop(LENGTH)  # what the first layer got before eager attention gave up
+    assert_same(cache, before)
+
+
+def test_reset_of_a_ragged_cache() -> None:
+    cache = compressed(tiny_model(), "model")
+    with pytest.raises(RuntimeError, match="new text with a new cache"):
+        cache.reset()
+
+
 def test_no_cache() -> None:
     model, press = tiny_model(), MoERouterPress()
     with pytest.raises(RuntimeError, match="use_cache=True"), press(model):
