@@ -25,14 +25,14 @@ void check_row_ranges(const RaggedAttentionParams& params);
 // Workspaces are allocated by the op as byte tensors and need no initialisation unless said so.
 size_t gating_topk_workspace_bytes(const GatingTopkParams& params);
 size_t expert_scores_workspace_bytes(const ExpertScoresParams& params);
-size_t token_standout_workspace_bytes(const TokenStandoutParams& params);
+size_t project_tokens_workspace_bytes(const ProjectTokensParams& params);
 size_t select_kept_workspace_bytes(const SelectKeptParams& params);
 size_t kv_compact_workspace_bytes(const KvCompactParams& params);
 size_t ragged_attention_workspace_bytes(const RaggedAttentionParams& params);
 
 void gating_topk(const GatingTopkParams& params, Stream stream);
 void expert_scores(const ExpertScoresParams& params, Stream stream);
-void token_standout(const TokenStandoutParams& params, Stream stream);
+void project_tokens(const ProjectTokensParams& params, Stream stream);
 void mix_scores(const MixScoresParams& params, Stream stream);
 void select_kept(const SelectKeptParams& params, Stream stream);
 void kv_compact(const KvCompactParams& params, Stream stream);

@@ -42,13 +42,16 @@ struct ExpertScoresParams {
   DType dtype;
 };
 
-struct TokenStandoutParams {
+struct ProjectTokensParams {
   const void* hidden_states;  // [B, T, C], dtype
+  const void* weight;         // [P, C], dtype
   const bool* mask;           // [B, T] or null, true: a real token
+  float* projected;           // [B, T, P]
   float* standout;            // [B, T]
-  void* workspace;            // token_standout_workspace_bytes()
-  int64_t batch, num_tokens, num_channels;
-  int64_t stride[2];  // batch, token; channels are dense
+  void* workspace;            // project_tokens_workspace_bytes()
+  int64_t batch, num_tokens, num_channels, num_projections;
+  int64_t stride[2];      // batch, token; channels are dense
+  int64_t weight_stride;  // of a projection; channels are dense
   DType dtype;
 };
 

@@ -9,7 +9,10 @@ STABLE_TORCH_LIBRARY(moekv, m) {
       "expert_scores(Tensor keys, Tensor values, Tensor queries, Tensor? start=None, *, "
       "int[] kinds, float scaling, float softcap=0.0, SymInt pool=1, SymInt lag=128) "
       "-> Tensor scores");
-  m.def("token_standout(Tensor hidden_states, Tensor? mask=None) -> Tensor standout");
+  m.def(
+      "project_tokens(Tensor hidden_states, Tensor weight, Tensor? mask=None) -> (Tensor "
+      "projected, "
+      "Tensor standout)");
   m.def(
       "mix_scores(Tensor scores, Tensor weights, Tensor experts, Tensor? gain=None, "
       "Tensor? offset=None) -> Tensor mixed");

@@ -140,10 +140,12 @@ def expert_scores(
         )
 
 
-def token_standout(hidden_states: Tensor, mask: Tensor | None) -> None:
-    expect = _Expect("token_standout", hidden_states)
+def project_tokens(hidden_states: Tensor, weight: Tensor, mask: Tensor | None) -> None:
+    expect = _Expect("project_tokens", hidden_states)
     expect.rank("hidden_states", hidden_states, 3, "[batch, num_tokens, hidden_size]")
     expect.floating("hidden_states", hidden_states)
+    hidden_size = hidden_states.shape[2]
+    expect.tensor("weight", weight, hidden_states.dtype, ["num_projections", hidden_size])
     expect.tensor("mask", mask, torch.bool, hidden_states.shape[:2])
 
 

@@ -38,6 +38,13 @@ class GatingTopk(NamedTuple):
     load: Tensor
 
 
+class ProjectTokens(NamedTuple):
+    """Result of :func:`project_tokens`."""
+
+    projected: Tensor
+    standout: Tensor
+
+
 class SelectKept(NamedTuple):
     """Result of :func:`select_kept`."""
 
@@ -311,18 +318,20 @@ def expert_scores(
     return scores
 
 
-def token_standout(
-    hidden_states: Tensor, mask: Tensor | None = None, *, backend: str = "auto"
-) -> Tensor:
-    """Say how much each token stands out from the others of its row.
+def project_tokens(
+    hidden_states: Tensor, weight: Tensor, mask: Tensor | None = None, *, backend: str = "auto"
+) -> ProjectTokens:
+    """Project hidden states, and say how much each token stands out from the others of its row.
 
-    The cosine distance of its hidden state from the mean direction of the row's real tokens,
-    standardised over them (mean 0, standard deviation 1; 1e-4 is added to the deviation, far above
-    the rounding noise of equal tokens). Scaling the hidden states does not change it. No gradients.
+    What stands out: the cosine distance of the hidden state from the mean direction of the row's
+    real tokens, standardised over them (mean 0, standard deviation 1; 1e-4 is added to the
+    deviation, far above the rounding noise of equal tokens). Scaling the hidden states does not
+    change it. For a few projections: both take two reads of the hidden states.
 
     Parameters
     ----------
     hidden_states : Tensor [B, T, hidden], float32, float16 or bfloat16
+    weight : Tensor [P, hidden], dtype of ``hidden_states``
     mask : Tensor [B, T], bool, optional
         True: a real token. Others are not read.
     backend : str
@@ -331,8 +340,9 @@ def token_standout(
 
     Returns
     -------
-    Tensor [B, T], float32
-        0 at padding. NaN in a row stays there.
+    ProjectTokens
+        ``projected [B, T, P]`` float32: ``hidden_states @ weight.T``, differentiable with respect
+        to both; ``standout [B, T]`` float32. Both are 0 at padding. NaN in a row stays there.
 
     Raises
     ------
@@ -341,9 +351,8 @@ def token_standout(
     RuntimeError
         The backend is not available, or an argument has a wrong shape, dtype or device.
     """
-    op = _implementation("token_standout", hidden_states, backend)
-    standout: Tensor = op(hidden_states, mask)
-    return standout
+    op = _implementation("project_tokens", hidden_states, backend)
+    return ProjectTokens(*op(hidden_states, weight, mask))
 
 
 def mix_scores(
@@ -588,8 +597,14 @@ def _fake_expert_scores(
     return keys.new_empty(len(kinds), *keys.shape[:3], dtype=torch.float32)
 
 
-def _fake_token_standout(hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
-    return hidden_states.new_empty(hidden_states.shape[:2], dtype=torch.float32)
+def _fake_project_tokens(
+    hidden_states: Tensor, weight: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    shape = hidden_states.shape[:2]
+    return (
+        hidden_states.new_empty(*shape, len(weight), dtype=torch.float32),
+        hidden_states.new_empty(shape, dtype=torch.float32),
+    )
 
 
 def _fake_mix_scores(
@@ -676,6 +691,27 @@ def _gating_topk_backward(
     return torch.where(logits.isfinite(), grad, 0.0).to(logits.dtype), None, None
 
 
+def _project_tokens_setup_context(
+    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: tuple[Tensor, Tensor]
+) -> None:
+    hidden_states, weight, mask = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(hidden_states, weight, mask)
+
+
+def _project_tokens_backward(
+    ctx: Any, grad: Tensor, grad_standout: None
+) -> tuple[Tensor, Tensor, None]:
+    hidden_states, weight, mask = ctx.saved_tensors
+    wide = hidden_states.float()
+    if mask is not None:  # whatever stands at padding, NaN included, has no part in it
+        grad = grad.masked_fill(~mask[..., None], 0.0)
+        wide = wide.masked_fill(~mask[..., None], 0.0)
+    grad_hidden = (grad @ weight.float()).to(hidden_states.dtype)
+    grad_weight = grad.flatten(0, 1).T @ wide.flatten(0, 1)
+    return grad_hidden, grad_weight.to(weight.dtype), None
+
+
 if _failures["cpu"] is None:
     # Meta kernels serve fake tensors too; torch.library.register_fake takes ten times as long to
     # import, as it looks through all modules for the name of this one.
@@ -683,7 +719,7 @@ if _failures["cpu"] is None:
     for _fake in (
         _fake_gating_topk,
         _fake_expert_scores,
-        _fake_token_standout,
+        _fake_project_tokens,
         _fake_mix_scores,
         _fake_select_kept,
         _fake_kv_compact_,
@@ -692,4 +728,9 @@ if _failures["cpu"] is None:
         _meta.impl(_fake.__name__.removeprefix("_fake_"), _fake)  # type: ignore[no-untyped-call]
     torch.library.register_autograd(
         "moekv::gating_topk", _gating_topk_backward, setup_context=_gating_topk_setup_context
+    )
+    torch.library.register_autograd(
+        "moekv::project_tokens",
+        _project_tokens_backward,
+        setup_context=_project_tokens_setup_context,
     )

@@ -228,13 +228,17 @@ def _lag(keys: Tensor, values: Tensor, start: Tensor, lag: int) -> Tensor:
     return torch.cat(tiles, -1).gather(-1, back.expand(batch, num_kv_heads, num_keys))
 
 
-def token_standout(hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Standardised cosine distance [B, T] of each token from its row's mean direction."""
-    _checks.token_standout(hidden_states, mask)
+def project_tokens(
+    hidden_states: Tensor, weight: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Projections [B, T, P] of the hidden states, and how much each token stands out [B, T]."""
+    _checks.project_tokens(hidden_states, weight, mask)
     wide = _wide(hidden_states)
     if mask is None:
         mask = torch.ones(wide.shape[:2], dtype=torch.bool, device=wide.device)
     wide = wide.masked_fill(~mask[..., None], 0.0)
+    projected = wide @ _wide(weight).T
+    wide = wide.detach()
     directions = functional.normalize(wide, dim=-1, eps=_LEAST_NORM)
     mean_direction = functional.normalize(directions.sum(1), dim=-1, eps=_LEAST_NORM)
     distance = 1 - (directions @ mean_direction[..., None])[..., 0]
@@ -242,7 +246,7 @@ def token_standout(hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
     mean = distance.where(mask, 0.0).sum(1, keepdim=True) / num_real
     deviation = (distance - mean).where(mask, 0.0)
     std = (deviation.square().sum(1, keepdim=True) / num_real).sqrt()
-    return deviation / (std + _LEAST_SPREAD)
+    return projected, deviation / (std + _LEAST_SPREAD)
 
 
 def mix_scores(

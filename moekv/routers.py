@@ -69,7 +69,6 @@ class Gate(NamedTuple):
     experts: Tensor  # [B, T, k] int32
     load: Tensor  # [E] int64
     balance_loss: Tensor  # scalar fp32, unweighted
-    importance: Tensor | None = None  # [B, T] fp32
 
 
 def switch_loss(mean_probs: Tensor, load: Tensor) -> Tensor:
@@ -137,7 +136,7 @@ def _count(experts: Tensor, used: Tensor, num_experts: int) -> Tensor:
 class BaseMoERouter(nn.Module):
     """Top-k gating: `softmax((h W + b + prior) / temperature)`, the k best, renormalised.
 
-    The projection runs in the dtype of the hidden states, everything after it in fp32. W and b
+    The projection reads the dtype of the hidden states, everything after it is fp32. W and b
     start at zero. The auxiliary loss is the Switch Transformer's load-balancing loss.
 
     Parameters
@@ -240,28 +239,34 @@ class BaseMoERouter(nn.Module):
         if mask is not None:
             # Whatever stands at padding, NaN included, must reach neither results nor gradients.
             hidden_states = hidden_states.masked_fill(~mask[..., None], 0)
-        dtype = hidden_states.dtype
-        logits = F.linear(
-            hidden_states, self.gate.weight.to(dtype), (self.gate.bias + self.prior).to(dtype)
-        )
+        logits, importance = self._rate(hidden_states, mask)
         probs = _softmax(logits, self.temperature)
         if mask is not None:
             probs = probs.masked_fill(~mask[..., None], 0)
-        gate = self._choose(hidden_states, logits, probs, mask)
+        gate = self._choose(logits, probs, mask, importance)
         return RouterOutput(
             probs=probs,
             weights=gate.weights,
             experts=gate.experts,
             aux_loss=self.aux_loss_weight * gate.balance_loss,
             load=gate.load,
-            importance=gate.importance,
+            importance=importance,
         )
 
     def update_history(self, hit_rates: Tensor) -> None:
         """Take the measured cache hit rates `[E]`, each in [0, 1]; this router keeps none."""
 
+    def _rate(self, hidden_states: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Logits `[B, T, E]` and, where a router estimates it, importance `[B, T]` of the tokens.
+
+        Hidden states are 0 at padding.
+        """
+        dtype = hidden_states.dtype
+        bias = (self.gate.bias + self.prior).to(dtype)
+        return F.linear(hidden_states, self.gate.weight.to(dtype), bias), None
+
     def _choose(
-        self, hidden_states: Tensor, logits: Tensor, probs: Tensor, mask: Tensor | None
+        self, logits: Tensor, probs: Tensor, mask: Tensor | None, importance: Tensor | None
     ) -> Gate:
         weights, experts, prob_sum, load = self._gate(logits, mask, self.top_k)
         return Gate(weights, experts, load, self._balance_loss(_mean(prob_sum, mask, probs), load))
@@ -359,9 +364,9 @@ class AdaptiveRouter(BaseMoERouter):
         nn.init.zeros_(self.importance_head.bias)
 
     def _choose(
-        self, hidden_states: Tensor, logits: Tensor, probs: Tensor, mask: Tensor | None
+        self, logits: Tensor, probs: Tensor, mask: Tensor | None, importance: Tensor | None
     ) -> Gate:
-        importance = self._importance(hidden_states, mask)
+        assert importance is not None
         weights, experts, prob_sum, _ = self._gate(logits, mask, self.top_k, self._history_bias())
         slots = torch.arange(self.top_k, device=weights.device)
         counted = (self.top_k * importance[..., None] - slots).clamp(0, 1)
@@ -376,19 +381,20 @@ class AdaptiveRouter(BaseMoERouter):
         weights = torch.where(total > 0, weights / total.where(total > 0, 1), even)
         load = _count(experts, used, self.num_experts)
         balance_loss = self._balance_loss(_mean(prob_sum, mask, probs), load)
-        return Gate(weights, experts, load, balance_loss, importance)
+        return Gate(weights, experts, load, balance_loss)
 
     def _history_bias(self) -> Tensor | None:
         return None
 
-    def _importance(self, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
-        """Estimate `[B, T]` in [0, 1] from hidden states `[B, T, hidden]` that are 0 at padding."""
-        standout = ops.token_standout(hidden_states.detach(), mask, backend=self.backend)
-        head = self.importance_head
-        dtype = hidden_states.dtype
-        learned = F.linear(hidden_states, head.weight.to(dtype), head.bias.to(dtype))
-        importance = (standout + learned[..., 0].float()).nan_to_num(nan=0.0).sigmoid()
-        return importance if mask is None else importance.masked_fill(~mask, 0.0)
+    def _rate(self, hidden_states: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        # One op for the gate's projection, that of the importance, and what stands out.
+        head, dtype = self.importance_head, hidden_states.dtype
+        weight = torch.cat([self.gate.weight, head.weight]).to(dtype)
+        projected, standout = ops.project_tokens(hidden_states, weight, mask, backend=self.backend)
+        logits = projected[..., :-1] + (self.gate.bias + self.prior)
+        importance = standout + (projected[..., -1] + head.bias)
+        importance = importance.nan_to_num(nan=0.0).sigmoid()
+        return logits, importance if mask is None else importance.masked_fill(~mask, 0.0)
 
 
 class PiKVMoERouter(AdaptiveRouter):
@@ -526,7 +532,7 @@ class EPLBRouter(BaseMoERouter):
         self.balance_rounds = balance_rounds
 
     def _choose(
-        self, hidden_states: Tensor, logits: Tensor, probs: Tensor, mask: Tensor | None
+        self, logits: Tensor, probs: Tensor, mask: Tensor | None, importance: Tensor | None
     ) -> Gate:
         _, _, prob_sum, free_load = self._gate(logits, mask, self.top_k)
         balance_loss = self._balance_loss(_mean(prob_sum, mask, probs), free_load)
@@ -649,7 +655,7 @@ class HierarchicalRouter(BaseMoERouter):
         self.top_groups = top_groups
 
     def _choose(
-        self, hidden_states: Tensor, logits: Tensor, probs: Tensor, mask: Tensor | None
+        self, logits: Tensor, probs: Tensor, mask: Tensor | None, importance: Tensor | None
     ) -> Gate:
         grouped = logits.float().view(*logits.shape[:2], self.num_groups, -1)
         # gating_topk divides by the temperature again, so that groups get the sum of probabilities.

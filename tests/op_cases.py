@@ -231,12 +231,13 @@ def check_expert_scores(op: Op, case: ExpertScores, device: str = "cpu") -> None
         assert (error <= allowed).all(), f"kind {kind}: error {error.max()}, allowed {allowed}"
 
 
-# --- token_standout -------------------------------------------------------------------------------
+# --- project_tokens -------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenStandout(Case):
+class ProjectTokens(Case):
     shape: tuple[int, int, int]  # B, T, C
+    num_projections: int = 5
     dtype: torch.dtype = FP32
     mask: bool = False
     strided: bool = False
@@ -246,34 +247,38 @@ class TokenStandout(Case):
         # Tokens share a direction, as real ones do.
         hidden = torch.randn(self.shape, generator=generator)
         hidden += torch.randn(self.shape[-1], generator=generator)
-        mask = torch.rand(self.shape[:2], generator=generator) < 0.7
         hidden[:, ::3] *= 30  # the length of a token does not count
-        hidden = hidden.to(device, self.dtype)
+        weight = torch.randn(self.num_projections, self.shape[-1], generator=generator)
+        mask = torch.rand(self.shape[:2], generator=generator) < 0.7
+        hidden, weight = hidden.to(device, self.dtype), weight.to(device, self.dtype)
         if self.strided:
-            hidden, mask = with_gaps(hidden, 0, 1, 2), with_gaps(mask, 1)
-        return [hidden, mask.to(device) if self.mask else None], {}
+            hidden, weight = with_gaps(hidden, 0, 1, 2), with_gaps(weight, 0)
+            mask = with_gaps(mask, 1)
+        return [hidden, weight, mask.to(device) if self.mask else None], {}
 
 
-TOKEN_STANDOUT = [
-    *(TokenStandout((1, 50, c)) for c in (1, 7, 16, 31, 32, 64, 80, 576)),
-    *(TokenStandout((2, t, 40), mask=True) for t in (0, 1, 2, 15, 16, 17, 127, 128, 129, 700)),
-    *(TokenStandout((2, 70, c), dtype, mask=True) for c in (8, 100) for dtype in (FP16, BF16)),
-    TokenStandout((0, 9, 8)),
-    TokenStandout((3, 40, 24), strided=True, mask=True),
-    TokenStandout((1, 40, 33), BF16, strided=True),
-    TokenStandout((1, 20, 4100), BF16),
+PROJECT_TOKENS = [
+    *(ProjectTokens((1, 50, c)) for c in (1, 7, 16, 31, 32, 64, 80, 576)),
+    *(ProjectTokens((2, 19, 40), p) for p in (0, 1, 2, 4, 9, 33)),
+    *(ProjectTokens((2, t, 40), mask=True) for t in (0, 1, 2, 15, 16, 17, 127, 128, 129, 700)),
+    *(ProjectTokens((2, 70, c), 3, t, mask=True) for c in (8, 100) for t in (FP16, BF16)),
+    ProjectTokens((0, 9, 8)),
+    ProjectTokens((3, 40, 24), strided=True, mask=True),
+    ProjectTokens((1, 40, 33), 6, BF16, strided=True),
+    ProjectTokens((1, 20, 4100), 2, BF16),
 ]
 
 
-def check_token_standout(op: Op, case: TokenStandout, device: str = "cpu") -> None:
+def check_project_tokens(op: Op, case: ProjectTokens, device: str = "cpu") -> None:
     inputs, _ = case.inputs(device)
-    standout = op(*inputs)
-    assert standout.dtype == torch.float32
-    expected = reference.token_standout(*map(double, inputs))
-    plain = reference.token_standout(*inputs).double()
-    # As exact as PyTorch in fp32, up to a factor: small spreads lose many digits.
-    slack = 4 * (plain - expected).abs().max() if plain.numel() else 0.0
-    torch.testing.assert_close(standout.double(), expected, rtol=0, atol=float(slack) + 1e-5)
+    result = op(*inputs)
+    exact = reference.project_tokens(*map(double, inputs))
+    plain = reference.project_tokens(*inputs)
+    for got, expected, fp32 in zip(result, exact, plain, strict=True):
+        assert got.dtype == torch.float32
+        # As exact as PyTorch in fp32, up to a factor: small spreads lose many digits.
+        slack = 4 * float((fp32.double() - expected).abs().max()) if fp32.numel() else 0.0
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=slack + 1e-5)
 
 
 # --- mix_scores -----------------------------------------------------------------------------------
@@ -509,7 +514,7 @@ def check_kv_compact_(op: Op, case: KvCompact, device: str = "cpu") -> None:
 CHECKS: dict[str, tuple[Callable[..., None], Sequence[Any]]] = {
     "gating_topk": (check_gating_topk, GATING_TOPK),
     "expert_scores": (check_expert_scores, EXPERT_SCORES),
-    "token_standout": (check_token_standout, TOKEN_STANDOUT),
+    "project_tokens": (check_project_tokens, PROJECT_TOKENS),
     "mix_scores": (check_mix_scores, MIX_SCORES),
     "select_kept": (check_select_kept, SELECT_KEPT),
     "kv_compact_": (check_kv_compact_, KV_COMPACT),

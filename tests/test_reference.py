@@ -187,11 +187,11 @@ def test_expert_scores(shape, value_dim, num_queries, start, softcap, pool, lag,
                 torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
-# --- token_standout -------------------------------------------------------------------------------
+# --- project_tokens -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mask", [[True] * 5, [False, True, True, False, True], [False] * 5])
-def test_token_standout(mask):
+def test_project_tokens(mask):
     hidden = torch.randn(5, 3, generator=torch.Generator().manual_seed(2)).double()
     real = [i for i in range(5) if mask[i]]
     rows = [[x / math.hypot(*row) for x in row] for row in hidden.tolist()]
@@ -201,8 +201,11 @@ def test_token_standout(mask):
     mean = sum(distance.values()) / max(len(real), 1)
     spread = math.sqrt(sum((d - mean) ** 2 for d in distance.values()) / max(len(real), 1))
     expected = [(distance[i] - mean) / (spread + 1e-4) if mask[i] else 0.0 for i in range(5)]
-    got = reference.token_standout(hidden[None], torch.tensor([mask]))
-    torch.testing.assert_close(got, torch.tensor([expected], dtype=torch.float64))
+    weight = torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    projected, standout = reference.project_tokens(hidden[None], weight, torch.tensor([mask]))
+    torch.testing.assert_close(standout, torch.tensor([expected], dtype=torch.float64))
+    for got, (x, y, z), is_real in zip(projected[0].tolist(), hidden.tolist(), mask, strict=True):
+        assert got == pytest.approx([x - 2 * y + 0.5 * z, z] if is_real else [0.0, 0.0])
 
 
 # --- mix_scores -----------------------------------------------------------------------------------
@@ -306,7 +309,7 @@ def test_kv_compact_(case):
 ONE_OF_EACH = [
     ("gating_topk", op_cases.GatingTopk(9, 8, 2, bias=True, mask=True)),
     ("expert_scores", op_cases.ExpertScores((2, 2, 40, 8), start=(0, 3), pool=3)),
-    ("token_standout", op_cases.TokenStandout((2, 9, 8), mask=True)),
+    ("project_tokens", op_cases.ProjectTokens((2, 9, 8), mask=True)),
     ("mix_scores", op_cases.MixScores((4, 2, 2, 9), 2)),
     ("select_kept", op_cases.SelectKept((2, 2, 9), (7, 9), 1, 1, padding=True)),
     ("kv_compact_", op_cases.KvCompact((1, 3, 9, 4), (2, 0, 9))),

@@ -310,9 +310,8 @@ def test_importance_ignores_scale_and_is_half_where_nothing_stands_out():
 def test_important_tokens_consult_more_experts():
     prior = [math.log(p) for p in (0.4, 0.3, 0.2, 0.1)]
     router = AdaptiveRouter(HIDDEN, 4, 4, prior=prior)
-    with torch.no_grad():  # importance = sigmoid(x) of the first channel alone
-        router.importance_head.weight[0, 0] = 1.0
-    router._importance, importance = (lambda *_: importance), torch.tensor([[0.0, 0.4, 0.625, 1.0]])
+    logits, importance = torch.zeros(1, 4, 4) + router.prior, torch.tensor([[0.0, 0.4, 0.625, 1.0]])
+    router._rate = lambda *_: (logits, importance)
     out = router(hidden_states(1, 4))
     mass = torch.tensor(
         [

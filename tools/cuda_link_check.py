@@ -30,7 +30,7 @@ OPS = (
     "mix_scores",
     "ragged_attention",
     "select_kept",
-    "token_standout",
+    "project_tokens",
 )
 
 

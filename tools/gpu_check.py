@@ -78,6 +78,7 @@ def make_ops(num_tokens: int, device: torch.device) -> list[Timed]:
     values = random(1, NUM_KV_HEADS, num_tokens, HEAD_DIM)
     queries = random(1, NUM_QUERY_HEADS, NUM_QUERIES, HEAD_DIM)
     hidden = random(1, num_tokens, HIDDEN_SIZE)
+    gate_weight = random(NUM_EXPERTS + 1, HIDDEN_SIZE)
     expert_scores = random(NUM_EXPERTS, 1, NUM_KV_HEADS, num_tokens).float()
     gate = reference.gating_topk(logits, k=TOP_K)
     weights, experts = (x.view(1, num_tokens, TOP_K) for x in gate[:2])
@@ -117,9 +118,9 @@ def make_ops(num_tokens: int, device: torch.device) -> list[Timed]:
         # The keys twice, the values once.
         Timed("expert_scores, all four", 3 * plane + 4 * row, score(*ops.ScoreKind)),
         Timed(
-            "token_standout",
-            2 * HIDDEN_SIZE * 2 + 4,
-            lambda backend: backend.token_standout(hidden),
+            "project_tokens",
+            2 * HIDDEN_SIZE * 2 + (NUM_EXPERTS + 2) * 4,
+            lambda backend: backend.project_tokens(hidden, gate_weight),
         ),
         Timed(
             "mix_scores",

@@ -4,16 +4,16 @@
 #include "kernels.h"
 #include "kv_compact.h"
 #include "mix_scores.h"
+#include "project_tokens.h"
 #include "ragged_attention.h"
 #include "select_kept.h"
-#include "token_standout.h"
 
 namespace moekv::cpu::MOEKV_ISA {
 
 extern const Kernels kernels{
     .gating_topk = gating_topk_kernel,
     .expert_scores = expert_scores_kernel,
-    .token_standout = token_standout_kernel,
+    .project_tokens = project_tokens_kernel,
     .mix_scores = mix_scores_kernel,
     .select_kept = select_kept_kernel,
     .kv_compact = kv_compact_kernel,

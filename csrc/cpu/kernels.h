@@ -13,7 +13,7 @@ namespace moekv::cpu {
 struct Kernels {
   void (*gating_topk)(const GatingTopkParams&);
   void (*expert_scores)(const ExpertScoresParams&);
-  void (*token_standout)(const TokenStandoutParams&);
+  void (*project_tokens)(const ProjectTokensParams&);
   void (*mix_scores)(const MixScoresParams&);
   void (*select_kept)(const SelectKeptParams&);
   void (*kv_compact)(const KvCompactParams&);

@@ -4,7 +4,7 @@
 #include "gating_plan.h"
 #include "ragged_plan.h"
 #include "select_plan.h"
-#include "standout_plan.h"
+#include "token_plan.h"
 
 namespace moekv::cpu {
 
@@ -16,8 +16,8 @@ size_t expert_scores_workspace_bytes(const ExpertScoresParams& params) {
   return expert_scores_layout(params).bytes;
 }
 
-size_t token_standout_workspace_bytes(const TokenStandoutParams& params) {
-  return standout_plan(params).floats * sizeof(float);
+size_t project_tokens_workspace_bytes(const ProjectTokensParams& params) {
+  return token_plan(params).floats * sizeof(float);
 }
 
 size_t select_kept_workspace_bytes(const SelectKeptParams& params) {

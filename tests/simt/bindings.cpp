@@ -127,12 +127,13 @@ PYBIND11_MODULE(simt_kernels, m) {
     m.def("expert_scores_workspace_bytes", &cuda::expert_scores_workspace_bytes);
   }
   {
-    using P = TokenStandoutParams;
-    Fields<P>(m, "TokenStandoutParams") FIELD(hidden_states) FIELD(mask) FIELD(standout)
-        FIELD(workspace) FIELD(batch) FIELD(num_tokens) FIELD(num_channels) FIELD(stride)
-            FIELD(dtype);
-    m.def("token_standout", launcher(&cuda::token_standout));
-    m.def("token_standout_workspace_bytes", &cuda::token_standout_workspace_bytes);
+    using P = ProjectTokensParams;
+    Fields<P>(m, "ProjectTokensParams") FIELD(hidden_states) FIELD(weight) FIELD(mask)
+        FIELD(projected) FIELD(standout) FIELD(workspace) FIELD(batch) FIELD(num_tokens)
+            FIELD(num_channels) FIELD(num_projections) FIELD(stride) FIELD(weight_stride)
+                FIELD(dtype);
+    m.def("project_tokens", launcher(&cuda::project_tokens));
+    m.def("project_tokens_workspace_bytes", &cuda::project_tokens_workspace_bytes);
   }
   {
     using P = MixScoresParams;

@@ -23,8 +23,8 @@ def few_blocks() -> ModuleType:
         built.Edit("select_kept.cu", "kMaxBlocks = 8192", "kMaxBlocks = 2"),
         built.Edit("gating_topk.cu", "kMaxBlocks = 512", "kMaxBlocks = 2"),
         built.Edit("key_diversity.cu", "kMaxBlocks = 2048", "kMaxBlocks = 1"),
-        built.Edit("token_standout.cu", "kMaxRuns = 256", "kMaxRuns = 2"),
-        built.Edit("token_standout.cu", "kMaxGridY = 65535", "kMaxGridY = 3"),
+        built.Edit("project_tokens.cu", "kMaxRuns = 256", "kMaxRuns = 2"),
+        built.Edit("project_tokens.cu", "kMaxGridY = 65535", "kMaxGridY = 3"),
         built.Edit("ragged_attention.cu", "kTargetBlocks = 512", "kTargetBlocks = 6"),
     ]
     return built.load(built.build(FLAVOUR, edits))

@@ -109,21 +109,28 @@ class Device:
             self._launch("expert_scores", params, memory)
         return scores
 
-    def token_standout(self, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
-        hidden_states = with_dense_rows(hidden_states)
+    def project_tokens(
+        self, hidden_states: Tensor, weight: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        hidden_states, weight = with_dense_rows(hidden_states), with_dense_rows(weight)
+        projected = torch.empty(*hidden_states.shape[:2], len(weight))
         standout = torch.empty(hidden_states.shape[:2])
         if standout.numel() == 0:
-            return standout
+            return projected, standout
         with self._memory() as memory:
-            params = self.kernels.TokenStandoutParams()
+            params = self.kernels.ProjectTokensParams()
             params.hidden_states = memory.input(hidden_states)
+            params.weight = memory.input(weight)
             params.mask = memory.input(None if mask is None else mask.contiguous())
+            params.projected = memory.output(projected)
             params.standout = memory.output(standout)
             params.batch, params.num_tokens, params.num_channels = hidden_states.shape
+            params.num_projections = len(weight)
             params.stride = hidden_states.stride()[:2]
+            params.weight_stride = weight.stride(0)
             params.dtype = DTYPES[hidden_states.dtype]
-            self._launch("token_standout", params, memory)
-        return standout
+            self._launch("project_tokens", params, memory)
+        return projected, standout
 
     def mix_scores(
         self,

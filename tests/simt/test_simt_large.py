@@ -9,7 +9,7 @@ from types import ModuleType
 import op_cases
 import pytest
 import simulated
-from op_cases import BF16, FP16, ExpertScores, GatingTopk, KvCompact, SelectKept, TokenStandout
+from op_cases import BF16, FP16, ExpertScores, GatingTopk, KvCompact, ProjectTokens, SelectKept
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from op_cases import BF16, FP16, ExpertScores, GatingTopk, KvCompact, SelectKept
         GatingTopk(500, 256, 2, mask=True),
         GatingTopk(2000, 8, 2, mask=True),
         GatingTopk(700, 60, 3, bias=True),
-        TokenStandout((3, 300, 40), mask=True),
+        ProjectTokens((3, 300, 40), mask=True),
         ExpertScores((1, 2, 700, 64), kinds=(2,)),
         ExpertScores((2, 1, 333, 256), start=(0, 100), kinds=(2,)),
     ],
@@ -58,7 +58,7 @@ def check(kernels: ModuleType, case: op_cases.Case, seed: int) -> None:
         SelectKept: ("select_kept", op_cases.check_select_kept),
         GatingTopk: ("gating_topk", op_cases.check_gating_topk),
         ExpertScores: ("expert_scores", op_cases.check_expert_scores),
-        TokenStandout: ("token_standout", op_cases.check_token_standout),
+        ProjectTokens: ("project_tokens", op_cases.check_project_tokens),
         KvCompact: ("kv_compact_", op_cases.check_kv_compact_),
     }[type(case)]
     checker(simulated.Device(kernels, seed).op(name), case)

@@ -23,7 +23,7 @@ SCHEDULED: list[tuple[str, Any]] = [
     ("gating_topk", op_cases.GatingTopk(600, 7, 2, mask=True)),
     ("expert_scores", op_cases.ExpertScores((1, 2, 75, 80), pool=3, start=(9,), num_queries=5)),
     ("expert_scores", op_cases.ExpertScores((1, 1, 270, 32), dtype=torch.bfloat16, pool=5)),
-    ("token_standout", op_cases.TokenStandout((2, 150, 300), op_cases.BF16, mask=True)),
+    ("project_tokens", op_cases.ProjectTokens((2, 150, 300), 3, op_cases.BF16, mask=True)),
     ("mix_scores", op_cases.MixScores((4, 2, 5, 300), 2)),
     ("select_kept", op_cases.SelectKept((2, 2, 90), (70,), 2, 3, 4, True, "special")),
     ("select_kept", op_cases.SelectKept((1, 2, 4500), (3000,), 4, 16, values="ties")),

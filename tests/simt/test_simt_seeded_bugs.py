@@ -124,12 +124,12 @@ BUGS = {
     ),
     "standout, one channel too many": Bug(
         Edit(
-            "token_standout.cu",
+            "project_tokens.cu",
             "channel >= params.num_channels",
             "channel >= params.num_channels + SEEDED",
         ),
-        "token_standout",
-        op_cases.TokenStandout((1, 20, 50)),
+        "project_tokens",
+        op_cases.ProjectTokens((1, 20, 50)),
         r"out of the bounds of global memory",
     ),
     # Masks and divergence.

@@ -1,6 +1,7 @@
-// How much each token stands out: its cosine distance from the mean direction of its row's tokens,
-// standardised over the row. Three reads of the hidden states: norms, the sum of directions, and
-// the cosines. Whole tokens are the work of a warp; in the sum, a thread has a channel.
+// Projections of the hidden states, and how much each token stands out: its cosine distance from
+// the mean direction of its row's tokens, standardised over the row. Three reads of the hidden
+// states: projections and norms, the sum of directions, and the cosines. Whole tokens are the work
+// of a warp; in the sum, a thread has a channel.
 #include <algorithm>
 
 #include "../backend.h"
@@ -21,19 +22,19 @@ constexpr float kLeastNorm = 1e-12f;
 constexpr float kLeastSpread = 1e-4f;
 
 struct Arguments {
-  TokenStandoutParams params;
+  ProjectTokensParams params;
   float* partial;  // [B, runs, C]: sums of directions
   float* mean;     // [B, C]: their direction
   int64_t runs, tokens_per_run;
   bool vectorized;  // tokens may be read 16 bytes at a time
 };
 
-__device__ __forceinline__ bool is_real(const TokenStandoutParams& params, int64_t token) {
+__device__ __forceinline__ bool is_real(const ProjectTokensParams& params, int64_t token) {
   return !params.mask || params.mask[token];
 }
 
 template <typename T>
-__device__ __forceinline__ const T* row_of(const TokenStandoutParams& params, int64_t token) {
+__device__ __forceinline__ const T* row_of(const ProjectTokensParams& params, int64_t token) {
   return static_cast<const T*>(params.hidden_states) +
          token / params.num_tokens * params.stride[0] +
          token % params.num_tokens * params.stride[1];
@@ -64,10 +65,10 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// Inverse norms; 0 at padding.
+// Projections, few beside the channels, and inverse norms; 0 at padding.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) token_norms_kernel(Arguments arguments) {
-  const TokenStandoutParams& params = arguments.params;
+  const ProjectTokensParams& params = arguments.params;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int64_t token =
       static_cast<int64_t>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarpSize;
@@ -78,6 +79,17 @@ __global__ void __launch_bounds__(kThreads) token_norms_kernel(Arguments argumen
                      [&](int64_t, float x) { square = fmaf(x, x, square); });
   }
   square = warp_sum(square);
+  for (int64_t i = 0; i < params.num_projections; ++i) {
+    const T* weight = static_cast<const T*>(params.weight) + i * params.weight_stride;
+    float product = 0.0f;
+    if (is_real(params, token)) {
+      for_each_channel(arguments, row_of<T>(params, token), lane, [&](int64_t c, float x) {
+        product = fmaf(x, to_float(weight[c]), product);
+      });
+    }
+    product = warp_sum(product);
+    if (lane == 0) params.projected[token * params.num_projections + i] = product;
+  }
   if (lane == 0) {
     const float norm = sqrtf(square);
     params.standout[token] =
@@ -87,18 +99,20 @@ __global__ void __launch_bounds__(kThreads) token_norms_kernel(Arguments argumen
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) token_directions_kernel(Arguments arguments) {
-  const TokenStandoutParams& params = arguments.params;
+  const ProjectTokensParams& params = arguments.params;
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (channel >= params.num_channels) return;
   for (int64_t i = blockIdx.y; i < params.batch * arguments.runs; i += gridDim.y) {
     const int64_t first = i / arguments.runs * params.num_tokens;  // of the row
     const int64_t begin = i % arguments.runs * arguments.tokens_per_run;
     const int64_t end = min(begin + arguments.tokens_per_run, params.num_tokens);
-    const T* x = row_of<T>(params, first + begin) + channel;
+    const T* x = row_of<T>(params, first) + channel;
     float sum = 0.0f;
 #pragma unroll 8
-    for (int64_t token = first + begin; token < first + end; ++token, x += params.stride[1]) {
-      if (is_real(params, token)) sum = fmaf(to_float(*x), params.standout[token], sum);
+    for (int64_t token = begin; token < end; ++token) {
+      const float inverse_norm = params.standout[first + token];
+      if (inverse_norm == 0.0f) continue;  // padding is not read
+      sum = fmaf(to_float(__ldg(x + token * params.stride[1])), inverse_norm, sum);
     }
     arguments.partial[i * params.num_channels + channel] = sum;
   }
@@ -124,7 +138,7 @@ __global__ void __launch_bounds__(kRowThreads) token_mean_kernel(Arguments argum
 // Inverse norms become distances.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) token_distances_kernel(Arguments arguments) {
-  const TokenStandoutParams& params = arguments.params;
+  const ProjectTokensParams& params = arguments.params;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int64_t token =
       static_cast<int64_t>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarpSize;
@@ -139,7 +153,7 @@ __global__ void __launch_bounds__(kThreads) token_distances_kernel(Arguments arg
 
 // One block per row: distances become standardised ones, 0 at padding.
 __global__ void __launch_bounds__(kRowThreads) token_standardise_kernel(Arguments arguments) {
-  const TokenStandoutParams& params = arguments.params;
+  const ProjectTokensParams& params = arguments.params;
   const int64_t first = blockIdx.x * params.num_tokens, end = first + params.num_tokens;
   float sum = 0.0f, count = 0.0f;
   for (int64_t token = first + threadIdx.x; token < end; token += kRowThreads) {
@@ -162,7 +176,7 @@ __global__ void __launch_bounds__(kRowThreads) token_standardise_kernel(Argument
   }
 }
 
-Arguments plan(const TokenStandoutParams& params) {
+Arguments plan(const ProjectTokensParams& params) {
   const int64_t tokens_per_run = std::max(kMinTokensPerRun, ceil_div(params.num_tokens, kMaxRuns));
   const int64_t runs = ceil_div(params.num_tokens, tokens_per_run);
   const int64_t element = params.dtype == DType::kFloat ? 4 : 2;
@@ -179,7 +193,7 @@ Arguments plan(const TokenStandoutParams& params) {
 
 template <typename T>
 void run(const Arguments& arguments, Stream stream) {
-  const TokenStandoutParams& params = arguments.params;
+  const ProjectTokensParams& params = arguments.params;
   const auto rows = static_cast<unsigned>(params.batch);
   const auto tokens =
       static_cast<unsigned>(ceil_div<int64_t>(params.batch * params.num_tokens, kWarps));
@@ -196,13 +210,13 @@ void run(const Arguments& arguments, Stream stream) {
 
 }  // namespace
 
-size_t token_standout_workspace_bytes(const TokenStandoutParams& params) {
+size_t project_tokens_workspace_bytes(const ProjectTokensParams& params) {
   return static_cast<size_t>(params.batch * (plan(params).runs + 1) * params.num_channels) *
          sizeof(float);
 }
 
-void token_standout(const TokenStandoutParams& params, Stream stream) {
-  check_device("token_standout");
+void project_tokens(const ProjectTokensParams& params, Stream stream) {
+  check_device("project_tokens");
   const Arguments arguments = plan(params);
   switch (params.dtype) {
     case DType::kFloat:
