@@ -1,6 +1,7 @@
 """The full cache beside a compressed one: nothing is evicted, what the other lacks is masked."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,9 +45,13 @@ class Lockstep:
     """
 
     def __init__(
-        self, name: str = "llama", padding: tuple[int, ...] = (0,), cache: Cache | None = None
+        self,
+        name: str = "llama",
+        padding: tuple[int, ...] = (0,),
+        cache: Cache | None = None,
+        make: Callable[[str, str], Any] = tiny_model,
     ) -> None:
-        self.model, self.full_model = tiny_model(name), tiny_model(name, "masked_reference")
+        self.model, self.full_model = make(name, "sdpa"), make(name, "masked_reference")
         self.cache, self.full = cache or DynamicCache(), DynamicCache()
         _, layers = find_layers(self.model)
         self.layers = [layer.layer_idx for layer in layers if not is_sliding(layer)]
@@ -79,6 +84,28 @@ class Lockstep:
         torch.testing.assert_close(got[real], expected[real], atol=2e-3, rtol=2e-3)
         self.see()
         return got
+
+    def crop(self, count: int) -> None:
+        """Forget the newest tokens."""
+        self.length -= count
+        self.cache.crop(-count)
+        self.full.crop(self.length)
+        self.visible = [seen[..., : self.length] for seen in self.visible]
+
+    def select(self, rows: list[int], how: str = "reorder_cache") -> None:
+        """Go on with other rows of the batch."""
+        index = torch.tensor(rows)
+        for cache in (self.cache, self.full):
+            getattr(cache, how)(index)
+        self.padding = self.padding[index]
+        self.visible = [seen[index] for seen in self.visible]
+
+    def repeat(self, times: int) -> None:
+        """Repeat every row of the batch."""
+        for cache in (self.cache, self.full):
+            cache.batch_repeat_interleave(times)
+        self.padding = self.padding.repeat_interleave(times)
+        self.visible = [seen.repeat_interleave(times, dim=0) for seen in self.visible]
 
     def see(self) -> None:
         """Find out what the compressed cache lacks, pair by pair."""

@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moekv import DecodingConfig, Expert, LayerView, MoERouterPress, load_cache, save_cache
 from moekv.attention import install
+from moekv.decoding import count_pairs
 from moekv.layers import GrowingLayer, RaggedLayer
 from moekv.ops import ScoreKind
 
@@ -86,14 +87,13 @@ def test_every_attention(name: str, budget: str) -> None:
     assert both.pairs().max() < 24
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("budget", "attention"), [*((budget, "sdpa") for budget in BUDGETS), ("uniform", "eager")]
+)
 def test_generation_without_end(budget: str, attention: str) -> None:
     """``generate`` does what feeding by hand does."""
     model = tiny_model(attention=attention)
     press = make_press(0.5, budget=budget, experts=EXPERTS, decoding=DecodingConfig(12, 4))
-    if attention == "eager" and budget != "uniform":
-        pytest.skip("refused, see docs/errors.md")
     prompt = tokens(2, 40)
     with press(model):
         out = model.generate(
@@ -187,13 +187,14 @@ class Spy(Expert):
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_queries_and_hit_rates_are_those_of_decoding(
-    budget: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("window", "asked"), [(6, 6), (9, 7)])
+def test_queries_are_those_of_the_tokens_since_and_of_the_recent_ones(
+    budget: str, window: int, asked: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """4 tokens are recent and 3 come between two compressions: no older query is asked."""
     model, spy = tiny_model(), Spy()
-    experts = [Uneven(), spy, "semantic"]
     press = make_press(
-        budget=budget, experts=experts, window=6, decoding=DecodingConfig(20, 3), top_k=3
+        budget=budget, experts=[Uneven(), spy], window=window, decoding=DecodingConfig(20, 3)
     )
     install()
     attend, queries = ALL_ATTENTION_FUNCTIONS["sdpa"], {0: [], 1: []}
@@ -204,42 +205,64 @@ def test_queries_and_hit_rates_are_those_of_decoding(
 
     listen.serves_compressed_layers = True  # as what it calls does
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", listen)
+    compressions = 0
     with press(model):
         cache = prefill(model, tokens(2, 21))
         spy.views.clear()
-        press._layers[0].stats.num_calls = 0  # the moving average begins anew
-        compressions = 0
         for step in range(8):
             decode(model, cache, 21 + step, batch=2)
             views, spy.views = spy.views, []
             compressions += bool(views)
             for view in views:
-                # 4 tokens are recent and 3 came since: the window takes 6 of these 7.
-                fed = torch.cat(queries[view.module.layer_idx], dim=2)[:, :, -6:]
+                fed = torch.cat(queries[view.module.layer_idx], dim=2)[:, :, -asked:]
                 got = view.queries
                 if view.folded > 1:
                     assert view.keys.shape[:2] == (4, 1) and view.folded == 2
-                    got = got.reshape(2, 4, 6, 16)
+                    got = got.reshape(2, 4, asked, 16)
                 torch.testing.assert_close(got, fed, atol=1e-5, rtol=1e-5)
                 assert view.heads.flatten().tolist() == [0, 1, 0, 1]
-            if compressions == 1 and views:
-                mass = views[0].scores_of(ScoreKind.MASS)
-                rates = press._layers[0].stats.hit_rates
-                # What the attention itself would keep, as many pairs of each head as leave it now.
-                expected = 0.0
-                for row, length in enumerate(views[0].lengths):
-                    for head in mass[row]:
-                        share = 20 / 23 if view.folded == 1 else 20 / (sum(views[0].lengths) / 4)
-                        count = int(length * share + 1e-6)
-                        inner = head[head.shape[0] - length :]
-                        always = set(range(2)) | set(range(length - 4, length))
-                        others = [i for i in inner.argsort(descending=True).tolist()]
-                        others = [i for i in others if i not in always]
-                        kept = [*always, *others[: count - len(always)]]
-                        expected += float(inner[kept].sum()) / 4
-                if budget != "model":
-                    assert float(rates[1]) == pytest.approx(expected, abs=1e-5)
     assert compressions == 2
+
+
+@pytest.mark.parametrize("budget", ["uniform", "head"])
+def test_hit_rate_is_the_attention_on_what_the_expert_alone_would_keep(budget: str) -> None:
+    """As many pairs of each head as it has, in proportion."""
+    model, spy = tiny_model(), Spy()
+    press = make_press(budget=budget, experts=[Uneven(), spy], decoding=DecodingConfig(20, 3))
+    with press(model):
+        cache = prefill(model, tokens(2, 21))
+        spy.views.clear()
+        press._layers[0].stats.num_calls = 0  # the moving average begins anew
+        for step in range(3):
+            decode(model, cache, 21 + step, batch=2)
+    view = spy.views[0]
+    mass, expected = view.scores_of(ScoreKind.MASS).flatten(0, 1), 0.0
+    lengths = [n for n in view.lengths for _ in range(2 // view.folded)]
+    assert len(set(lengths)) == (1 if budget == "uniform" else 2)
+    for head, length in zip(mass, lengths, strict=True):
+        count = length * 20 // 23
+        real = head[head.shape[0] - length :]
+        always = {0, 1, *range(length - 4, length)}  # sinks and recent ones
+        others = [i for i in real.argsort(descending=True).tolist() if i not in always]
+        expected += float(real[[*always, *others[: count - len(always)]]].sum()) / len(mass)
+    assert float(press._layers[0].stats.hit_rates[1]) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_what_layers_remember_follows_their_rows(budget: str) -> None:
+    model, press = tiny_model(), make_press(budget=budget, decoding=DecodingConfig(20, 9))
+    with press(model):
+        cache = prefill(model, tokens(3, 30))
+        decode(model, cache, 30, batch=3)
+    layer = cache.layers[1]
+    before = layer.recent.states(7)
+    assert before.shape == (3, 5, 64)
+    cache.reorder_cache(torch.tensor([2, 0, 2]))
+    assert torch.equal(layer.recent.states(7), before[[2, 0, 2]])
+    cache.batch_repeat_interleave(2)
+    assert torch.equal(layer.recent.states(7), before[[2, 2, 0, 0, 2, 2]])
+    cache.batch_select_indices(torch.tensor([2, 1]))
+    assert torch.equal(layer.recent.states(7), before[[0, 2]])
 
 
 def test_history_follows_decoding() -> None:
@@ -327,8 +350,9 @@ def test_beams(budget: str) -> None:
             return_dict_in_generate=True,
         )
     assert out.sequences.shape == (2, 47)
-    for layer in out.past_key_values.layers:
-        assert layer.recent.states(7).shape[0] == 6
+    rows = [count_pairs(layer, 0, [0] * 6) for layer in out.past_key_values.layers]
+    heads = 2 * len(rows)
+    assert [sum(row) for row in zip(*rows, strict=True)] == [12 * heads] * 6  # the 16th step's
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
