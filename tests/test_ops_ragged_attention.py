@@ -94,6 +94,8 @@ CASES = {
     "wide values": {"dim": 80, "value_dim": 256, "group": 1, "batch": 3},
     "one dim": {"dim": 1, "group": 5},
     "many queries": {"batch": 2, "queries": 33, "tail": 70, "group": 5},
+    "a long tail": {"group": 3, "tail": 200, "stored": 300, "dim": 48, "value_dim": 112},
+    "a tile that all queries but one see whole": {"queries": 3, "tail": 65},
     "one of all": {"heads": 1, "group": 1, "stored": 1},
 }
 

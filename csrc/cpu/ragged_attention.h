@@ -13,6 +13,10 @@ namespace {
 
 constexpr int kTileKeys = 64;  // K and V tiles of a head_dim up to 256 stay in L2
 constexpr int kQueryRows = 4;  // queries that share one read of the keys
+constexpr int kPairLanes = 2 * Vec::kLanes;
+
+// Queries and sums of values are in the order of load_pair<T> as far as there are whole pairs of
+// vectors, in their own order from there on.
 
 // Dot products of R queries (stride D) with 4 keys, keys[j] at key + j * stride: out[r * 4 + j].
 template <int R, typename T>
@@ -20,6 +24,17 @@ inline void dot_block(const float* query, int64_t dim, const T* key, int64_t str
   Vec sums[kQueryRows * 4];
   for (int i = 0; i < kQueryRows * 4; ++i) sums[i] = Vec::set(0.0f);
   int64_t d = 0;
+  for (; d + kPairLanes <= dim; d += kPairLanes) {
+    VecPair k[4];
+    for (int j = 0; j < 4; ++j) k[j] = load_pair(key + j * stride + d);
+    for (int r = 0; r < R; ++r) {
+      const Vec a = Vec::load(query + r * dim + d);
+      const Vec b = Vec::load(query + r * dim + d + Vec::kLanes);
+      for (int j = 0; j < 4; ++j) {
+        sums[r * 4 + j] = fma(b, k[j].b, fma(a, k[j].a, sums[r * 4 + j]));
+      }
+    }
+  }
   for (; d + Vec::kLanes <= dim; d += Vec::kLanes) {
     Vec k[4];
     for (int j = 0; j < 4; ++j) k[j] = Vec::load(key + j * stride + d);
@@ -60,30 +75,48 @@ inline void tile_scores(const float* query, int64_t dim, const T* keys, int64_t 
   }
 }
 
+// The next of these, for P pairs of vectors of the values.
+template <int R, int P, typename T>
+inline void add_values(const float (*weights)[kTileKeys], const T* values, int64_t stride,
+                       int count, float* sums, int64_t sum_stride) {
+  VecPair acc[R][P];
+  for (int r = 0; r < R; ++r) {
+    for (int i = 0; i < P; ++i) {
+      const float* sum = sums + r * sum_stride + i * kPairLanes;
+      acc[r][i] = {Vec::load(sum), Vec::load(sum + Vec::kLanes)};
+    }
+  }
+  for (int j = 0; j < count; ++j) {
+    VecPair v[P];
+    for (int i = 0; i < P; ++i) v[i] = load_pair(values + j * stride + i * kPairLanes);
+    for (int r = 0; r < R; ++r) {
+      const Vec w = Vec::set(weights[r][j]);
+      for (int i = 0; i < P; ++i) {
+        acc[r][i] = {fma(w, v[i].a, acc[r][i].a), fma(w, v[i].b, acc[r][i].b)};
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int i = 0; i < P; ++i) {
+      float* sum = sums + r * sum_stride + i * kPairLanes;
+      acc[r][i].a.store(sum);
+      acc[r][i].b.store(sum + Vec::kLanes);
+    }
+  }
+}
+
 // sums[r][:] += weights[r][j] * values[j][:] over the tile; row r of the sums is sum_stride floats
 // away.
 template <int R, typename T>
 inline void tile_values(const float (*weights)[kTileKeys], const T* values, int64_t stride,
                         int count, int64_t dim, float* sums, int64_t sum_stride) {
-  constexpr int kStrip = 4;
   int64_t d = 0;
-  for (; d + kStrip * Vec::kLanes <= dim; d += kStrip * Vec::kLanes) {
-    Vec acc[R][kStrip];
-    for (int r = 0; r < R; ++r) {
-      for (int s = 0; s < kStrip; ++s)
-        acc[r][s] = Vec::load(sums + r * sum_stride + d + s * Vec::kLanes);
-    }
-    for (int j = 0; j < count; ++j) {
-      Vec v[kStrip];
-      for (int s = 0; s < kStrip; ++s) v[s] = Vec::load(values + j * stride + d + s * Vec::kLanes);
-      for (int r = 0; r < R; ++r) {
-        const Vec w = Vec::set(weights[r][j]);
-        for (int s = 0; s < kStrip; ++s) acc[r][s] = fma(w, v[s], acc[r][s]);
-      }
-    }
-    for (int r = 0; r < R; ++r) {
-      for (int s = 0; s < kStrip; ++s) acc[r][s].store(sums + r * sum_stride + d + s * Vec::kLanes);
-    }
+  for (; d + 2 * kPairLanes <= dim; d += 2 * kPairLanes) {
+    add_values<R, 2>(weights, values + d, stride, count, sums + d, sum_stride);
+  }
+  if (d + kPairLanes <= dim) {
+    add_values<R, 1>(weights, values + d, stride, count, sums + d, sum_stride);
+    d += kPairLanes;
   }
   for (; d + Vec::kLanes <= dim; d += Vec::kLanes) {
     for (int r = 0; r < R; ++r) {
@@ -138,30 +171,37 @@ inline void attend_tile(const RaggedAttentionParams& p, const float* query, int6
       for (int j = 0; j < count; ++j) row[j] = p.softcap * __builtin_tanhf(row[j] / p.softcap);
     }
     bool seen[kTileKeys];
-    bool any = false;
-    float highest = -__builtin_inff();
-    for (int j = 0; j < count; ++j) {
-      seen[j] = !tail || tail->visible(first_query + r, j);
-      any |= seen[j];
-      if (seen[j] && row[j] > highest) highest = row[j];
+    bool any = !tail;
+    if (tail) {
+      for (int j = 0; j < count; ++j) {
+        seen[j] = tail->visible(first_query + r, j);
+        any |= seen[j];
+        if (!seen[j]) row[j] = -__builtin_inff();
+      }
     }
-    float* partial = partials + r * partial_stride;
-    const float old = partial[0];
     if (!any) {
       for (int j = 0; j < count; ++j) row[j] = 0.0f;
       continue;
     }
+    for (int j = count; j < kTileKeys; ++j) row[j] = -__builtin_inff();
+    Vec highest = Vec::set(-__builtin_inff());
+    for (int j = 0; j < kTileKeys; j += Vec::kLanes) highest = max(Vec::load(row + j), highest);
+    float* partial = partials + r * partial_stride;
+    const float old = partial[0], best = highest.highest();
     // Where no seen score is a number, the exponentials below make the row NaN.
-    float largest = old > highest ? old : highest;
+    float largest = old > best ? old : best;
     if (largest == -__builtin_inff()) largest = 0.0f;
-    for (int j = count; j < kTileKeys; ++j) row[j] = largest;
     const Vec shift = Vec::set(largest);
     for (int j = 0; j < kTileKeys; j += Vec::kLanes) exp(Vec::load(row + j) - shift).store(row + j);
-    float sum = 0.0f;
-    for (int j = 0; j < count; ++j) {
-      if (!seen[j]) row[j] = 0.0f;
-      sum += row[j];
+    for (int j = count; j < kTileKeys; ++j) row[j] = 0.0f;
+    if (tail) {
+      for (int j = 0; j < count; ++j) {
+        if (!seen[j]) row[j] = 0.0f;
+      }
     }
+    Vec sums = Vec::set(0.0f);
+    for (int j = 0; j < kTileKeys; j += Vec::kLanes) sums = sums + Vec::load(row + j);
+    const float sum = sums.sum();
     const float keep = old == -__builtin_inff() ? 0.0f : __builtin_expf(old - largest);
     partial[0] = largest;
     partial[1] = partial[1] * keep + sum;
@@ -226,9 +266,15 @@ inline void ragged_attention_typed(const RaggedAttentionParams& p) {
           const int64_t batch = i / p.num_queries / p.num_query_heads;
           const T* source = static_cast<const T*>(p.query) + batch * p.query_stride[0] +
                             head * p.query_stride[1] + query * p.query_stride[2];
-          for (int64_t d = 0; d < p.key_dim; ++d) {
-            queries[i * p.key_dim + d] = to_float(source[d]) * p.scaling;
+          float* scaled = queries + i * p.key_dim;
+          const Vec scaling = Vec::set(p.scaling);
+          int64_t d = 0;
+          for (; d + kPairLanes <= p.key_dim; d += kPairLanes) {
+            const VecPair pair = load_pair(source + d);
+            (pair.a * scaling).store(scaled + d);
+            (pair.b * scaling).store(scaled + d + Vec::kLanes);
           }
+          for (; d < p.key_dim; ++d) scaled[d] = to_float(source[d]) * p.scaling;
         }
       });
 
@@ -296,7 +342,17 @@ inline void ragged_attention_typed(const RaggedAttentionParams& p) {
         for (int64_t d = 1; d < partial_floats; ++d) sums[d] = sums[d] * mine + other[d] * theirs;
       }
       const float scale = sums[0] == -__builtin_inff() ? 0.0f : 1.0f / sums[1];
-      for (int64_t d = 0; d < p.value_dim; ++d) output[d] = from_float<T>(sums[2 + d] * scale);
+      const float* values = sums + 2;
+      int64_t d = 0;
+      for (; d + kPairLanes <= p.value_dim; d += kPairLanes) {
+        const VecPair ordered =
+            in_order<T>({Vec::load(values + d), Vec::load(values + d + Vec::kLanes)});
+        float lanes[kPairLanes];
+        ordered.a.store(lanes);
+        ordered.b.store(lanes + Vec::kLanes);
+        for (int i = 0; i < kPairLanes; ++i) output[d + i] = from_float<T>(lanes[i] * scale);
+      }
+      for (; d < p.value_dim; ++d) output[d] = from_float<T>(values[d] * scale);
     }
   });
 }

@@ -132,6 +132,7 @@ struct Vec {
     return {_mm512_cvtepi32_ps(_mm512_srai_epi32(above, 23))};
   }
   float sum() const { return _mm512_reduce_add_ps(v); }
+  float highest() const { return _mm512_reduce_max_ps(v); }  // of lanes without NaN
 };
 
 #elif defined(__AVX2__)
@@ -190,6 +191,12 @@ struct Vec {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     half = _mm_add_ss(half, _mm_movehdup_ps(half));
+    return _mm_cvtss_f32(half);
+  }
+  float highest() const {
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    half = _mm_max_ss(half, _mm_movehdup_ps(half));
     return _mm_cvtss_f32(half);
   }
 };
@@ -276,6 +283,10 @@ struct Vec {
     });
   }
   float sum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
+  float highest() const {
+    const float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+    return a > b ? a : b;
+  }
 };
 
 #endif
@@ -314,6 +325,19 @@ inline VecPair load_pair(const bfloat16_t* p) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {{_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16))},
           {_mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(-65536)))}};
+}
+#endif
+// The lanes of a pair of Ts, as load_pair gives them, in the order of the numbers in memory.
+template <typename T>
+inline VecPair in_order(VecPair pair) {
+  return pair;
+}
+#if defined(__AVX512F__) || defined(__AVX2__)
+template <>
+inline VecPair in_order<bfloat16_t>(VecPair pair) {
+  VecPair ordered;
+  interleave(pair.a, pair.b, ordered.a, ordered.b);
+  return ordered;
 }
 #endif
 template <typename T>
