@@ -1,32 +1,51 @@
-"""Decode speed and memory behind a long context, full and with three quarters of the cache removed.
+"""Decode speed and cache bytes behind a long context, with three quarters of the cache removed.
 
-    python -m benchmarks.end_to_end.decode --model smollm2 --lengths 2048 8192
+    python -m benchmarks.end_to_end.decode --model smollm2 --lengths 2048 8192 32768
     python -m benchmarks.end_to_end.decode --model llama-shape --lengths 8192 32768
 
-Everything of one length is measured in one process, interleaved, on the same prefilled cache; the
-result is checked before it is timed. Prints a markdown table.
+Everything of one length is measured in one process, in turns: whole tokens of the model, then the
+attention of all its layers alone. A context is prefilled once and recalled for every method. The
+attention is checked before it is timed. `python -m benchmarks.end_to_end.report` makes tables of
+the results.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
-import statistics
-import time
-from collections.abc import Callable
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from kvpress import AdaKVPress, KeyDiffPress
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from benchmarks.measure import RESULTS, interleave, write_results
+from benchmarks.quality.replay import record, replay
 from moekv import MoERouterPress, ragged
+from moekv.attention import attend
 from moekv.layers import GrowingLayer, RaggedLayer, storage_bytes
 from moekv.models import load_model
 
 RATIO = 0.75
+FULL, UNIFORM, RAGGED = "full cache", "moekv, uniform", "moekv, budget=model"
+PEER_UNIFORM = "kvpress KeyDiff, uniform"
+
+METHODS: dict[str, Callable[[], Any]] = {
+    FULL: lambda: None,
+    PEER_UNIFORM: lambda: KeyDiffPress(RATIO),
+    "kvpress AdaKV(KeyDiff), masked": lambda: AdaKVPress(KeyDiffPress(RATIO)),
+    "moekv.ragged(AdaKV(KeyDiff))": lambda: ragged(AdaKVPress(KeyDiffPress(RATIO))),
+    UNIFORM: lambda: MoERouterPress(RATIO),
+    RAGGED: lambda: MoERouterPress(RATIO, budget="model"),
+}
 
 
 def llama_shape() -> PreTrainedModel:
@@ -45,7 +64,18 @@ def llama_shape() -> PreTrainedModel:
         return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
-def cache_bytes(cache: DynamicCache) -> int:
+def load(name: str) -> PreTrainedModel:
+    """Load one of the models that ``--model`` names."""
+    return llama_shape() if name == "llama-shape" else load_model()[0]
+
+
+def random_ids(model: PreTrainedModel, length: int) -> Tensor:
+    """Token ids [1, length] that depend on the length alone."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(5, model.config.vocab_size, (1, length), generator=generator)
+
+
+def cache_bytes(cache: Cache) -> int:
     """Bytes of all storages under a cache."""
     return sum(
         layer.nbytes
@@ -55,87 +85,158 @@ def cache_bytes(cache: DynamicCache) -> int:
     )
 
 
-def methods() -> dict[str, Callable[[], Any] | None]:
-    """Presses by the name that the table has for them."""
+class Decoder:
+    """Feeds one token after the other to a cache of its own."""
+
+    def __init__(self, model: PreTrainedModel, cache: DynamicCache, length: int) -> None:
+        self.model, self.cache, self.position = model, cache, length
+        # kvpress's masked positions are on the modules: caches must not share them.
+        self.masks = [_swap_mask(layer, None) for layer in model.model.layers]
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Decode one token."""
+        layers = self.model.model.layers
+        for layer, mask in zip(layers, self.masks, strict=True):
+            _swap_mask(layer, mask)
+        logits = self.model(
+            torch.full((1, 1), 7),
+            past_key_values=self.cache,
+            position_ids=torch.tensor([[self.position]]),
+        ).logits
+        for layer in layers:
+            _swap_mask(layer, None)
+        self.position += 1
+        if not logits.isfinite().all():
+            raise RuntimeError(f"the logits at position {self.position} are not finite")
+
+
+def _swap_mask(layer: Any, mask: Any) -> Any:
+    old = getattr(layer.self_attn, "masked_key_indices", None)
+    layer.self_attn.masked_key_indices = mask
+    return old
+
+
+def attentions(model: PreTrainedModel, caches: dict[str, DynamicCache]) -> dict[str, Any]:
+    """The attention of one query in every layer, by what computes it over which cache."""
+    modules = [layer.self_attn for layer in model.model.layers]
+    config, module = model.config, modules[0]
+    shape = (1, config.num_attention_heads, 1, module.head_dim)
+    queries = [torch.randn(shape, dtype=model.dtype) for _ in modules]
+    # What a step over a dense compressed layer reads, marks included.
+    last = [torch.zeros(1, config.num_key_value_heads, 1, module.head_dim, dtype=model.dtype)] * 2
+    steps = [GrowingLayer(*_pairs(layer)).update(*last) for layer in caches[UNIFORM].layers]
+
+    def dense(name: str, masked: bool = False) -> list[Tensor]:
+        outputs = []
+        for module, query, layer in zip(modules, queries, caches[name].layers, strict=True):
+            keys, values = _pairs(layer)
+            mask = torch.ones(1, 1, 1, keys.shape[2], dtype=torch.bool) if masked else None
+            outputs.append(sdpa_attention_forward(module, query, keys, values, mask)[0])
+        return outputs
+
+    def served() -> list[Tensor]:
+        attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return [
+            attention(module, query, *pairs, None, dropout=0.0, scaling=module.scaling)[0]
+            for module, query, pairs in zip(modules, queries, steps, strict=True)
+        ]
+
+    def compressed(name: str) -> list[Tensor]:
+        return [
+            attend(module, query, layer.keys, None, scaling=module.scaling)
+            for module, query, layer in zip(modules, queries, caches[name].layers, strict=True)
+        ]
+
+    for query, layer, output in zip(
+        queries, caches[RAGGED].layers, compressed(RAGGED), strict=True
+    ):
+        _check_ragged(query, layer, output, module.scaling)
+    for pairs, query, output in zip(steps, queries, served(), strict=True):
+        expected = sdpa_attention_forward(module, query, *pairs, None)[0]
+        torch.testing.assert_close(output, expected, atol=0.02, rtol=0.02)
     return {
-        "full cache": None,
-        "kvpress KeyDiff, uniform": lambda: KeyDiffPress(RATIO),
-        "kvpress AdaKV(KeyDiff), masked": lambda: AdaKVPress(KeyDiffPress(RATIO)),
-        "moekv.ragged(AdaKV(KeyDiff))": lambda: ragged(AdaKVPress(KeyDiffPress(RATIO))),
-        "moekv, uniform": lambda: MoERouterPress(RATIO),
-        "moekv, budget=model": lambda: MoERouterPress(RATIO, budget="model"),
+        "SDPA, full cache": partial(dense, FULL),
+        "SDPA with a mask, full cache": partial(dense, FULL, masked=True),
+        "SDPA, a quarter of it": partial(dense, PEER_UNIFORM),
+        "ragged_attention, a quarter, dense": served,
+        "ragged_attention, a quarter, ragged": partial(compressed, RAGGED),
     }
 
 
+def _pairs(layer: Any) -> tuple[Tensor, Tensor]:
+    return layer.keys, layer.values
+
+
+def _check_ragged(query: Tensor, layer: RaggedLayer, output: Tensor, scaling: float) -> None:
+    """Raise unless a ragged layer's attention is that of its heads, one by one."""
+    keys, values, lengths = layer.to_dense()
+    group = query.shape[1] // keys.shape[1]
+    for head in range(query.shape[1]):
+        count = int(lengths[0, head // group])
+        k, v = (x[0, head // group, -count:].float() for x in (keys, values))
+        expected = (k @ query[0, head, 0].float() * scaling).softmax(0) @ v
+        torch.testing.assert_close(output[0, 0, head].float(), expected, atol=0.02, rtol=0.02)
+
+
 @torch.no_grad()
-def measure(model: PreTrainedModel, length: int, steps: int) -> list[tuple[str, int, float, float]]:
-    """Bytes after the prefill, and milliseconds per decoded token (median, interquartile range)."""
-    vocabulary = model.config.vocab_size
-    ids = torch.randint(5, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
-    runs: dict[str, tuple[DynamicCache, int, Any]] = {}
-    for name, make in methods().items():
-        cache = DynamicCache()
-        masks = None
-        if make is None:
-            model.model(ids, past_key_values=cache)
-        else:
-            with make()(model):
-                model.model(ids, past_key_values=cache)
-            masks = _take_masks(model)
-        gc.collect()
-        runs[name] = (cache, cache_bytes(cache), masks)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    token = torch.full((1, 1), 7)
-    for step in range(steps):
-        position = torch.tensor([[length + step]])
-        for name, (cache, _, masks) in runs.items():
-            _give_masks(model, masks)
-            begin = time.perf_counter()
-            logits = model(token, past_key_values=cache, position_ids=position).logits
-            times[name].append(1e3 * (time.perf_counter() - begin))
-            _give_masks(model, None)
-            if not logits.isfinite().all():
-                raise RuntimeError(f"{name}: the logits of step {step} are not finite")
-    table = []
-    for name, (_, size, _) in runs.items():
-        first, median, third = statistics.quantiles(times[name][2:], n=4)
-        table.append((name, size, median, third - first))
-    return table
+def measure(
+    model: PreTrainedModel, length: int, methods: Sequence[str], seconds: float, steps: int
+) -> list[dict[str, Any]]:
+    """One row per method for a whole token, and per way to attend."""
+    recording = record(model, random_ids(model, length))
+    decoders, sizes = {}, {}
+    for name in methods:
+        cache = replay(model, recording, METHODS[name]())
+        sizes[name] = cache_bytes(cache)
+        decoders[name] = Decoder(model, cache, length)
+    del recording
+    gc.collect()
+    times = interleave(decoders, seconds=seconds, least=steps, most=10 * steps)
+    rows = [
+        {"length": length, "step": "token", "method": name, "cache_bytes": sizes[name]}
+        | times[name].summary()
+        for name in methods
+    ]
+    caches = {name: decoder.cache for name, decoder in decoders.items()}
+    if {FULL, PEER_UNIFORM, UNIFORM, RAGGED} <= set(methods):
+        contenders = attentions(model, caches)
+        for name, seen in interleave(contenders, seconds=seconds / 4, least=steps).items():
+            rows.append({"length": length, "step": "attention", "method": name} | seen.summary())
+    return rows
 
 
-def _take_masks(model: PreTrainedModel) -> list[tuple[Tensor, ...] | None]:
-    """Take kvpress's masked positions off the layers, so that caches do not share them."""
-    masks = [getattr(layer.self_attn, "masked_key_indices", None) for layer in model.model.layers]
-    _give_masks(model, None)
-    return copy.copy(masks)
-
-
-def _give_masks(model: PreTrainedModel, masks: list[Any] | None) -> None:
-    for index, layer in enumerate(model.model.layers):
-        layer.self_attn.masked_key_indices = None if masks is None else masks[index]
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=["smollm2", "llama-shape"], default="smollm2")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
-    parser.add_argument("--steps", type=int, default=12)
-    args = parser.parse_args()
-    model = llama_shape() if args.model == "llama-shape" else load_model()[0]
-    print(f"{args.model}, bf16, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print(
-        "| context | method | cache, MiB | of the full one | ms per token (IQR) | times as fast |"
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD"
     )
-    print("|---|---|---|---|---|---|")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of timing for each method")
+    parser.add_argument("--steps", type=int, default=12, help="timed steps at least")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, help="JSON (default: benchmarks/results/decode-MODEL)")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    model, rows = load(args.model), []
+    common = {"model": args.model, "threads": args.threads, "ratio": RATIO}
     for length in args.lengths:
-        rows = measure(model, length, args.steps)
-        full_bytes, full_ms = rows[0][1], rows[0][2]
-        for name, size, median, spread in rows:
+        measured = measure(model, length, args.methods, args.seconds, args.steps)
+        rows += [common | row for row in measured]
+        for row in measured:
+            first, median, third = (1e3 * x for x in row["wall_s"])
+            size = f"{row['cache_bytes'] / 2**20:9.1f} MiB" if "cache_bytes" in row else " " * 13
             print(
-                f"| {length:,} | {name} | {size / 2**20:.1f} | {size / full_bytes:.1%} "
-                f"| {median:.1f} ({spread:.1f}) | {full_ms / median:.2f} |",
+                f"{length:6,} {row['step']:9} {row['method']:36} {size} "
+                f"{median:8.2f} ms ({first:.2f} to {third:.2f})",
                 flush=True,
             )
+    out = args.out or RESULTS / f"decode-{args.model}.json"
+    given = shlex.join(sys.argv[1:] if arguments is None else arguments)
+    write_results(out, f"python -m benchmarks.end_to_end.decode {given}".strip(), rows)
+    print(f"written to {out}")
 
 
 if __name__ == "__main__":
