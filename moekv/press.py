@@ -14,7 +14,6 @@ from kvpress.presses.base_press import is_prefilling
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from moekv import decoding as growth
 from moekv import ops
 from moekv.budget import (
     Kept,
@@ -26,9 +25,10 @@ from moekv.budget import (
     without_padding,
 )
 from moekv.cache import cached_pairs, check_cache, empty_cache, evict, is_static
-from moekv.decoding import DecodingConfig, Held, Regrown
+from moekv.decoding import DecodingConfig
 from moekv.experts import Expert, PressExpert, build_experts, expert_names
 from moekv.hooks import check_attention, find_layers, hook_arguments, is_pressed, is_sliding
+from moekv.keeper import Keeper
 from moekv.layers import GrowingLayer, storage_bytes
 from moekv.mixing import common_scale, stack_scores
 from moekv.ops import ScoreKind
@@ -75,16 +75,6 @@ class _Rated:
     keys: weakref.ref[Tensor]
     rating: _Rating
     states: Tensor | None  # [B, N, hidden], the last inputs, where compression will go on
-
-
-@dataclass
-class _Growth:
-    """A forward that adds tokens to a cache, after which pairs leave."""
-
-    padding: Sequence[int]  # of the rows, in positions of the mask
-    keep: list[int]  # pairs of a head that stay in each row, on average
-    ragged: bool  # whether layers are to report the true length
-    regrown: list[tuple[Regrown, _Rating]]
 
 
 @dataclass
@@ -259,7 +249,7 @@ class MoERouterPress(ScorerPress):
         self._view = ViewBuilder()
         self._hooked: list[nn.Module] = []
         self._rated: list[_Rated] = []
-        self._growth: _Growth | None = None
+        self._keeper = Keeper(self)
         self._num_cached = self._num_forwards = self._num_commits = self._num_grown = 0
         self._stream: StreamingBudget | None = None
 
@@ -580,128 +570,12 @@ class MoERouterPress(ScorerPress):
                 elif chosen is not None:
                     before, after = evict(r.cache, r.index, chosen, backend=self.backend)
                 if r.states is not None:
-                    self._go_on(r)
+                    self._keeper.adopt(r.cache, r.index, r.states, r.rating)
                 self._record(r.rating, chosen, before, after)
         except BaseException:
             # Out of memory, say. Half a compressed cache is of no use: begin again with none.
             empty_cache(rated[0].cache)
             raise
-
-    def _go_on(self, rated: _Rated) -> None:
-        """Make a layer ready for later compressions."""
-        layer = growth.growing(rated.cache, rated.index, backend=self.backend)
-        assert rated.states is not None
-        growth.remember(layer, rated.states, self.window)
-        self._expect(layer)
-        lengths = rated.rating.lengths
-        kept = growth.count_pairs(layer, 0, [rated.rating.scores.shape[2] - n for n in lengths])
-        layer.counted = (self._pairs, sum(kept))
-
-    def _expect(self, layer: growth.Grown) -> None:
-        """Tell a layer how far it will grow, where that is known."""
-        if self.decoding is not None:
-            dense = isinstance(layer, GrowingLayer)
-            layer.most = self.decoding.interval + (self.decoding.target if dense else 0)
-
-    def _last_states(self, hidden_states: Tensor, rating: _Rating) -> Tensor | None:
-        """Copy the inputs of the last tokens that no head will lack after a prefill."""
-        if not self._goes_on:
-            return None
-        run = growth.run_without_gaps(
-            self._keep(rating.lengths, self._ahead(hidden_states.shape[1])),
-            rating.lengths,
-            sinks=self.sinks,
-            recent=self.recent,
-            window=self.window,
-        )
-        return hidden_states[:, hidden_states.shape[1] - run :].clone()
-
-    def _plan(self, cache: Cache, fed: int, mask: Any) -> _Growth | None:
-        """Say what is to stay of a cache whose first layer has got new tokens; None: all."""
-        indices: list[Any] = [module.layer_idx for module in self._hooked]
-        layers = [growth.growing(cache, index, backend=self.backend) for index in indices]
-        keys, _ = cached_pairs(layers[0])
-        batch, num_heads = keys.shape[:2]
-        seen = layers[0].get_seq_length()
-        in_prompt = (
-            self.context_length is not None
-            and seen <= self.context_length
-            and not getattr(layers[0], "evicted", 0)
-        )
-        padding: Sequence[int] = (0,) * batch
-
-        def too_many(limit: Sequence[int]) -> bool:
-            counts = [
-                growth.count_pairs(layer, 0 if layer is layers[0] else fed, padding)
-                for layer in layers
-            ]
-            return growth.exceeds(counts, num_heads, limit, over_model=self._budget == "model")
-
-        if in_prompt:
-            padding = self._view.row_starts(mask, batch)
-            lengths = [seen - p for p in padding]
-            keep = limit = self._keep(lengths, self._ahead(seen))
-        elif self.decoding is not None:
-            keep = [self.decoding.target] * batch
-            limit = [self.decoding.target + self.decoding.interval - 1] * batch
-            if too_many(limit):
-                padding = self._view.row_starts(mask, batch)
-        else:
-            return None
-        if not too_many(limit):
-            return None
-        ragged = in_prompt or any(padding) or self._budget != "uniform"
-        if ragged:
-            check_attention(self._hooked[0], "heads or layers of different lengths")
-        return _Growth(padding, keep, ragged, [])
-
-    def _shrink(self, cache: Cache, growth_: _Growth) -> None:
-        """Let pairs leave the rated layers of a cache that has grown."""
-        regrown = [each for each, _ in growth_.regrown]
-        kept = growth.choose(
-            regrown,
-            growth_.keep,
-            budget=self._budget,
-            sinks=self.sinks,
-            recent=self.recent,
-            backend=self.backend,
-        )
-        if growth_.ragged:
-            kept = [replace(chosen, per_head=None) for chosen in kept]
-        for (each, rating), chosen in zip(growth_.regrown, kept, strict=True):
-            layer = growth.recompress(cache, each, chosen, backend=self.backend)
-            held = [sum(row) for row in each.lengths]
-            heads = each.scores.shape[1]
-            if layer.recent is not None:
-                run = growth.run_without_gaps(
-                    growth_.keep,
-                    [n // heads for n in held],
-                    sinks=self.sinks,
-                    recent=self.recent,
-                    window=self.window,
-                )
-                layer.recent.keep(run, layer.get_seq_length())
-            self._expect(layer)
-            self._record_growth(layer, rating, chosen, sum(held))
-
-    def _record_growth(
-        self, layer: growth.Grown, rating: _Rating, kept: Kept, num_held: int
-    ) -> None:
-        """Count the pairs that have come since those of the layer were counted, and what stays."""
-        self._observe(rating)
-        share = kept.mask().float()
-        shares = rating.seen.shares
-        share = share.mean(1) if len(share) == len(shares) else share.flatten(0, 1)
-        rating.layer.stats.evict(shares, share)
-        owner, counted = layer.counted
-        counted = counted if owner is self._pairs else 0
-        num_kept = len(kept.indices)
-        keys, values = cached_pairs(layer)
-        pair = (keys.shape[-1] + values.shape[-1]) * keys.dtype.itemsize
-        for numbers, unit in ((self._pairs, 1), (self._bytes, pair)):
-            numbers[0] += (num_held - counted) * unit
-            numbers[1] += (num_kept - counted) * unit
-        layer.counted = (self._pairs, num_kept)
 
     def _begin_stream(self, cache: Cache, rating: _Rating) -> None:
         """Get ready to trim the layers of a prefill as they arrive, if anything is to leave."""
@@ -725,7 +599,7 @@ class MoERouterPress(ScorerPress):
         assert self._stream is not None
         for r, trimmed in zip(rated, self._stream.layers, strict=True):
             if r.states is not None:
-                self._go_on(r)
+                self._keeper.adopt(r.cache, r.index, r.states, r.rating)
             self._record(r.rating, trimmed.kept, trimmed.before, trimmed.after)
         self._stream = None
 
@@ -775,7 +649,7 @@ class MoERouterPress(ScorerPress):
         handles = []
         rotary: Any = getattr(decoder, "rotary_emb", None)
         bare = [layer for layer in layers if not hasattr(layer, "rotary_emb")]
-        self._hooked, self._rated, self._growth = hooked, [], None
+        self._hooked, self._rated = hooked, []
         self._num_cached = self._num_forwards = self._num_commits = self._num_grown = 0
         _busy.add(decoder)
         try:
@@ -806,7 +680,7 @@ class MoERouterPress(ScorerPress):
             for layer in bare:
                 layer._modules.pop("rotary_emb", None)
             _busy.discard(decoder)
-            self._hooked, self._rated, self._growth = [], [], None
+            self._hooked, self._rated = [], []
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
         """Get ready for a model: kvpress calls this when a block begins.
@@ -883,7 +757,7 @@ class MoERouterPress(ScorerPress):
         num_tokens = 0 if tokens is None else tokens.shape[1]
         self._num_cached = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
         if cache is not None and self._num_cached:
-            self._check_growth(cache, num_tokens, given)
+            self._keeper.check(cache, self._num_cached, num_tokens, given)
             return
         padded = False
         if isinstance(mask, Tensor) and self._evicts:
@@ -891,7 +765,7 @@ class MoERouterPress(ScorerPress):
         if cache is not None:
             check_cache(cache, static=self._not_for_static(padded))
         if self.context_length is not None:
-            self._check_chunk(num_tokens, given)
+            self._keeper.check_chunk(0, num_tokens, given)
             if self._evicts:
                 check_attention(self._hooked[0], "a prompt in chunks")
         if padded:
@@ -905,52 +779,6 @@ class MoERouterPress(ScorerPress):
             return f"budget {self.budget!r} with policy {self.policy!r}"
         return "rows with padding" if padded else None
 
-    def _check_chunk(self, num_tokens: int, given: dict[str, Any]) -> None:
-        """Refuse a chunk beyond the prompt, and one at other positions than its own."""
-        seen = self._num_cached + num_tokens
-        assert self.context_length is not None
-        if seen > self.context_length:
-            raise RuntimeError(
-                f"expected a prompt of context_length = {self.context_length} tokens, got "
-                f"{num_tokens} for a cache that holds {self._num_cached}"
-            )
-        position_ids = given.get("position_ids")
-        if isinstance(position_ids, Tensor) and int(position_ids.max()) >= seen:
-            raise RuntimeError(
-                f"expected positions below {seen} for a chunk of {num_tokens} tokens behind "
-                f"{self._num_cached}, got {int(position_ids.max())}: some versions of "
-                "transformers number the chunks of generate(prefill_chunk_size=...) wrongly; "
-                "moekv.prefill_in_chunks does not"
-            )
-
-    def _check_growth(self, cache: Cache, num_tokens: int, given: dict[str, Any]) -> None:
-        """Refuse tokens for a cache that holds some, unless masks and budgets can be right."""
-        if self._goes_on:
-            check_cache(cache, grown=True)
-        if num_tokens <= 1:
-            return
-        num_cached = self._num_cached
-        layer = cache.layers[self._hooked[0].layer_idx]  # type: ignore[index]
-        evicted = getattr(layer, "evicted", 0)
-        if self.context_length is not None and not evicted and num_cached < self.context_length:
-            self._check_chunk(num_tokens, given)
-            return
-        if self.decoding is None:
-            raise RuntimeError(
-                f"expected a prefill in one forward, got {num_tokens} tokens for a cache that "
-                f"holds {num_cached}: leave the `with` block before feeding more than one "
-                "token at a time, and feed the whole prompt at once, or give its length "
-                "as context_length (moekv.prefill_in_chunks does)"
-            )
-        cache_position = given.get("cache_position")
-        first = num_cached if cache_position is None else int(cache_position[0])
-        if evicted and first != num_cached:
-            raise RuntimeError(
-                f"expected one token at a time for a cache of {num_cached} pairs at position "
-                f"{first}, got {num_tokens}: their masks would be wrong, as dense layers do not "
-                'know what was evicted; budget="head" or "model" does'
-            )
-
     def _after_attention(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
     ) -> None:
@@ -960,7 +788,10 @@ class MoERouterPress(ScorerPress):
         hidden_states, cache = hook_arguments(kwargs, "hidden_states", "past_key_values")
         if self._num_cached:
             if self._goes_on:
-                self._after_growth(module, kwargs, hidden_states, cache, _attentions(output))
+                self._num_grown += module is self._hooked[0]
+                self._keeper.after_attention(
+                    module, kwargs, hidden_states, cache, _attentions(output)
+                )
             return
         keys, values = cached_pairs(cache.layers[module.layer_idx])
         held = weakref.ref(keys)
@@ -982,7 +813,7 @@ class MoERouterPress(ScorerPress):
         attentions = _attentions(output)
         rating = self._rate(module, hidden_states, keys, values, attentions, kwargs)
         index: int = module.layer_idx  # type: ignore[assignment]
-        states = self._last_states(hidden_states, rating)
+        states = self._keeper.last_states(hidden_states, rating)
         self._rated.append(_Rated(cache, index, held, rating, states))
         del keys, values  # what is evicted is free at once
         if self.streaming:
@@ -999,44 +830,6 @@ class MoERouterPress(ScorerPress):
                 else:
                     self._end_stream(rated)
             self._num_commits += 1
-
-    def _after_growth(
-        self,
-        module: nn.Module,
-        kwargs: dict[str, Any],
-        hidden_states: Tensor,
-        cache: Cache,
-        attentions: Tensor | None,
-    ) -> None:
-        """Rate a layer that has got new tokens, and let pairs leave after the last layer."""
-        index: int = module.layer_idx  # type: ignore[assignment]
-        layer = growth.growing(cache, index, backend=self.backend)
-        growth.remember(layer, hidden_states, self.window)
-        if module is self._hooked[0]:
-            check_ratio(self.compression_ratio)
-            self._num_grown += 1
-            self._growth = self._plan(cache, hidden_states.shape[1], kwargs.get("attention_mask"))
-        plan = self._growth
-        if plan is None:
-            return
-        with torch.no_grad():
-            held = Held.of(layer, plan.padding)
-            assert layer.recent is not None
-            view = held.view(
-                module,
-                layer.recent.states(self.window),
-                attentions,
-                kwargs,
-                kinds=self._kinds(module),
-                backend=self.backend,
-            )
-            rating = self._rate_view(view, held.alone(plan.keep))
-            scores = rating.scores.view(held.shape)
-            plan.regrown.append((Regrown(index, layer, scores, held.start, held.lengths), rating))
-            if module is self._hooked[-1]:
-                self._growth = None
-                del held, view
-                self._shrink(cache, plan)
 
     # --- Memory of layers -------------------------------------------------------------------------
 

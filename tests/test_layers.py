@@ -138,6 +138,14 @@ def test_beams_share_what_is_stored():
     assert layer.nbytes == before
 
 
+def test_counts_follow_the_rows():
+    layer = Twin(3, 60, seed=1).layer
+    rows = layer.stored_pairs
+    assert rows == (layer.end - layer.begin).sum(1).tolist() and len(set(rows)) == 3
+    layer.reorder_cache(torch.tensor([2, 0, 2]))
+    assert layer.stored_pairs == [rows[2], rows[0], rows[2]]
+
+
 def test_crop_by_slices_as_kvpress_does_it():
     twin = Twin(1, 50, seed=0)
     twin.append(7, hide=False)
