@@ -82,9 +82,10 @@ class Keeper:
             )
         position = given.get("cache_position")
         first = num_cached if position is None else int(position[0])
-        if evicted and first != num_cached:
+        held = layer.get_seq_length()
+        if evicted and first != held:
             raise RuntimeError(
-                f"expected one token at a time for a cache of {num_cached} pairs at position "
+                f"expected one token at a time for a cache of {held} pairs at position "
                 f"{first}, got {num_tokens}: their masks would be wrong, as dense layers do not "
                 'know what was evicted; budget="head" or "model" does'
             )

@@ -22,10 +22,10 @@ def _attend(
 ) -> tuple[Tensor, None]:
     assert mask is None
     groups, (count, length) = query.shape[1] // key.shape[1], (query.shape[2], key.shape[2])
-    seen = (
-        _visible[module.layer_idx][:, :, None]
-        & torch.ones(count, length).tril(length - count).bool()
-    )
+    causal = torch.ones(count, length).tril(length - count)
+    if is_sliding(module):
+        causal = causal.triu(length - count - module.sliding_window + 1)
+    seen = _visible[module.layer_idx][:, :, None] & causal.bool()
     key, value, seen = (x.repeat_interleave(groups, 1) for x in (key, value, seen))
     scores = (query @ key.mT) * options["scaling"]
     if options.get("softcap"):
@@ -54,12 +54,11 @@ class Lockstep:
         self.model, self.full_model = make(name, "sdpa"), make(name, "masked_reference")
         self.cache, self.full = cache or DynamicCache(), DynamicCache()
         _, layers = find_layers(self.model)
-        self.layers = [layer.layer_idx for layer in layers if not is_sliding(layer)]
-        assert len(self.layers) == len(layers)
+        self.whole = [layer.layer_idx for layer in layers if not is_sliding(layer)]
         self.forward = self.model
-        self.heads = self.model.config.num_key_value_heads
+        self.heads = self.model.config.get_text_config().num_key_value_heads
         self.padding = torch.tensor(padding)
-        self.visible = [torch.ones(len(padding), self.heads, 0).bool() for _ in self.layers]
+        self.visible = [torch.ones(len(padding), self.heads, 0).bool() for _ in layers]
         self.length = 0
 
     def feed(self, input_ids: Tensor) -> Tensor:
@@ -109,9 +108,8 @@ class Lockstep:
 
     def see(self) -> None:
         """Find out what the compressed cache lacks, pair by pair."""
-        for index, (layer, full) in enumerate(
-            zip(self.cache.layers, self.full.layers, strict=True)
-        ):
+        for index in self.whole:
+            layer, full = self.cache.layers[index], self.full.layers[index]
             if not isinstance(layer, RaggedLayer) and layer.keys.shape[2] == self.length:
                 continue
             before = self.visible[index]
@@ -145,5 +143,5 @@ class Lockstep:
             self.visible[index] = after
 
     def pairs(self) -> Tensor:
-        """Visible pairs [L, B, H] of each head."""
-        return torch.stack(self.visible).sum(-1)
+        """Visible pairs [L, B, H] of each head in the layers that see the whole past."""
+        return torch.stack([self.visible[index] for index in self.whole]).sum(-1)

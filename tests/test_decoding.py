@@ -7,7 +7,8 @@ import pytest
 import torch
 from kvpress import ExpectedAttentionPress, KeyDiffPress, KnormPress
 from masked_reference import Lockstep
-from tiny_models import prefill, tiny_model, tokens
+from tiny_models import TINY_MODELS, prefill, tiny_model, tokens
+from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moekv import DecodingConfig, Expert, LayerView, MoERouterPress, load_cache, save_cache
@@ -75,16 +76,51 @@ def assert_average(pairs: torch.Tensor, expected: torch.Tensor, budget: str) -> 
         assert (pairs.sum((0, 2)) == layers * heads * expected).all()
 
 
-@pytest.mark.parametrize("name", ["llama_mha", "mistral", "qwen2", "qwen3", "phi3"])
+# SDPA leaves out the softcap of Gemma 2.
+@pytest.mark.parametrize("name", [name for name in TINY_MODELS if name != "gemma2"])
 @pytest.mark.parametrize("budget", ["uniform", "model"])
-def test_every_attention(name: str, budget: str) -> None:
+@pytest.mark.parametrize("padding", [(0, 0), (0, 4)])
+def test_every_attention(name: str, budget: str, padding: tuple[int, ...]) -> None:
     press = make_press(0.5, budget=budget, experts=EXPERTS, decoding=DecodingConfig(16, 5))
-    both = Lockstep(name, padding=(0, 4))
+    cache = DynamicCache(config=tiny_model(name).config)
+    both = Lockstep(name, padding=padding, cache=cache)
     with press(both.model):
         both.feed(tokens(2, 24))
         for step in range(15):
             both.feed(tokens(2, 1, seed=step))
-    assert both.pairs().max() < 24
+    assert both.pairs().float().mean() < 21
+
+
+@pytest.mark.parametrize("budget", ["uniform", "head"])
+def test_several_tokens_beside_sliding_layers(budget: str) -> None:
+    """The length of the cache is that of its sliding layers: it says nothing of the others."""
+    both = Lockstep("gemma3", cache=DynamicCache(config=tiny_model("gemma3").config))
+    with make_press(0.5, budget=budget, decoding=DecodingConfig(16, 5))(both.model):
+        both.feed(tokens(1, 24))
+        if budget == "head":
+            both.feed(tokens(1, 6))
+            return
+        with pytest.raises(RuntimeError, match="cache of 12 pairs at position 24, got 6"):
+            both.feed(tokens(1, 6))
+
+
+@pytest.mark.parametrize("after", BUDGETS)
+@pytest.mark.parametrize("before", BUDGETS)
+def test_another_press_goes_on(before: str, after: str) -> None:
+    """What one press has compressed, another may compress further, whatever its budget."""
+    both = Lockstep(padding=(0, 0))
+    with make_press(0.4, budget=before, decoding=DecodingConfig(20, 4))(both.model):
+        both.feed(tokens(2, 30))
+        for step in range(7):
+            both.feed(tokens(2, 1, seed=step))
+    assert_average(both.pairs(), torch.tensor([21, 21]), before)
+    with make_press(0.4, budget=after, decoding=DecodingConfig(9, 4))(both.model):
+        for step in range(6):
+            both.feed(tokens(2, 1, seed=step))
+        if after == "uniform":
+            assert both.pairs().max() <= 13
+        else:
+            assert_average(both.pairs(), torch.tensor([10, 10]), after)
 
 
 @pytest.mark.parametrize(

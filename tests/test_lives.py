@@ -159,7 +159,9 @@ class Life:
 @given(
     description=DESCRIPTIONS,
     length=st.integers(2, 60),
-    padding=st.lists(st.integers(0, 40), min_size=1, max_size=3),
+    padding=st.one_of(
+        st.sampled_from([[0], [0, 0]]), st.lists(st.integers(0, 40), min_size=1, max_size=3)
+    ),
     ratio=st.floats(0, 0.95),
     options=PRESSES,
     steps=st.lists(STEPS, min_size=1, max_size=7),
