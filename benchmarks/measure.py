@@ -69,16 +69,16 @@ def interleave(
     least: int = 5,
     most: int = 200,
 ) -> dict[str, Times]:
-    """Time contenders in turn, `least` to `most` rounds, until they have had `seconds` each."""
+    """Time contenders in turn, `least` to `most` rounds, for `seconds` of processor time each."""
     for function in contenders.values():
         function()  # first touches of memory, caches of kernels
     times = {name: Times() for name in contenders}
-    names, begin = list(contenders), time.perf_counter()
+    names, begin = list(contenders), time.process_time()
     for turn in range(most):
         # Whoever follows a contender inherits its caches: let each follow another one in turn.
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             timed(contenders[name], times[name])
-        if turn + 1 >= least and time.perf_counter() - begin > seconds * len(names):
+        if turn + 1 >= least and time.process_time() - begin > seconds * len(names):
             break
     return times
 

@@ -16,6 +16,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Check a case, then time all its contenders: one row each.
 
-    A contender whose one call takes longer than `patience` seconds is not called again.
+    A contender whose one call takes more than `patience` seconds of processor time is not called
+    again.
     """
     case.check()
     contenders = dict(case.contenders)
@@ -62,11 +64,10 @@ def measure(
             if name.startswith(COMPILED):
                 function()
             once = Times()
-            timed(function, once)
-            if once.wall[0] > patience:
-                rows[name] = once.summary() | {"peak_bytes": None}
+            peaks[name] = peak_extra_bytes(partial(timed, function, once))
+            if once.cpu[0] > patience:
+                rows[name] = once.summary() | {"peak_bytes": peaks[name]}
                 continue
-            peaks[name] = peak_extra_bytes(function)
             quick[name] = function
         except Exception as error:  # what does not compile, or is too large
             rows[name] = {
@@ -88,7 +89,6 @@ def show(title: str, rows: Sequence[dict[str, Any]], console: Console) -> None:
             table.add_row(row["contender"], row["error"][:60])
             continue
         first, median, third = row["wall_s"]
-        peak = row["peak_bytes"]
         table.add_row(
             row["contender"],
             f"{1e3 * median:.3f}",
@@ -97,7 +97,7 @@ def show(title: str, rows: Sequence[dict[str, Any]], console: Console) -> None:
             f"{median / medians[MOEKV]:.2f}",
             f"{row['moved'] / median / 1e9:.2f}",
             f"{medians[COPY] / median:.2f}",
-            "" if peak is None else f"{peak / 2**20:.1f}",
+            f"{row['peak_bytes'] / 2**20:.1f}",
         )
     console.print(table)
 
