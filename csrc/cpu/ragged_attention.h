@@ -18,6 +18,22 @@ constexpr int kPairLanes = 2 * Vec::kLanes;
 // Queries and sums of values are in the order of load_pair<T> as far as there are whole pairs of
 // vectors, in their own order from there on.
 
+// Rows of keys or values that are needed soon. They are asked for a few at a time, in step with the
+// work on a tile: the processor, which sees runs of one tile each from two places, does not foresee
+// them, and all at once they would be in the way of what is needed now.
+template <typename T>
+struct Ahead {
+  const T* rows;
+  int64_t stride, dim, count;
+
+  void ask(int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end && i < count; ++i) {
+      const char* row = reinterpret_cast<const char*>(rows + i * stride);
+      for (size_t byte = 0; byte < dim * sizeof(T); byte += 64) __builtin_prefetch(row + byte);
+    }
+  }
+};
+
 // Dot products of R queries (stride D) with 4 keys, keys[j] at key + j * stride: out[r * 4 + j].
 template <int R, typename T>
 inline void dot_block(const float* query, int64_t dim, const T* key, int64_t stride, float* out) {
@@ -55,10 +71,11 @@ inline void dot_block(const float* query, int64_t dim, const T* key, int64_t str
 // scores[r][j] for all keys of a tile.
 template <int R, typename T>
 inline void tile_scores(const float* query, int64_t dim, const T* keys, int64_t stride, int count,
-                        float (*scores)[kTileKeys]) {
+                        const Ahead<T>& ahead, float (*scores)[kTileKeys]) {
   float block[kQueryRows * 4];
   for (int j = 0; j < count; j += 4) {
     const int n = count - j < 4 ? count - j : 4;
+    ahead.ask(j, j + n);
     // At the end of a short tile, one key at a time (stride 0) instead of reading past the end.
     if (n == 4) {
       dot_block<R>(query, dim, keys + j * stride, stride, block);
@@ -78,7 +95,7 @@ inline void tile_scores(const float* query, int64_t dim, const T* keys, int64_t 
 // The next of these, for P pairs of vectors of the values.
 template <int R, int P, typename T>
 inline void add_values(const float (*weights)[kTileKeys], const T* values, int64_t stride,
-                       int count, float* sums, int64_t sum_stride) {
+                       int count, const Ahead<T>& ahead, float* sums, int64_t sum_stride) {
   VecPair acc[R][P];
   for (int r = 0; r < R; ++r) {
     for (int i = 0; i < P; ++i) {
@@ -87,6 +104,7 @@ inline void add_values(const float (*weights)[kTileKeys], const T* values, int64
     }
   }
   for (int j = 0; j < count; ++j) {
+    ahead.ask(j, j + 1);
     VecPair v[P];
     for (int i = 0; i < P; ++i) v[i] = load_pair(values + j * stride + i * kPairLanes);
     for (int r = 0; r < R; ++r) {
@@ -109,13 +127,15 @@ inline void add_values(const float (*weights)[kTileKeys], const T* values, int64
 // away.
 template <int R, typename T>
 inline void tile_values(const float (*weights)[kTileKeys], const T* values, int64_t stride,
-                        int count, int64_t dim, float* sums, int64_t sum_stride) {
+                        int count, int64_t dim, Ahead<T> ahead, float* sums, int64_t sum_stride) {
   int64_t d = 0;
   for (; d + 2 * kPairLanes <= dim; d += 2 * kPairLanes) {
-    add_values<R, 2>(weights, values + d, stride, count, sums + d, sum_stride);
+    add_values<R, 2>(weights, values + d, stride, count, ahead, sums + d, sum_stride);
+    ahead.count = 0;
   }
   if (d + kPairLanes <= dim) {
-    add_values<R, 1>(weights, values + d, stride, count, sums + d, sum_stride);
+    add_values<R, 1>(weights, values + d, stride, count, ahead, sums + d, sum_stride);
+    ahead.count = 0;
     d += kPairLanes;
   }
   for (; d + Vec::kLanes <= dim; d += Vec::kLanes) {
@@ -158,13 +178,24 @@ struct TailView {
   }
 };
 
+// Keys that are attended to at once, and what is asked for meanwhile.
+template <typename T>
+struct Tile {
+  const T* keys;
+  const T* values;
+  int64_t key_stride, value_stride;
+  int count;
+  Ahead<T> value_rows, next_keys;
+};
+
 // Folds one tile of keys into the partial results of R queries, each [max, sum, values...].
 template <int R, typename T>
 inline void attend_tile(const RaggedAttentionParams& p, const float* query, int64_t first_query,
-                        const T* keys, int64_t key_stride, const T* values, int64_t value_stride,
-                        int count, const TailView* tail, float* partials, int64_t partial_stride) {
+                        const Tile<T>& tile, const TailView* tail, float* partials,
+                        int64_t partial_stride) {
+  const int count = tile.count;
   alignas(64) float scores[kQueryRows][kTileKeys];
-  tile_scores<R>(query, p.key_dim, keys, key_stride, count, scores);
+  tile_scores<R>(query, p.key_dim, tile.keys, tile.key_stride, count, tile.value_rows, scores);
   for (int r = 0; r < R; ++r) {
     float* row = scores[r];
     if (p.softcap > 0) {
@@ -209,7 +240,8 @@ inline void attend_tile(const RaggedAttentionParams& p, const float* query, int6
       for (int64_t d = 0; d < p.value_dim; ++d) partial[2 + d] *= keep;
     }
   }
-  tile_values<R>(scores, values, value_stride, count, p.value_dim, partials + 2, partial_stride);
+  tile_values<R>(scores, tile.values, tile.value_stride, count, p.value_dim, tile.next_keys,
+                 partials + 2, partial_stride);
 }
 
 template <typename T>
@@ -221,24 +253,32 @@ inline void attend_keys(const RaggedAttentionParams& p, const float* queries, in
     const int n = static_cast<int>(count - first < kTileKeys ? count - first : kTileKeys);
     const T* k = keys + first * key_stride;
     const T* v = values + first * value_stride;
+    Tile<T> tile{.keys = k,
+                 .values = v,
+                 .key_stride = key_stride,
+                 .value_stride = value_stride,
+                 .count = n,
+                 .value_rows = {v, value_stride, p.value_dim, n},
+                 .next_keys = {k + n * key_stride, key_stride, p.key_dim, count - first - n}};
     const TailView* hidden = tail && !tail->all_visible(n) ? tail : nullptr;
     for (int64_t m = 0; m < num_rows; m += kQueryRows) {
       const float* q = queries + m * p.key_dim;
       float* partial = partials + m * stride;
       switch (num_rows - m) {
         case 1:
-          attend_tile<1>(p, q, m, k, key_stride, v, value_stride, n, hidden, partial, stride);
+          attend_tile<1>(p, q, m, tile, hidden, partial, stride);
           break;
         case 2:
-          attend_tile<2>(p, q, m, k, key_stride, v, value_stride, n, hidden, partial, stride);
+          attend_tile<2>(p, q, m, tile, hidden, partial, stride);
           break;
         case 3:
-          attend_tile<3>(p, q, m, k, key_stride, v, value_stride, n, hidden, partial, stride);
+          attend_tile<3>(p, q, m, tile, hidden, partial, stride);
           break;
         default:
-          attend_tile<4>(p, q, m, k, key_stride, v, value_stride, n, hidden, partial, stride);
+          attend_tile<4>(p, q, m, tile, hidden, partial, stride);
           break;
       }
+      tile.value_rows.count = tile.next_keys.count = 0;  // once is enough
     }
     if (tail) tail->first += n;
   }
