@@ -25,7 +25,7 @@ torch := $(VENV)/.torch-$(shell echo '$(TORCH)' | cksum | cut -d ' ' -f 1)
 installed := $(VENV)/.installed
 
 .PHONY: demo test lint format install clean FORCE
-.PHONY: bench-cpp instructions instructions-check
+.PHONY: bench bench-cpp instructions instructions-check
 .PHONY: cuda-build cuda-check cuda-resources cuda-link-check gpu-check
 
 demo: $(installed)  ## compress the cache of a real model and show what comes out
@@ -46,6 +46,12 @@ format: $(installed)  ## rewrite the sources as `make lint` wants them
 	$(VENV)/bin/ruff format .
 
 install: $(installed)
+
+bench: $(installed)  ## measure a subset in five minutes and render docs/performance.md
+	$(python) -m benchmarks.kernels --quick
+	$(python) -m benchmarks.end_to_end.prefill --lengths 2048 --rounds 3 \
+	    --methods 'no press' moekv StreamingLLMPress KnormPress TOVAPress KeyDiffPress SnapKVPress
+	$(python) -m benchmarks.report
 
 bench-cpp: $(installed)  ## time the C++ kernels by themselves, on every instruction set (needs libbenchmark-dev)
 	@PATH="$(abspath $(VENV)/bin):$$PATH" && cmake -S . -B build/bench -G Ninja -DMOEKV_CUDA=OFF \
