@@ -33,8 +33,8 @@ def on_cpu(value: Any) -> Any:
     return value.as_subclass(Tensor) if isinstance(value, GpuTensor) else value
 
 
-# What may take tensors from several devices.
-MOVES = {Tensor.to, Tensor.cpu, Tensor.copy_}
+# What may take tensors from several devices. Indices may be on the CPU.
+MOVES = {Tensor.to, Tensor.cpu, Tensor.copy_, Tensor.__getitem__, Tensor.tensor_split}
 
 
 class PretendedGpu(TorchFunctionMode):
