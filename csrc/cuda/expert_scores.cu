@@ -39,24 +39,32 @@ __global__ void __launch_bounds__(kThreads)
   scores[i] = logf(mean < kLeastShare ? kLeastShare : mean);
 }
 
-// The kinds run one after another on one stream, so they share what lies behind the mass.
+// The kinds run one after another on one stream, so they share what lies behind mass and mean.
 struct Plan {
   size_t mass_bytes;  // 0 where the mass is asked for, or not needed
+  size_t mean_bytes;  // the keys' mean direction
   size_t workspace_bytes;
 };
+
+size_t rounded(int64_t floats) {
+  return (static_cast<size_t>(floats) * sizeof(float) + 15) / 16 * 16;
+}
 
 Plan plan(const ExpertScoresParams& params) {
   const bool mass = scores_of(params, ScoreKind::kMass);
   const bool attention = scores_of(params, ScoreKind::kAttention);
-  const auto slice = static_cast<size_t>(params.batch * params.num_kv_heads * params.num_keys);
-  const size_t mass_bytes = attention && !mass ? (slice * sizeof(float) + 15) / 16 * 16 : 0;
-  size_t scratch = 0;
+  const int64_t heads = params.batch * params.num_kv_heads;
+  const size_t mass_bytes = attention && !mass ? rounded(heads * params.num_keys) : 0;
+  size_t mean_bytes = 0, scratch = 0;
   if (mass || attention) scratch = window_attention_workspace_bytes(params);
   if (scores_of(params, ScoreKind::kDiversity)) {
+    mean_bytes = rounded(heads * params.key_dim);
     scratch = std::max(scratch, key_diversity_workspace_bytes(params));
   }
   if (scores_of(params, ScoreKind::kLag)) scratch = std::max(scratch, lag_workspace_bytes(params));
-  return {.mass_bytes = mass_bytes, .workspace_bytes = mass_bytes + scratch};
+  return {.mass_bytes = mass_bytes,
+          .mean_bytes = mean_bytes,
+          .workspace_bytes = mass_bytes + mean_bytes + scratch};
 }
 
 }  // namespace
@@ -69,22 +77,27 @@ void expert_scores(const ExpertScoresParams& params, Stream stream) {
   check_device("expert_scores");
   const int64_t slice = params.batch * params.num_kv_heads * params.num_keys;
   if (slice == 0) return;
-  float* const workspace_mass = static_cast<float*>(params.workspace);
-  char* const scratch = static_cast<char*>(params.workspace) + plan(params).mass_bytes;
+  const auto [mass_bytes, mean_bytes, workspace_bytes] = plan(params);
+  char* const workspace = static_cast<char*>(params.workspace);
+  char* const scratch = workspace + mass_bytes + mean_bytes;
 
+  KeyCosines cosines{.mean = reinterpret_cast<float*>(workspace + mass_bytes),
+                     .scores = scores_of(params, ScoreKind::kDiversity)};
+  if (cosines.scores) {
+    key_mean_direction(params, scratch, reinterpret_cast<float*>(workspace + mass_bytes), stream);
+  }
   float* const attention = scores_of(params, ScoreKind::kAttention);
   float* mass = scores_of(params, ScoreKind::kMass);
   if (mass || attention) {
-    if (!mass) mass = workspace_mass;
-    window_attention(params, scratch, mass, stream);
+    if (!mass) mass = reinterpret_cast<float*>(workspace);
+    window_attention(params, scratch, mass, cosines, stream);
+    if (window_attention_has_cosines(params)) cosines.scores = nullptr;
   }
   if (attention) {
     const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(slice, kThreads));
     MOEKV_LAUNCH(attention_pool_kernel, blocks, kThreads, 0, stream, params, mass, attention);
   }
-  if (float* const scores = scores_of(params, ScoreKind::kDiversity)) {
-    key_diversity(params, scratch, scores, stream);
-  }
+  if (cosines.scores) key_cosines(params, cosines, stream);
   if (float* const scores = scores_of(params, ScoreKind::kLag)) {
     lag_scores(params, scratch, scores, stream);
   }

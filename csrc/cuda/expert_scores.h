@@ -12,15 +12,26 @@ size_t window_attention_workspace_bytes(const ExpertScoresParams& params);
 size_t key_diversity_workspace_bytes(const ExpertScoresParams& params);
 size_t lag_workspace_bytes(const ExpertScoresParams& params);
 
-// MASS [B, H, T].
+// What DIVERSITY [B, H, T] is made of once the keys' mean direction is known.
+struct KeyCosines {
+  const float* mean;  // [B, H, D]
+  float* scores;      // [B, H, T]; null where not asked for
+};
+
+// MASS [B, H, T]. Where the keys stay in registers, 16-bit ones, their cosines cost no further
+// read.
+bool window_attention_has_cosines(const ExpertScoresParams& params);
 void window_attention(const ExpertScoresParams& params, void* workspace, float* mass,
-                      Stream stream);
-// DIVERSITY [B, H, T].
-void key_diversity(const ExpertScoresParams& params, void* workspace, float* scores, Stream stream);
+                      const KeyCosines& cosines, Stream stream);
+// The direction of the mean of the normalised keys.
+void key_mean_direction(const ExpertScoresParams& params, void* workspace, float* mean,
+                        Stream stream);
+void key_cosines(const ExpertScoresParams& params, const KeyCosines& cosines, Stream stream);
 // LAG [B, H, T].
 void lag_scores(const ExpertScoresParams& params, void* workspace, float* scores, Stream stream);
 
 constexpr float kLeastShare = 1e-20f;  // before a logarithm
+constexpr float kLeastNorm = 1e-12f;   // of a key and of the mean
 
 // The row's first position that is not padding.
 __device__ __forceinline__ int first_real_key(const ExpertScoresParams& params, int64_t batch) {

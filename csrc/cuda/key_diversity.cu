@@ -1,4 +1,5 @@
-// Minus the cosine of each key with the mean direction of its row's keys: two reads of the keys.
+// Minus the cosine of each key with the mean direction of its row's keys: one read of the keys for
+// the mean, and one for the cosines, if window_attention.cu does not give them on its way.
 #include <algorithm>
 
 #include "expert_scores.h"
@@ -12,14 +13,13 @@ constexpr int kMaxChannels = 256;
 constexpr int kBatch = 4;  // keys that a thread loads before it uses them
 constexpr int64_t kMinKeysPerBlock = 128;
 constexpr int64_t kMaxBlocks = 2048;
-constexpr float kLeastNorm = 1e-12f;
 
 struct Arguments {
   ExpertScoresParams params;
   Rows keys;
-  float* partial;  // [B * H, blocks, D]: sums of directions
-  float* mean;     // [B * H, D]: their direction
-  float* scores;   // [B, H, T]
+  float* partial;      // [B * H, blocks, D]: sums of directions
+  float* mean;         // [B * H, D]: their direction
+  KeyCosines cosines;  // of the last kernel
   int blocks, keys_per_block;
 };
 
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kMeanThreads) key_diversity_mean_kernel(Argume
 template <typename T>
 __global__ void __launch_bounds__(kThreads) key_diversity_cosine_kernel(Arguments arguments) {
   const Run run(arguments);
-  float* scores = arguments.scores + run.index * arguments.params.num_keys;
+  float* scores = arguments.cosines.scores + run.index * arguments.params.num_keys;
   for (int key = run.begin + static_cast<int>(threadIdx.x); key < min(run.end, run.first_real);
        key += kThreads) {
     scores[key] = -INFINITY;
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads) key_diversity_cosine_kernel(Argument
   for (int j = 0; j < kChannelsPerLane; ++j) {
     const int channel = run.first_channel + j;
     const bool present = channel < arguments.keys.dim;
-    mean[j] = present ? arguments.mean[run.index * arguments.keys.dim + channel] : 0.0f;
+    mean[j] = present ? arguments.cosines.mean[run.index * arguments.keys.dim + channel] : 0.0f;
   }
   run.for_each_key<T>(arguments,
                       [&](int key, const float (&x)[kChannelsPerLane], float inverse_norm) {
@@ -152,54 +152,67 @@ __global__ void __launch_bounds__(kThreads) key_diversity_cosine_kernel(Argument
                       });
 }
 
-struct Plan {
-  Arguments arguments;
-  size_t workspace_bytes;
-};
-
-Plan plan(const ExpertScoresParams& params, void* workspace, float* scores) {
+Arguments plan(const ExpertScoresParams& params) {
   const int64_t heads = params.batch * params.num_kv_heads;
   const int64_t keys_per_block =
       std::max(kMinKeysPerBlock, ceil_div(heads * params.num_keys, kMaxBlocks));
-  const int64_t blocks = ceil_div(params.num_keys, keys_per_block);
-  const int64_t partial = heads * blocks * params.key_dim;
-  auto* const base = static_cast<float*>(workspace);
-  return {
-      .arguments = {.params = params,
-                    .keys = rows_of(params.keys, params.key_stride, params.key_dim, params.dtype),
-                    .partial = base,
-                    .mean = base + partial,
-                    .scores = scores,
-                    .blocks = static_cast<int>(blocks),
-                    .keys_per_block = static_cast<int>(keys_per_block)},
-      .workspace_bytes = static_cast<size_t>(partial + heads * params.key_dim) * sizeof(float)};
+  return {.params = params,
+          .keys = rows_of(params.keys, params.key_stride, params.key_dim, params.dtype),
+          .partial = nullptr,
+          .mean = nullptr,
+          .cosines = {},
+          .blocks = static_cast<int>(ceil_div(params.num_keys, keys_per_block)),
+          .keys_per_block = static_cast<int>(keys_per_block)};
 }
 
 template <typename T>
-void run(const Arguments& arguments, Stream stream) {
+void run_mean(const Arguments& arguments, Stream stream) {
   const auto heads = static_cast<unsigned>(arguments.params.batch * arguments.params.num_kv_heads);
-  const unsigned blocks = heads * static_cast<unsigned>(arguments.blocks);
-  MOEKV_LAUNCH(key_diversity_sum_kernel<T>, blocks, kThreads, 0, stream, arguments);
+  MOEKV_LAUNCH(key_diversity_sum_kernel<T>, heads * static_cast<unsigned>(arguments.blocks),
+               kThreads, 0, stream, arguments);
   MOEKV_LAUNCH(key_diversity_mean_kernel, heads, kMeanThreads, 0, stream, arguments);
-  MOEKV_LAUNCH(key_diversity_cosine_kernel<T>, blocks, kThreads, 0, stream, arguments);
+}
+
+template <typename T>
+void run_cosines(const Arguments& arguments, Stream stream) {
+  const auto heads = static_cast<unsigned>(arguments.params.batch * arguments.params.num_kv_heads);
+  MOEKV_LAUNCH(key_diversity_cosine_kernel<T>, heads * static_cast<unsigned>(arguments.blocks),
+               kThreads, 0, stream, arguments);
 }
 
 }  // namespace
 
 size_t key_diversity_workspace_bytes(const ExpertScoresParams& params) {
-  return plan(params, nullptr, nullptr).workspace_bytes;
+  return static_cast<size_t>(params.batch * params.num_kv_heads * plan(params).blocks *
+                             params.key_dim) *
+         sizeof(float);
 }
 
-void key_diversity(const ExpertScoresParams& params, void* workspace, float* scores,
-                   Stream stream) {
-  const Arguments arguments = plan(params, workspace, scores).arguments;
+void key_mean_direction(const ExpertScoresParams& params, void* workspace, float* mean,
+                        Stream stream) {
+  Arguments arguments = plan(params);
+  arguments.partial = static_cast<float*>(workspace);
+  arguments.mean = mean;
   switch (params.dtype) {
     case DType::kFloat:
-      return run<float>(arguments, stream);
+      return run_mean<float>(arguments, stream);
     case DType::kHalf:
-      return run<__half>(arguments, stream);
+      return run_mean<__half>(arguments, stream);
     case DType::kBFloat16:
-      return run<__nv_bfloat16>(arguments, stream);
+      return run_mean<__nv_bfloat16>(arguments, stream);
+  }
+}
+
+void key_cosines(const ExpertScoresParams& params, const KeyCosines& cosines, Stream stream) {
+  Arguments arguments = plan(params);
+  arguments.cosines = cosines;
+  switch (params.dtype) {
+    case DType::kFloat:
+      return run_cosines<float>(arguments, stream);
+    case DType::kHalf:
+      return run_cosines<__half>(arguments, stream);
+    case DType::kBFloat16:
+      return run_cosines<__nv_bfloat16>(arguments, stream);
   }
 }
 

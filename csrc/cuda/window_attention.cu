@@ -10,6 +10,8 @@
 // of 32, where m16n8k16 wants 2t, 2t + 1, 2t + 8, 2t + 9, 2t + 16 ... A dot product does not mind
 // the order of its terms as long as both sides agree.
 //
+// Where the second pass holds 16-bit keys, it also gives their cosines with a direction.
+//
 // fp32 inputs stay fp32: the same tiles, multiplied with FMAs out of shared memory.
 #include <algorithm>
 
@@ -30,7 +32,8 @@ struct Arguments {
   float2* partial;  // [B * H, splits, rows]: maximum and sum of 2^(logit - maximum)
   float* lse;       // [B * H, rows]: log2 of the sum of 2^logit, +inf for padding
   float* mass;      // [B, H, T]
-  int rows;         // G * W
+  KeyCosines cosines;
+  int rows;  // G * W
   int row_tiles, key_tiles;
   int splits, keys_per_split;
   bool vectorized_keys, vectorized_queries;  // may be read 16 bytes at a time
@@ -182,6 +185,38 @@ struct Held {
     }
   }
 
+  // The rows' dot products with a vector of fp32, and with themselves.
+  __device__ __forceinline__ void multiply_with(const float* vector, int dim,
+                                                float (&product)[kRowTiles][2],
+                                                float (&square)[kRowTiles][2]) const {
+    const int t = static_cast<int>(threadIdx.x) % 4;
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) product[i / 2][i % 2] = square[i / 2][i % 2] = 0.0f;
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const int channel = chunk * 32 + t * 8;
+      float factors[8];
+#pragma unroll
+      for (int c = 0; c < 8; ++c) factors[c] = channel + c < dim ? __ldg(vector + channel + c) : 0;
+#pragma unroll
+      for (int i = 0; i < 2 * kRowTiles; ++i) {
+        T elements[8];
+        memcpy(elements, &fragments[i / 2][i % 2][chunk], sizeof elements);
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+          const float x = to_float(elements[c]);
+          product[i / 2][i % 2] = fmaf(x, factors[c], product[i / 2][i % 2]);
+          square[i / 2][i % 2] = fmaf(x, x, square[i / 2][i % 2]);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) {
+      product[i / 2][i % 2] = sum_over_lanes(product[i / 2][i % 2], 4);
+      square[i / 2][i % 2] = sum_over_lanes(square[i / 2][i % 2], 4);
+    }
+  }
+
   __device__ __forceinline__ void multiply(const char* tile, int dim,
                                            float (&product)[kRowTiles][kColumnTiles][4]) const {
     const int g = static_cast<int>(threadIdx.x) % kWarpSize / 4;
@@ -260,12 +295,13 @@ constexpr int shared_bytes(int dim) {
          2 * H::kStreamed * (tile_stride<T>(dim) + 8);
 }
 
-// Holds this warp's rows from `first_held` on and streams rows [begin, end) past them. For every 32
-// (fp32: 16) of those calls reduce(product, row, words, words_row): the products with the rows from
-// `row` on, and the words that prepare(row, words) stored for them.
-template <typename T, int kChunks, typename HeldRows, typename StreamedRows, typename Prepare,
-          typename Reduce>
+// Holds this warp's rows from `first_held` on, calls inspect(held), and streams rows [begin, end)
+// past them. For every 32 (fp32: 16) of those calls reduce(product, row, words): the products with
+// the rows from `row` on, and the words that prepare(row) gave for them.
+template <typename T, int kChunks, typename HeldRows, typename Inspect, typename StreamedRows,
+          typename Prepare, typename Reduce>
 __device__ __forceinline__ void stream_past(const HeldRows& held_rows, int first_held,
+                                            const Inspect& inspect,
                                             const StreamedRows& streamed_rows, int begin, int end,
                                             int dim, const Prepare& prepare, const Reduce& reduce) {
   using H = Held<T, kChunks>;
@@ -286,6 +322,7 @@ __device__ __forceinline__ void stream_past(const HeldRows& held_rows, int first
     copy_async_commit();
   };
   copy(begin, 0);
+  inspect(held);
   for (int row = begin, stage = 0; row < end; row += H::kStreamed, stage ^= 1) {
     copy(row + H::kStreamed, stage ^ 1);
     copy_async_wait<1>();
@@ -377,8 +414,9 @@ __global__ void __launch_bounds__(kThreads, 3) attention_rows_kernel(Arguments a
       }
     }
   };
-  stream_past<T, kChunks>(head.queries<T>(arguments), warp_row, head.keys<T>(arguments, end), begin,
-                          end, head.dim, prepare, reduce);
+  const auto inspect = [](const H&) {};
+  stream_past<T, kChunks>(head.queries<T>(arguments), warp_row, inspect,
+                          head.keys<T>(arguments, end), begin, end, head.dim, prepare, reduce);
 
 #pragma unroll
   for (int i = 0; i < H::kRowTiles; ++i) {
@@ -438,6 +476,26 @@ __global__ void __launch_bounds__(kThreads, 3) attention_columns_kernel(Argument
   const float* lse = arguments.lse + index * arguments.rows;
   const Logit logit(params.scaling, params.softcap);
 
+  float* const cosines =
+      arguments.cosines.scores ? arguments.cosines.scores + index * params.num_keys : nullptr;
+  const auto inspect = [&](const H& held) {
+    if constexpr (!H::kInShared) {
+      if (!cosines) return;
+      float product[H::kRowTiles][2], square[H::kRowTiles][2];
+      held.multiply_with(arguments.cosines.mean + index * head.dim, head.dim, product, square);
+#pragma unroll
+      for (int i = 0; i < H::kRowTiles; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int key = warp_key + 16 * i + 8 * half + g;
+          if (t == 0 && key >= head.first_key && key < head.num_keys) {
+            cosines[key] = -product[i][half] / fmaxf(sqrtf(square[i][half]), kLeastNorm);
+          }
+        }
+      }
+    }
+  };
+
   float sums[H::kRowTiles][2] = {};
   // Of a query: its log-sum-exp and the last key that it sees.
   const auto prepare = [&](int row) {
@@ -464,7 +522,7 @@ __global__ void __launch_bounds__(kThreads, 3) attention_columns_kernel(Argument
     }
   };
   if (!all_padding) {
-    stream_past<T, kChunks>(head.keys<T>(arguments, head.num_keys), warp_key,
+    stream_past<T, kChunks>(head.keys<T>(arguments, head.num_keys), warp_key, inspect,
                             head.queries<T>(arguments), 0, arguments.rows, head.dim, prepare,
                             reduce);
   }
@@ -482,6 +540,7 @@ __global__ void __launch_bounds__(kThreads, 3) attention_columns_kernel(Argument
       sum += __shfl_xor_sync(kFullWarp, sum, 2);
       if (t == 0 && key < head.num_keys) {
         arguments.mass[index * params.num_keys + key] = key < head.first_key ? 0.0f : sum * share;
+        if (cosines && key < head.first_key) cosines[key] = -INFINITY;
       }
     }
   }
@@ -511,6 +570,7 @@ Plan plan(const ExpertScoresParams& params, void* workspace, int rows_per_block)
               .partial = reinterpret_cast<float2*>(base),
               .lse = reinterpret_cast<float*>(base + partial_bytes),
               .mass = nullptr,
+              .cosines = {},
               .rows = static_cast<int>(rows),
               .row_tiles = static_cast<int>(ceil_div<int64_t>(rows, rows_per_block)),
               .key_tiles = static_cast<int>(ceil_div<int64_t>(params.num_keys, rows_per_block)),
@@ -529,9 +589,11 @@ template <typename T, int kChunks>
 constexpr int kRowsPerBlock = kWarps * 16 * Held<T, kChunks>::kRowTiles;
 
 template <typename T, int kChunks>
-void run(const ExpertScoresParams& params, void* workspace, float* mass, Stream stream) {
+void run(const ExpertScoresParams& params, void* workspace, float* mass, const KeyCosines& cosines,
+         Stream stream) {
   Arguments arguments = plan(params, workspace, kRowsPerBlock<T, kChunks>).arguments;
   arguments.mass = mass;
+  arguments.cosines = cosines;
   const auto heads = static_cast<unsigned>(params.batch * params.num_kv_heads);
   const auto bytes =
       static_cast<size_t>(shared_bytes<T, kChunks>(static_cast<int>(params.key_dim)));
@@ -546,9 +608,10 @@ void run(const ExpertScoresParams& params, void* workspace, float* mass, Stream 
 }
 
 template <typename T>
-void run(const ExpertScoresParams& params, void* workspace, float* mass, Stream stream) {
-  if (params.key_dim <= 128) return run<T, 4>(params, workspace, mass, stream);
-  return run<T, 8>(params, workspace, mass, stream);
+void run(const ExpertScoresParams& params, void* workspace, float* mass, const KeyCosines& cosines,
+         Stream stream) {
+  if (params.key_dim <= 128) return run<T, 4>(params, workspace, mass, cosines, stream);
+  return run<T, 8>(params, workspace, mass, cosines, stream);
 }
 
 }  // namespace
@@ -557,15 +620,19 @@ size_t window_attention_workspace_bytes(const ExpertScoresParams& params) {
   return plan(params, nullptr, kWarps * 16).workspace_bytes;  // whatever a block holds
 }
 
+bool window_attention_has_cosines(const ExpertScoresParams& params) {
+  return params.dtype != DType::kFloat;
+}
+
 void window_attention(const ExpertScoresParams& params, void* workspace, float* mass,
-                      Stream stream) {
+                      const KeyCosines& cosines, Stream stream) {
   switch (params.dtype) {
     case DType::kFloat:
-      return run<float, 0>(params, workspace, mass, stream);
+      return run<float, 0>(params, workspace, mass, cosines, stream);
     case DType::kHalf:
-      return run<__half>(params, workspace, mass, stream);
+      return run<__half>(params, workspace, mass, cosines, stream);
     case DType::kBFloat16:
-      return run<__nv_bfloat16>(params, workspace, mass, stream);
+      return run<__nv_bfloat16>(params, workspace, mass, cosines, stream);
   }
 }
 
