@@ -64,10 +64,10 @@ instructions-check: $(installed)  ## the CPU kernels execute as many instruction
 instructions: $(installed)  ## record them anew in benchmarks/cpp/instructions.json
 	$(python) tools/instruction_counts.py
 
-cuda-build: $(installed)  ## the CUDA library for every architecture, warnings as errors
+cuda-build: $(installed)  ## the CUDA library and its benchmark for every architecture, warnings as errors
 	@command -v nvcc >/dev/null || test -x /usr/local/cuda/bin/nvcc || \
 	    $(pip) install --quiet $(cuda_compiler)
-	@MOEKV_CUDA=ON $(pip) install --quiet --no-build-isolation --no-deps --editable .
+	@MOEKV_CUDA=ON CMAKE_ARGS="-DMOEKV_BENCH_CUDA=ON $$CMAKE_ARGS" $(pip) install --quiet --no-build-isolation --no-deps --editable .
 
 cuda-check: cuda-build  ## registers, spills and instructions of the kernels are as recorded
 	$(python) tools/cuda_resources.py --check
@@ -80,7 +80,7 @@ cuda-link-check: cuda-build  ## load the library into a CUDA build of torch (dow
 	    "$$dir/bin/pip" install --quiet $(CUDA_TORCH) numpy && \
 	    "$$dir/bin/python" tools/cuda_link_check.py
 
-gpu-check:  ## on a machine with a GPU: the ops' tests on it, and what each op reaches of its memory
+gpu-check:  ## on a machine with a GPU: the ops' tests on it, and what ops and kernels reach of its memory
 	@nvidia-smi -L >/dev/null 2>&1 || \
 	    { echo 'gpu-check: no NVIDIA GPU is present (nvidia-smi -L finds none)' >&2; exit 1; }
 	$(MAKE) VENV=.venv-cuda TORCH=$(CUDA_TORCH) cuda-build
@@ -92,6 +92,7 @@ gpu-check:  ## on a machine with a GPU: the ops' tests on it, and what each op r
 	    done; \
 	else echo 'gpu-check: no compute-sanitizer, going on without'; fi
 	.venv-cuda/bin/python tools/gpu_check.py
+	build/bench/moekv_bench_cuda
 
 clean:
 	rm -rf build dist moekv/lib *.egg-info $(installed)

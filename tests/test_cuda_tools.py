@@ -1,5 +1,6 @@
 """The gates around the CUDA library: that they can fail, and on what."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -84,6 +85,22 @@ def test_the_committed_table_lists_every_kernel() -> None:
         words = path.read_text().replace("(", " ").split()
         in_sources |= {word for word in words if word.endswith("_kernel")}
     assert {name.split("<")[0] for name in recorded} == in_sources
+
+
+def test_launchers_neither_allocate_nor_wait() -> None:
+    """All that is asked of the CUDA runtime, and device.h alone asks."""
+    called = {}
+    for path in (ROOT / "csrc").rglob("*.*"):
+        called[path.name] = set(re.findall(r"\b(cuda[A-Z]\w*)\(", path.read_text()))
+    assert called.pop("device.h") == {
+        "cudaDeviceGetAttribute",
+        "cudaFuncSetAttribute",
+        "cudaGetDevice",
+        "cudaGetErrorString",
+        "cudaGetLastError",
+        "cudaMemsetAsync",
+    }
+    assert not set().union(*called.values())
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU")

@@ -7,6 +7,8 @@
 #include <new>
 
 #include "../../csrc/backend.h"
+
+#ifndef MOEKV_CUDA
 #include "../../csrc/cpu/parallel.h"
 
 namespace moekv::cpu {
@@ -21,6 +23,18 @@ int64_t num_threads() { return 1; }
 }  // namespace moekv::cpu
 
 namespace moekv::bench {
+
+void* allocate(size_t bytes) {
+  void* memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+  if (!memory) throw std::bad_alloc();
+  return memory;
+}
+void release(void* memory) { std::free(memory); }
+
+}  // namespace moekv::bench
+#endif
+
+namespace moekv::bench {
 namespace {
 
 constexpr int64_t kHeads = 8, kQueryHeads = 32, kDim = 128, kWindow = 64;
@@ -30,11 +44,10 @@ class Memory {
  public:
   template <typename T>
   T* take(int64_t count) {
-    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64 + 64;
-    void* memory = std::aligned_alloc(64, bytes);
-    if (!memory) throw std::bad_alloc();
+    const size_t bytes = static_cast<size_t>(count) * sizeof(T) + 64;
+    void* memory = allocate(bytes);
     std::memset(memory, 0, bytes);
-    owned_->emplace_back(memory, std::free);
+    owned_->emplace_back(memory, release);
     return static_cast<T*>(memory);
   }
 
@@ -63,15 +76,15 @@ class Memory {
   }
 
   uint64_t state_ = 1;
-  std::shared_ptr<std::vector<std::unique_ptr<void, decltype(&std::free)>>> owned_ =
-      std::make_shared<std::vector<std::unique_ptr<void, decltype(&std::free)>>>();
+  using Owned = std::vector<std::unique_ptr<void, decltype(&release)>>;
+  std::shared_ptr<Owned> owned_ = std::make_shared<Owned>();
 };
 
 template <typename Params>
-Workload make(std::string name, int64_t moved, void (*cpu::Kernels::*kernel)(const Params&),
+Workload make(std::string name, int64_t moved, void (*Kernels::*kernel)(const Params&),
               const Params& params, const Memory& memory) {
   return {std::move(name), moved,
-          [=, keep = memory.owner()](const cpu::Kernels& kernels) { (kernels.*kernel)(params); }};
+          [=, keep = memory.owner()](const Kernels& kernels) { (kernels.*kernel)(params); }};
 }
 
 void set_strides(int64_t (&stride)[3], int64_t heads, int64_t positions, int64_t dim) {
@@ -95,9 +108,9 @@ Workload gating_topk(int64_t num_tokens, int64_t num_experts) {
   p.logits_stride = num_experts;
   p.inv_temperature = 1;
   p.dtype = DType::kBFloat16;
-  p.workspace = memory.take<char>(cpu::gating_topk_workspace_bytes(p));
+  p.workspace = memory.take<char>(MOEKV_BACKEND::gating_topk_workspace_bytes(p));
   return make("gating_topk, " + std::to_string(num_experts) + " experts",
-              num_tokens * (2 * num_experts + 8 * k), &cpu::Kernels::gating_topk, p, memory);
+              num_tokens * (2 * num_experts + 8 * k), &Kernels::gating_topk, p, memory);
 }
 
 Workload expert_scores(const char* name, int64_t num_keys, std::initializer_list<ScoreKind> kinds) {
@@ -121,10 +134,10 @@ Workload expert_scores(const char* name, int64_t num_keys, std::initializer_list
   p.lag = 128;
   p.scaling = 0.08838834764f;
   p.dtype = DType::kBFloat16;
-  p.workspace = memory.take<char>(cpu::expert_scores_workspace_bytes(p));
+  p.workspace = memory.take<char>(MOEKV_BACKEND::expert_scores_workspace_bytes(p));
   const int64_t kv_reads = kinds.size() > 1 ? 3 : 2;
   const auto outputs = static_cast<int64_t>(kinds.size());
-  return make(name, pairs * (kv_reads * 2 * kDim + 4 * outputs), &cpu::Kernels::expert_scores, p,
+  return make(name, pairs * (kv_reads * 2 * kDim + 4 * outputs), &Kernels::expert_scores, p,
               memory);
 }
 
@@ -150,8 +163,8 @@ Workload mix_scores(int64_t num_keys) {
   set_strides(p.weight_stride, 0, 0, k);
   p.weight_stride[0] = num_keys * k;
   std::memcpy(p.expert_stride, p.weight_stride, sizeof p.expert_stride);
-  return make("mix_scores", 4 * pairs * (num_experts + 1) + 8 * num_keys * k,
-              &cpu::Kernels::mix_scores, p, memory);
+  return make("mix_scores", 4 * pairs * (num_experts + 1) + 8 * num_keys * k, &Kernels::mix_scores,
+              p, memory);
 }
 
 // Half of the pairs: of every head by itself, or of all heads together.
@@ -174,9 +187,8 @@ Workload select_kept(const char* name, int64_t num_keys, int64_t rows) {
   p.window = 16;
   p.floor = 1;
   p.dtype = DType::kFloat;
-  p.workspace = memory.take<char>(cpu::select_kept_workspace_bytes(p));
-  return make(name, 4 * (kHeads * num_keys + groups * total), &cpu::Kernels::select_kept, p,
-              memory);
+  p.workspace = memory.take<char>(MOEKV_BACKEND::select_kept_workspace_bytes(p));
+  return make(name, 4 * (kHeads * num_keys + groups * total), &Kernels::select_kept, p, memory);
 }
 
 Workload kv_compact(int64_t num_keys) {
@@ -200,7 +212,8 @@ Workload kv_compact(int64_t num_keys) {
   p.key_bytes = p.value_bytes = 2 * kDim;
   set_strides(p.key_stride, kHeads, num_keys, 2 * kDim);
   set_strides(p.value_stride, kHeads, num_keys, 2 * kDim);
-  return make("kv_compact", kHeads * kept * (2 * 2 * 2 * kDim + 4), &cpu::Kernels::kv_compact, p,
+  p.workspace = memory.take<char>(MOEKV_BACKEND::kv_compact_workspace_bytes(p));
+  return make("kv_compact", kHeads * kept * (2 * 2 * 2 * kDim + 4), &Kernels::kv_compact, p,
               memory);
 }
 
@@ -230,8 +243,8 @@ Workload ragged_attention(int64_t num_keys) {
   p.key_stride = p.value_stride = kDim;
   p.scaling = 0.08838834764f;
   p.dtype = DType::kBFloat16;
-  p.workspace = memory.take<char>(cpu::ragged_attention_workspace_bytes(p));
-  return make("ragged_attention", 2 * pairs * 2 * kDim, &cpu::Kernels::ragged_attention, p, memory);
+  p.workspace = memory.take<char>(MOEKV_BACKEND::ragged_attention_workspace_bytes(p));
+  return make("ragged_attention", 2 * pairs * 2 * kDim, &Kernels::ragged_attention, p, memory);
 }
 
 }  // namespace

@@ -1,19 +1,31 @@
-// The CPU kernels on inputs of their own: what the C++ benchmarks run. No torch, no Python.
+// The kernels on inputs of their own: what the C++ benchmarks run. No torch, no Python. Compiled
+// for one backend, like csrc/ops: MOEKV_BACKEND names its namespace.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <string>
 #include <vector>
 
+#ifdef MOEKV_CUDA
+#include "kernels_cuda.h"
+#else
 #include "../../csrc/cpu/kernels.h"
+#endif
 
 namespace moekv::bench {
+
+using Kernels = MOEKV_BACKEND::Kernels;
+
+// Memory that host and kernels see, aligned as torch's; throws std::bad_alloc.
+void* allocate(size_t bytes);
+void release(void* memory);
 
 struct Workload {
   std::string name;  // of the kernel, and of what it is asked for
   int64_t moved;     // bytes to read or write, each as often as the algorithm needs it
-  std::function<void(const cpu::Kernels&)> run;
+  std::function<void(const Kernels&)> run;
 };
 
 // Every kernel on the attention of Llama-3.1-8B (32 query heads, 8 KV heads of 128 channels, bf16)
