@@ -1,5 +1,7 @@
 """Mixture-of-experts compression of KV caches."""
 
+from moekv.calibrated import CalibratedRouter
+from moekv.calibration import CalibrationConfig, calibrate
 from moekv.chunks import prefill_in_chunks
 from moekv.decoding import DecodingConfig
 from moekv.experts import Expert, expert_names, register_expert
@@ -22,6 +24,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptiveRouter",
     "BaseMoERouter",
+    "CalibratedRouter",
+    "CalibrationConfig",
     "DecodingConfig",
     "EPLBRouter",
     "Expert",
@@ -31,6 +35,7 @@ __all__ = [
     "PiKVMoERouter",
     "RouterOutput",
     "TopKBalancedRouter",
+    "calibrate",
     "expert_names",
     "load_cache",
     "prefill_in_chunks",

@@ -1,4 +1,4 @@
-"""The command line: ``moekv info``, ``moekv demo``, ``moekv bench``.
+"""The command line: ``moekv info``, ``demo``, ``calibrate``, ``bench``.
 
 A command is a module with ``add_arguments(parser)`` and ``run(args)``; the first line of its
 docstring is its summary. ``run`` raises :class:`CommandError` for what the user can mend; any other
@@ -16,7 +16,12 @@ from rich.console import Console
 
 from moekv import __version__
 
-COMMANDS = ("info", "demo", "bench")
+COMMANDS = {
+    "info": "moekv.info",
+    "demo": "moekv.demo",
+    "calibrate": "moekv.calibrate_command",
+    "bench": "moekv.bench",
+}
 
 
 class CommandError(Exception):
@@ -42,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"moekv {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name in COMMANDS:
-        module = importlib.import_module(f"moekv.{name}")
+    for name, path in COMMANDS.items():
+        module = importlib.import_module(path)
         description = module.__doc__ or ""
         command = commands.add_parser(
             name,

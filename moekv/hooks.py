@@ -57,6 +57,12 @@ def is_sliding(layer: Any) -> bool:
     return getattr(config, "sliding_window", None) is not None
 
 
+def is_eager(layer: Any) -> bool:
+    """Say whether an attention layer runs its model file's own, eager attention."""
+    eager: bool = layer.config._attn_implementation == "eager"
+    return eager
+
+
 def check_attention(layer: nn.Module, what: str) -> None:
     """Raise unless the model's attention implementation can serve ragged layers.
 
@@ -72,8 +78,7 @@ def check_attention(layer: nn.Module, what: str) -> None:
     ValueError
         The implementation is eager: it is a function of each model's own file, out of reach.
     """
-    implementation = layer.config._attn_implementation  # type: ignore[union-attr]
-    if implementation == "eager":
+    if is_eager(layer):
         raise ValueError(
             f"expected an attention implementation such as 'sdpa' for {what}, got 'eager', which "
             'reads dense caches only; load the model with attn_implementation="sdpa"'

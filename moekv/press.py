@@ -25,9 +25,17 @@ from moekv.budget import (
     without_padding,
 )
 from moekv.cache import cached_pairs, check_cache, empty_cache, evict, is_static
+from moekv.calibrated import CalibratedRouter, shipped_router
 from moekv.decoding import DecodingConfig
 from moekv.experts import Expert, PressExpert, build_experts, expert_names
-from moekv.hooks import check_attention, find_layers, hook_arguments, is_pressed, is_sliding
+from moekv.hooks import (
+    check_attention,
+    find_layers,
+    hook_arguments,
+    is_eager,
+    is_pressed,
+    is_sliding,
+)
 from moekv.keeper import Keeper
 from moekv.layers import GrowingLayer, storage_bytes
 from moekv.mixing import common_scale, stack_scores
@@ -97,13 +105,14 @@ class MoERouterPress(ScorerPress):
         Share of the pairs to remove, in [0, 1). A head keeps exactly
         ``max(1, int(T * (1 - compression_ratio)))`` pairs, of the T real ones of its row, on
         average over the heads that share a budget; 0 measures and removes nothing.
-    num_experts : int or "auto"
-        As many experts from the registry, in its order. ``"auto"``: ``floor(log2(layers * KV
-        heads))``, at least `top_k`, at most all: the more heads, the more kinds of them.
-    top_k : int
-        Experts per token.
-    router_type : str
-        A key of ``moekv.routers.ROUTERS``.
+    num_experts : int or "auto", optional
+        As many experts from the registry, in its order; 4 by default. ``"auto"``:
+        ``floor(log2(layers * KV heads))``, at least `top_k`, at most all: the more heads, the more
+        kinds of them.
+    top_k : int, optional
+        Experts per token; 2 by default.
+    router_type : str, optional
+        A key of ``moekv.routers.ROUTERS``; ``"pikv"`` by default.
     cache_aware : bool
         Whether a ``"pikv"`` router's choices follow the measured hit rates; other routers have no
         history.
@@ -115,7 +124,8 @@ class MoERouterPress(ScorerPress):
         ``"uniform"``: each head keeps the same number, in plain dense layers. ``"head"``: pairs
         move between the heads of a layer; ``"model"``: between the heads of all layers. Both give
         ragged layers, which need scores that are comparable across heads (see
-        ``Expert.comparable``). ``"auto"``: ``"uniform"``.
+        ``Expert.comparable``). ``"auto"``: ``"model"`` with a calibrated router, except under
+        eager attention, and else ``"uniform"``.
     backend : str
         ``"auto"`` (by the device of the tensors), ``"cpu"``, ``"cuda"`` or ``"torch"``.
     experts : sequence, optional
@@ -144,11 +154,17 @@ class MoERouterPress(ScorerPress):
         What stays is the same; the peak is the budget, an eighth of it, and one whole layer. The
         price: a selection for every layer, and older layers are copied a few times. An exception
         halfway leaves the cache empty instead of whole.
+    router : CalibratedRouter, str or None
+        A calibrated router, which brings its own experts and gates; or the folder or hub id of one.
+        ``"auto"``: the one that comes with the package for the model, if there is one, unless
+        `num_experts`, `top_k`, `router_type`, `experts`, `decoding`, `context_length` or policy
+        ``"dominant"`` ask for something else; ``get_stats()["router"]`` says which one is at work.
+        None: none.
 
     Raises
     ------
     ValueError
-        An option is unknown or out of range.
+        An option is unknown or out of range, or excludes another.
     TypeError
         An expert is none, or `decoding` is no ``DecodingConfig``.
     RuntimeError
@@ -169,9 +185,9 @@ class MoERouterPress(ScorerPress):
     """
 
     compression_ratio: float = 0.5
-    num_experts: int | str = 4
-    top_k: int = 2
-    router_type: str = "pikv"
+    num_experts: int | str | None = None
+    top_k: int | None = None
+    router_type: str | None = None
     cache_aware: bool = True
     policy: str = "mixture"
     budget: str = "auto"
@@ -185,9 +201,14 @@ class MoERouterPress(ScorerPress):
     decoding: DecodingConfig | None = None
     context_length: int | None = None
     streaming: bool = False
+    router: CalibratedRouter | str | None = "auto"
 
     def __post_init__(self) -> None:
         """Check every option before a model is at hand."""
+        self._training_free = self._check_router()
+        self.num_experts = 4 if self.num_experts is None else self.num_experts
+        self.top_k = 2 if self.top_k is None else self.top_k
+        self.router_type = self.router_type or "pikv"
         check_ratio(self.compression_ratio)
         _check_choice("policy", self.policy, POLICIES)
         _check_choice("router_type", self.router_type, tuple(ROUTERS))
@@ -243,6 +264,8 @@ class MoERouterPress(ScorerPress):
         most = len(expert_names() if self._experts is None else self._experts)
         if self.top_k > most:
             raise ValueError(f"expected top_k <= num_experts = {most}, got {self.top_k}")
+        self._own_experts = self._experts
+        self._calibrated: CalibratedRouter | None = None
         self._layers: dict[int, _Layer] = {}
         self._bytes = [0, 0]
         self._pairs = [0, 0]
@@ -252,6 +275,36 @@ class MoERouterPress(ScorerPress):
         self._keeper = Keeper(self)
         self._num_cached = self._num_forwards = self._num_commits = self._num_grown = 0
         self._stream: StreamingBudget | None = None
+
+    def _check_router(self) -> bool:
+        """Say whether the options exclude a calibrated router."""
+        names = ("num_experts", "top_k", "router_type", "experts", "decoding", "context_length")
+        given = [name for name in names if getattr(self, name) is not None]
+        given += ["policy"] if self.policy == "dominant" else []
+        if self.router in (None, "auto"):
+            return self.router is None or bool(given)
+        if given:
+            raise ValueError(
+                f"expected no {' or '.join(given)} beside a calibrated router, which brings its "
+                "own experts and gates and compresses prefills; or router=None"
+            )
+        if isinstance(self.router, str):
+            self.router = CalibratedRouter.from_pretrained(self.router)
+        if not isinstance(self.router, CalibratedRouter):
+            raise TypeError(
+                f'expected router a moekv.CalibratedRouter, a name, "auto" or None, got '
+                f"{type(self.router).__name__}"
+            )
+        return False
+
+    def _find_router(self, model: PreTrainedModel) -> CalibratedRouter | None:
+        """Find the calibrated router for a model, if there is to be one."""
+        if self._training_free:
+            return None
+        if not isinstance(self.router, CalibratedRouter):
+            return shipped_router(model)
+        self.router.check(model)
+        return self.router
 
     # --- Rating -----------------------------------------------------------------------------------
 
@@ -420,7 +473,14 @@ class MoERouterPress(ScorerPress):
             weights = shares.contiguous()
             chosen = torch.arange(num_experts, dtype=torch.int32, device=scores.device)
             chosen = chosen.expand(batch, num_keys, -1).contiguous()
-        gain, offset = common_scale(experts, scores, view.real)
+        if self._calibrated is None:
+            gain, offset = common_scale(experts, scores, view.real)
+        else:
+            index: int = view.module.layer_idx  # type: ignore[assignment]
+            gain, offset = (
+                x[:, None].expand(-1, batch, -1).contiguous()
+                for x in self._calibrated.scale(index, scores.device)
+            )
         mixed = ops.mix_scores(scores, weights, chosen, gain, offset, backend=self.backend)
         return mixed, shares
 
@@ -643,9 +703,11 @@ class MoERouterPress(ScorerPress):
                 "expected layers with full attention, got sliding windows in all of them: "
                 "their caches are bounded already"
             )
+        self.post_init_from_model(model)
+        if self.budget == "auto" and self._calibrated and not is_eager(hooked[0]):
+            self._budget = "model"
         if self._budget != "uniform" and self._evicts:
             check_attention(hooked[0], f"budget {self.budget!r}")
-        self.post_init_from_model(model)
         handles = []
         rotary: Any = getattr(decoder, "rotary_emb", None)
         bare = [layer for layer in layers if not hasattr(layer, "rotary_emb")]
@@ -697,6 +759,10 @@ class MoERouterPress(ScorerPress):
         _, layers = find_layers(model)
         for layer in layers:
             self._check_known(layer)
+        self._budget = resolve_budget(self.budget)
+        if (found := self._find_router(model)) is not self._calibrated:
+            self._calibrated = found
+            self._experts = self._own_experts if found is None else found.experts
         for expert in self._experts_for(layers[0]):
             if isinstance(expert, PressExpert):
                 expert.press.post_init_from_model(model)
@@ -839,6 +905,7 @@ class MoERouterPress(ScorerPress):
             heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
             wanted = int(config.num_hidden_layers * heads).bit_length() - 1
             names = expert_names()
+            assert self.top_k is not None
             self._experts = build_experts(names[: max(wanted, self.top_k)])
         return self._experts
 
@@ -854,27 +921,35 @@ class MoERouterPress(ScorerPress):
         self._check_known(module)
         index: int = module.layer_idx  # type: ignore[assignment]
         if index not in self._layers:
-            options: dict[str, Any] = {}
-            if self.router_type == "topk_balanced":
-                options["balance_mode"] = self.balance_mode
-            if self.router_type == "pikv":
-                options["cache_aware"] = self.cache_aware
-                options["cache_update_interval"] = self.cache_update_interval
-            router = make_router(
-                self.router_type,
-                hidden_states.shape[-1],
-                len(experts),
-                self.top_k,
-                prior=[expert.prior for expert in experts],
-                backend=self.backend,
-                **options,
-            )
+            router: BaseMoERouter
+            if self._calibrated is not None:
+                router = self._calibrated.make_router(index, backend=self.backend)
+            else:
+                router = self._make_router(hidden_states.shape[-1], experts)
             router = router.to(hidden_states.device, hidden_states.dtype).eval()
             router.requires_grad_(False)
             self._layers[index] = _Layer(
                 module, router, LayerStats(len(experts), hidden_states.device)
             )
         return self._layers[index]
+
+    def _make_router(self, hidden_size: int, experts: Sequence[Expert]) -> BaseMoERouter:
+        assert self.router_type is not None and self.top_k is not None
+        options: dict[str, Any] = {}
+        if self.router_type == "topk_balanced":
+            options["balance_mode"] = self.balance_mode
+        if self.router_type == "pikv":
+            options["cache_aware"] = self.cache_aware
+            options["cache_update_interval"] = self.cache_update_interval
+        return make_router(
+            self.router_type,
+            hidden_size,
+            len(experts),
+            self.top_k,
+            prior=[expert.prior for expert in experts],
+            backend=self.backend,
+            **options,
+        )
 
     # --- Statistics -------------------------------------------------------------------------------
 
@@ -888,6 +963,7 @@ class MoERouterPress(ScorerPress):
             prefill, and for each compression while decoding or between chunks.
             ``total_aux_loss``: auxiliary losses, summed over layers and forwards;
             ``avg_aux_loss``: that per forward.
+            ``router``: which kind is at work, and for which model it was calibrated.
             ``compression``: ``bytes_before``, ``bytes_after``, ``bytes_freed`` of the storages of
             the layers that the press compressed, and ``ratio``, the exact share of real
             pairs removed. Where a cache is compressed again, every pair counts once: before,
@@ -919,6 +995,7 @@ class MoERouterPress(ScorerPress):
             "total_aux_loss": aux_loss,
             "avg_aux_loss": aux_loss / max(count, 1),
             "forward_count": count,
+            "router": self._router_name(),
             "compression": {
                 "bytes_before": before,
                 "bytes_after": after,
@@ -927,6 +1004,11 @@ class MoERouterPress(ScorerPress):
             },
             "layer_stats": {i: stats.report(names) for i, stats in layers.items()},
         }
+
+    def _router_name(self) -> str:
+        if self._calibrated is None:
+            return f"{self.router_type}, not calibrated"
+        return f"calibrated for {self._calibrated.recipe.get('model_name', self._calibrated.model)}"
 
     def reset_stats(self) -> None:
         """Forget everything measured: statistics, routers' histories, and the model they are of."""

@@ -26,6 +26,7 @@ __all__ = [
     "HierarchicalRouter",
     "PiKVMoERouter",
     "RouterOutput",
+    "SharedExpertRouter",
     "TopKBalancedRouter",
     "make_router",
 ]
@@ -673,6 +674,48 @@ class HierarchicalRouter(BaseMoERouter):
             _mean(probs.sum((0, 1)), mask, probs), load
         )
         return Gate(weights, experts.int(), load, balance_loss)
+
+
+class SharedExpertRouter(BaseMoERouter):
+    """Gating with one expert that every token consults, and the others routed as usual.
+
+    Expert 0 is shared and has weight 1/2; the routed experts 1 ... E share the other half as in
+    `BaseMoERouter`, whose loss is theirs alone.
+
+    Parameters
+    ----------
+    hidden_size : int
+        Size of the hidden states.
+    num_experts : int
+        E, the routed experts.
+    top_k : int
+        Routed experts per token.
+    **options
+        As in `BaseMoERouter`.
+
+    References
+    ----------
+    Dai et al., DeepSeekMoE, ACL 2024 (shared expert isolation).
+    """
+
+    def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> RouterOutput:
+        """Route every token; the outputs count E + 1 experts and k + 1 slots."""
+        routed = super().forward(hidden_states, mask)
+        shape = routed.probs.shape[:2]
+        half = routed.probs.new_full((*shape, 1), 0.5)
+        num_tokens = routed.load.new_full((1,), shape[0] * shape[1])
+        if mask is not None:
+            half = half * mask[..., None]
+            num_tokens = mask.sum().view(1)
+        shared = routed.experts.new_zeros((*shape, 1))
+        return RouterOutput(
+            probs=torch.cat([half, routed.probs / 2], -1),
+            weights=torch.cat([half, routed.weights / 2], -1),
+            experts=torch.cat([shared, routed.experts + 1], -1),
+            aux_loss=routed.aux_loss,
+            load=torch.cat([num_tokens, routed.load]),
+            importance=routed.importance,
+        )
 
 
 ROUTERS: dict[str, type[BaseMoERouter]] = {

@@ -220,7 +220,7 @@ class ViewBuilder:
             hidden_states=hidden_states,
             keys=keys,
             values=values,
-            queries=_rotate(queries, cos, sin).to(keys.dtype),
+            queries=rotate(queries, cos, sin).to(keys.dtype),
             start=start,
             lengths=tuple(num_keys - start for start in starts),
             begins=first == 0,
@@ -311,7 +311,7 @@ def recent_queries(module: nn.Module, hidden_states: Tensor, kwargs: Mapping[str
     Tensor [B, Hq, N, D]
     """
     cos, sin = _last_rotations(module, hidden_states, kwargs, hidden_states.shape[1])
-    return _rotate(get_prerope_query_states(module, hidden_states), cos, sin)
+    return rotate(get_prerope_query_states(module, hidden_states), cos, sin)
 
 
 def _last_rotations(
@@ -331,7 +331,7 @@ def _last_rotations(
     return cos, sin
 
 
-def _rotate(queries: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(queries: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of the first channels, as many as the cosines have (Phi3: not all)."""
     cos, sin = cos[:, None], sin[:, None]
     rotated, rest = queries[..., : cos.shape[-1]], queries[..., cos.shape[-1] :]

@@ -320,6 +320,7 @@ def test_stats_of_two_prefills_and_a_reset() -> None:
         "total_aux_loss",
         "avg_aux_loss",
         "forward_count",
+        "router",
         "compression",
         "layer_stats",
     ]

@@ -110,28 +110,28 @@ def _units(kind: str) -> tuple[tuple[str, ...], ...]:
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
 
-def _words(text: str) -> tuple[str, ...]:
+def words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-ADJECTIVES = _words(
+ADJECTIVES = words(
     """amber ancient bitter brave bright calm clever cloudy crimson curious damp distant eager
     early fancy fierce frozen gentle golden hidden hollow humble icy ivory jolly keen lively lonely
     loud mellow misty narrow noble odd pale plain proud quiet rapid rusty silent silver sleepy steep
     sturdy swift tender vivid wild young"""
 )
-NOUNS = _words(
+NOUNS = words(
     """anchor arrow badge basket beacon bridge candle canyon castle cellar chimney circle compass
     copper crown desert engine falcon feather fiddle forest fountain garden glacier hammer harbor
     island jacket kettle ladder lantern marble meadow mirror needle orchard paddle pebble pillar
     puzzle ribbon river saddle shadow shelter temple thunder tunnel valley willow window"""
 )
-FIRST = _words("Anna Boris Clara David Elena Farid Greta Hugo Irene Jonas Karla Liam Maria Nadia")
-LAST = _words("Abbot Becker Castro Dalton Fischer Garcia Holmes Ivanov Jensen Keller Lopez")
-CITIES = _words("Lisbon Oslo Vienna Nairobi Lima Kyoto Toronto Cairo Dublin Hanoi Seville Quito")
-JOBS = _words("baker carpenter dentist farmer gardener judge nurse pilot plumber sailor tailor")
-INSTRUMENTS = _words("cello flute guitar harp oboe piano trumpet violin drums")
-LABELS = _words("blue cold green heavy late old red short soft wide")
+FIRST = words("Anna Boris Clara David Elena Farid Greta Hugo Irene Jonas Karla Liam Maria Nadia")
+LAST = words("Abbot Becker Castro Dalton Fischer Garcia Holmes Ivanov Jensen Keller Lopez")
+CITIES = words("Lisbon Oslo Vienna Nairobi Lima Kyoto Toronto Cairo Dublin Hanoi Seville Quito")
+JOBS = words("baker carpenter dentist farmer gardener judge nurse pilot plumber sailor tailor")
+INSTRUMENTS = words("cello flute guitar harp oboe piano trumpet violin drums")
+LABELS = words("blue cold green heavy late old red short soft wide")
 TOPICS = {
     "food": ("soup", "cheese", "salad"),
     "sport": ("tennis", "boxing", "hockey"),

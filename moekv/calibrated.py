@@ -1,0 +1,263 @@
+"""Calibrated routers: what `moekv.calibrate` fits to a model, and what a press does with it.
+
+The scores of a calibrated router estimate, for every pair of every head and layer, the log of the
+attention that later tokens will pay to it. All are on this one scale, so that one threshold over
+the model sets each head's length. One expert is shared, it always has half of the say:
+``learned``, which reads a pair's hidden state and its place in the text. The other half is routed,
+token by token, to experts that look at what the prefill itself shows.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from moekv.experts import Expert, build_experts
+from moekv.fingerprint import fingerprint
+from moekv.routers import SharedExpertRouter
+from moekv.view import LayerView
+
+SHIPPED = Path(__file__).parent / "data" / "routers"
+"""Routers that come with the package, a folder for each model."""
+
+
+@functools.lru_cache(maxsize=8)
+def _places(length: int, device: torch.device) -> Tensor:
+    """Place [3, length] of each pair of a row: distance from its end, twice, and from its start.
+
+    Logarithms, as attention falls off with distance like a power law; the distance from the end
+    with two units, a token and a hundred, as heads differ in their reach.
+    """
+    position = torch.arange(length, device=device, dtype=torch.float32)
+    age = length - 1 - position
+    return torch.stack([age.log1p(), (age / 128).log1p(), position.log1p()])
+
+
+def places(lengths: Sequence[int], num_keys: int, device: torch.device) -> Tensor:
+    """Describe where each pair of each row stands.
+
+    Parameters
+    ----------
+    lengths : sequence of B ints
+        Real pairs, at the right of each row.
+    num_keys : int
+    device : torch.device
+
+    Returns
+    -------
+    Tensor [B, 3, T], float32
+        ``log(1 + age)``, ``log(1 + age / 128)`` and ``log(1 + position)``; 0 at padding.
+    """
+    rows = [functional.pad(_places(n, device), (num_keys - n, 0)) for n in lengths]
+    return torch.stack(rows)
+
+
+class LearnedExpert(Expert):
+    """Estimates the log of the attention that a pair will receive from its hidden state and place.
+
+    A linear surrogate for each KV head, as in KVzap (Jegou and Jeblick, 2026), of the scores that
+    reading the context again would give (KVzip, Kim et al., 2025); with the place beside the hidden
+    state, since some heads look back a few tokens only, whatever these say.
+
+    Parameters
+    ----------
+    router : CalibratedRouter
+        Owns the weights.
+    """
+
+    name = "learned"
+    comparable = True
+
+    def __init__(self, router: CalibratedRouter) -> None:
+        self.router = router
+
+    def scores(self, view: LayerView) -> Tensor:
+        """Rate the pairs.
+
+        Raises
+        ------
+        ValueError
+            The hidden state of a pair is not known, as when a cache is compressed again.
+        """
+        if not view.aligned:
+            raise ValueError(
+                "expected the hidden states of all pairs for expert 'learned', got "
+                f"{view.hidden_states.shape[1]} for {view.keys.shape[2]} pairs: a calibrated "
+                "router compresses prefills; pass router=None where a cache is compressed again"
+            )
+        index: int = view.module.layer_idx  # type: ignore[assignment]
+        weight, place, bias = self.router.surrogate(index, view.hidden_states)
+        where = places(view.lengths, view.keys.shape[2], view.keys.device)
+        learned = functional.linear(view.hidden_states, weight).transpose(1, 2).float()
+        return learned + torch.matmul(place, where) + bias[:, None]
+
+
+class CalibratedRouter(nn.Module, PyTorchModelHubMixin, library_name="moekv"):
+    """Routers, experts' scales and the ``learned`` expert of every layer of one model.
+
+    Made by ``moekv.calibrate``; saved and loaded by ``save_pretrained``, ``from_pretrained`` and
+    ``push_to_hub``.
+
+    Parameters
+    ----------
+    model : str
+        Fingerprint of the model that it was fitted to (``moekv.fingerprint.fingerprint``).
+    layers : sequence of L ints
+        Indices of the model's attention layers that it serves.
+    hidden_size, num_kv_heads : int
+        Of these layers.
+    experts : sequence of E str
+        Names of the routed experts.
+    top_k : int
+        Routed experts per token.
+    recipe : dict, optional
+        How it was fitted, for people to read.
+
+    Raises
+    ------
+    ValueError
+        An option is out of range, or an expert unknown.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        layers: Sequence[int],
+        hidden_size: int,
+        num_kv_heads: int,
+        experts: Sequence[str],
+        top_k: int = 2,
+        recipe: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= len(experts):
+            raise ValueError(f"expected top_k between 1 and {len(experts)} experts, got {top_k}")
+        self.model = model
+        self.layers = list(layers)
+        self.hidden_size, self.num_kv_heads = hidden_size, num_kv_heads
+        self.top_k = top_k
+        self.recipe = recipe or {}
+        self.routed = build_experts(list(experts))
+        num_layers, num_experts = len(self.layers), len(self.routed)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(num_layers, *shape), requires_grad=False)
+
+        self.surrogate_weight = parameter(num_kv_heads, hidden_size)
+        self.surrogate_place = parameter(num_kv_heads, 3)
+        self.surrogate_bias = parameter(num_kv_heads)
+        self.gate_weight = parameter(num_experts, hidden_size)
+        self.gate_bias = parameter(num_experts)
+        self.gain = parameter(num_experts, num_kv_heads)
+        self.offset = parameter(num_experts, num_kv_heads)
+        self._local: dict[Any, tuple[Tensor, ...]] = {}
+
+    def _apply(self, *args: Any, **kwargs: Any) -> CalibratedRouter:
+        self._local = {}
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self
+
+    @property
+    def experts(self) -> list[Expert]:
+        """All experts: the shared one, then the routed ones."""
+        return [LearnedExpert(self), *self.routed]
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ``ValueError`` naming both models unless the router was fitted to this one."""
+        if (found := model_fingerprint(model)) != self.model:
+            name = self.recipe.get("model_name", "another model")
+            raise ValueError(
+                f"expected the model that the router was calibrated for, {name} ({self.model}), "
+                f"got {model.config.name_or_path or type(model).__name__} ({found}); "
+                "`moekv calibrate` makes a router for it"
+            )
+
+    def surrogate(self, index: int, like: Tensor) -> tuple[Tensor, ...]:
+        """Weights of the ``learned`` expert of a layer, beside some hidden states.
+
+        Parameters
+        ----------
+        index : int
+            Of the layer in the model.
+        like : Tensor
+            Gives the device, and the dtype of the weight.
+
+        Returns
+        -------
+        weight [H, hidden], place [H, 3], bias [H] : Tensor
+        """
+        key = (index, like.device, like.dtype)
+        if key not in self._local:
+            row = self.layers.index(index)
+            self._local[key] = (
+                self.surrogate_weight[row].to(like.device, like.dtype),
+                self.surrogate_place[row].to(like.device, torch.float32),
+                self.surrogate_bias[row].to(like.device, torch.float32),
+            )
+        return self._local[key]
+
+    def scale(self, index: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Affine maps of all experts of a layer to the common scale: gain, offset [E + 1, H].
+
+        The shared expert and the routed ones have half of the weight each, so that each is doubled:
+        their sum is the score.
+        """
+        key = (index, device)
+        if key not in self._local:
+            row = self.layers.index(index)
+            self._local[key] = (
+                functional.pad(2 * self.gain[row].float(), (0, 0, 1, 0), value=2.0).to(device),
+                functional.pad(2 * self.offset[row].float(), (0, 0, 1, 0)).to(device),
+            )
+        gain, offset = self._local[key]
+        return gain, offset
+
+    def make_router(self, index: int, *, backend: str = "auto") -> SharedExpertRouter:
+        """Build the gate of a layer."""
+        row = self.layers.index(index)
+        router = SharedExpertRouter(self.hidden_size, len(self.routed), self.top_k, backend=backend)
+        router.gate.weight.data.copy_(self.gate_weight[row])
+        router.gate.bias.data.copy_(self.gate_bias[row])
+        return router
+
+
+_fingerprints: weakref.WeakKeyDictionary[PreTrainedModel, str] = weakref.WeakKeyDictionary()
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """Fingerprint of a model, computed once for each object."""
+    if model not in _fingerprints:
+        _fingerprints[model] = fingerprint(model)
+    return _fingerprints[model]
+
+
+def shipped_router(model: PreTrainedModel) -> CalibratedRouter | None:
+    """Find the router that comes with the package for a model.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+
+    Returns
+    -------
+    CalibratedRouter or None
+        None where no fingerprint matches.
+    """
+    folder = SHIPPED / model_fingerprint(model)
+    return _load(folder) if folder.is_dir() else None
+
+
+@functools.lru_cache(maxsize=2)
+def _load(folder: Path) -> CalibratedRouter:
+    router: CalibratedRouter = CalibratedRouter.from_pretrained(folder)
+    return router
