@@ -92,7 +92,7 @@ class CalibrationConfig:
     """
 
     experts: tuple[str, ...] = ("selective", "semantic", "temporal")
-    top_k: int = 2
+    top_k: int = 3
     length: int = 1024
     exponent: float = 2.0
     held_out: float = 0.1
@@ -100,7 +100,7 @@ class CalibrationConfig:
     ridge: float = 1e-3
     epochs: int = 16
     batch: int = 256
-    learning_rate: float = 3e-3
+    learning_rate: float = 3e-4
     aux_loss_weight: float = 0.01
     sinks: int = 4
     recent: int = 16
@@ -365,7 +365,8 @@ class Mixture(nn.Module):
         self.gate_bias = trained(router.gate_bias)
         self.gain = trained(router.gain * self.score_scale)
         self.offset = trained(router.offset + router.gain * self.score_mean)
-        self.place = trained(router.surrogate_place)
+        self.place_scale = torch.tensor([6.0, 2.0, 6.0])  # near their spread in texts of any length
+        self.place = trained(router.surrogate_place * self.place_scale)
         self.bias = trained(router.surrogate_bias)
         self.weight = router.surrogate_weight.detach().clone()
 
@@ -386,7 +387,9 @@ class Mixture(nn.Module):
         """
         num_layers, num_tokens, _ = hidden.shape
         num_experts = scores.shape[2]
-        base = hidden @ self.weight.transpose(1, 2) + where @ self.place.transpose(1, 2)
+        base = hidden @ self.weight.transpose(1, 2) + (
+            where / self.place_scale
+        ) @ self.place.transpose(1, 2)
         scaled = hidden / self.hidden_scale[:, None]
         logits = scaled @ self.gate_weight.transpose(1, 2) + self.gate_bias[:, None]
         weights, experts, _, _ = ops.gating_topk(logits.reshape(-1, num_experts), k=self.top_k)
@@ -409,7 +412,7 @@ class Mixture(nn.Module):
         router.gate_bias.copy_(self.gate_bias)
         router.gain.copy_(gain)
         router.offset.copy_(self.offset - gain * self.score_mean)
-        router.surrogate_place.copy_(self.place)
+        router.surrogate_place.copy_(self.place / self.place_scale)
         router.surrogate_bias.copy_(self.bias)
 
 
@@ -501,7 +504,9 @@ def train_gates(
                 losses.append(ranking_loss(mixture(*inputs)[0], wanted))
         return sum(losses) / len(losses)
 
-    curve = [{"epoch": 0.0, "ranking_loss": judge(), "error": math.nan}]
+    with torch.no_grad():
+        start = (mixture(hidden.float(), where, scores)[0] - target).square().mean()
+    curve = [{"epoch": 0.0, "ranking_loss": judge(), "error": float(start)}]
     best, since = curve[0]["ranking_loss"], 0
     report(0, best)
     for epoch in range(1, config.epochs + 1):

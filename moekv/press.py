@@ -124,8 +124,8 @@ class MoERouterPress(ScorerPress):
         ``"uniform"``: each head keeps the same number, in plain dense layers. ``"head"``: pairs
         move between the heads of a layer; ``"model"``: between the heads of all layers. Both give
         ragged layers, which need scores that are comparable across heads (see
-        ``Expert.comparable``). ``"auto"``: ``"model"`` with a calibrated router, except under
-        eager attention, and else ``"uniform"``.
+        ``Expert.comparable``). ``"auto"``: ``"model"`` with a calibrated router, unless static
+        caches or eager attention need dense layers; else ``"uniform"``.
     backend : str
         ``"auto"`` (by the device of the tensors), ``"cpu"``, ``"cuda"`` or ``"torch"``.
     experts : sequence, optional
@@ -704,8 +704,6 @@ class MoERouterPress(ScorerPress):
                 "their caches are bounded already"
             )
         self.post_init_from_model(model)
-        if self.budget == "auto" and self._calibrated and not is_eager(hooked[0]):
-            self._budget = "model"
         if self._budget != "uniform" and self._evicts:
             check_attention(hooked[0], f"budget {self.budget!r}")
         handles = []
@@ -828,6 +826,9 @@ class MoERouterPress(ScorerPress):
         padded = False
         if isinstance(mask, Tensor) and self._evicts:
             padded = any(read_starts(mask[..., :num_tokens] if is_static(cache) else mask))
+        if self.budget == "auto":
+            dense = self._calibrated is None or is_static(cache) or is_eager(self._hooked[0])
+            self._budget = "uniform" if dense else "model"
         if cache is not None:
             check_cache(cache, static=self._not_for_static(padded))
         if self.context_length is not None:

@@ -10,7 +10,7 @@ import torch
 from tiny_models import prefill, tiny_model, tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache
 
 import moekv.calibrated as calibrated_module
 import moekv.calibration as calibration
@@ -27,6 +27,7 @@ from moekv.calibration import (
 )
 from moekv.layers import RaggedLayer
 from moekv.routers import SharedExpertRouter
+from moekv.static import CompactStaticLayer
 
 WORDS = [f"w{i}" for i in range(100)]
 SMALL = CalibrationConfig(length=96, samples=256, epochs=2, batch=32, sinks=2, recent=4, window=16)
@@ -318,6 +319,10 @@ def test_one_threshold_over_the_model_by_default() -> None:
     usage = stats["layer_stats"][0]["expert_compression_stats"]["expert_usage"]
     assert list(usage) == ["learned", "selective", "semantic", "temporal"]
     assert usage["learned"] == pytest.approx(0.5)
+    static = StaticCache(config=model.config, max_cache_len=64)
+    with press(model), torch.no_grad():
+        model(tokens(1, 60), past_key_values=static)
+    assert all(isinstance(layer, CompactStaticLayer) for layer in static.layers)
     eager = tiny_model(attention="eager")
     with press_for_eager(eager) as press:
         cache = prefill(eager, tokens(1, 60))

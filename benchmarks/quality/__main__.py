@@ -18,7 +18,7 @@ import torch
 from moekv import ops
 from moekv.models import DEFAULT_MODEL, load_model
 
-from .presses import ANCHORS, EXPERTS, METHODS, OURS, PEERS, ROUTED
+from .presses import ANCHORS, BUDGETS, EXPERTS, METHODS, OURS, PEERS, ROUTED
 from .report import write_report
 from .run import cells, forget, run
 from .tasks import TASKS
@@ -28,6 +28,7 @@ SETS = {
     "anchors": ANCHORS,
     "ours": OURS,
     "experts": EXPERTS,
+    "budgets": BUDGETS,
     "routers": ROUTED,
     "all": METHODS,
 }

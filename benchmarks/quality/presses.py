@@ -76,6 +76,7 @@ ANCHORS: dict[str, Factory] = {
 #: moekv, and the four original experts ruling alone: the baseline that it started from.
 OURS: dict[str, Factory] = {
     "moekv": _scorer(MoERouterPress),
+    "moekv training-free": _scorer(MoERouterPress, router=None),
     "moekv dominant": _scorer(
         MoERouterPress,
         policy="dominant",
@@ -88,12 +89,17 @@ EXPERTS: dict[str, Factory] = {
     f"expert {name}": _scorer(MoERouterPress, experts=(name,), top_k=1) for name in expert_names()
 }
 
+#: What the calibrated router gains from budgets that move.
+BUDGETS: dict[str, Factory] = {
+    f"moekv budget={name}": _scorer(MoERouterPress, budget=name) for name in ("uniform", "head")
+}
+
 #: Every kind of router over the same experts.
 ROUTED: dict[str, Factory] = {
     f"moekv {name}": _scorer(MoERouterPress, router_type=name) for name in ROUTERS
 }
 
-METHODS: dict[str, Factory] = PEERS | ANCHORS | OURS | EXPERTS | ROUTED
+METHODS: dict[str, Factory] = PEERS | ANCHORS | OURS | EXPERTS | BUDGETS | ROUTED
 
 #: Why the rest of kvpress is not in the table.
 EXCLUDED = {
