@@ -322,6 +322,8 @@ class RaggedLayer(CacheLayerMixin):
     def recompress(self, kept: Kept) -> None:
         """Leave only the chosen pairs, in new memory; the tail becomes part of what is stored.
 
+        Its memory waits for as many tokens where they are expected (``most``).
+
         Parameters
         ----------
         kept : Kept
@@ -349,6 +351,10 @@ class RaggedLayer(CacheLayerMixin):
         self.stored_keys, self.stored_values, self._stored_pairs = keys, values, None
         self.begin = kept.offsets[:-1].view(batch, num_kv_heads)
         self.end = kept.offsets[1:].view(batch, num_kv_heads)
+        if self.most is None or self._tail_keys.shape[2] > self.most:
+            # Nobody knows whether so many tokens will come again.
+            self._tail_keys = self._tail_keys.new_empty((*self.begin.shape, 0, keys.shape[1]))
+            self._tail_values = self._tail_values.new_empty((*self.begin.shape, 0, values.shape[1]))
 
     def subset(self, kept: Kept, *, of: Kept) -> "RaggedLayer":
         """Copy some of the stored pairs.

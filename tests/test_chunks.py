@@ -108,6 +108,7 @@ def test_memory_stays_below_the_budget_and_a_chunk() -> None:
             )
         for hook in hooks:
             hook.remove()
+    assert [layer.nbytes for layer in cache.layers] == [100 * pair] * 2
     # Room that a buffer has beyond its tokens: 64 at least.
     assert max(peaks) <= (100 + 2 * chunk + 64) * pair < length * pair * 0.75
     assert cache.get_seq_length() == length

@@ -165,6 +165,21 @@ def test_dense_layers_are_compacted_in_the_memory_that_they_have() -> None:
     assert len(memory) == 1
 
 
+def test_ragged_tails_have_room_for_the_interval_and_keep_it() -> None:
+    model = tiny_model()
+    press = make_press(0.5, budget="model", decoding=DecodingConfig(20, 10))
+    pair = 2 * 16 * 4
+    with press(model):
+        cache = prefill(model, tokens(1, 40))
+        assert sum(layer.nbytes for layer in cache.layers) == 20 * 4 * pair
+        memory = set()
+        for step in range(45):
+            decode(model, cache, 40 + step)
+            assert sum(layer.nbytes for layer in cache.layers) <= 30 * 4 * pair
+            memory.add(cache.layers[0].tail_keys.untyped_storage().data_ptr())
+    assert len(memory) == 1
+
+
 def decode(model: Any, cache: Any, position: int, batch: int = 1) -> torch.Tensor:
     """Feed one token as ``generate`` does."""
     where = torch.tensor([position])

@@ -23,14 +23,17 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks.measure import RESULTS, peak_extra_bytes, resident_bytes, write_results
-from moekv import MoERouterPress
+from moekv import MoERouterPress, prefill_in_chunks
 
 from .decode import FULL, METHODS, RATIO, cache_bytes, load, random_ids
 
 STREAMING = "moekv, budget=model, streaming"
+CHUNK_SIZE = 512
+CHUNKS = f"moekv, budget=model, chunks of {CHUNK_SIZE}"
 
 PRESSES: dict[str, Callable[[], Any]] = METHODS | {
     STREAMING: lambda: MoERouterPress(RATIO, budget="model", streaming=True),
+    CHUNKS: lambda: MoERouterPress(RATIO, budget="model"),
 }
 
 
@@ -59,6 +62,9 @@ def measure(model: PreTrainedModel, length: int, name: str) -> dict[str, Any]:
     def prefill() -> None:
         if press is None:
             model.model(ids, past_key_values=seen.cache)
+            return
+        if name == CHUNKS:
+            prefill_in_chunks(press, model, ids, chunk_size=CHUNK_SIZE, past_key_values=seen.cache)
             return
         with press(model):
             model.model(ids, past_key_values=seen.cache)
