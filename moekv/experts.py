@@ -44,12 +44,15 @@ class Expert(ABC):
     comparable : bool
         Whether the scores of different heads and layers are on one scale already (an estimate of
         the log of the attention that a key will receive), so that they are taken as they are.
+    finite : bool
+        Whether real pairs never score infinitely (NaN aside), so that nobody has to look.
     """
 
     name: str
     kinds: tuple[ScoreKind, ...] = ()
     prior: float = 1.0
     comparable: bool = False
+    finite: bool = False
 
     @abstractmethod
     def scores(self, view: LayerView) -> Tensor:
@@ -105,12 +108,15 @@ class PositionExpert(Expert):
         If the shares are out of range.
     """
 
+    finite = True
+
     def __init__(self, name: str, first: float, last: float, prior: float = 1.0) -> None:
         if not (first >= 0 and last >= 0 and first + last <= 1):
             raise ValueError(
                 f"expected shares first, last >= 0 and at most 1 together, got {first} and {last}"
             )
         self.name, self.first, self.last, self.prior = name, first, last, prior
+        self._rows: tuple[Any, Tensor] = (None, torch.empty(0))
 
     def regions(self, length: int) -> tuple[int, int]:
         """Sizes of the two regions of a row with `length` real pairs."""
@@ -119,8 +125,11 @@ class PositionExpert(Expert):
 
     def scores(self, view: LayerView) -> Tensor:
         """Rate by the distance from the regions, see the class."""
-        rows = torch.stack([self._row(view, length) for length in view.lengths])
-        return rows[:, None].expand(view.keys.shape[:3])
+        # The same in every layer of a forward, most likely.
+        key = view.lengths, view.keys.shape[2], view.keys.device
+        if self._rows[0] != key:
+            self._rows = key, torch.stack([self._row(view, length) for length in view.lengths])
+        return self._rows[1][:, None].expand(view.keys.shape[:3])
 
     def _row(self, view: LayerView, length: int) -> Tensor:
         """Scores [T] of a row of `length` real pairs; from host numbers, so that nothing waits."""
@@ -148,6 +157,8 @@ class KindExpert(Expert):
     prior : float
     """
 
+    finite = True
+
     def __init__(self, name: str, kind: ScoreKind, prior: float = 1.0) -> None:
         self.name, self.kinds, self.prior = name, (kind,), prior
 
@@ -169,15 +180,19 @@ class TemporalExpert(Expert):
     """
 
     kinds = (ScoreKind.LAG,)
+    finite = True
 
     def __init__(self, name: str = "temporal", prior: float = 1.0) -> None:
         self.name, self.prior = name, prior
+        self._decay: tuple[Any, Tensor] = (None, torch.empty(0))
 
     def scores(self, view: LayerView) -> Tensor:
         """Rate by spread and age, see the class."""
-        num_keys = view.keys.shape[2]
-        age = torch.arange(num_keys - 1, -1, -1, device=view.keys.device)
-        return view.scores_of(ScoreKind.LAG) - torch.log1p(age / LAG)
+        key = view.keys.shape[2], view.keys.device
+        if self._decay[0] != key:
+            age = torch.arange(key[0] - 1, -1, -1, device=key[1])
+            self._decay = key, torch.log1p(age / LAG)
+        return view.scores_of(ScoreKind.LAG) - self._decay[1]
 
 
 class PressExpert(Expert):

@@ -13,8 +13,8 @@ from moekv.view import LayerView
 def stack_scores(experts: Sequence[Expert], view: LayerView) -> Tensor:
     """Let every expert rate a layer.
 
-    Infinite scores are brought next to the finite ones of their head: +inf above the highest and
-    -inf below the lowest by their difference (by 1 where there is none). NaN stays.
+    Infinite scores of real pairs are brought next to the finite ones of their head: +inf above the
+    highest and -inf below the lowest by their difference (by 1 where there is none). NaN stays.
 
     Parameters
     ----------
@@ -39,11 +39,15 @@ def stack_scores(experts: Sequence[Expert], view: LayerView) -> Tensor:
                 f"expected floating scores {list(shape)} on {device} from expert "
                 f"{expert.name!r}, got {scores.dtype} {list(scores.shape)} on {scores.device}"
             )
-        slot.copy_(scores)
-    low, high = finite_range(stacked, view.real[:, None], -1)
+        slot.copy_(scores if expert.finite else _bounded(scores.float(), view.real))
+    return stacked
+
+
+def _bounded(scores: Tensor, real: Tensor) -> Tensor:
+    low, high = finite_range(scores, real[:, None], -1)
     step = torch.where(high > low, high - low, 1.0)
-    stacked = torch.where(stacked == torch.inf, high + step, stacked)
-    return torch.where(stacked == -torch.inf, low - step, stacked)
+    scores = torch.where(scores == torch.inf, high + step, scores)
+    return torch.where(scores == -torch.inf, low - step, scores)
 
 
 def common_scale(experts: Sequence[Expert], scores: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:

@@ -504,6 +504,10 @@ class MoERouterPress(ScorerPress):
             recent=recent,
             backend=self.backend,
         )
+        if kept.per_head is not None:
+            indices = kept.indices.view(len(experts), batch * num_heads, kept.per_head).long()
+            hits = mass.flatten(0, 1).expand(len(experts), -1, -1).gather(-1, indices)
+            return (hits.sum((1, 2)) / (batch * num_heads)).clamp(max=1)
         hits = mass.flatten().index_select(0, kept.rows() % mass.numel())
         per_expert = torch.split(hits, [num_heads * sum(rows) for rows in totals])
         rates = torch.stack([part.sum() for part in per_expert])

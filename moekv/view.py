@@ -333,7 +333,15 @@ def _last_rotations(
 
 def rotate(queries: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of the first channels, as many as the cosines have (Phi3: not all)."""
-    cos, sin = cos[:, None], sin[:, None]
-    rotated, rest = queries[..., : cos.shape[-1]], queries[..., cos.shape[-1] :]
-    left, right = rotated.chunk(2, dim=-1)
-    return torch.cat([rotated * cos + torch.cat([-right, left], dim=-1) * sin, rest], dim=-1)
+    # In the layout that projections have, [B, W, Hq, D]: several times faster than across it.
+    source = queries.transpose(1, 2)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    dim = cos.shape[-1]
+    half = dim // 2
+    left, right = source[..., :half], source[..., half:dim]
+    rotated = source[..., :dim] * cos
+    rotated[..., :half] -= right * sin[..., :half]
+    rotated[..., half:] += left * sin[..., half:]
+    if dim < source.shape[-1]:
+        rotated = torch.cat([rotated, source[..., dim:]], dim=-1)
+    return rotated.transpose(1, 2)
