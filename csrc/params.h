@@ -11,14 +11,16 @@ enum class DType : int8_t { kFloat, kHalf, kBFloat16 };
 constexpr int kMaxExperts = 256;
 
 struct GatingTopkParams {
-  const void* logits;  // [num_tokens, num_experts], dtype
-  const float* bias;   // [num_experts] or null
-  const bool* mask;    // [num_tokens] or null, true: a real token
-  float* weights;      // [num_tokens, k]
-  int32_t* experts;    // [num_tokens, k]
-  float* prob_sum;     // [num_experts]
-  int64_t* load;       // [num_experts]
-  void* workspace;     // gating_topk_workspace_bytes()
+  const void* logits;       // [num_tokens, num_experts], dtype
+  const float* bias;        // [num_experts] or null
+  const bool* mask;         // [num_tokens] or null, true: a real token
+  const float* importance;  // [num_tokens] or null: slot j counts clamp(k * importance - j, 0, 1)
+  float* weights;           // [num_tokens, k]
+  int32_t* experts;         // [num_tokens, k]
+  float* prob_sum;          // [num_experts]
+  int64_t* load;            // [num_experts]
+  float* entropy;           // one number
+  void* workspace;          // gating_topk_workspace_bytes()
   int64_t num_tokens, num_experts, k;
   int64_t logits_stride;  // of a token; experts are dense
   float inv_temperature;

@@ -3,8 +3,9 @@
 
 STABLE_TORCH_LIBRARY(moekv, m) {
   m.def(
-      "gating_topk(Tensor logits, Tensor? bias=None, Tensor? mask=None, *, SymInt k, "
-      "float temperature=1.0) -> (Tensor weights, Tensor experts, Tensor prob_sum, Tensor load)");
+      "gating_topk(Tensor logits, Tensor? bias=None, Tensor? mask=None, "
+      "Tensor? importance=None, *, SymInt k, float temperature=1.0) "
+      "-> (Tensor weights, Tensor experts, Tensor prob_sum, Tensor load, Tensor entropy)");
   m.def(
       "expert_scores(Tensor keys, Tensor values, Tensor queries, Tensor? start=None, *, "
       "int[] kinds, float scaling, float softcap=0.0, SymInt pool=1, SymInt lag=128) "

@@ -68,7 +68,12 @@ class _Expect:
 
 
 def gating_topk(
-    logits: Tensor, bias: Tensor | None, mask: Tensor | None, k: int, temperature: float
+    logits: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    importance: Tensor | None,
+    k: int,
+    temperature: float,
 ) -> None:
     expect = _Expect("gating_topk", logits)
     expect.rank("logits", logits, 2, "[num_tokens, num_experts]")
@@ -79,6 +84,7 @@ def gating_topk(
     expect(temperature > 0, "temperature > 0, got {}", temperature)
     expect.tensor("bias", bias, torch.float32, [num_experts])
     expect.tensor("mask", mask, torch.bool, [num_tokens])
+    expect.tensor("importance", importance, torch.float32, [num_tokens])
 
 
 def expert_scores(

@@ -36,6 +36,7 @@ class GatingTopk(NamedTuple):
     experts: Tensor
     prob_sum: Tensor
     load: Tensor
+    entropy: Tensor
 
 
 class ProjectTokens(NamedTuple):
@@ -167,6 +168,7 @@ def gating_topk(
     logits: Tensor,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    importance: Tensor | None = None,
     *,
     k: int,
     temperature: float = 1.0,
@@ -187,6 +189,9 @@ def gating_topk(
         Added to the probabilities for the choice alone. NaN counts as -inf.
     mask : Tensor [...], bool, optional
         True: a real token. Others get weights 0 and experts 0 to k - 1, and count nowhere.
+    importance : Tensor [...], float32, optional
+        Slot j of a token counts with ``clamp(k * importance - j, 0, 1)``, the first one with 1:
+        in [0, 1], so many of the k experts are consulted. NaN counts as 0. None: all count with 1.
     k : int
         Experts per token, 1 to num_experts.
     temperature : float
@@ -197,10 +202,13 @@ def gating_topk(
     Returns
     -------
     GatingTopk
-        ``weights [..., k]`` float32: probabilities of the chosen over their sum, best first;
+        ``weights [..., k]`` float32: probabilities of the chosen, as far as their slots
+        count, over their sum, best first;
         ``experts [..., k]`` int32; ``prob_sum [num_experts]`` float32: sum of the probabilities
-        over the real tokens; ``load [num_experts]`` int64: how often each expert was chosen.
-        ``weights`` and ``prob_sum`` are differentiable with respect to ``logits``.
+        over the real tokens; ``load [num_experts]`` int64: how often each expert got a slot that
+        counts; ``entropy``, a scalar: sum of the probabilities' entropies over the real tokens, in
+        nats. ``weights`` and ``prob_sum`` are differentiable with respect to ``logits``,
+        ``weights`` also with respect to ``importance``.
 
     Raises
     ------
@@ -218,18 +226,19 @@ def gating_topk(
     """
     op = _implementation("gating_topk", logits, backend)
     if logits.dim() == 2:
-        return GatingTopk(*op(logits, bias, mask, k=k, temperature=temperature))
+        return GatingTopk(*op(logits, bias, mask, importance, k=k, temperature=temperature))
     leading = logits.shape[:-1]
-    if mask is not None:
-        if mask.shape != leading:
+    flat: list[Tensor | None] = []
+    for name, tensor in (("mask", mask), ("importance", importance)):
+        if tensor is not None and tensor.shape != leading:
             raise ValueError(
-                f"moekv::gating_topk: expected mask {list(leading)}, got {list(mask.shape)}"
+                f"moekv::gating_topk: expected {name} {list(leading)}, got {list(tensor.shape)}"
             )
-        mask = mask.reshape(-1)
+        flat.append(None if tensor is None else tensor.reshape(-1))
     rows = logits.flatten(0, -2) if logits.dim() > 2 else logits[None]
-    weights, experts, prob_sum, load = op(rows, bias, mask, k=k, temperature=temperature)
+    weights, experts, *sums = op(rows, bias, *flat, k=k, temperature=temperature)
     shape = (*leading, k)
-    return GatingTopk(weights.view(shape), experts.view(shape), prob_sum, load)
+    return GatingTopk(weights.view(shape), experts.view(shape), *sums)
 
 
 def expert_scores(
@@ -569,16 +578,18 @@ def _fake_gating_topk(
     logits: Tensor,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    importance: Tensor | None = None,
     *,
     k: int,
     temperature: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_tokens, num_experts = logits.shape
     return (
         logits.new_empty(num_tokens, k, dtype=torch.float32),
         logits.new_empty(num_tokens, k, dtype=torch.int32),
         logits.new_empty(num_experts, dtype=torch.float32),
         logits.new_empty(num_experts, dtype=torch.int64),
+        logits.new_empty((), dtype=torch.float32),
     )
 
 
@@ -663,32 +674,53 @@ def _fake_ragged_attention(
 
 def _gating_topk_setup_context(
     ctx: Any,
-    inputs: tuple[Tensor, Tensor | None, Tensor | None],
+    inputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
     keyword_only_inputs: dict[str, Any],
-    output: tuple[Tensor, Tensor, Tensor, Tensor],
+    output: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
 ) -> None:
-    logits, _, mask = inputs
-    weights, experts, _, load = output
-    ctx.mark_non_differentiable(experts, load)
-    ctx.save_for_backward(logits, mask, weights, experts)
+    logits, _, mask, importance = inputs
+    weights, experts, _, *statistics = output
+    ctx.mark_non_differentiable(experts, *statistics)
+    ctx.save_for_backward(logits, mask, importance, weights, experts)
     ctx.temperature = keyword_only_inputs["temperature"]
 
 
 def _gating_topk_backward(
-    ctx: Any, grad_weights: Tensor, grad_experts: None, grad_prob_sum: Tensor, grad_load: None
-) -> tuple[Tensor, None, None]:
+    ctx: Any,
+    grad_weights: Tensor,
+    grad_experts: None,
+    grad_prob_sum: Tensor,
+    grad_load: None,
+    grad_entropy: None,
+) -> tuple[Tensor, None, None, Tensor | None]:
     """Sum of the gradients of two softmaxes: over the chosen (weights), over all (prob_sum)."""
-    logits, mask, weights, experts = ctx.saved_tensors
+    logits, mask, importance, weights, experts = ctx.saved_tensors
     experts = experts.long()
+    k = weights.shape[1]
     probs = reference.gate_probs(logits, ctx.temperature)
-    # Where no chosen expert has any probability, the weights are constant.
-    grad_chosen = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True))
-    grad_chosen = grad_chosen * (probs.gather(-1, experts).sum(-1, keepdim=True) > 0)
+    chosen = probs.gather(-1, experts)
+    counts = None if importance is None else reference.slot_counts(importance, k)
+    total = (chosen if counts is None else chosen * counts).sum(-1, keepdim=True)
+    slope = grad_weights - (weights * grad_weights).sum(-1, keepdim=True)
+    # Where no chosen expert has any probability, the weights do not depend on the logits.
+    grad_chosen = weights * slope * (total > 0)
     if mask is not None:
         probs = probs.masked_fill(~mask[:, None], 0.0)
     grad = probs * (grad_prob_sum - (probs * grad_prob_sum).sum(-1, keepdim=True))
     grad = grad.scatter_add(-1, experts, grad_chosen) / ctx.temperature
-    return torch.where(logits.isfinite(), grad, 0.0).to(logits.dtype), None, None
+    grad_logits = torch.where(logits.isfinite(), grad, 0.0).to(logits.dtype)
+    if importance is None or counts is None:
+        return grad_logits, None, None, None
+    # A slot grows with the importance where it counts in part; the first one always counts.
+    slots = torch.arange(k, device=weights.device)
+    extent = k * importance[:, None] - slots
+    partly = (extent >= 0) & (extent <= 1) & (slots > 0)
+    share = torch.where(total > 0, chosen / torch.where(total > 0, total, 1.0), 1.0)
+    share = torch.where(total > 0, share, 1 / counts.sum(-1, keepdim=True))
+    grad_importance = (k * partly * share * slope).sum(-1)
+    if mask is not None:
+        grad_importance = grad_importance.masked_fill(~mask, 0.0)
+    return grad_logits, None, None, grad_importance
 
 
 def _project_tokens_setup_context(

@@ -448,7 +448,7 @@ class MoERouterPress(ScorerPress):
                     min(n, view.hidden_states.shape[1]) for n in view.lengths[:: view.folded]
                 ),
                 load=routed.load,
-                entropy=torch.special.entr(routed.probs).sum(),
+                entropy=routed.entropy,
                 aux_loss=routed.aux_loss,
                 shares=shares,
                 hit_rates=self._hit_rates(experts, scores, view, alone),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -40,8 +41,8 @@ class RouterOutput:
 
     Attributes
     ----------
-    probs : Tensor
-        `[B, T, E]` fp32, the softmax over the experts; 0 on padding.
+    logits : Tensor
+        `[B, T, E]`, of the gate.
     weights : Tensor
         `[B, T, k]` fp32, the gate weights. Rows sum to 1, and to 0 on padding. Slots that a router
         leaves unused have weight 0.
@@ -51,16 +52,32 @@ class RouterOutput:
         Scalar fp32, already multiplied by `aux_loss_weight`.
     load : Tensor
         `[E]` int64, how many slots with a weight each expert got from real tokens.
+    entropy : Tensor
+        Scalar fp32, the sum of the entropies of `probs` over the real tokens, in nats.
     importance : Tensor or None
         `[B, T]` fp32 in [0, 1], 0 on padding, from routers that estimate it.
+    mask : Tensor or None
+        `[B, T]` bool, True for real tokens; None: all are.
+    temperature : float
+        Of the gate.
+    probs : Tensor
+        `[B, T, E]` fp32, the softmax over the experts; 0 on padding. Computed when first read.
     """
 
-    probs: Tensor
+    logits: Tensor
     weights: Tensor
     experts: Tensor
     aux_loss: Tensor
     load: Tensor
+    entropy: Tensor
     importance: Tensor | None = None
+    mask: Tensor | None = None
+    temperature: float = 1.0
+
+    @cached_property
+    def probs(self) -> Tensor:
+        """Probabilities of the experts, see the class."""
+        return _probabilities(self.logits, self.temperature, self.mask)
 
 
 class Gate(NamedTuple):
@@ -69,6 +86,7 @@ class Gate(NamedTuple):
     weights: Tensor  # [B, T, k] fp32
     experts: Tensor  # [B, T, k] int32
     load: Tensor  # [E] int64
+    entropy: Tensor  # scalar fp32, of the probabilities
     balance_loss: Tensor  # scalar fp32, unweighted
 
 
@@ -120,12 +138,13 @@ BALANCE_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _softmax(logits: Tensor, temperature: float) -> Tensor:
-    """Probabilities `[..., E]` in fp32, NaN and infinities treated as in `gating_topk`."""
+def _probabilities(logits: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
+    """Probabilities `[B, T, E]` in fp32, NaN and infinities treated as in `gating_topk`."""
     scaled = logits.float() / temperature
     scaled = scaled.nan_to_num(nan=-torch.inf, posinf=torch.finfo(torch.float32).max)
     no_finite = (scaled == -torch.inf).all(-1, keepdim=True)
-    return scaled.masked_fill(no_finite, 0).softmax(-1)
+    probs = scaled.masked_fill(no_finite, 0).softmax(-1)
+    return probs if mask is None else probs.masked_fill(~mask[..., None], 0)
 
 
 def _count(experts: Tensor, used: Tensor, num_experts: int) -> Tensor:
@@ -241,17 +260,17 @@ class BaseMoERouter(nn.Module):
             # Whatever stands at padding, NaN included, must reach neither results nor gradients.
             hidden_states = hidden_states.masked_fill(~mask[..., None], 0)
         logits, importance = self._rate(hidden_states, mask)
-        probs = _softmax(logits, self.temperature)
-        if mask is not None:
-            probs = probs.masked_fill(~mask[..., None], 0)
-        gate = self._choose(logits, probs, mask, importance)
+        gate = self._choose(logits, mask, importance)
         return RouterOutput(
-            probs=probs,
+            logits=logits,
             weights=gate.weights,
             experts=gate.experts,
             aux_loss=self.aux_loss_weight * gate.balance_loss,
             load=gate.load,
+            entropy=gate.entropy,
             importance=importance,
+            mask=mask,
+            temperature=self.temperature,
         )
 
     def update_history(self, hit_rates: Tensor) -> None:
@@ -266,17 +285,30 @@ class BaseMoERouter(nn.Module):
         bias = (self.gate.bias + self.prior).to(dtype)
         return F.linear(hidden_states, self.gate.weight.to(dtype), bias), None
 
-    def _choose(
-        self, logits: Tensor, probs: Tensor, mask: Tensor | None, importance: Tensor | None
-    ) -> Gate:
-        weights, experts, prob_sum, load = self._gate(logits, mask, self.top_k)
-        return Gate(weights, experts, load, self._balance_loss(_mean(prob_sum, mask, probs), load))
+    def _choose(self, logits: Tensor, mask: Tensor | None, importance: Tensor | None) -> Gate:
+        gate = self._gate(logits, mask, self.top_k, self._history_bias(), importance)
+        balance_loss = self._balance_loss(_mean(gate.prob_sum, mask, logits), gate.load)
+        return Gate(gate.weights, gate.experts, gate.load, gate.entropy, balance_loss)
+
+    def _history_bias(self) -> Tensor | None:
+        return None
 
     def _gate(
-        self, logits: Tensor, mask: Tensor | None, k: int, bias: Tensor | None = None
+        self,
+        logits: Tensor,
+        mask: Tensor | None,
+        k: int,
+        bias: Tensor | None = None,
+        importance: Tensor | None = None,
     ) -> ops.GatingTopk:
         return ops.gating_topk(
-            logits, bias, mask, k=k, temperature=self.temperature, backend=self.backend
+            logits,
+            bias,
+            mask,
+            importance,
+            k=k,
+            temperature=self.temperature,
+            backend=self.backend,
         )
 
     def _balance_loss(self, mean_probs: Tensor, load: Tensor) -> Tensor:
@@ -304,10 +336,10 @@ class BaseMoERouter(nn.Module):
         return f"num_experts={self.num_experts}, top_k={self.top_k}, temperature={self.temperature}"
 
 
-def _mean(prob_sum: Tensor, mask: Tensor | None, probs: Tensor) -> Tensor:
+def _mean(prob_sum: Tensor, mask: Tensor | None, logits: Tensor) -> Tensor:
     """Divide `[E]` sums by the number of real tokens, without asking the device for it."""
     if mask is None:
-        return prob_sum / max(probs.shape[0] * probs.shape[1], 1)
+        return prob_sum / max(logits.shape[0] * logits.shape[1], 1)
     return prob_sum / mask.sum().clamp(min=1)
 
 
@@ -363,29 +395,6 @@ class AdaptiveRouter(BaseMoERouter):
         self.importance_head = nn.Linear(self.hidden_size, 1)
         nn.init.zeros_(self.importance_head.weight)
         nn.init.zeros_(self.importance_head.bias)
-
-    def _choose(
-        self, logits: Tensor, probs: Tensor, mask: Tensor | None, importance: Tensor | None
-    ) -> Gate:
-        assert importance is not None
-        weights, experts, prob_sum, _ = self._gate(logits, mask, self.top_k, self._history_bias())
-        slots = torch.arange(self.top_k, device=weights.device)
-        counted = (self.top_k * importance[..., None] - slots).clamp(0, 1)
-        counted = counted.masked_fill(slots == 0, 1)
-        used = counted > 0
-        if mask is not None:
-            used = used & mask[..., None]
-        # The slots that count may all have probability 0 where the bias chose them.
-        weights = weights * counted
-        total = weights.sum(-1, keepdim=True)
-        even = counted * used / counted.sum(-1, keepdim=True)
-        weights = torch.where(total > 0, weights / total.where(total > 0, 1), even)
-        load = _count(experts, used, self.num_experts)
-        balance_loss = self._balance_loss(_mean(prob_sum, mask, probs), load)
-        return Gate(weights, experts, load, balance_loss)
-
-    def _history_bias(self) -> Tensor | None:
-        return None
 
     def _rate(self, hidden_states: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         # One op for the gate's projection, that of the importance, and what stands out.
@@ -532,11 +541,10 @@ class EPLBRouter(BaseMoERouter):
             raise ValueError(f"expected balance_rounds >= 0, got {balance_rounds}")
         self.balance_rounds = balance_rounds
 
-    def _choose(
-        self, logits: Tensor, probs: Tensor, mask: Tensor | None, importance: Tensor | None
-    ) -> Gate:
-        _, _, prob_sum, free_load = self._gate(logits, mask, self.top_k)
-        balance_loss = self._balance_loss(_mean(prob_sum, mask, probs), free_load)
+    def _choose(self, logits: Tensor, mask: Tensor | None, importance: Tensor | None) -> Gate:
+        free = self._gate(logits, mask, self.top_k)
+        balance_loss = self._balance_loss(_mean(free.prob_sum, mask, logits), free.load)
+        probs = _probabilities(logits, self.temperature, mask)
         real = torch.ones_like(probs[..., 0], dtype=torch.bool) if mask is None else mask
         chosen = self._assign(probs.detach(), real)
         # Most probable first, ties to the lower expert; padding gets experts 0 ... k-1.
@@ -547,7 +555,7 @@ class EPLBRouter(BaseMoERouter):
         weights = torch.where(total > 0, weights / total.where(total > 0, 1), 1 / self.top_k)
         weights = weights * real[..., None]
         load = chosen.sum((0, 1))
-        return Gate(weights, experts.int(), load, balance_loss)
+        return Gate(weights, experts.int(), load, free.entropy, balance_loss)
 
     def _assign(self, probs: Tensor, real: Tensor) -> Tensor:
         """Choose k experts for every real token with balanced loads; `[B, T, E]` bool."""
@@ -655,25 +663,25 @@ class HierarchicalRouter(BaseMoERouter):
         self.num_groups = num_groups
         self.top_groups = top_groups
 
-    def _choose(
-        self, logits: Tensor, probs: Tensor, mask: Tensor | None, importance: Tensor | None
-    ) -> Gate:
+    def _choose(self, logits: Tensor, mask: Tensor | None, importance: Tensor | None) -> Gate:
         grouped = logits.float().view(*logits.shape[:2], self.num_groups, -1)
         # gating_topk divides by the temperature again, so that groups get the sum of probabilities.
         group_logits = self.temperature * (grouped / self.temperature).logsumexp(-1)
-        _, groups, group_prob_sum, group_load = self._gate(group_logits, mask, self.top_groups)
+        _, groups, group_prob_sum, group_load, _ = self._gate(group_logits, mask, self.top_groups)
         groups = groups.long().sort(-1).values  # ascending, so that ties go to the lower expert
         group_size = self.num_experts // self.num_groups
         members = groups[..., None] * group_size + torch.arange(group_size, device=groups.device)
         members = members.flatten(-2)  # [B, T, top_groups * group_size]
-        weights, slots, _, _ = self._gate(logits.gather(-1, members), mask, self.top_k)
+        weights, slots, *_ = self._gate(logits.gather(-1, members), mask, self.top_k)
         experts = members.gather(-1, slots.long())
         used = torch.ones_like(experts) if mask is None else mask[..., None].expand_as(experts)
         load = _count(experts, used, self.num_experts)
-        balance_loss = switch_loss(_mean(group_prob_sum, mask, probs), group_load) + switch_loss(
-            _mean(probs.sum((0, 1)), mask, probs), load
+        probs = _probabilities(logits, self.temperature, mask)
+        balance_loss = switch_loss(_mean(group_prob_sum, mask, logits), group_load) + switch_loss(
+            _mean(probs.sum((0, 1)), mask, logits), load
         )
-        return Gate(weights, experts.int(), load, balance_loss)
+        entropy = torch.special.entr(probs.detach()).sum()
+        return Gate(weights, experts.int(), load, entropy, balance_loss)
 
 
 class SharedExpertRouter(BaseMoERouter):

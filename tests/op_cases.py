@@ -66,6 +66,7 @@ class GatingTopk(Case):
     temperature: float = 1.0
     bias: bool = False
     mask: bool = False
+    importance: bool = False
     strided: bool = False
 
     def inputs(self, device: str = "cpu") -> tuple[list[Tensor | None], dict[str, Any]]:
@@ -73,11 +74,14 @@ class GatingTopk(Case):
         logits = torch.randn(self.num_tokens, self.num_experts, generator=generator) * 3
         bias = torch.randn(self.num_experts, generator=generator) * 0.2
         mask = torch.rand(self.num_tokens, generator=generator) < 0.7
+        importance = torch.rand(self.num_tokens, generator=generator) * 1.2 - 0.1
+        importance[::7] = torch.nan
         logits = logits.to(device, self.dtype)
         return [
             with_gaps(logits, 0) if self.strided else logits,
             bias.to(device) if self.bias else None,
             mask.to(device) if self.mask else None,
+            importance.to(device) if self.importance else None,
         ], {"k": self.k, "temperature": self.temperature}
 
 
@@ -90,13 +94,16 @@ GATING_TOPK = [
     GatingTopk(100, 96, 8, FP16, temperature=0.5),
     GatingTopk(100, 4, 2, BF16, temperature=4.0, strided=True),
     GatingTopk(64, 128, 1, BF16),
+    GatingTopk(300, 4, 2, importance=True),
+    GatingTopk(77, 60, 17, FP16, bias=True, mask=True, importance=True),
+    GatingTopk(50, 8, 1, importance=True),
     GatingTopk(33, 256, 17, bias=True, mask=True, temperature=0.1),
 ]
 
 
 def check_gating_topk(op: Op, case: GatingTopk, device: str = "cpu") -> None:
-    (logits, bias, mask), options = case.inputs(device)
-    check_gating_result(op(logits, bias, mask, **options), logits, bias, mask, **options)
+    inputs, options = case.inputs(device)
+    check_gating_result(op(*inputs, **options), *inputs, **options)
 
 
 def check_gating_result(
@@ -104,17 +111,18 @@ def check_gating_result(
     logits: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
+    importance: Tensor | None = None,
     *,
     k: int,
     temperature: float = 1.0,
 ) -> None:
-    weights, experts, prob_sum, load = result
+    weights, experts, prob_sum, load, entropy = result
     num_tokens, num_experts = logits.shape
-    assert weights.dtype == prob_sum.dtype == torch.float32
+    assert weights.dtype == prob_sum.dtype == entropy.dtype == torch.float32
     assert experts.dtype == torch.int32
     assert load.dtype == torch.int64
     assert weights.shape == experts.shape == (num_tokens, k)
-    _, expected, expected_sum, _ = reference.gating_topk(
+    _, expected, expected_sum, _, expected_entropy = reference.gating_topk(
         logits.double(), double(bias), mask, k=k, temperature=temperature
     )
     real = torch.ones_like(logits[:, 0], dtype=torch.bool) if mask is None else mask
@@ -129,12 +137,18 @@ def check_gating_result(
     same = experts == expected
     assert (same | (real[:, None] & (gap > 0) & (gap < 1e-6))).all()
 
-    chosen = probs.gather(-1, experts.long())
+    counts = torch.ones_like(experts, dtype=torch.float64)
+    if importance is not None:
+        counts = reference.slot_counts(importance, k).double()
+    chosen = probs.gather(-1, experts.long()) * counts
     total = chosen.sum(-1, keepdim=True)
-    expected_weights = torch.where(total > 0, chosen / total, 1 / k) * real[:, None]
+    even = counts / counts.sum(-1, keepdim=True)
+    expected_weights = torch.where(total > 0, chosen / total, even) * real[:, None]
     torch.testing.assert_close(weights.double(), expected_weights, rtol=2e-5, atol=1e-7)
     torch.testing.assert_close(prob_sum.double(), expected_sum, rtol=2e-5, atol=1e-7)
-    count = torch.bincount(experts[real].flatten().long(), minlength=num_experts)
+    torch.testing.assert_close(entropy.double(), expected_entropy, rtol=2e-5, atol=1e-5)
+    used = real[:, None] & (counts > 0)
+    count = torch.bincount(experts[used].flatten().long(), minlength=num_experts)
     assert torch.equal(load, count)
 
 

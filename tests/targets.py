@@ -45,4 +45,4 @@ def on_any_number_of_threads(run: Callable[[], Any]) -> None:
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             # As integers, for NaN is not equal to itself.
-            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+            assert torch.equal(a[None].view(torch.uint8), b[None].view(torch.uint8))

@@ -25,7 +25,7 @@ def test_ties_go_to_the_lower_expert(target, num_experts, dtype):
     logits[1, num_experts // 2 :] = 2
     logits[2, ::2] = -1
     k = min(num_experts, 5)
-    _, experts, _, _ = target.op("gating_topk")(logits, k=k)
+    _, experts, *_ = target.op("gating_topk")(logits, k=k)
     for row, values in zip(experts.tolist(), logits.tolist(), strict=True):
         assert row == sorted(range(num_experts), key=lambda e: (-values[e], e))[:k]
 
@@ -39,12 +39,12 @@ def test_not_finite_logits(target, num_experts):
     logits[3, [1, 3]] = inf
     logits[4, :] = torch.where(torch.arange(num_experts, device=target.device) % 2 == 0, nan, 1.0)
     logits[5, 0] = -inf
-    weights, experts, prob_sum, load = target.op("gating_topk")(logits, k=2)
+    weights, experts, *rest = target.op("gating_topk")(logits, k=2)
     assert experts.tolist() == [[0, 1], [0, 1], [1, 0], [1, 3], [1, 3], [1, 2]]
     torch.testing.assert_close(
         weights.cpu(), torch.tensor([[0.5, 0.5]] * 2 + [[1.0, 0.0]] + [[0.5, 0.5]] * 3)
     )
-    op_cases.check_gating_result((weights, experts, prob_sum, load), logits, None, None, k=2)
+    op_cases.check_gating_result((weights, experts, *rest), logits, None, None, k=2)
 
 
 def test_not_finite_bias(target):
@@ -58,14 +58,14 @@ def test_not_finite_bias(target):
 def test_chosen_experts_without_probability_share_equally(target):
     logits = torch.tensor([[0.0, 500.0, 0.0]], device=target.device)
     bias = torch.tensor([5.0, -5.0, 5.0], device=target.device)
-    weights, experts, _, _ = target.op("gating_topk")(logits, bias, k=2)
+    weights, experts, *_ = target.op("gating_topk")(logits, bias, k=2)
     assert experts.tolist() == [[0, 2]]
     assert weights.tolist() == [[0.5, 0.5]]
 
 
 def test_huge_logits_do_not_overflow(target):
     logits = torch.tensor([[3e38, 3e38, -3e38, 0.0]], device=target.device)
-    weights, experts, prob_sum, _ = target.op("gating_topk")(logits, k=2, temperature=0.5)
+    weights, experts, prob_sum, *_ = target.op("gating_topk")(logits, k=2, temperature=0.5)
     assert experts.tolist() == [[0, 1]]
     assert weights.tolist() == [[0.5, 0.5]]
     assert prob_sum.tolist() == [0.5, 0.5, 0.0, 0.0]
@@ -74,8 +74,8 @@ def test_huge_logits_do_not_overflow(target):
 def test_all_masked(target):
     logits = torch.randn(70, 6, device=target.device)
     mask = torch.zeros(70, dtype=torch.bool, device=target.device)
-    weights, experts, prob_sum, load = target.op("gating_topk")(logits, None, mask, k=3)
-    assert not weights.any() and not prob_sum.any() and not load.any()
+    weights, experts, *statistics = target.op("gating_topk")(logits, None, mask, k=3)
+    assert not weights.any() and not any(x.any() for x in statistics)
     assert experts.tolist() == [[0, 1, 2]] * 70
 
 
@@ -95,8 +95,11 @@ def test_threads_change_nothing(native):
 
 
 @pytest.mark.parametrize("dtype", op_cases.FLOAT_DTYPES, ids=str)
-def test_opcheck(native, dtype):
-    case = op_cases.GatingTopk(9, 8, 2, dtype, bias=True, mask=True, temperature=2.0)
+@pytest.mark.parametrize("importance", [False, True])
+def test_opcheck(native, dtype, importance):
+    case = op_cases.GatingTopk(
+        9, 8, 2, dtype, bias=True, mask=True, temperature=2.0, importance=importance
+    )
     inputs, options = case.inputs(native.device)
     torch.library.opcheck(torch.ops.moekv.gating_topk, inputs, options)
     inputs[0].requires_grad_()
@@ -106,8 +109,8 @@ def test_opcheck(native, dtype):
 def gradient(op, logits: Tensor, *inputs: Tensor | None, **options) -> Tensor:
     """Gradient of a fixed nonlinear function of weights and prob_sum."""
     logits = logits.detach().requires_grad_()
-    weights, experts, prob_sum, load = op(logits, *inputs, **options)
-    assert not experts.requires_grad and not load.requires_grad
+    weights, experts, prob_sum, *rest = op(logits, *inputs, **options)
+    assert not any(x.requires_grad for x in (experts, *rest))
     slope = torch.arange(1, weights.shape[1] + 1, dtype=weights.dtype, device=weights.device)
     loss = (weights * slope).square().sum() + (prob_sum * slope.sum()).cos().sum()
     loss.backward()
@@ -121,6 +124,7 @@ def gradient(op, logits: Tensor, *inputs: Tensor | None, **options) -> Tensor:
         op_cases.GatingTopk(17, 6, 6, bias=True, mask=True),
         op_cases.GatingTopk(17, 60, 3, op_cases.BF16, mask=True),
         op_cases.GatingTopk(5, 1, 1),
+        op_cases.GatingTopk(40, 9, 4, bias=True, mask=True, importance=True),
     ],
     ids=str,
 )
@@ -131,6 +135,27 @@ def test_gradient(target, case):
     expected = gradient(reference.gating_topk, logits.double(), *inputs, **options)
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if case.dtype == op_cases.FP32 else {}
     torch.testing.assert_close(got, expected.to(got.dtype), **tolerance)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_gradient_of_the_importance(target, mask):
+    case = op_cases.GatingTopk(60, 6, 4, mask=mask, importance=True)
+    (logits, _, mask, importance), options = case.inputs(target.device)
+    importance = importance.nan_to_num(nan=0.5)
+    logits[5] = torch.tensor([0.0, 900.0, 0.0, 0.0, 0.0, 0.0], device=target.device)
+    bias = torch.tensor([2.0, -9.0, 1.0, 0.0, 1.0, 0.0], device=target.device)  # not the likely one
+
+    def gradients(op, logits, importance):
+        importance = importance.detach().requires_grad_()
+        weights = op(logits, bias, mask, importance, **options)[0]
+        slope = torch.arange(1, 5, dtype=weights.dtype, device=weights.device)
+        (weights * slope).square().sum().backward()
+        return importance.grad
+
+    got = gradients(target.op("gating_topk"), logits, importance)
+    expected = gradients(reference.gating_topk, logits.double(), importance)
+    assert (got[5] != 0) == (expected[5] != 0) and got.count_nonzero() > 10
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_gradient_where_logits_are_not_finite(target):
@@ -165,7 +190,7 @@ def test_gradcheck(target):
     logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(1)).to(target.device)
 
     def differentiable(x):
-        weights, _, prob_sum, _ = target.op("gating_topk")(x.float(), k=3)
+        weights, _, prob_sum, *_ = target.op("gating_topk")(x.float(), k=3)
         return weights.double(), prob_sum.double()
 
     logits = logits.double().requires_grad_()
@@ -186,6 +211,8 @@ BAD = {
     "temperature=nan": ({"temperature": nan}, "temperature > 0, got nan"),
     "bias size": ({"bias": torch.zeros(7)}, r"bias \[8\], got \[7\]"),
     "bias dtype": ({"bias": torch.zeros(8).half()}, "bias of dtype float32, got float16"),
+    "importance size": ({"importance": torch.ones(5)}, r"importance \[4\], got \[5\]"),
+    "importance dtype": ({"importance": torch.ones(4).half()}, "importance of dtype float32, got"),
     "mask size": ({"mask": torch.ones(5).bool()}, r"mask \[4\], got \[5\]"),
     "mask dtype": ({"mask": torch.ones(4).long()}, "mask of dtype bool, got int64"),
 }
@@ -216,3 +243,10 @@ def test_wrapper_checks_the_mask(target):
     mask = torch.ones(3, 2, dtype=torch.bool, device=target.device)
     with pytest.raises(ValueError, match=r"expected mask \[2, 3\], got \[3, 2\]"):
         ops.gating_topk(logits, None, mask, k=2, backend=target.backend)
+
+
+def test_wrapper_checks_the_importance(target):
+    logits = torch.zeros(2, 3, 5, device=target.device)
+    importance = torch.ones(6, device=target.device)
+    with pytest.raises(ValueError, match=r"expected importance \[2, 3\], got \[6\]"):
+        ops.gating_topk(logits, importance=importance, k=2, backend=target.backend)

@@ -62,7 +62,8 @@ class Routed(nn.Module):
             x.expand(batch, *x.shape) for x in (self.probs, self.weights, self.experts)
         )
         load = torch.bincount(experts.flatten(), minlength=probs.shape[-1])
-        return RouterOutput(probs, weights, experts.int(), torch.tensor(0.5), load)
+        entropy = torch.special.entr(probs).sum()
+        return RouterOutput(probs.log(), weights, experts.int(), torch.tensor(0.5), load, entropy)
 
     def update_history(self, hit_rates: Tensor) -> None:
         pass

@@ -17,11 +17,12 @@ inf, nan = math.inf, math.nan
 # --- gating_topk ----------------------------------------------------------------------------------
 
 
-def naive_gating_topk(logits, bias, mask, k, temperature):
+def naive_gating_topk(logits, bias, mask, importance, k, temperature):
     num_experts = len(logits[0])
     weights, experts = [], []
+    entropy = 0.0
     prob_sum, load = [0.0] * num_experts, [0] * num_experts
-    for row, real in zip(logits, mask, strict=True):
+    for row, real, i in zip(logits, mask, importance, strict=True):
         z = [-inf if math.isnan(x) else min(x / temperature, 3.4028234663852886e38) for x in row]
         if max(z) == -inf:
             z = [0.0] * num_experts
@@ -29,17 +30,22 @@ def naive_gating_topk(logits, bias, mask, k, temperature):
         probs = [power / sum(powers) for power in powers]
         rating = [p + (-inf if math.isnan(b) else b) for p, b in zip(probs, bias, strict=True)]
         chosen = sorted(range(num_experts), key=lambda e: (-rating[e], e))[:k]
-        total = sum(probs[e] for e in chosen)
+        reach = 0.0 if math.isnan(i) else k * i
+        counts = [1.0] + [min(max(reach - j, 0.0), 1.0) for j in range(1, k)]
+        total = sum(probs[e] * c for e, c in zip(chosen, counts, strict=True))
         if not real:
             weights.append([0.0] * k)
             experts.append(list(range(k)))
             continue
-        weights.append([probs[e] / total if total else 1 / k for e in chosen])
+        parts = [probs[e] if total else 1.0 for e in chosen]
+        parts = [p * c for p, c in zip(parts, counts, strict=True)]
+        weights.append([p / sum(parts) for p in parts])
         experts.append(chosen)
         for e in range(num_experts):
             prob_sum[e] += probs[e]
-            load[e] += e in chosen
-    return weights, experts, prob_sum, load
+            load[e] += e in chosen and counts[chosen.index(e)] > 0
+            entropy -= probs[e] * math.log(probs[e]) if probs[e] else 0.0
+    return weights, experts, prob_sum, load, entropy
 
 
 logit = st.one_of(st.sampled_from([0.0, 1.0, 1.0, -3.0, nan, inf, -inf]), st.floats(-20, 20))
@@ -52,16 +58,20 @@ def test_gating_topk(data, num_tokens, num_experts):
     bias_value = st.sampled_from([0.0, 0.5, -2.0, nan, inf, -inf])
     bias = data.draw(st.lists(bias_value, min_size=num_experts, max_size=num_experts))
     mask = data.draw(st.lists(st.booleans(), min_size=num_tokens, max_size=num_tokens))
+    part = st.one_of(st.sampled_from([0.0, 0.5, 1.0, nan]), st.floats(-1, 2))
+    importance = data.draw(st.lists(part, min_size=num_tokens, max_size=num_tokens))
+    importance = torch.tensor(importance).tolist()  # what fp32 holds
     k = data.draw(st.integers(1, num_experts))
     temperature = data.draw(st.sampled_from([1.0, 0.5, 3.0]))
     result = reference.gating_topk(
         torch.tensor(logits, dtype=torch.float64),
         torch.tensor(bias),
         torch.tensor(mask),
+        torch.tensor(importance).double(),
         k=k,
         temperature=temperature,
     )
-    expected = naive_gating_topk(logits, bias, mask, k, temperature)
+    expected = naive_gating_topk(logits, bias, mask, importance, k, temperature)
     for got, want in zip(result, expected, strict=True):
         torch.testing.assert_close(got, torch.tensor(want, dtype=got.dtype), rtol=1e-12, atol=1e-15)
 
@@ -71,11 +81,13 @@ def test_gating_topk_gradient():
     logits = torch.randn(5, 6, dtype=torch.float64, generator=generator, requires_grad=True)
     bias = torch.randn(6, generator=generator)
     mask = torch.tensor([True, True, False, True, True])
+    importance = torch.tensor([0.1, 0.5, 0.9, 0.77, 1.0], dtype=torch.float64, requires_grad=True)
 
-    def differentiable(logits):
-        return reference.gating_topk(logits, bias, mask, k=3, temperature=0.7)[::2]
+    def differentiable(logits, importance):
+        return reference.gating_topk(logits, bias, mask, importance, k=3, temperature=0.7)[:3:2]
 
-    assert torch.autograd.gradcheck(differentiable, logits)
+    importance = importance.detach() + 0.01
+    assert torch.autograd.gradcheck(differentiable, (logits, importance.requires_grad_()))
 
 
 # --- expert_scores --------------------------------------------------------------------------------

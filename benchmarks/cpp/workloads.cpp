@@ -102,6 +102,7 @@ Workload gating_topk(int64_t num_tokens, int64_t num_experts) {
   p.experts = memory.take<int32_t>(num_tokens * k);
   p.prob_sum = memory.take<float>(num_experts);
   p.load = memory.take<int64_t>(num_experts);
+  p.entropy = memory.take<float>(1);
   p.num_tokens = num_tokens;
   p.num_experts = num_experts;
   p.k = k;

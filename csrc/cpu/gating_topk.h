@@ -107,7 +107,7 @@ inline void choose(float* ratings, int64_t num_experts, int64_t k, float* chosen
 
 template <typename T>
 inline void gating_block(const GatingTopkParams& p, int64_t begin, int64_t end, float* prob_sum,
-                         int32_t* load) {
+                         float* entropy, int32_t* load) {
   alignas(64) float probs[kMaxExperts * kTileTokens];
   alignas(64) float biased[kMaxExperts * kTileTokens];
   alignas(64) float chosen[kMaxExperts * kTileTokens];
@@ -117,6 +117,7 @@ inline void gating_block(const GatingTopkParams& p, int64_t begin, int64_t end, 
   const bool separate_ratings = p.bias || k > kRoundExperts;
   for (int64_t i = 0; i < num_experts * kTileTokens; ++i) sums[i] = 0.0f;
   for (int64_t e = 0; e < num_experts; ++e) load[e] = 0;
+  Vec entropies = Vec::set(0.0f);
 
   const T* logits = static_cast<const T*>(p.logits);
   const T* logits_end = logits + (p.num_tokens - 1) * p.logits_stride + num_experts;
@@ -146,14 +147,17 @@ inline void gating_block(const GatingTopkParams& p, int64_t begin, int64_t end, 
     // second operand, and all experts are equal.
     const Vec none = Vec::set(-__builtin_inff());
     const Vec least = select(highest != none, Vec::set(-105.0f), Vec::set(0.0f));
-    Vec total = Vec::set(0.0f);
+    Vec total = Vec::set(0.0f), moment = Vec::set(0.0f);
     for (int64_t e = 0; e < num_experts; ++e) {
-      const Vec z = Vec::load(probs + e * kTileTokens);
-      const Vec weight = exp_of_shifted(max(z - highest, least));
+      const Vec z = max(Vec::load(probs + e * kTileTokens) - highest, least);
+      const Vec weight = exp_of_shifted(z);
       weight.store(probs + e * kTileTokens);
       total = total + weight;
+      moment = fma(weight, z, moment);
     }
     const Vec scale = Vec::load(share) / total;
+    // -sum of p log p, with log p = z - log(total).
+    entropies = entropies + (Vec::load(share) * log(total) - moment * scale);
     for (int64_t e = 0; e < num_experts; ++e) {
       float* prob = probs + e * kTileTokens;
       float* sum = sums + e * kTileTokens;
@@ -176,32 +180,45 @@ inline void gating_block(const GatingTopkParams& p, int64_t begin, int64_t end, 
     for (int64_t i = 0; i < count; ++i) {
       float* weights = p.weights + (token + i) * k;
       int32_t* experts = p.experts + (token + i) * k;
-      float sum = 0.0f;
+      const float extent = p.importance ? static_cast<float>(k) * p.importance[token + i] : 0.0f;
+      const auto counts = [&](int64_t slot) {
+        if (!p.importance || slot == 0) return 1.0f;
+        const float part = extent - static_cast<float>(slot);
+        return part > 0.0f ? (part < 1.0f ? part : 1.0f) : 0.0f;  // NaN counts nothing
+      };
+      float sum = 0.0f, slots = 0.0f;
       for (int64_t j = 0; j < k; ++j) {
         const auto expert = static_cast<int32_t>(real[i] ? chosen[j * kTileTokens + i] : j);
+        const float count = counts(j);
         experts[j] = expert;
-        weights[j] = probs[expert * kTileTokens + i];
+        weights[j] = probs[expert * kTileTokens + i] * count;
         sum += weights[j];
-        load[expert] += real[i];
+        slots += count;
+        load[expert] += real[i] && count > 0.0f;
       }
-      const float uniform = real[i] ? 1.0f / static_cast<float>(k) : 0.0f;
-      for (int64_t j = 0; j < k; ++j) weights[j] = sum > 0 ? weights[j] / sum : uniform;
+      const float uniform = real[i] ? 1.0f / slots : 0.0f;
+      for (int64_t j = 0; j < k; ++j) {
+        weights[j] = sum > 0 ? weights[j] / sum : uniform * counts(j);
+      }
     }
   }
   for (int64_t e = 0; e < num_experts; ++e) prob_sum[e] = Vec::load(sums + e * kTileTokens).sum();
+  *entropy = entropies.sum();
 }
 
 template <typename T>
 inline void gating_topk_typed(const GatingTopkParams& p) {
   const GatingPlan plan = gating_plan(p);
   float* prob_sums = static_cast<float*>(p.workspace);  // [num_blocks, num_experts]
-  int32_t* loads = reinterpret_cast<int32_t*>(prob_sums + plan.num_blocks * p.num_experts);
+  float* entropies = prob_sums + plan.num_blocks * p.num_experts;
+  int32_t* loads = reinterpret_cast<int32_t*>(entropies + plan.num_blocks);
   parallel_for(0, plan.num_blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * plan.block_tokens;
       const int64_t last = first + plan.block_tokens;
       gating_block<T>(p, first, last < p.num_tokens ? last : p.num_tokens,
-                      prob_sums + block * p.num_experts, loads + block * p.num_experts);
+                      prob_sums + block * p.num_experts, entropies + block,
+                      loads + block * p.num_experts);
     }
   });
   for (int64_t e = 0; e < p.num_experts; ++e) {
@@ -214,6 +231,9 @@ inline void gating_topk_typed(const GatingTopkParams& p) {
     p.prob_sum[e] = static_cast<float>(prob_sum);
     p.load[e] = load;
   }
+  double entropy = 0.0;
+  for (int64_t block = 0; block < plan.num_blocks; ++block) entropy += entropies[block];
+  *p.entropy = static_cast<float>(entropy);
 }
 
 inline void gating_topk_kernel(const GatingTopkParams& p) {

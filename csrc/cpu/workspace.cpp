@@ -9,7 +9,8 @@
 namespace moekv::cpu {
 
 size_t gating_topk_workspace_bytes(const GatingTopkParams& params) {
-  return gating_plan(params).num_blocks * params.num_experts * (sizeof(float) + sizeof(int32_t));
+  const int64_t num_blocks = gating_plan(params).num_blocks;
+  return num_blocks * (params.num_experts * (sizeof(float) + sizeof(int32_t)) + sizeof(float));
 }
 
 size_t expert_scores_workspace_bytes(const ExpertScoresParams& params) {

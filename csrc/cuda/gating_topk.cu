@@ -21,8 +21,12 @@ constexpr float kMaxFloat = 3.4028234663852886e38f;
 
 struct Statistics {
   unsigned long long prob_sum[kMaxExperts];  // fixed point
+  unsigned long long entropy;                // fixed point
   unsigned finished_blocks;
 };
+
+// No token's entropy is higher: log(kMaxExperts).
+constexpr float kMostEntropy = 8.0f;
 
 struct Arguments {
   GatingTopkParams params;
@@ -78,6 +82,8 @@ __global__ void __launch_bounds__(kThreads, 2) gating_topk_kernel(Arguments argu
 
   unsigned long long prob_sum[kPerLane] = {};
   unsigned load[kPerLane] = {};
+  unsigned long long entropy = 0;
+  const float entropy_one = arguments.fixed_one / kMostEntropy;
 
   // All lanes of a warp run the loop equally often: they meet in the shuffles.
   for (int64_t base = static_cast<int64_t>(blockIdx.x) * tokens_per_block; base < params.num_tokens;
@@ -115,17 +121,24 @@ __global__ void __launch_bounds__(kThreads, 2) gating_topk_kernel(Arguments argu
     for (int distance = lanes / 2; distance > 0; distance /= 2) {
       highest = fmaxf(highest, __shfl_xor_sync(kFullWarp, highest, distance));
     }
-    float total = 0.0f;
+    float total = 0.0f, moment = 0.0f;  // of the weights, and of them times their logarithms
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const bool present = first_expert + i < num_experts;
-      // A row with no finite logit is uniform.
-      const float weight = highest == -INFINITY ? 1.0f : expf(p[i] - highest);
-      p[i] = present ? weight : 0.0f;
+      // A row with no finite logit is uniform. Below e^-104 there is nothing.
+      const float z = highest == -INFINITY ? 0.0f : fmaxf(p[i] - highest, -105.0f);
+      p[i] = present ? expf(z) : 0.0f;
       total += p[i];
+      moment = fmaf(p[i], z, moment);
     }
     for (int distance = lanes / 2; distance > 0; distance /= 2) {
       total += __shfl_xor_sync(kFullWarp, total, distance);
+      moment += __shfl_xor_sync(kFullWarp, moment, distance);
+    }
+    if (real && first_expert == 0) {
+      // -sum of p log p, with log p = z - log(total).
+      const float surprise = fmaxf(logf(total) - moment / total, 0.0f);
+      entropy += static_cast<unsigned long long>(surprise * entropy_one);
     }
 
     unsigned rating[kPerLane];  // 0: no such expert, or taken
@@ -139,8 +152,17 @@ __global__ void __launch_bounds__(kThreads, 2) gating_topk_kernel(Arguments argu
     int rank[kPerLane];  // -1: not chosen
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) rank[i] = -1;
-    float chosen_sum = 0.0f;
+    const float extent =
+        params.importance && inside ? static_cast<float>(k) * params.importance[token] : 0.0f;
+    // How much a slot counts; NaN counts nothing.
+    const auto counts = [&](int slot) {
+      if (!params.importance || slot == 0) return 1.0f;
+      return fminf(fmaxf(extent - static_cast<float>(slot), 0.0f), 1.0f);
+    };
+    float chosen_sum = 0.0f, slots = 0.0f;
     for (int round = 0; round < k; ++round) {
+      const float count = counts(round);
+      slots += count;
       unsigned best = 0;
       int best_expert = kMaxExperts;
 #pragma unroll
@@ -163,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, 2) gating_topk_kernel(Arguments argu
         if (first_expert + i == best_expert) {
           rating[i] = 0;
           rank[i] = round;
-          chosen_sum += p[i];
+          chosen_sum += p[i] * count;
         }
       }
     }
@@ -182,8 +204,9 @@ __global__ void __launch_bounds__(kThreads, 2) gating_topk_kernel(Arguments argu
           experts[first_expert + i] = first_expert + i;
         }
       } else if (rank[i] >= 0) {
-        ++load[i];
-        weights[rank[i]] = chosen_sum > 0.0f ? p[i] / chosen_sum : 1.0f / static_cast<float>(k);
+        const float count = counts(rank[i]);
+        load[i] += count > 0.0f;
+        weights[rank[i]] = (chosen_sum > 0.0f ? p[i] / chosen_sum : 1.0f / slots) * count;
         experts[rank[i]] = first_expert + i;
       }
     }
@@ -205,6 +228,9 @@ __global__ void __launch_bounds__(kThreads, 2) gating_topk_kernel(Arguments argu
   __syncthreads();
 
   auto* statistics = static_cast<Statistics*>(params.workspace);
+  // Lanes that hold no first expert have added nothing.
+  entropy = sum_over_tokens(entropy, 1);
+  if (threadIdx.x % kWarpSize == 0) atomicAdd(&statistics->entropy, entropy);
   const int expert = static_cast<int>(threadIdx.x);
   if (expert < num_experts) {
     unsigned long long sum = 0;
@@ -227,6 +253,9 @@ __global__ void __launch_bounds__(kThreads, 2) gating_topk_kernel(Arguments argu
     __threadfence();
     const unsigned long long sum = __ldcg(&statistics->prob_sum[expert]);
     params.prob_sum[expert] = static_cast<float>(sum) / arguments.fixed_one;
+    if (expert == 0) {
+      *params.entropy = static_cast<float>(__ldcg(&statistics->entropy)) / entropy_one;
+    }
   }
 }
 

@@ -12,10 +12,9 @@ namespace {
 
 constexpr const char* kOp = "gating_topk";
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gating_topk_op(const Tensor& logits_in,
-                                                          const std::optional<Tensor>& bias,
-                                                          const std::optional<Tensor>& mask,
-                                                          int64_t k, double temperature) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gating_topk_op(
+    const Tensor& logits_in, const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& importance, int64_t k, double temperature) {
   check_rank(kOp, "logits", logits_in, 2, "[num_tokens, num_experts]");
   const DType dtype = float_dtype(kOp, "logits", logits_in);
   const Tensor logits = with_dense_rows(logits_in);
@@ -31,20 +30,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gating_topk_op(const Tensor& logits_i
   if (bias) check_vector(kOp, "bias", *bias, ScalarType::Float, num_experts, logits);
   if (mask) check_vector(kOp, "mask", *mask, ScalarType::Bool, num_tokens, logits);
 
+  if (importance) {
+    check_vector(kOp, "importance", *importance, ScalarType::Float, num_tokens, logits);
+  }
+
   const DeviceScope scope(logits);
   Tensor weights = torch::stable::new_empty(logits, {num_tokens, k}, ScalarType::Float);
   Tensor experts = torch::stable::new_empty(logits, {num_tokens, k}, ScalarType::Int);
   Tensor prob_sum = torch::stable::new_empty(logits, {num_experts}, ScalarType::Float);
   Tensor load = torch::stable::new_empty(logits, {num_experts}, ScalarType::Long);
 
+  Tensor entropy = torch::stable::new_empty(logits, {}, ScalarType::Float);
+
   GatingTopkParams params{
       .logits = logits.const_data_ptr(),
       .bias = data<float>(bias),
       .mask = data<bool>(mask),
+      .importance = data<float>(importance),
       .weights = static_cast<float*>(weights.mutable_data_ptr()),
       .experts = static_cast<int32_t*>(experts.mutable_data_ptr()),
       .prob_sum = static_cast<float*>(prob_sum.mutable_data_ptr()),
       .load = static_cast<int64_t*>(load.mutable_data_ptr()),
+      .entropy = static_cast<float*>(entropy.mutable_data_ptr()),
       .workspace = nullptr,
       .num_tokens = num_tokens,
       .num_experts = num_experts,
@@ -56,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gating_topk_op(const Tensor& logits_i
   const Tensor workspace = new_workspace(logits, gating_topk_workspace_bytes(params));
   params.workspace = workspace.mutable_data_ptr();
   gating_topk(params, scope.stream());
-  return {weights, experts, prob_sum, load};
+  return {weights, experts, prob_sum, load, entropy};
 }
 
 }  // namespace

@@ -110,9 +110,10 @@ PYBIND11_MODULE(simt_kernels, m) {
   });
   {
     using P = GatingTopkParams;
-    Fields<P>(m, "GatingTopkParams") FIELD(logits) FIELD(bias) FIELD(mask) FIELD(weights)
-        FIELD(experts) FIELD(prob_sum) FIELD(load) FIELD(workspace) FIELD(num_tokens)
-            FIELD(num_experts) FIELD(k) FIELD(logits_stride) FIELD(inv_temperature) FIELD(dtype);
+    Fields<P>(m, "GatingTopkParams") FIELD(logits) FIELD(bias) FIELD(mask) FIELD(importance)
+        FIELD(entropy) FIELD(weights) FIELD(experts) FIELD(prob_sum) FIELD(load) FIELD(workspace)
+            FIELD(num_tokens) FIELD(num_experts) FIELD(k) FIELD(logits_stride)
+                FIELD(inv_temperature) FIELD(dtype);
     m.def("gating_topk", launcher(&cuda::gating_topk));
     m.def("gating_topk_workspace_bytes", &cuda::gating_topk_workspace_bytes);
   }

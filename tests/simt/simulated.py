@@ -43,20 +43,24 @@ class Device:
         logits: Tensor,
         bias: Tensor | None = None,
         mask: Tensor | None = None,
+        importance: Tensor | None = None,
         *,
         k: int,
         temperature: float = 1.0,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         num_tokens, num_experts = logits.shape
         weights = torch.empty(num_tokens, k)
         experts = torch.empty(num_tokens, k, dtype=torch.int32)
         prob_sum = torch.empty(num_experts)
         load = torch.empty(num_experts, dtype=torch.int64)
+        entropy = torch.empty(())
         with self._memory() as memory:
             params = self.kernels.GatingTopkParams()
             params.logits = memory.input(logits)
             params.bias = memory.input(bias)
             params.mask = memory.input(mask)
+            params.importance = memory.input(importance)
+            params.entropy = memory.output(entropy)
             params.weights = memory.output(weights)
             params.experts = memory.output(experts)
             params.prob_sum = memory.output(prob_sum)
@@ -68,7 +72,7 @@ class Device:
             params.inv_temperature = 1 / temperature
             params.dtype = DTYPES[logits.dtype]
             self._launch("gating_topk", params, memory)
-        return weights, experts, prob_sum, load
+        return weights, experts, prob_sum, load, entropy
 
     def expert_scores(
         self,

@@ -21,6 +21,7 @@ NUM_SCHEDULES = 50
 SCHEDULED: list[tuple[str, Any]] = [
     ("gating_topk", op_cases.GatingTopk(300, 60, 4, torch.bfloat16, bias=True, mask=True)),
     ("gating_topk", op_cases.GatingTopk(600, 7, 2, mask=True)),
+    ("gating_topk", op_cases.GatingTopk(600, 9, 3, mask=True, importance=True)),
     ("expert_scores", op_cases.ExpertScores((1, 2, 75, 80), pool=3, start=(9,), num_queries=5)),
     ("expert_scores", op_cases.ExpertScores((1, 1, 270, 32), dtype=torch.bfloat16, pool=5)),
     ("project_tokens", op_cases.ProjectTokens((2, 150, 300), 3, op_cases.BF16, mask=True)),
@@ -56,7 +57,9 @@ def test_every_schedule_gives_the_same_bits(kernels: ModuleType, name: str, case
     for seed in range(1, NUM_SCHEDULES):
         for got, want in zip(run(kernels, name, case, seed), first, strict=True):
             # As integers, for NaN is not equal to itself.
-            assert torch.equal(got.view(torch.uint8), want.view(torch.uint8)), f"seed {seed}"
+            assert torch.equal(got[None].view(torch.uint8), want[None].view(torch.uint8)), (
+                f"seed {seed}"
+            )
 
 
 # The case of many queries launches thousands of blocks: one dtype is enough.
