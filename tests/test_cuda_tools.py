@@ -87,6 +87,14 @@ def test_the_committed_table_lists_every_kernel() -> None:
     assert {name.split("<")[0] for name in recorded} == in_sources
 
 
+def test_every_op_is_in_the_checks_that_run_elsewhere() -> None:
+    registered = re.findall(r'm\.def\(\s*"(\w+)\(', (ROOT / "csrc/registration.cpp").read_text())
+    assert len(registered) == len(set(registered)) > 5
+    for tool in ("cuda_link_check.py", "gpu_check.py"):
+        text = (ROOT / "tools" / tool).read_text()
+        assert [op for op in registered if f".{op}(" not in text] == [], tool
+
+
 def test_launchers_neither_allocate_nor_wait() -> None:
     """All that is asked of the CUDA runtime, and device.h alone asks."""
     called = {}

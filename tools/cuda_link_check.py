@@ -28,17 +28,20 @@ OPS = (
     "gating_topk",
     "kv_compact_",
     "mix_scores",
+    "project_tokens",
     "ragged_attention",
     "select_kept",
-    "project_tokens",
 )
 
 
-def select(keys: Tensor, values: Tensor, queries: Tensor, logits: Tensor) -> Tensor:
+def select(
+    keys: Tensor, values: Tensor, queries: Tensor, hidden_states: Tensor, weight: Tensor
+) -> Tensor:
     """Every op once, as the press calls them."""
     batch, num_kv_heads, num_keys, head_dim = keys.shape
     scores = ops.expert_scores(keys, values, queries, kinds=[1, 2], scaling=head_dim**-0.5)
-    gate = ops.gating_topk(logits, k=2)
+    logits, _ = ops.project_tokens(hidden_states, weight)
+    gate = ops.gating_topk(logits.view(batch * num_keys, 2), k=2)
     weights, experts = (x.view(batch, num_keys, 2) for x in gate[:2])
     mixed = ops.mix_scores(scores, weights, experts)
     kept = num_keys // 2
@@ -55,8 +58,8 @@ def select(keys: Tensor, values: Tensor, queries: Tensor, logits: Tensor) -> Ten
 
 
 def fake_inputs() -> list[Tensor]:
-    """Return keys, values, queries and logits, under the mode in force."""
-    shapes = [(2, 4, 64, 128), (2, 4, 64, 128), (2, 8, 16, 128), (128, 2)]
+    """Return keys, values, queries, hidden states and weights, under the mode in force."""
+    shapes = [(2, 4, 64, 128), (2, 4, 64, 128), (2, 8, 16, 128), (2, 64, 512), (2, 512)]
     return [torch.empty(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
 
 
