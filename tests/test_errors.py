@@ -753,7 +753,7 @@ def test_chunks_at_wrong_positions() -> None:
     assert not cache.get_seq_length()
 
 
-def test_arguments_of_prefill_in_chunks() -> None:
+def test_arguments_of_prefill_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     model, press = tiny_model(), MoERouterPress()
     with pytest.raises(ValueError, match="chunk_size >= 1, got 0"):
         prefill_in_chunks(press, model, tokens(1, LENGTH), chunk_size=0)
@@ -763,6 +763,10 @@ def test_arguments_of_prefill_in_chunks() -> None:
     ):
         with pytest.raises(ValueError, match="streaming=False, .* and policy 'mixture', got"):
             prefill_in_chunks(other, model, tokens(1, LENGTH), chunk_size=9)
+    with monkeypatch.context() as patch:
+        patch.setattr(MoERouterPress, "_find_router", lambda *_: object())
+        with pytest.raises(ValueError, match="without a calibrated router.*router=None"):
+            prefill_in_chunks(press, model, tokens(1, LENGTH), chunk_size=9)
     full = prefill(model, tokens(1, LENGTH))
     with pytest.raises(ValueError, match="empty cache, got one that holds 40"):
         prefill_in_chunks(press, model, tokens(1, LENGTH), chunk_size=9, past_key_values=full)

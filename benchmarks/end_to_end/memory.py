@@ -33,7 +33,7 @@ CHUNKS = f"moekv, budget=model, chunks of {CHUNK_SIZE}"
 
 PRESSES: dict[str, Callable[[], Any]] = METHODS | {
     STREAMING: lambda: MoERouterPress(RATIO, budget="model", streaming=True),
-    CHUNKS: lambda: MoERouterPress(RATIO, budget="model"),
+    CHUNKS: lambda: MoERouterPress(RATIO, budget="model", router=None),
 }
 
 
