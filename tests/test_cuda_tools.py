@@ -29,8 +29,8 @@ def kernels() -> cuda_resources.Kernels:
 def test_good_kernels_pass_and_the_table_holds_them() -> None:
     page = cuda_resources.table(kernels())
     assert cuda_resources.problems(kernels(), PTX) == []
-    recorded = cuda_resources.recorded_registers(page)
-    assert recorded == {name: [40] * len(ARCHITECTURES) for name in kernels()}
+    recorded = cuda_resources.recorded_resources(page)
+    assert recorded == {name: [40] * len(ARCHITECTURES) + [512] for name in kernels()}
     assert cuda_resources.changes(kernels(), recorded) == []
 
 
@@ -64,13 +64,17 @@ def test_missing_architectures_and_kernels_are_told() -> None:
 
 
 def test_changes_against_the_record_are_told() -> None:
-    recorded = {name: [40] * len(ARCHITECTURES) for name in kernels()}
+    recorded = {name: [40] * len(ARCHITECTURES) + [512] for name in kernels()}
     changed = kernels()
     changed["mix_scores_kernel"]["86"].registers += cuda_resources.REGISTER_SLACK
     assert cuda_resources.changes(changed, recorded) == []
     changed["mix_scores_kernel"]["86"].registers += 1
     (more,) = cuda_resources.changes(changed, recorded)
     assert more == "mix_scores_kernel on sm_86: expected 40 registers as recorded, got 49"
+    changed = kernels()
+    changed["mix_scores_kernel"]["80"].shared += 4
+    (more,) = cuda_resources.changes(changed, recorded)
+    assert more == "mix_scores_kernel: expected 512 bytes of shared memory as recorded, got 516"
     changed["new_kernel"] = changed.pop("mix_scores_kernel")
     assert cuda_resources.changes(changed, recorded) == [
         "mix_scores_kernel: in the table alone",
@@ -79,7 +83,7 @@ def test_changes_against_the_record_are_told() -> None:
 
 
 def test_the_committed_table_lists_every_kernel() -> None:
-    recorded = cuda_resources.recorded_registers(cuda_resources.TABLE.read_text())
+    recorded = cuda_resources.recorded_resources(cuda_resources.TABLE.read_text())
     in_sources = set()
     for path in (ROOT / "csrc" / "cuda").glob("*.cu"):
         words = path.read_text().replace("(", " ").split()

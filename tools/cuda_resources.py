@@ -203,11 +203,11 @@ def table(kernels: Kernels) -> str:
     return HEADER + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def recorded_registers(text: str) -> dict[str, list[int]]:
-    """Return the registers in a page's table, by kernel and in the order of the architectures."""
+def recorded_resources(text: str) -> dict[str, list[int]]:
+    """Return what a page's table says of each kernel: registers by architecture, shared memory."""
     rows = re.findall(r"^\| `([^`]+)` \| (.*) \|$", text, re.MULTILINE)
-    count = len(ARCHITECTURES)
-    return {name: [int(x) for x in cells.split(" | ")[:count]] for name, cells in rows}
+    count = len(ARCHITECTURES) + 1
+    return {name: [int(x.strip() or 0) for x in c.split(" | ")[:count]] for name, c in rows}
 
 
 def changes(kernels: Kernels, recorded: dict[str, list[int]]) -> list[str]:
@@ -215,7 +215,13 @@ def changes(kernels: Kernels, recorded: dict[str, list[int]]) -> list[str]:
     wrong = [f"{name}: not in the table" for name in kernels.keys() - recorded.keys()]
     wrong += [f"{name}: in the table alone" for name in recorded.keys() - kernels.keys()]
     for name in kernels.keys() & recorded.keys():
-        for architecture, before in zip(ARCHITECTURES, recorded[name], strict=True):
+        *registers, shared = recorded[name]
+        if kernels[name]["80"].shared != shared:
+            wrong.append(
+                f"{name}: expected {shared} bytes of shared memory as recorded, "
+                f"got {kernels[name]['80'].shared}"
+            )
+        for architecture, before in zip(ARCHITECTURES, registers, strict=True):
             now = kernels[name][architecture].registers
             if now > before + REGISTER_SLACK:
                 wrong.append(
@@ -236,7 +242,7 @@ def main() -> None:
     kernels = collect(arguments.library)
     wrong = problems(kernels, ptx_of(arguments.library))
     if arguments.check:
-        wrong += changes(kernels, recorded_registers(TABLE.read_text()))
+        wrong += changes(kernels, recorded_resources(TABLE.read_text()))
     if wrong:
         sys.exit("\n".join([*wrong, "After a change that means it: make cuda-resources"]))
     if arguments.check:
