@@ -48,7 +48,23 @@ class BuildNative(build_ext):
         # Objects are kept, the rest is made anew: no setting and no library of an earlier
         # configuration (with CUDA, in another environment) may survive into this one.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
-        shutil.rmtree(self._output_dir(), ignore_errors=True)
+        # What is there stays until the new libraries are whole.
+        output = self._output_dir()
+        fresh, stale = output.with_name("lib.new"), output.with_name("lib.old")
+        for folder in (fresh, stale):
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            self._build(cmake, ninja, build, cuda, torch, fresh)
+            if output.exists():
+                output.rename(stale)
+            fresh.rename(output)
+        finally:
+            for folder in (fresh, stale):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _build(
+        self, cmake: str, ninja: str, build: Path, cuda: str, torch: Path, output: Path
+    ) -> None:
         subprocess.run(
             [
                 cmake,
@@ -57,7 +73,7 @@ class BuildNative(build_ext):
                 "-DCMAKE_BUILD_TYPE=Release",
                 f"-DMOEKV_CUDA={cuda}",
                 f"-DMOEKV_TORCH_DIR={torch}",
-                f"-DMOEKV_OUTPUT_DIR={self._output_dir()}",
+                f"-DMOEKV_OUTPUT_DIR={output}",
                 *shlex.split(os.environ.get("CMAKE_ARGS", "")),
             ],
             check=True,

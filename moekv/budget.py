@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -56,7 +57,12 @@ def kept_pairs(length: int, compression_ratio: float) -> int:
 
 
 def check_ratio(compression_ratio: float) -> None:
-    """Raise ``ValueError`` unless a compression ratio is in [0, 1)."""
+    """Raise ``TypeError`` or ``ValueError`` unless a compression ratio is a number in [0, 1)."""
+    if not isinstance(compression_ratio, Real):
+        raise TypeError(
+            f"expected compression_ratio a number, got {type(compression_ratio).__name__} "
+            f"{compression_ratio!r}"
+        )
     if not 0 <= compression_ratio < 1:
         raise ValueError(
             f"expected compression_ratio in [0, 1), the share of pairs to remove, "

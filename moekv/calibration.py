@@ -392,7 +392,7 @@ class Mixture(nn.Module):
         ) @ self.place.transpose(1, 2)
         scaled = hidden / self.hidden_scale[:, None]
         logits = scaled @ self.gate_weight.transpose(1, 2) + self.gate_bias[:, None]
-        weights, experts, _, _ = ops.gating_topk(logits.reshape(-1, num_experts), k=self.top_k)
+        weights, experts, *_ = ops.gating_topk(logits.reshape(-1, num_experts), k=self.top_k)
         gates = torch.zeros_like(logits).scatter(
             -1,
             experts.long().view(num_layers, num_tokens, -1),

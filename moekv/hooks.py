@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import transformers
 from kvpress import BasePress
 from torch import nn
@@ -23,7 +24,7 @@ def find_layers(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
     Raises
     ------
     TypeError
-        The model has no ``layers[i].self_attn``.
+        The model has no ``layers[i].self_attn``, or is in float64.
     """
     decoder: Any = getattr(model, "model", model)
     decoder = getattr(decoder, "language_model", decoder)
@@ -35,6 +36,9 @@ def find_layers(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
             "expected a decoder-only transformers model with `model.layers[i].self_attn`, "
             f"got {type(model).__name__}"
         )
+    dtype = next(layers[0].parameters()).dtype
+    if dtype == torch.float64:
+        raise TypeError("expected a model in float32, float16 or bfloat16, got float64")
     return decoder, layers
 
 

@@ -7,6 +7,7 @@ schemas, and work under ``torch.compile(fullgraph=True)``.
 
 import ctypes
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from pathlib import Path
@@ -146,9 +147,26 @@ def cpu_capability() -> str | None:
     return name.decode()
 
 
+_warned: set[str] = set()
+
+
+def _warn_of_missing(device: str) -> None:
+    """Say once per device that its kernels are missing and PyTorch stands in for them."""
+    reason = _failures.get(device)
+    if reason is not None and device not in _warned:
+        _warned.add(device)
+        warnings.warn(
+            f"moekv runs on plain PyTorch, many times slower than its kernels: {reason} "
+            '(backend="torch" asks for it, without this warning)',
+            stacklevel=4,
+        )
+
+
 def _implementation(op: str, tensor: Tensor, backend: str) -> Callable[..., Any]:
     device = tensor.device.type
     if backend == "torch" or (backend == "auto" and device not in _native):
+        if backend == "auto" and not torch.compiler.is_compiling():
+            _warn_of_missing(device)
         namespace: Any = reference
     else:
         if backend != "auto" and (backend not in _native or backend != device):

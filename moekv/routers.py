@@ -709,21 +709,34 @@ class SharedExpertRouter(BaseMoERouter):
     def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> RouterOutput:
         """Route every token; the outputs count E + 1 experts and k + 1 slots."""
         routed = super().forward(hidden_states, mask)
-        shape = routed.probs.shape[:2]
-        half = routed.probs.new_full((*shape, 1), 0.5)
+        shape = routed.weights.shape[:2]
+        half = routed.weights.new_full((*shape, 1), 0.5)
         num_tokens = routed.load.new_full((1,), shape[0] * shape[1])
         if mask is not None:
             half = half * mask[..., None]
             num_tokens = mask.sum().view(1)
         shared = routed.experts.new_zeros((*shape, 1))
-        return RouterOutput(
-            probs=torch.cat([half, routed.probs / 2], -1),
+        return _SharedOutput(
+            logits=routed.logits,
             weights=torch.cat([half, routed.weights / 2], -1),
             experts=torch.cat([shared, routed.experts + 1], -1),
             aux_loss=routed.aux_loss,
             load=torch.cat([num_tokens, routed.load]),
+            # Of 1/2 and the halves of p: log 2 plus half of that of p.
+            entropy=num_tokens[0] * math.log(2) + routed.entropy / 2,
             importance=routed.importance,
+            mask=mask,
+            temperature=self.temperature,
         )
+
+
+class _SharedOutput(RouterOutput):
+    """Of a `SharedExpertRouter`, whose logits are those of the routed experts."""
+
+    @cached_property
+    def probs(self) -> Tensor:
+        routed = _probabilities(self.logits, self.temperature, self.mask) / 2
+        return torch.cat([routed.sum(-1, keepdim=True), routed], -1)
 
 
 ROUTERS: dict[str, type[BaseMoERouter]] = {

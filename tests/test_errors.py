@@ -109,6 +109,21 @@ def test_ratio_out_of_range(ratio: float) -> None:
     refuse(ValueError, "compression_ratio in", tiny_model(), press)
 
 
+@pytest.mark.parametrize("ratio", ["a", None, [0.5]], ids=str)
+def test_ratio_that_is_no_number(ratio: Any) -> None:
+    with pytest.raises(TypeError, match="expected compression_ratio a number, got"):
+        MoERouterPress(ratio)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_models_in_double_precision(backend: str) -> None:
+    model = tiny_model().double()
+    cache, message = DynamicCache(), "model in float32, float16 or bfloat16, got float64"
+    with pytest.raises(TypeError, match=message), MoERouterPress(backend=backend)(model):
+        model(tokens(1, LENGTH), past_key_values=cache)
+    assert cache.get_seq_length() == 0
+
+
 @pytest.mark.parametrize("options", [{"num_experts": 2}, {"experts": ["semantic"]}, {"top_k": 99}])
 def test_more_experts_per_token_than_experts(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected top_k <= num_experts"):
