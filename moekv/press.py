@@ -973,7 +973,8 @@ class MoERouterPress(ScorerPress):
             the layers that the press compressed, and ``ratio``, the exact share of real
             pairs removed. Where a cache is compressed again, every pair counts once: before,
             when the compression after its coming is done; after, as long as it stays. Room
-            for tokens to come does not count.
+            for tokens to come does not count. (Inside a wrapper such as
+            ``kvpress.DecodingPress`` each compression counts by itself.)
             ``layer_stats``: for each layer index
 
             - ``router_stats``: ``expert_usage_ratios`` and ``expert_usage_count`` (how
