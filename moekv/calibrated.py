@@ -76,6 +76,7 @@ class LearnedExpert(Expert):
 
     name = "learned"
     comparable = True
+    finite = True
 
     def __init__(self, router: CalibratedRouter) -> None:
         self.router = router

@@ -114,6 +114,26 @@ Workload gating_topk(int64_t num_tokens, int64_t num_experts) {
               num_tokens * (2 * num_experts + 8 * k), &Kernels::gating_topk, p, memory);
 }
 
+Workload project_tokens(int64_t num_tokens) {
+  constexpr int64_t hidden = kQueryHeads * kDim, num_projections = 5;
+  Memory memory;
+  ProjectTokensParams p{};
+  p.hidden_states = memory.bfloats(num_tokens * hidden);
+  p.weight = memory.bfloats(num_projections * hidden);
+  p.projected = memory.take<float>(num_tokens * num_projections);
+  p.standout = memory.take<float>(num_tokens);
+  p.batch = 1;
+  p.num_tokens = num_tokens;
+  p.num_channels = hidden;
+  p.num_projections = num_projections;
+  p.stride[0] = num_tokens * hidden;
+  p.stride[1] = p.weight_stride = hidden;
+  p.dtype = DType::kBFloat16;
+  p.workspace = memory.take<char>(MOEKV_BACKEND::project_tokens_workspace_bytes(p));
+  const int64_t moved = num_tokens * (2 * 2 * hidden + 4 * (num_projections + 1));
+  return make("project_tokens", moved, &Kernels::project_tokens, p, memory);
+}
+
 Workload expert_scores(const char* name, int64_t num_keys, std::initializer_list<ScoreKind> kinds) {
   Memory memory;
   const int64_t pairs = kHeads * num_keys;
@@ -254,6 +274,7 @@ std::vector<Workload> workloads(int64_t num_keys) {
   return {
       gating_topk(num_keys, 8),
       gating_topk(num_keys, 128),
+      project_tokens(num_keys),
       expert_scores("expert_scores, window attention", num_keys, {ScoreKind::kAttention}),
       expert_scores(
           "expert_scores, all kinds", num_keys,
