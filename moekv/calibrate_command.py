@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--exponent", type=float, default=default.exponent, help="[%(default)s]")
     parser.add_argument("--seed", type=int, default=default.seed, help="[%(default)s]")
+    parser.add_argument(
+        "--keep-checkpoint", action="store_true", help="leave what was read, for ablations"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -48,7 +51,12 @@ def run(args: argparse.Namespace) -> None:
         texts = [path.read_text(encoding="utf-8") for path in args.texts]
         model, tokenizer = load_model(args.model)
         router = calibrate(
-            model, tokenizer, texts, config=config, checkpoint=args.out / "checkpoint.pt"
+            model,
+            tokenizer,
+            texts,
+            config=config,
+            checkpoint=args.out / "checkpoint.pt",
+            keep_checkpoint=args.keep_checkpoint,
         )
     except (ValueError, TypeError, ModelUnavailableError, OSError) as error:
         raise CommandError(str(error)) from error

@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -303,6 +304,7 @@ class Sums:
     gram: Tensor  # [L, F, F] float64
     moment: Tensor  # [L, F, H] float64
     num_tokens: int = 0
+    num_texts: int = 0
     sample: list[Reading] = field(default_factory=list)
     held_out: list[Reading] = field(default_factory=list)
 
@@ -392,11 +394,11 @@ class Mixture(nn.Module):
         ) @ self.place.transpose(1, 2)
         scaled = hidden / self.hidden_scale[:, None]
         logits = scaled @ self.gate_weight.transpose(1, 2) + self.gate_bias[:, None]
-        weights, experts, *_ = ops.gating_topk(logits.reshape(-1, num_experts), k=self.top_k)
+        routed = ops.gating_topk(logits.reshape(-1, num_experts), k=self.top_k)
         gates = torch.zeros_like(logits).scatter(
             -1,
-            experts.long().view(num_layers, num_tokens, -1),
-            weights.view(num_layers, num_tokens, -1),
+            routed.experts.long().view(num_layers, num_tokens, -1),
+            routed.weights.view(num_layers, num_tokens, -1),
         )
         standard = (scores - self.score_mean[:, None]) / self.score_scale[:, None]
         mapped = standard * self.gain[:, None] + self.offset[:, None]
@@ -465,6 +467,8 @@ def train_gates(
     router: CalibratedRouter,
     config: CalibrationConfig,
     report: Callable[[int, float], None] = lambda epoch, loss: None,
+    *,
+    patience: int = 4,
 ) -> list[dict[str, float]]:
     """Train the gates, from what :func:`fit_ridge` found, and keep the best epoch's.
 
@@ -476,6 +480,8 @@ def train_gates(
     config : CalibrationConfig
     report : callable, optional
         Gets each epoch and its held-out ranking loss.
+    patience : int
+        Epochs without a better loss before it stops.
 
     Returns
     -------
@@ -529,7 +535,7 @@ def train_gates(
             mixture.hand_over(router)
         else:
             since += 1
-            if since == 4:
+            if since == patience:
                 break
     return curve
 
@@ -544,6 +550,7 @@ def calibrate(
     *,
     config: CalibrationConfig | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    keep_checkpoint: bool = False,
     progress: bool = True,
 ) -> CalibratedRouter:
     """Fit a router to a model.
@@ -561,6 +568,8 @@ def calibrate(
     config : CalibrationConfig, optional
     checkpoint : path, optional
         A file to write after every eighth text and to go on from; removed at the end.
+    keep_checkpoint : bool
+        Whether to leave it, with all that was read.
     progress : bool
         Whether to show progress bars.
 
@@ -607,7 +616,7 @@ def calibrate(
             bars.update(bar, advance=1, description=f"training gates, ranking loss {loss:.4f}")
 
         router.recipe["curve"] = train_gates(sums, router, config, report)
-    if checkpoint:
+    if checkpoint and not keep_checkpoint:
         Path(checkpoint).unlink(missing_ok=True)
     return router
 
@@ -633,16 +642,13 @@ def _read_all(
     )
     first = 0
     if checkpoint is not None and checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        if saved["identity"] != identity:
+        sums, found = read_checkpoint(checkpoint)
+        if found != json.loads(identity):
             raise ValueError(
                 f"expected a checkpoint of this calibration in {checkpoint}, got one of another "
                 "model, other texts or other settings; remove it to begin again"
             )
-        first, sums.num_tokens = saved["next"], saved["num_tokens"]
-        sums.gram, sums.moment = saved["gram"], saved["moment"]
-        sums.sample = [Reading(*parts) for parts in saved["sample"]]
-        sums.held_out = [Reading(*parts) for parts in saved["held_out"]]
+        first = sums.num_texts
     share = max(config.samples // max(len(texts) - num_held_out, 1), 1)
     bar = bars.add_task("reading texts", total=len(texts), completed=first)
     for number in range(first, len(texts)):
@@ -656,8 +662,9 @@ def _read_all(
         else:
             _add(sums, reading, config, skip, share, number)
         bars.advance(bar)
-        if checkpoint is not None and (number + 1) % 8 == 0:
-            _save(checkpoint, sums, identity, number + 1)
+        sums.num_texts = number + 1
+        if checkpoint is not None and ((number + 1) % 8 == 0 or number + 1 == len(texts)):
+            _save(checkpoint, sums, identity)
     return sums
 
 
@@ -676,12 +683,46 @@ def _add(
     sums.sample.append(_cut(reading, config, skip, keep.sort().values))
 
 
-def _save(path: Path, sums: Sums, identity: str, number: int) -> None:
+def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Sums, list[Any]]:
+    """Read what a calibration has read so far.
+
+    Parameters
+    ----------
+    path : path
+        A checkpoint of :func:`calibrate`.
+
+    Returns
+    -------
+    sums : Sums
+    identity : list
+        Fingerprint of the model, digest of the texts, the configuration as a dict.
+
+    Raises
+    ------
+    ValueError
+        The file is no checkpoint.
+    """
+    try:
+        saved = torch.load(path, weights_only=True)
+        sums = Sums(
+            saved["gram"],
+            saved["moment"],
+            saved["num_tokens"],
+            saved["num_texts"],
+            [Reading(*parts) for parts in saved["sample"]],
+            [Reading(*parts) for parts in saved["held_out"]],
+        )
+        return sums, json.loads(saved["identity"])
+    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
+        raise ValueError(f"expected a checkpoint of a calibration in {path}: {error}") from error
+
+
+def _save(path: Path, sums: Sums, identity: str) -> None:
     """Write a checkpoint beside its final place and rename it: whole, or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     saved = {
         "identity": identity,
-        "next": number,
+        "num_texts": sums.num_texts,
         "num_tokens": sums.num_tokens,
         "gram": sums.gram,
         "moment": sums.moment,

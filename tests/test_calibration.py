@@ -274,6 +274,8 @@ def test_the_shared_expert_has_half_of_the_weight() -> None:
     assert (out.experts[..., 1:] >= 1).all()
     assert out.load.tolist()[0] == 11
     assert out.load[1:].sum() == 22
+    torch.testing.assert_close(out.probs[..., 0], 0.5 * mask)
+    torch.testing.assert_close(out.entropy, torch.special.entr(out.probs).sum())
 
 
 def test_a_press_scores_what_calibration_fitted(monkeypatch: pytest.MonkeyPatch) -> None:

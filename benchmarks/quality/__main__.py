@@ -18,7 +18,16 @@ import torch
 from moekv import ops
 from moekv.models import DEFAULT_MODEL, load_model
 
-from .presses import ANCHORS, BUDGETS, EXPERTS, METHODS, OURS, PEERS, ROUTED
+from .presses import (
+    ANCHORS,
+    BUDGETS,
+    EXPERTS,
+    METHODS,
+    OURS,
+    PEERS,
+    ROUTED,
+    add_routers,
+)
 from .report import write_report
 from .run import cells, forget, run
 from .tasks import TASKS
@@ -52,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     runner.add_argument("--ratios", nargs="+", type=float, default=[0.25, 0.5, 0.75, 0.9])
     runner.add_argument("--seed", type=int, default=0)
+    runner.add_argument("--routers", type=Path, help="folder of calibrated routers to run as well")
     runner.add_argument("--redo", action="store_true", help="drop these methods' old answers first")
     runner.add_argument("--live", action="store_true", help="prefill anew for every method")
     report = commands.add_parser("report", help="write JSON, markdown and plots of results so far")
@@ -65,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         model, tokenizer = load_model(args.model)
         _write_meta(results.with_suffix(".meta.json"), model, args)
         methods = list(dict.fromkeys(m for name in args.methods for m in SETS.get(name, [name])))
+        if args.routers is not None:
+            methods += add_routers(args.routers)
         if args.redo:
             forget(results, methods)
         wanted = list(cells(args.tasks, args.lengths, args.samples, methods, args.ratios))

@@ -7,6 +7,7 @@ and KVzip, which reads the context two or three times, as the upper anchor.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import kvpress
 from kvpress import BasePress
@@ -100,6 +101,16 @@ ROUTED: dict[str, Factory] = {
 }
 
 METHODS: dict[str, Factory] = PEERS | ANCHORS | OURS | EXPERTS | BUDGETS | ROUTED
+
+
+def add_routers(folder: Path) -> list[str]:
+    """Add a method for each calibrated router in a folder; return their names."""
+    names = []
+    for path in sorted(path.parent for path in folder.glob("*/config.json")):
+        names.append(f"moekv, {path.name}")
+        METHODS[names[-1]] = _scorer(MoERouterPress, router=str(path))
+    return names
+
 
 #: Why the rest of kvpress is not in the table.
 EXCLUDED = {
