@@ -83,11 +83,10 @@ class Keeper:
         position = given.get("cache_position")
         first = num_cached if position is None else int(position[0])
         held = layer.get_seq_length()
-        if evicted and first != held:
+        if evicted and first not in (held, held + evicted):
             raise RuntimeError(
-                f"expected one token at a time for a cache of {held} pairs at position "
-                f"{first}, got {num_tokens}: their masks would be wrong, as dense layers do not "
-                'know what was evicted; budget="head" or "model" does'
+                f"expected tokens at position {held + evicted}, or at place {held} of what the "
+                f"cache holds, got {num_tokens} at {first}: their masks would be wrong"
             )
 
     def check_chunk(self, num_cached: int, num_tokens: int, given: Mapping[str, Any]) -> None:

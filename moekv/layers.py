@@ -160,6 +160,16 @@ class GrowingLayer(DynamicLayer):
         self.evicted += length - kept.per_head
         self._compressed = kept.per_head
 
+    def get_mask_sizes(self, cache_position: Tensor) -> tuple[int, int]:
+        """Length and offset of the mask, before the new tokens are appended.
+
+        Several tokens at their true positions need a mask that knows how many pairs have left:
+        else they would see each other's future.
+        """
+        fed, held = cache_position.shape[0], self.get_seq_length()
+        at_true_position = fed > 1 and self.evicted and cache_position[0] == held + self.evicted
+        return held + fed, self.evicted if at_true_position else 0
+
     def crop(self, max_length: int) -> None:
         """Forget the tokens after the first ``max_length`` pairs, or the last ``-max_length``.
 

@@ -91,19 +91,6 @@ def test_every_attention(name: str, budget: str, padding: tuple[int, ...]) -> No
     assert both.pairs().float().mean() < 21
 
 
-@pytest.mark.parametrize("budget", ["uniform", "head"])
-def test_several_tokens_beside_sliding_layers(budget: str) -> None:
-    """The length of the cache is that of its sliding layers: it says nothing of the others."""
-    both = Lockstep("gemma3", cache=DynamicCache(config=tiny_model("gemma3").config))
-    with make_press(0.5, budget=budget, decoding=DecodingConfig(16, 5))(both.model):
-        both.feed(tokens(1, 24))
-        if budget == "head":
-            both.feed(tokens(1, 6))
-            return
-        with pytest.raises(RuntimeError, match="cache of 12 pairs at position 24, got 6"):
-            both.feed(tokens(1, 6))
-
-
 @pytest.mark.parametrize("after", BUDGETS)
 @pytest.mark.parametrize("before", BUDGETS)
 def test_another_press_goes_on(before: str, after: str) -> None:
@@ -374,10 +361,11 @@ def test_a_prompt_within_the_budget_stays_whole() -> None:
     assert press.get_stats()["compression"]["ratio"] == 10 / 40
 
 
-@pytest.mark.parametrize("budget", ["head", "model"])
-def test_several_tokens_at_once(budget: str) -> None:
-    """Ragged layers know the true length: a second prompt may come inside the block."""
-    both = Lockstep(padding=(0, 5))
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_several_tokens_at_once(budget: str, name: str) -> None:
+    """A second prompt in the block: masks know what has left, dense layers or ragged ones."""
+    both = Lockstep(name, (0, 0), DynamicCache(config=tiny_model(name).config))
     press = make_press(0.5, budget=budget, decoding=DecodingConfig(15, 5))
     with press(both.model):
         both.feed(tokens(2, 30))
@@ -385,6 +373,16 @@ def test_several_tokens_at_once(budget: str) -> None:
             both.feed(tokens(2, 11, seed=turn))
             assert_average(both.pairs(), torch.tensor([15, 15]), budget)
             both.feed(tokens(2, 1, seed=turn))
+    both.feed(tokens(2, 6))
+
+
+def test_several_tokens_for_padded_rows() -> None:
+    both = Lockstep(padding=(0, 5))
+    with make_press(0.5, decoding=DecodingConfig(15, 5))(both.model):
+        both.feed(tokens(2, 30))
+        both.feed(tokens(2, 11, seed=1))
+        assert_average(both.pairs(), torch.tensor([15, 15]), "uniform")
+        both.feed(tokens(2, 3, seed=2))
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

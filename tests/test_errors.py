@@ -728,21 +728,19 @@ def test_prefill_in_chunks() -> None:
         model.generate(tokens(1, LENGTH), prefill_chunk_size=16, max_new_tokens=2)
 
 
-def test_second_prompt_for_dense_layers() -> None:
+def test_second_prompt_at_a_wrong_position() -> None:
     model, cache = tiny_model(), DynamicCache()
     press = MoERouterPress(decoding=DecodingConfig(30, 5))
-    where = torch.arange(LENGTH, LENGTH + 3)
+    where = torch.arange(LENGTH + 1, LENGTH + 4)
     with torch.no_grad(), press(model):
         model(tokens(1, LENGTH), past_key_values=cache)
-        keys = cache.layers[0].keys.clone()
-        with pytest.raises(RuntimeError, match='20 pairs at position 40, got 3.*budget="head"'):
-            model(
-                tokens(1, 3), past_key_values=cache, cache_position=where, position_ids=where[None]
-            )
-        assert torch.equal(cache.layers[0].keys, keys)
-        # Places of its own, as transformers numbers them by default, give the right masks.
-        model(tokens(1, 3), past_key_values=cache, position_ids=where[None])
-    assert cache.get_seq_length() == 23
+        before = held(cache)
+        with pytest.raises(RuntimeError, match="at position 40, or at place 20 .* got 3 at 41"):
+            model(tokens(1, 3), past_key_values=cache, cache_position=where)
+        assert_same(cache, before)
+        model(tokens(1, 3), past_key_values=cache, cache_position=where - 1)
+        model(tokens(1, 3), past_key_values=cache)
+    assert cache.get_seq_length() == 26
 
 
 def test_prompt_longer_than_its_length() -> None:

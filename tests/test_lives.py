@@ -21,7 +21,6 @@ from transformers import (
 )
 
 from moekv import DecodingConfig, MoERouterPress
-from moekv.layers import GrowingLayer
 
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -99,15 +98,8 @@ class Life:
         self.loose += count
         self.both.feed(tokens(len(self.both.padding), count, seed=self.serial))
 
-    @property
-    def dense(self) -> bool:
-        """Whether layers do not know what has left them, so that tokens come one by one."""
-        layer = self.both.cache.layers[0]
-        return isinstance(layer, GrowingLayer) and layer.evicted > 0
-
     def append(self, count: int) -> None:
-        for part in [1] * count if self.dense else [count]:
-            self.feed(part)
+        self.feed(count)
 
     def compress(self, target: int, options: dict[str, Any]) -> None:
         """Compress with a token that is fed in a block."""
