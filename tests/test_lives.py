@@ -147,14 +147,13 @@ class Life:
             self.both.repeat(times)
 
 
-@settings(max_examples=60)
+@settings(max_examples=100)
 @given(
     description=DESCRIPTIONS,
     length=st.integers(2, 60),
-    padding=st.one_of(
-        st.sampled_from([[0], [0, 0]]), st.lists(st.integers(0, 40), min_size=1, max_size=3)
-    ),
-    ratio=st.floats(0, 0.95),
+    padding=st.lists(st.integers(0, 40), min_size=1, max_size=3),
+    padded=st.booleans(),
+    ratio=st.sampled_from([0.0, 0.3, 0.6, 0.9]),
     options=PRESSES,
     steps=st.lists(STEPS, min_size=1, max_size=7),
 )
@@ -162,11 +161,12 @@ def test_any_life_of_a_cache_equals_masks_on_a_full_cache(
     description: tuple[Any, ...],
     length: int,
     padding: list[int],
+    padded: bool,
     ratio: float,
     options: dict[str, Any],
     steps: list[tuple[Any, ...]],
 ) -> None:
-    life = Life(description, tuple(min(p, length - 1) for p in padding))
+    life = Life(description, tuple(min(p, length - 1) * padded for p in padding))
     with make_press(options, compression_ratio=ratio)(life.both.model):
         life.feed(length)
     life.loose = 0
