@@ -25,6 +25,7 @@ from benchmarks.quality.replay import (
     replay,
 )
 from moekv import bench, cli
+from moekv.layers import RaggedLayer
 
 NEED_DOWNLOADS = {
     "DuoAttentionPress",
@@ -92,6 +93,9 @@ def contents(model, cache):
     """Everything of a compressed cache that attention can see."""
     found = []
     for layer, cached in zip(decoder_layers(model), cache.layers, strict=True):
+        if isinstance(cached, RaggedLayer):
+            found += [cached.stored_keys, cached.stored_values, cached.begin, cached.end]
+            continue
         found += [cached.keys, cached.values]
         masked = getattr(layer.self_attn, "masked_key_indices", None)
         found += [] if masked is None else list(masked)
