@@ -23,7 +23,6 @@ import math
 import os
 import pickle
 import random
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -40,6 +39,7 @@ from moekv import ops
 from moekv.cache import cached_pairs
 from moekv.calibrated import CalibratedRouter, model_fingerprint, places
 from moekv.experts import build_experts
+from moekv.files import whole_file
 from moekv.hooks import find_layers, is_sliding
 from moekv.mixing import stack_scores
 from moekv.ops import ScoreKind
@@ -718,7 +718,6 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Sums, list[Any]]:
 
 
 def _save(path: Path, sums: Sums, identity: str) -> None:
-    """Write a checkpoint beside its final place and rename it: whole, or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     saved = {
         "identity": identity,
@@ -729,14 +728,8 @@ def _save(path: Path, sums: Sums, identity: str) -> None:
         "sample": [(r.hidden, r.scores, r.target) for r in sums.sample],
         "held_out": [(r.hidden, r.scores, r.target) for r in sums.held_out],
     }
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(saved, file)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    with whole_file(path) as temporary:
+        torch.save(saved, temporary)
 
 
 @contextmanager

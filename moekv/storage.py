@@ -3,8 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from moekv.files import whole_file
 from moekv.fingerprint import fingerprint
 from moekv.layers import GrowingLayer, RaggedLayer
 
@@ -54,17 +53,8 @@ def save_cache(cache: Cache, path: str | os.PathLike[str], model: PreTrainedMode
         layers.append(description)
     header = {"format": _FORMAT, "model": fingerprint(model), "layers": json.dumps(layers)}
     header["sha256"] = _checksum(header, tensors)
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with whole_file(path) as temporary:
         save_file(tensors, temporary, metadata=header)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> DynamicCache:

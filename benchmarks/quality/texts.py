@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from moekv.files import whole_file
 from moekv.models import cache_dir
 
 
@@ -53,9 +54,8 @@ class Document:
                     f"{self.package}: {self.member}: expected {self.sha256}, got {digest}"
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                file.write(text)
-            Path(file.name).replace(path)
+            with whole_file(path) as temporary:
+                Path(temporary).write_bytes(text)
         return path.read_text(encoding="utf-8")
 
 
