@@ -31,23 +31,15 @@ SHIPPED = Path(__file__).parent / "data" / "routers"
 
 
 @functools.lru_cache(maxsize=8)
-def _places(length: int, device: torch.device) -> Tensor:
-    """Place [3, length] of each pair of a row: distance from its end, twice, and from its start.
+def places(lengths: tuple[int, ...], num_keys: int, device: torch.device) -> Tensor:
+    """Describe where each pair of each row stands. All layers of a forward ask the same.
 
     Logarithms, as attention falls off with distance like a power law; the distance from the end
     with two units, a token and a hundred, as heads differ in their reach.
-    """
-    position = torch.arange(length, device=device, dtype=torch.float32)
-    age = length - 1 - position
-    return torch.stack([age.log1p(), (age / 128).log1p(), position.log1p()])
-
-
-def places(lengths: Sequence[int], num_keys: int, device: torch.device) -> Tensor:
-    """Describe where each pair of each row stands.
 
     Parameters
     ----------
-    lengths : sequence of B ints
+    lengths : tuple of B ints
         Real pairs, at the right of each row.
     num_keys : int
     device : torch.device
@@ -55,9 +47,15 @@ def places(lengths: Sequence[int], num_keys: int, device: torch.device) -> Tenso
     Returns
     -------
     Tensor [B, 3, T], float32
-        ``log(1 + age)``, ``log(1 + age / 128)`` and ``log(1 + position)``; 0 at padding.
+        ``log(1 + age)``, ``log(1 + age / 128)`` and ``log(1 + position)``; 0 at padding. Not to be
+        written to.
     """
-    rows = [functional.pad(_places(n, device), (num_keys - n, 0)) for n in lengths]
+    rows = []
+    for length in lengths:
+        position = torch.arange(length, device=device, dtype=torch.float32)
+        age = length - 1 - position
+        row = torch.stack([age.log1p(), (age / 128).log1p(), position.log1p()])
+        rows.append(functional.pad(row, (num_keys - length, 0)))
     return torch.stack(rows)
 
 

@@ -50,6 +50,7 @@ REPEAT = "\n\nRepeat the previous context exactly."
 """What the oracle says between the text and its second reading."""
 
 _TILE = 128  # queries whose attention is in memory at a time
+_JUDGED = 512  # tokens of a held-out text, at most
 _FLOOR = 1e-6  # attention below which a pair is as good as not attended
 
 
@@ -136,8 +137,28 @@ class Reading:
     """What one text gave. L layers, H KV heads, T tokens, E routed experts."""
 
     hidden: Tensor  # [L, T, hidden], inputs of the attention layers
+    where: Tensor  # [T, 3], see places()
     scores: Tensor  # [L, E, H, T] of the routed experts
     target: Tensor  # [L, H, T], log of the attention that the oracle saw
+
+    def at(self, tokens: slice | Tensor) -> Reading:
+        """Take some tokens; indices copy them, a slice does not."""
+        return Reading(
+            self.hidden[:, tokens],
+            self.where[tokens],
+            self.scores[..., tokens],
+            self.target[..., tokens],
+        )
+
+    @classmethod
+    def join(cls, readings: Sequence[Reading]) -> Reading:
+        """Put readings one behind the other."""
+        return cls(
+            torch.cat([r.hidden for r in readings], dim=1),
+            torch.cat([r.where for r in readings]),
+            torch.cat([r.scores for r in readings], dim=-1),
+            torch.cat([r.target for r in readings], dim=-1),
+        )
 
 
 class Oracle:
@@ -207,7 +228,8 @@ class Oracle:
             self._attention(layer, cache, *second[layer], len(prompt)) for layer in self.layers
         ]
         hidden = torch.stack([first[layer][0][0].cpu() for layer in self.layers])
-        return Reading(hidden, torch.stack(scores).cpu(), torch.stack(target).cpu())
+        where = places((len(prompt),), len(prompt), hidden.device)[0].t()
+        return Reading(hidden, where, torch.stack(scores).cpu(), torch.stack(target).cpu())
 
     def _run(
         self, ids: Sequence[int], cache: DynamicCache
@@ -292,9 +314,8 @@ class Oracle:
 def features(reading: Reading, layer: int) -> Tensor:
     """Regression's features [T, F] of a layer: hidden state, place, scores of all heads, 1."""
     hidden = reading.hidden[layer].float()
-    where = places((len(hidden),), len(hidden), hidden.device)[0].t()
     scores = reading.scores[layer].flatten(0, 1).t()
-    return torch.cat([hidden, where, scores, hidden.new_ones(len(hidden), 1)], dim=1)
+    return torch.cat([hidden, reading.where, scores, hidden.new_ones(len(hidden), 1)], dim=1)
 
 
 @dataclass
@@ -303,7 +324,6 @@ class Sums:
 
     gram: Tensor  # [L, F, F] float64
     moment: Tensor  # [L, F, H] float64
-    num_tokens: int = 0
     num_texts: int = 0
     sample: list[Reading] = field(default_factory=list)
     held_out: list[Reading] = field(default_factory=list)
@@ -348,17 +368,16 @@ class Mixture(nn.Module):
     ----------
     router : CalibratedRouter
         Where training begins.
-    hidden : Tensor [L, N, hidden]
-    scores : Tensor [L, N, E, H]
-        The sample, for its spread.
+    sample : Reading
+        For its spread.
     """
 
-    def __init__(self, router: CalibratedRouter, hidden: Tensor, scores: Tensor) -> None:
+    def __init__(self, router: CalibratedRouter, sample: Reading) -> None:
         super().__init__()
         self.top_k = router.top_k
-        self.hidden_scale = hidden.float().square().mean(1).sqrt().clamp(min=1e-6)
-        self.score_mean = scores.mean(1)
-        self.score_scale = scores.std(1, correction=0).clamp(min=1e-6)
+        self.hidden_scale = sample.hidden.float().square().mean(1).sqrt().clamp(min=1e-6)
+        self.score_mean = sample.scores.mean(-1)
+        self.score_scale = sample.scores.std(-1, correction=0).clamp(min=1e-6)
 
         def trained(tensor: Tensor) -> nn.Parameter:
             return nn.Parameter(tensor.detach().clone())
@@ -372,39 +391,31 @@ class Mixture(nn.Module):
         self.bias = trained(router.surrogate_bias)
         self.weight = router.surrogate_weight.detach().clone()
 
-    def forward(self, hidden: Tensor, where: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix.
+    def forward(self, reading: Reading) -> tuple[Tensor, Tensor]:
+        """Mix the scores of N tokens.
 
         Parameters
         ----------
-        hidden : Tensor [L, N, hidden]
-        where : Tensor [L, N, 3]
-        scores : Tensor [L, N, E, H]
+        reading : Reading
 
         Returns
         -------
-        mixed : Tensor [L, N, H]
+        mixed : Tensor [L, H, N]
         balance_loss : Tensor, scalar
             Mean over layers.
         """
-        num_layers, num_tokens, _ = hidden.shape
-        num_experts = scores.shape[2]
-        base = hidden @ self.weight.transpose(1, 2) + (
-            where / self.place_scale
-        ) @ self.place.transpose(1, 2)
+        hidden = reading.hidden.float()
+        where, scores = reading.where / self.place_scale, reading.scores.permute(0, 3, 1, 2)
+        base = hidden @ self.weight.transpose(1, 2) + where @ self.place.transpose(1, 2)
         scaled = hidden / self.hidden_scale[:, None]
         logits = scaled @ self.gate_weight.transpose(1, 2) + self.gate_bias[:, None]
-        routed = ops.gating_topk(logits.reshape(-1, num_experts), k=self.top_k)
-        gates = torch.zeros_like(logits).scatter(
-            -1,
-            routed.experts.long().view(num_layers, num_tokens, -1),
-            routed.weights.view(num_layers, num_tokens, -1),
-        )
+        routed = ops.gating_topk(logits, k=self.top_k)
+        gates = torch.zeros_like(logits).scatter(-1, routed.experts.long(), routed.weights)
         standard = (scores - self.score_mean[:, None]) / self.score_scale[:, None]
         mapped = standard * self.gain[:, None] + self.offset[:, None]
         mixed = base + self.bias[:, None] + torch.einsum("lne,lneh->lnh", gates, mapped)
         balance = torch.stack([entropy_loss(p) for p in logits.softmax(-1).mean(1)]).mean()
-        return mixed, balance
+        return mixed.transpose(1, 2), balance
 
     @torch.no_grad()
     def hand_over(self, router: CalibratedRouter) -> None:
@@ -441,27 +452,6 @@ def ranking_loss(predicted: Tensor, target: Tensor) -> float:
     return float(torch.stack(missed).mean())
 
 
-def _columns(reading: Reading) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Give the mixture's inputs and the targets [L, N, H] of a cut reading."""
-    where = reading.scores[:, -3:, 0].transpose(1, 2)
-    scores = reading.scores[:, :-3].permute(0, 3, 1, 2)
-    return reading.hidden.float(), where, scores, reading.target.transpose(1, 2)
-
-
-def _cut(reading: Reading, config: CalibrationConfig, skip: int, keep: Tensor | None) -> Reading:
-    """Take the tokens that matter out of a reading, their places beside their scores."""
-    num_layers, num_experts, num_heads, length = reading.scores.shape
-    where = places((length,), length, reading.scores.device)[0]
-    where = where[None, :, None].expand(num_layers, -1, num_heads, -1)
-    scores = torch.cat([reading.scores, where], dim=1)
-    span = slice(skip, length - config.recent)
-    hidden, scores, target = reading.hidden[:, span], scores[..., span], reading.target[..., span]
-    if keep is not None:
-        keep = keep[keep < hidden.shape[1]]
-        hidden, scores, target = hidden[:, keep], scores[..., keep], target[..., keep]
-    return Reading(hidden.clone(), scores.clone(), target.clone())
-
-
 def train_gates(
     sums: Sums,
     router: CalibratedRouter,
@@ -489,14 +479,10 @@ def train_gates(
         For each epoch, from 0 (before training): ``ranking_loss`` of the held-out texts, and
         ``error``, the mean squared error of the log-attention on the sample.
     """
-    hidden = torch.cat([r.hidden for r in sums.sample], dim=1)
-    where, scores, target = (
-        torch.cat(parts, dim=1)
-        for parts in zip(*(_columns(r)[1:] for r in sums.sample), strict=True)
-    )
-    mixture = Mixture(router, hidden, scores)
+    sample = Reading.join(sums.sample)
+    mixture = Mixture(router, sample)
     optimiser = torch.optim.AdamW(mixture.parameters(), lr=config.learning_rate, weight_decay=0.01)
-    num_tokens = hidden.shape[1]
+    num_tokens = len(sample.where)
     steps = max(num_tokens // config.batch, 1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(config.epochs * steps, 1))
     generator = torch.Generator().manual_seed(config.seed)
@@ -504,14 +490,11 @@ def train_gates(
 
     def judge() -> float:
         with torch.no_grad():
-            losses = []
-            for reading in judged:
-                *inputs, wanted = _columns(reading)
-                losses.append(ranking_loss(mixture(*inputs)[0], wanted))
+            losses = [ranking_loss(mixture(reading)[0], reading.target) for reading in judged]
         return sum(losses) / len(losses)
 
     with torch.no_grad():
-        start = (mixture(hidden.float(), where, scores)[0] - target).square().mean()
+        start = (mixture(sample)[0] - sample.target).square().mean()
     curve = [{"epoch": 0.0, "ranking_loss": judge(), "error": float(start)}]
     best, since = curve[0]["ranking_loss"], 0
     report(0, best)
@@ -519,9 +502,9 @@ def train_gates(
         order = torch.randperm(num_tokens, generator=generator)
         total = 0.0
         for step in range(steps):
-            index = order[step * config.batch : (step + 1) * config.batch]
-            mixed, balance = mixture(hidden[:, index].float(), where[:, index], scores[:, index])
-            error = (mixed - target[:, index]).square().mean()
+            tokens = sample.at(order[step * config.batch : (step + 1) * config.batch])
+            mixed, balance = mixture(tokens)
+            error = (mixed - tokens.target).square().mean()
             loss = error + config.aux_loss_weight * balance
             optimiser.zero_grad()
             loss.backward()
@@ -655,12 +638,15 @@ def _read_all(
         as_turn = number % 2 == 0 and bool(oracle.before)
         reading = oracle.read(texts[number], as_turn=as_turn)
         skip = max(len(oracle.before) if as_turn else 0, config.sinks)
+        reading = reading.at(slice(skip, len(reading.where) - config.recent))
+        generator = torch.Generator().manual_seed(number)
         if number in held_out:
-            generator = torch.Generator().manual_seed(number)
-            keep = torch.randperm(config.length, generator=generator)[:512].sort().values
-            sums.held_out.append(_cut(reading, config, skip, keep))
+            keep = torch.randperm(config.length, generator=generator)[:_JUDGED]
+            sums.held_out.append(reading.at(keep[keep < len(reading.where)].sort().values))
         else:
-            _add(sums, reading, config, skip, share, number)
+            _add(sums, reading)
+            keep = torch.randperm(len(reading.where), generator=generator)[:share]
+            sums.sample.append(reading.at(keep.sort().values))
         bars.advance(bar)
         sums.num_texts = number + 1
         if checkpoint is not None and ((number + 1) % 8 == 0 or number + 1 == len(texts)):
@@ -668,19 +654,12 @@ def _read_all(
     return sums
 
 
-def _add(
-    sums: Sums, reading: Reading, config: CalibrationConfig, skip: int, share: int, number: int
-) -> None:
-    length = reading.hidden.shape[1]
-    span = slice(skip, length - config.recent)
+def _add(sums: Sums, reading: Reading) -> None:
+    """Add a reading to the normal equations."""
     for row in range(len(sums.gram)):
-        x = features(reading, row)[span]
+        x = features(reading, row)
         sums.gram[row] += (x.t() @ x).double()
-        sums.moment[row] += (x.t() @ reading.target[row].t()[span]).double()
-    sums.num_tokens += max(length - config.recent - skip, 0)
-    generator = torch.Generator().manual_seed(number)
-    keep = torch.randperm(max(length - config.recent - skip, 0), generator=generator)[:share]
-    sums.sample.append(_cut(reading, config, skip, keep.sort().values))
+        sums.moment[row] += (x.t() @ reading.target[row].t()).double()
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Sums, list[Any]]:
@@ -707,10 +686,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Sums, list[Any]]:
         sums = Sums(
             saved["gram"],
             saved["moment"],
-            saved["num_tokens"],
             saved["num_texts"],
-            [Reading(*parts) for parts in saved["sample"]],
-            [Reading(*parts) for parts in saved["held_out"]],
+            [Reading(**parts) for parts in saved["sample"]],
+            [Reading(**parts) for parts in saved["held_out"]],
         )
         return sums, json.loads(saved["identity"])
     except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
@@ -722,11 +700,10 @@ def _save(path: Path, sums: Sums, identity: str) -> None:
     saved = {
         "identity": identity,
         "num_texts": sums.num_texts,
-        "num_tokens": sums.num_tokens,
         "gram": sums.gram,
         "moment": sums.moment,
-        "sample": [(r.hidden, r.scores, r.target) for r in sums.sample],
-        "held_out": [(r.hidden, r.scores, r.target) for r in sums.held_out],
+        "sample": [vars(reading) for reading in sums.sample],
+        "held_out": [vars(reading) for reading in sums.held_out],
     }
     with whole_file(path) as temporary:
         torch.save(saved, temporary)

@@ -116,15 +116,14 @@ def planted(router: CalibratedRouter, count: int, length: int = 120) -> list[Rea
     generator = torch.Generator().manual_seed(3)
     layers, hidden = len(router.layers), router.hidden_size
     shape = (layers, len(router.routed), router.num_kv_heads, length)
-    where = places((length,), length, torch.device("cpu"))[0].t().expand(layers, -1, -1)
+    where = places((length,), length, torch.device("cpu"))[0].t()
     readings = []
     for _ in range(count):
         states = torch.randn(layers, length, hidden, generator=generator)
-        scores = torch.randn(shape, generator=generator)
-        mixture = Mixture(router, states, scores.permute(0, 3, 1, 2))
+        reading = Reading(states, where, torch.randn(shape, generator=generator), torch.empty(0))
         with torch.no_grad():
-            target, _ = mixture(states, where, scores.permute(0, 3, 1, 2))
-        readings.append(Reading(states, scores, target.transpose(1, 2)))
+            reading.target, _ = Mixture(router, reading)(reading)
+        readings.append(reading)
     return readings
 
 
@@ -134,10 +133,9 @@ def gather(router: CalibratedRouter, readings: list[Reading], held_out: int = 0)
         torch.zeros(len(router.layers), width, width, dtype=torch.float64),
         torch.zeros(len(router.layers), width, router.num_kv_heads, dtype=torch.float64),
     )
-    for number, reading in enumerate(readings[held_out:]):
-        calibration._add(sums, reading, SMALL, SMALL.sinks, 100, number)
-    keep = torch.arange(90)
-    sums.held_out = [calibration._cut(r, SMALL, 2, keep) for r in readings[:held_out]]
+    for reading in readings[held_out:]:
+        calibration._add(sums, reading)
+    sums.sample, sums.held_out = readings[held_out:], readings[:held_out]
     return sums
 
 
@@ -175,10 +173,10 @@ def test_gates_learn_to_route_where_no_even_mix_fits() -> None:
     losses = [row["ranking_loss"] for row in curve]
     assert min(losses) < 0.7 * losses[0]
     # The best epoch's numbers were kept, whatever came after.
-    *inputs, wanted = calibration._columns(sums.held_out[0])
+    judged = sums.held_out[0]
     with torch.no_grad():
-        mixed, _ = Mixture(found, *(inputs[i] for i in (0, 2)))(*inputs)
-    assert ranking_loss(mixed, wanted) < 0.75 * losses[0]
+        mixed, _ = Mixture(found, judged)(judged)
+    assert ranking_loss(mixed, judged.target) < 0.75 * losses[0]
 
 
 def test_ranking_loss_by_hand() -> None:
@@ -300,12 +298,12 @@ def test_a_press_scores_what_calibration_fitted(monkeypatch: pytest.MonkeyPatch)
     for index in range(2):
         hidden, scores = seen[index]
         for row in range(2):
-            pieces = scores[:, row].permute(2, 0, 1)  # [T, E, H]
-            mixture = Mixture(router, *(x.expand(2, *x.shape) for x in (hidden[row], pieces)))
+            states, pieces = (x.expand(2, *x.shape) for x in (hidden[row], scores[:, row]))
+            reading = Reading(states, where, pieces, torch.empty(0))
             with torch.no_grad():
-                wanted, _ = mixture(*(x.expand(2, *x.shape) for x in (hidden[row], where, pieces)))
+                wanted, _ = Mixture(router, reading)(reading)
             torch.testing.assert_close(
-                got[index][row], wanted[index].t(), atol=1e-3, rtol=1e-4, msg=f"layer {index}"
+                got[index][row], wanted[index], atol=1e-3, rtol=1e-4, msg=f"layer {index}"
             )
 
 
