@@ -38,6 +38,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from moekv import ops
 from moekv.cache import cached_pairs
 from moekv.calibrated import CalibratedRouter, model_fingerprint, places
+from moekv.chat import user_turn
 from moekv.experts import build_experts
 from moekv.files import whole_file
 from moekv.hooks import find_layers, is_sliding
@@ -187,14 +188,7 @@ class Oracle:
         self.layers = [layer for layer in layers if not is_sliding(layer)]
         self.experts = build_experts(list(config.experts))
         self.view = ViewBuilder()
-        before, after = "", "\n"
-        if getattr(tokenizer, "chat_template", None):
-            mark = "\x00"
-            turn = tokenizer.apply_chat_template(
-                [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
-            )
-            assert isinstance(turn, str)
-            before, after = turn.split(mark)
+        before, after = user_turn(tokenizer) or ("", "\n")
         self.tokenizer = tokenizer
         self.before = self.encode(before)
         self.repeat = self.encode(REPEAT + after)

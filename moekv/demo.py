@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from moekv.chat import user_turn
 from moekv.cli import CommandError, make_console
 from moekv.models import DEFAULT_MODEL, load_model
 from moekv.press import MoERouterPress
@@ -252,15 +253,8 @@ class Prompt:
             if max_tokens > len(ids):
                 raise ValueError(f"expected at most {len(ids)} --context-tokens, got {max_tokens}")
             self.text = str(tokenizer.decode(ids[:max_tokens]))
-        if tokenizer.chat_template:
-            chat = tokenizer.apply_chat_template(
-                [{"role": "user", "content": "<content>"}],
-                add_generation_prompt=True,
-                tokenize=False,
-            )
-            before, self._after = str(chat).split("<content>")
-        else:
-            before, self._after = tokenizer.bos_token or "", "\nAnswer:"
+        plain = (tokenizer.bos_token or "", "\nAnswer:")
+        before, self._after = user_turn(tokenizer) or plain
         self.ids = self._encode(before + self.text)
 
     def question_ids(self, question: str) -> Tensor:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from moekv.chat import user_turn
+
 from .texts import documents
 
 
@@ -338,10 +340,10 @@ def encode(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int
     """Tokenise context, question and answer apart, so that none leans on another's text."""
     before, between = "", ""
     if sample.chat:
-        mark = "\x00"
-        turn = [{"role": "user", "content": mark}]
-        template = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        before, between = template.split(mark)
+        turn = user_turn(tokenizer)
+        if turn is None:
+            raise ValueError("expected a tokenizer that knows chats, got one without a template")
+        before, between = turn
     question = f"\n\n{sample.question}{between}" if sample.chat else sample.question
     return tuple(
         tokenizer(text, add_special_tokens=False).input_ids

@@ -1,0 +1,26 @@
+"""Where a text stands in a chat."""
+
+from transformers import PreTrainedTokenizerBase
+
+_MARK = "\x00"
+
+
+def user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
+    """Find what a chat puts around the user's turn.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+
+    Returns
+    -------
+    tuple of str, or None
+        What comes before the turn, and what is between it and the answer; None where the tokenizer
+        knows no chats.
+    """
+    if not tokenizer.chat_template:
+        return None
+    turn = [{"role": "user", "content": _MARK}]
+    chat = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    before, after = str(chat).split(_MARK)
+    return before, after
