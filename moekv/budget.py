@@ -256,40 +256,63 @@ def select_over_layers(
     starts = None
     if start is not None:
         starts = start.to(device)[:, None].expand(batch, stacked.shape[1]).contiguous()
-    indices, offsets = ops.select_kept(
+    selected = ops.select_kept(
         stacked, starts, total=totals, sinks=sinks, window=recent, backend=backend
     )
-    counts = offsets.diff().view(batch, len(scores), num_heads)
-    bounds = offsets[::num_heads].tolist()  # of the layers in each row
-    chosen = []
-    for index, layer in enumerate(scores):
-        parts = [
-            indices[bounds[i] : bounds[i + 1]]
-            for i in range(index, batch * len(scores), len(scores))
-        ]
-        ends = counts[:, index].flatten().cumsum(0, dtype=torch.int32)
-        chosen.append(
-            Kept(
-                torch.cat(parts).to(layer.device),
-                functional.pad(ends, (1, 0)).to(layer.device),
-                (batch, num_heads, num_keys),
-            )
-        )
-    return chosen
+    layers = split_layers(selected, batch, num_heads)
+    return [
+        Kept(indices.to(x.device), offsets.to(x.device), (batch, num_heads, num_keys))
+        for x, (indices, offsets) in zip(scores, layers, strict=True)
+    ]
 
 
-def without_padding(chosen: Sequence[Kept], start: Tensor) -> list[Kept]:
-    """Take padding out of what is kept, which a row of nothing else has. Waits for the device.
+def split_layers(
+    selected: ops.SelectKept, batch: int, num_heads: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Split what was selected over the heads of all layers. Waits for the device, once.
 
     Parameters
     ----------
-    chosen : sequence of Kept
-    start : Tensor [B], int32
-        Padding at the left of each row.
+    selected : SelectKept
+        Of rows [B, L * H, T], layer after layer.
+    batch, num_heads : int
+        B and H.
 
     Returns
     -------
-    list of Kept
+    list of L tuples
+        Indices and offsets of each layer, as ``Kept`` has them.
     """
-    real = torch.arange(chosen[0].shape[2], device=start.device) >= start[:, None]
-    return [Kept.from_mask(kept.mask() & real.to(kept.indices.device)[:, None]) for kept in chosen]
+    indices, offsets = selected
+    counts = offsets.diff().view(batch, -1, num_heads)
+    num_layers = counts.shape[1]
+    bounds = offsets[::num_heads].tolist()  # of the layers in each row
+    layers = []
+    for layer in range(num_layers):
+        rows = range(layer, batch * num_layers, num_layers)
+        ends = counts[:, layer].flatten().cumsum(0, dtype=torch.int32)
+        layers.append(
+            (
+                torch.cat([indices[bounds[i] : bounds[i + 1]] for i in rows]),
+                functional.pad(ends, (1, 0)),
+            )
+        )
+    return layers
+
+
+def without_padding(kept: Kept, start: Tensor) -> Kept:
+    """Take padding out of what heads of nothing else have kept. Waits for the device.
+
+    Parameters
+    ----------
+    kept : Kept
+    start : Tensor [B] or [B, H], int32
+        Padding at the left of each row or head.
+
+    Returns
+    -------
+    Kept
+    """
+    device = kept.indices.device
+    start = start.to(device).view(len(start), -1, 1)
+    return Kept.from_mask(kept.mask() & (torch.arange(kept.shape[2], device=device) >= start))

@@ -32,7 +32,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from moekv import ops
-from moekv.budget import Kept
+from moekv.budget import Kept, split_layers, without_padding
 from moekv.cache import cached_pairs
 from moekv.layers import GrowingLayer, RaggedLayer
 from moekv.ops import ScoreKind
@@ -354,9 +354,9 @@ def _choose_over_layers(regrown: Sequence[Regrown], keep: Sequence[int], select:
     device = regrown[0].scores.device
     longest = max(each.scores.shape[2] for each in regrown)
     scores, starts = [], []
+    batch, num_heads, _ = regrown[0].scores.shape
     for each in regrown:
-        batch, num_heads, length = each.scores.shape
-        shift = longest - length
+        shift = longest - each.scores.shape[2]
         start = each.start
         if start is None:
             start = each.scores.new_zeros((batch, num_heads), dtype=torch.int32)
@@ -364,23 +364,13 @@ def _choose_over_layers(regrown: Sequence[Regrown], keep: Sequence[int], select:
         starts.append((start + shift).to(device))
     rows = [[n for each in regrown for n in each.lengths[b]] for b in range(len(keep))]
     totals = [min(sum(row), k * len(row)) for row, k in zip(rows, keep, strict=True)]
-    indices, offsets = select(torch.cat(scores, 1), torch.cat(starts, 1), totals)
-    bounds = offsets.tolist()
-    chosen, first = [], 0
-    for each in regrown:
-        batch, num_heads, length = each.scores.shape
-        parts, counts = [], []
-        for b in range(batch):
-            head = b * len(rows[b]) + first
-            parts.append(indices[bounds[head] : bounds[head + num_heads]] - (longest - length))
-            counts += [bounds[h + 1] - bounds[h] for h in range(head, head + num_heads)]
-        first += num_heads
-        ends = torch.tensor([0, *counts]).cumsum(0).int()
-        kept = Kept(
-            torch.cat(parts).to(each.scores.device),
-            ends.to(each.scores.device),
-            (batch, num_heads, length),
-        )
+    selected = select(torch.cat(scores, 1), torch.cat(starts, 1), totals)
+    chosen = []
+    layers = split_layers(selected, batch, num_heads)
+    for each, (indices, offsets) in zip(regrown, layers, strict=True):
+        length, device = each.scores.shape[2], each.scores.device
+        indices = (indices - (longest - length)).to(device)
+        kept = Kept(indices, offsets.to(device), (batch, num_heads, length))
         chosen.append(_real(kept, each))
     return chosen
 
@@ -389,8 +379,7 @@ def _real(kept: Kept, each: Regrown) -> Kept:
     """Leave padding out, which only heads without a single pair keep."""
     if each.start is None or all(n for row in each.lengths for n in row):
         return kept
-    places = torch.arange(each.scores.shape[2], device=each.start.device)
-    return Kept.from_mask(kept.mask() & (places >= each.start[..., None]))
+    return without_padding(kept, each.start)
 
 
 def recompress(cache: Cache, each: Regrown, kept: Kept, *, backend: str) -> Grown:

@@ -342,8 +342,7 @@ class MoERouterPress(ScorerPress):
             See ``moekv.view.ViewBuilder``; or an expert's scores are not [B, H, T].
         """
         rating = self._rate(module, hidden_states, keys, values, attentions, kwargs)
-        rating.layer.stats.observe(rating.seen)
-        rating.layer.router.update_history(rating.seen.hit_rates)
+        self._observe(rating)
         sinks, recent = self._protected(rating)
         return protect(rating.scores, rating.start, sinks=sinks, recent=recent)
 
@@ -563,7 +562,8 @@ class MoERouterPress(ScorerPress):
                 return [None] * len(ratings)
             chosen = self._select([r.scores for r in ratings], first, totals, budget=self._budget)
             if first.start is not None and not all(first.lengths):
-                chosen = without_padding(chosen, first.start)  # rows that are all padding, so far
+                # Rows that are all padding, so far.
+                chosen = [without_padding(kept, first.start) for kept in chosen]
             if self.context_length is not None:
                 chosen = [replace(kept, per_head=None) for kept in chosen]
             return list(chosen)

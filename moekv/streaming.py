@@ -128,7 +128,7 @@ class StreamingBudget:
             **self._protected,
         )
         if self._start is not None and not all(self._lengths):
-            chosen = without_padding(chosen, self._start)
+            chosen = [without_padding(kept, self._start) for kept in chosen]
         self._trim(self.layers[-1], chosen[-1])
         if last or sum(layer.size for layer in self.layers) > (1 + SLACK) * sum(budget):
             for trimmed, kept in zip(self.layers, chosen, strict=True):

@@ -98,7 +98,7 @@ def test_any_stream_ends_where_one_selection_does(
     expected = DynamicCache()
     chosen = select(scores, start, totals, budget="model", **protected)
     if start is not None:
-        chosen = without_padding(chosen, start)
+        chosen = [without_padding(kept, start) for kept in chosen]
     cache = DynamicCache()
     stream = StreamingBudget(
         cache, num_layers=num_layers, totals=totals, lengths=lengths, start=start, **protected
