@@ -92,17 +92,17 @@ def _status(key: str) -> int:
     raise KeyError(key)
 
 
-def resident_bytes() -> int:
-    """Memory of the process that is resident now (Linux)."""
+def settled_bytes() -> int:
+    """Resident bytes of the process once all freed memory has gone back (Linux)."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     return _status("VmRSS")
 
 
 def peak_extra_bytes(function: Callable[[], object]) -> int:
     """Memory of the process at its highest during a call, beyond what it had before (Linux)."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    before = settled_bytes()
     Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to the present
-    before = resident_bytes()
     result = function()
     peak = _status("VmHWM")
     del result

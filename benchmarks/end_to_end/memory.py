@@ -11,8 +11,6 @@ any method the same activations included.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +20,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from benchmarks.measure import RESULTS, peak_extra_bytes, resident_bytes, write_results
+from benchmarks.measure import RESULTS, peak_extra_bytes, settled_bytes, write_results
 from moekv import MoERouterPress, prefill_in_chunks
 
 from .decode import FULL, METHODS, RATIO, cache_bytes, load, random_ids
@@ -87,13 +85,6 @@ def measure(model: PreTrainedModel, length: int, name: str) -> dict[str, Any]:
         "rss_after": after,
         "rss_peak_extra": peak,
     }
-
-
-def settled_bytes() -> int:
-    """Resident bytes of the process once all freed memory has gone back."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    return resident_bytes()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

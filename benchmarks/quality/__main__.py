@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import logging
 import os
 import platform
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moekv import ops
+from benchmarks.measure import environment
 from moekv.models import DEFAULT_MODEL, load_model
 
 from .presses import (
@@ -93,19 +91,12 @@ def _write_meta(path: Path, model: Any, args: argparse.Namespace) -> None:
     SystemExit
         The results file is of another model or seed.
     """
-    head = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    git = subprocess.run(head, capture_output=True, text=True)
-    meta = {
+    meta = environment() | {
         "model": args.model,
         "dtype": str(model.dtype).removeprefix("torch."),
         "seed": args.seed,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, device {model.device}",
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("torch", "transformers", "kvpress")
-        },
-        "capability": ops.cpu_capability(),
         "threads": torch.get_num_threads(),
-        "commit": git.stdout.strip() or "unknown",
     }
     if path.exists():
         before = json.loads(path.read_text())
