@@ -116,4 +116,15 @@ struct RaggedAttentionParams {
   DType dtype;
 };
 
+// What a backend, or one instruction set of it, computes the ops with.
+struct Kernels {
+  void (*gating_topk)(const GatingTopkParams&);
+  void (*expert_scores)(const ExpertScoresParams&);
+  void (*project_tokens)(const ProjectTokensParams&);
+  void (*mix_scores)(const MixScoresParams&);
+  void (*select_kept)(const SelectKeptParams&);
+  void (*kv_compact)(const KvCompactParams&);
+  void (*ragged_attention)(const RaggedAttentionParams&);
+};
+
 }  // namespace moekv

@@ -6,10 +6,11 @@
 #include <cstdio>
 #include <cstring>
 
+#include "../../csrc/cpu/kernels.h"
 #include "workloads.h"
 
 extern "C" __attribute__((noinline)) void moekv_counted(const moekv::bench::Workload& workload,
-                                                        const moekv::cpu::Kernels& kernels) {
+                                                        const moekv::Kernels& kernels) {
   workload.run(kernels);
 }
 
@@ -21,7 +22,7 @@ int main(int argc, char** argv) {
   std::printf("GCC %s", __VERSION__);
 #endif
   std::printf(", glibc %s\n", gnu_get_libc_version());
-  const moekv::cpu::Kernels* kernels = nullptr;
+  const moekv::Kernels* kernels = nullptr;
   if (argc == 2 && std::strcmp(argv[1], "default") == 0) {
     kernels = &moekv::cpu::isa_default::kernels;
   }

@@ -8,15 +8,9 @@
 #include <string>
 #include <vector>
 
-#ifdef MOEKV_CUDA
-#include "kernels_cuda.h"
-#else
-#include "../../csrc/cpu/kernels.h"
-#endif
+#include "../../csrc/params.h"
 
 namespace moekv::bench {
-
-using Kernels = MOEKV_BACKEND::Kernels;
 
 // Memory that host and kernels see, aligned as torch's; throws std::bad_alloc.
 void* allocate(size_t bytes);

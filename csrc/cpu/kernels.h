@@ -10,16 +10,6 @@
 
 namespace moekv::cpu {
 
-struct Kernels {
-  void (*gating_topk)(const GatingTopkParams&);
-  void (*expert_scores)(const ExpertScoresParams&);
-  void (*project_tokens)(const ProjectTokensParams&);
-  void (*mix_scores)(const MixScoresParams&);
-  void (*select_kept)(const SelectKeptParams&);
-  void (*kv_compact)(const KvCompactParams&);
-  void (*ragged_attention)(const RaggedAttentionParams&);
-};
-
 namespace isa_default {
 extern const Kernels kernels;
 }
