@@ -5,8 +5,7 @@
 
 Everything of one length is measured in one process, in turns: whole tokens of the model, then the
 attention of all its layers alone. A context is prefilled once and recalled for every method. The
-attention is checked before it is timed. `python -m benchmarks.end_to_end.report` makes tables of
-the results.
+attention is checked before it is timed.
 """
 
 from __future__ import annotations
