@@ -9,7 +9,9 @@ token by token, to experts that look at what the prefill itself shows.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -258,5 +260,6 @@ def shipped_router(model: PreTrainedModel) -> CalibratedRouter | None:
 
 @functools.lru_cache(maxsize=2)
 def _load(folder: Path) -> CalibratedRouter:
-    router: CalibratedRouter = CalibratedRouter.from_pretrained(folder)
+    with contextlib.redirect_stdout(io.StringIO()):  # the mixin prints what it reads from
+        router: CalibratedRouter = CalibratedRouter.from_pretrained(folder)
     return router

@@ -102,9 +102,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--context-tokens", type=_positive, metavar="N", help="read the text's first N tokens only")
     add("--max-new-tokens", type=_positive, default=24, metavar="N", help="default: %(default)s")
-    add("--num-experts", type=_positive, default=4, metavar="N", help="default: %(default)s")
-    add("--top-k", type=_positive, default=2, metavar="K", help="default: %(default)s")
-    add("--router", default="pikv", metavar="TYPE", help="default: %(default)s")
+    add("--num-experts", type=_positive, metavar="N", help="default: what the press takes")
+    add("--top-k", type=_positive, metavar="K", help="default: what the press takes")
+    add("--router", metavar="TYPE", help="default: what the press takes")
     add("--budget", default="auto", help="auto, uniform, head or model (default: %(default)s)")
     add("--backend", default="auto", help="auto, cpu, cuda or torch (default: %(default)s)")
     add("--device", help="where the model runs (default: the GPU if there is one)")
@@ -477,7 +477,8 @@ def router_table(result: Result) -> Table:
     layers = result.stats["layer_stats"]
     names = list(layers[min(layers)]["router_stats"]["expert_usage_ratios"])
     table = Table(
-        title=f"What the router chose at {_title(result.ratio)} (share of its choices)",
+        title=f"What the router chose at {_title(result.ratio)} (share of its choices); "
+        f"it is {result.stats['router']}",
         title_justify="left",
         title_style="bold",
         padding=0,

@@ -365,7 +365,7 @@ def test_padded_rows_equal_single_ones(budget: str) -> None:
 
 
 def test_a_router_finds_its_model_by_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, other = tiny_model(), tiny_model("llama_mha")
     random_router(model).save_pretrained(tmp_path / model_fingerprint(model))
@@ -376,6 +376,7 @@ def test_a_router_finds_its_model_by_itself(
         with press(each):
             prefill(each, tokens(1, 60))
         names[each] = press.get_stats()["router"]
+    assert capsys.readouterr().out == ""
     assert names[model] == "calibrated for a tiny model"
     assert names[other] == "pikv, not calibrated"
     for options in ({"num_experts": 4}, {"router_type": "base"}, {"policy": "dominant"}):
