@@ -4,8 +4,10 @@
     python -m benchmarks.end_to_end.decode --model llama-shape --lengths 8192 32768
 
 Everything of one length is measured in one process, in turns: whole tokens of the model, then the
-attention of all its layers alone. A context is prefilled once and recalled for every method. The
-attention is checked before it is timed.
+attention of all its layers alone. A context is prefilled once and recalled for every method, or
+with `--random-context` its keys, values and hidden states are random numbers. The attention is
+checked before it is timed. `python -m benchmarks.end_to_end.report` makes tables of
+the results.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.measure import RESULTS, interleave, write_results
-from benchmarks.quality.replay import record, replay
+from benchmarks.quality.replay import LayerTape, Recording, record, replay
 from moekv import MoERouterPress, ragged
 from moekv.attention import attend
 from moekv.layers import GrowingLayer, RaggedLayer, storage_bytes
@@ -72,6 +74,23 @@ def random_ids(model: PreTrainedModel, length: int) -> Tensor:
     """Token ids [1, length] that depend on the length alone."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(5, model.config.vocab_size, (1, length), generator=generator)
+
+
+def random_context(model: PreTrainedModel, length: int) -> Recording:
+    """Make up what a prefill would have computed."""
+    config, module = model.config, model.model.layers[0].self_attn
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(1, *shape, generator=generator).to(model.dtype)
+
+    hidden = random(length, config.hidden_size)
+    heads = config.num_key_value_heads, length, module.head_dim
+    layers = [
+        LayerTape(random(*heads), random(*heads), hidden, hidden)
+        for _ in range(config.num_hidden_layers)
+    ]
+    return Recording(random_ids(model, length), layers)
 
 
 def cache_bytes(cache: Cache) -> int:
@@ -180,16 +199,20 @@ def _check_ragged(query: Tensor, layer: RaggedLayer, output: Tensor, scaling: fl
 
 @torch.no_grad()
 def measure(
-    model: PreTrainedModel, length: int, methods: Sequence[str], seconds: float, steps: int
+    model: PreTrainedModel,
+    recording: Recording,
+    methods: Sequence[str],
+    *,
+    seconds: float,
+    steps: int,
 ) -> list[dict[str, Any]]:
-    """One row per method for a whole token, and per way to attend."""
-    recording = record(model, random_ids(model, length))
+    """One row per method for a whole token behind a context, and per way to attend to it."""
+    length = recording.input_ids.shape[1]
     decoders, sizes = {}, {}
     for name in methods:
         cache = replay(model, recording, METHODS[name]())
         sizes[name] = cache_bytes(cache)
         decoders[name] = Decoder(model, cache, length)
-    del recording
     gc.collect()
     times = interleave(decoders, seconds=seconds, least=steps, most=10 * steps)
     rows = [
@@ -213,6 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD"
     )
+    parser.add_argument("--random-context", action="store_true", help="do not prefill")
     parser.add_argument("--seconds", type=float, default=5.0, help="of timing for each method")
     parser.add_argument("--steps", type=int, default=12, help="timed steps at least")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -222,7 +246,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, rows = load(args.model), []
     common = {"model": args.model, "threads": args.threads, "ratio": RATIO}
     for length in args.lengths:
-        measured = measure(model, length, args.methods, args.seconds, args.steps)
+        if args.random_context:
+            recording = random_context(model, length)
+        else:
+            recording = record(model, random_ids(model, length))
+        measured = measure(model, recording, args.methods, seconds=args.seconds, steps=args.steps)
         rows += [common | row for row in measured]
         for row in measured:
             first, median, third = (1e3 * x for x in row["wall_s"])

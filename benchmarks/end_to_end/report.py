@@ -1,0 +1,131 @@
+"""Write the tables of docs/memory.md from benchmarks/results, or check that they are up to date.
+
+    python -m benchmarks.end_to_end.report [--check]
+
+A table stands between `<!-- decode-smollm2 token -->` and `<!-- end -->`: a file of results, and
+which of its rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benchmarks.measure import RESULTS, ROOT
+
+PAGE = ROOT / "docs" / "memory.md"
+_COMMAND = "python -m benchmarks.end_to_end.report"
+_BLOCK = re.compile(r"(<!-- (\S+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Rows = list[dict[str, Any]]
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.1f}"
+
+
+def _memory(rows: Rows) -> list[list[str]]:
+    table = [
+        [
+            *("context", "method", "cache, MiB", "of the full one", "its peak, MiB"),
+            *("resident, MiB, before", "after", "at the peak"),
+        ]
+    ]
+    for row in rows:
+        full = next(r for r in rows if r["length"] == row["length"])  # measured first
+        before = row["rss_before"]
+        table.append(
+            [
+                f"{row['length']:,}",
+                row["method"],
+                _mib(row["cache_bytes"]),
+                f"{row['cache_bytes'] / full['cache_bytes']:.1%}",
+                _mib(row["cache_peak_bytes"]),
+                _mib(before),
+                f"+{_mib(row['rss_after'] - before)}",
+                f"+{_mib(row['rss_peak_extra'])}",
+            ]
+        )
+    return table
+
+
+def _times(rows: Rows, head: list[str], cells: Callable[[dict[str, Any]], list[str]]) -> Any:
+    """Median and quartiles of each method, and how much faster it is than the first."""
+    fast = ["ms by the clock", "quartiles", "ms of the processor", "times as fast"]
+    table = [["context", "method", *head, *fast]]
+    for row in rows:
+        full = next(r for r in rows if r["length"] == row["length"])
+        first, median, third = (1e3 * x for x in row["wall_s"])
+        table.append(
+            [
+                f"{row['length']:,}",
+                row["method"],
+                *cells(row),
+                f"{median:.1f}",
+                f"{first:.1f} to {third:.1f}",
+                f"{1e3 * row['cpu_s'][1]:.1f}",
+                f"{full['wall_s'][1] / row['wall_s'][1]:.2f}",
+            ]
+        )
+    return table
+
+
+def _token(rows: Rows) -> list[list[str]]:
+    rows = [row for row in rows if row["step"] == "token"]
+    return _times(rows, ["cache, MiB"], lambda row: [_mib(row["cache_bytes"])])
+
+
+def _attention(rows: Rows) -> list[list[str]]:
+    return _times([row for row in rows if row["step"] == "attention"], [], lambda row: [])
+
+
+TABLES: dict[str, Callable[[Rows], list[list[str]]]] = {
+    "memory": _memory,
+    "token": _token,
+    "attention": _attention,
+}
+
+
+def render(results: dict[str, Any], kind: str) -> str:
+    """One table in markdown, and where it was measured."""
+    head, *body = TABLES[kind](results["rows"])
+    lines = [head, ["---"] * 2 + ["---:"] * (len(head) - 2), *body]
+    where, threads = results["environment"], results["rows"][0]["threads"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    about = (
+        f"`{results['command']}` on {where['cpu']} ({where['capability']}), {threads} "
+        f"thread{'s' if threads > 1 else ''}, {versions}, commit {where['commit']}."
+    )
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{table}\n\n{about}\n"
+
+
+def update(page: str) -> str:
+    """Fill in the tables of a page."""
+
+    def fill(block: re.Match[str]) -> str:
+        results = json.loads((RESULTS / f"{block[2]}.json").read_text())
+        return f"{block[1]}{render(results, block[3])}{block[4]}"
+
+    return _BLOCK.sub(fill, page)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the tables, or say that they are not those of the results."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if out of date")
+    args = parser.parse_args(arguments)
+    page = PAGE.read_text()
+    updated = update(page)
+    if not args.check:
+        PAGE.write_text(updated)
+    elif page != updated:
+        sys.exit(f"{PAGE.relative_to(ROOT)} is not up to date: run `{_COMMAND}`")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The benchmarks of decoding and memory, on a model that takes no time, and what they report."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from transformers import PreTrainedModel
+
+from benchmarks.end_to_end import decode, memory, report
+from benchmarks.measure import RESULTS
+
+LENGTH = 80
+
+
+def measure(model: PreTrainedModel, context: Any = decode.random_context) -> list[dict[str, Any]]:
+    recording = context(model, LENGTH)
+    return decode.measure(model, recording, list(decode.METHODS), seconds=0.01, steps=2)
+
+
+@pytest.mark.parametrize("prefilled", [False, True])
+def test_decode_measures_every_method_and_the_attention_alone(prefilled: bool) -> None:
+    model = tiny_model()
+    if prefilled:
+        rows = measure(model, lambda m, n: decode.record(m, decode.random_ids(m, n)))
+    else:
+        rows = measure(model)
+    sizes = {row["method"]: row["cache_bytes"] for row in rows if row["step"] == "token"}
+    config = model.config
+    full = 2 * 2 * config.num_key_value_heads * LENGTH * 16 * 4  # K and V, layers, ..., fp32
+    assert sizes.pop(decode.FULL) == sizes.pop("kvpress AdaKV(KeyDiff), masked") == full
+    assert set(sizes.values()) == {full // 4}
+    attention = [row for row in rows if row["step"] == "attention"]
+    assert len(attention) == 5 and all(row["calls"] >= 2 for row in rows)
+    # Every decoder has appended to its own cache, at its own position, and left no mask behind.
+    assert not any(getattr(m, "masked_key_indices", None) for m in model.modules())
+
+
+def test_attention_is_checked_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = decode.attend
+    monkeypatch.setattr(decode, "attend", lambda *a, **k: attend(*a, **k) * 1.1)
+    with pytest.raises(AssertionError, match="not close"):
+        measure(tiny_model())
+
+
+def test_a_decoder_feeds_tokens_at_their_true_positions() -> None:
+    model, cache = tiny_model(), decode.DynamicCache()
+    ids = decode.random_ids(model, LENGTH)
+    with torch.no_grad():
+        model.model(ids, past_key_values=cache)
+        decoder = decode.Decoder(model, cache, LENGTH)
+        decoder(), decoder()
+        expected = decode.DynamicCache()
+        model.model(torch.cat([ids, torch.full((1, 2), 7)], dim=1), past_key_values=expected)
+    torch.testing.assert_close(cache.layers[1].keys, expected.layers[1].keys)
+
+
+def test_memory_counts_storages_and_sees_the_peak() -> None:
+    model = tiny_model()
+    rows = {name: memory.measure(model, LENGTH, name) for name in memory.PRESSES}
+    full = rows[decode.FULL]["cache_bytes"]
+    for name, row in rows.items():
+        masked = name in (decode.FULL, "kvpress AdaKV(KeyDiff), masked")
+        assert row["cache_bytes"] == (full if masked else full // 4), name
+        assert full >= row["cache_peak_bytes"] >= row["cache_bytes"]
+        assert row["rss_before"] > 0 and row["rss_peak_extra"] >= 0
+    assert rows[decode.RAGGED]["cache_peak_bytes"] == full
+    assert not any(layer.self_attn._forward_hooks for layer in model.model.layers)
+
+
+def results(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    environment = {
+        "cpu": "a CPU",
+        "capability": "avx2",
+        "versions": {"torch": "2.13"},
+        "commit": "0123456789",
+    }
+    return {"command": "python -m x", "environment": environment, "rows": rows}
+
+
+def test_tables_say_what_the_results_say() -> None:
+    row = {"length": 8192, "threads": 2, "step": "token", "cpu_s": [0.1, 0.15, 0.2]}
+    full = row | {"method": "full", "cache_bytes": 4 << 20, "wall_s": [0.18, 0.2, 0.21]}
+    fast = row | {"method": "fast", "cache_bytes": 1 << 20, "wall_s": [0.039, 0.04, 0.05]}
+    attention = row | {"step": "attention", "method": "op", "wall_s": [0.001, 0.001, 0.001]}
+    given = results([full, fast, attention])
+    lines = report.render(given, "token").splitlines()
+    assert lines[2] == "| 8,192 | full | 4.0 | 200.0 | 180.0 to 210.0 | 150.0 | 1.00 |"
+    assert lines[3] == "| 8,192 | fast | 1.0 | 40.0 | 39.0 to 50.0 | 150.0 | 5.00 |"
+    assert lines[5].startswith("`python -m x` on a CPU (avx2), 2 threads, torch 2.13, commit 0123")
+    assert report.render(given, "attention").splitlines()[2].startswith("| 8,192 | op | 1.0 |")
+    before, after, peak = 100 << 20, 101 << 20, 3 << 20
+    sizes = {"rss_before": before, "rss_after": after, "rss_peak_extra": peak}
+    held = {"cache_peak_bytes": 2 << 20}
+    given = results([full | sizes | held, fast | sizes | held])
+    assert report.render(given, "memory").splitlines()[3] == (
+        "| 8,192 | fast | 1.0 | 25.0% | 2.0 | 100.0 | +1.0 | +3.0 |"
+    )
+
+
+def test_the_tables_of_the_page_are_those_of_the_results() -> None:
+    page = report.PAGE.read_text()
+    assert report.update(page) == page, "run `python -m benchmarks.end_to_end.report`"
+    blocks = report._BLOCK.findall(page)
+    assert len(blocks) == page.count("<!-- end -->") >= 4
+    for _, name, _, _ in blocks:
+        assert json.loads((RESULTS / f"{name}.json").read_text())["environment"]["commit"]
