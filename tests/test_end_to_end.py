@@ -83,11 +83,14 @@ def test_tables_say_what_the_results_say() -> None:
     row = {"length": 8192, "threads": 2, "step": "token", "cpu_s": [0.1, 0.15, 0.2]}
     full = row | {"method": "full", "cache_bytes": 4 << 20, "wall_s": [0.18, 0.2, 0.21]}
     fast = row | {"method": "fast", "cache_bytes": 1 << 20, "wall_s": [0.039, 0.04, 0.05]}
+    fast["cpu_s"] = [0.04, 0.05, 0.06]
     attention = row | {"step": "attention", "method": "op", "wall_s": [0.001, 0.001, 0.001]}
     given = results([full, fast, attention])
     lines = report.render(given, "token").splitlines()
-    assert lines[2] == "| 8,192 | full | 4.0 | 200.0 | 180.0 to 210.0 | 150.0 | 1.00 |"
-    assert lines[3] == "| 8,192 | fast | 1.0 | 40.0 | 39.0 to 50.0 | 150.0 | 5.00 |"
+    times = "200.0 | 180.0 to 210.0 | 1.00 | 150.0 | 1.00"
+    assert lines[2] == f"| 8,192 | full | 4.0 | {times} |"
+    times = "40.0 | 39.0 to 50.0 | 5.00 | 50.0 | 3.00"
+    assert lines[3] == f"| 8,192 | fast | 1.0 | {times} |"
     assert lines[5].startswith("`python -m x` on a CPU (avx2), 2 threads, torch 2.13, commit 0123")
     assert report.render(given, "attention").splitlines()[2].startswith("| 8,192 | op | 1.0 |")
     before, after, peak = 100 << 20, 101 << 20, 3 << 20

@@ -243,6 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON (default: benchmarks/results/decode-MODEL)")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
+    given = shlex.join(sys.argv[1:] if arguments is None else arguments)
+    out = args.out or RESULTS / f"decode-{args.model}.json"
     model, rows = load(args.model), []
     common = {"model": args.model, "threads": args.threads, "ratio": RATIO}
     for length in args.lengths:
@@ -252,17 +254,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             recording = record(model, random_ids(model, length))
         measured = measure(model, recording, args.methods, seconds=args.seconds, steps=args.steps)
         rows += [common | row for row in measured]
+        write_results(out, f"python -m benchmarks.end_to_end.decode {given}".strip(), rows)
         for row in measured:
             first, median, third = (1e3 * x for x in row["wall_s"])
             size = f"{row['cache_bytes'] / 2**20:9.1f} MiB" if "cache_bytes" in row else " " * 13
             print(
-                f"{length:6,} {row['step']:9} {row['method']:36} {size} "
-                f"{median:8.2f} ms ({first:.2f} to {third:.2f})",
+                f"{length:6,} {row['step']:9} {row['method']:36} {size} {median:8.2f} ms "
+                f"({first:.2f} to {third:.2f}), processor {1e3 * row['cpu_s'][1]:8.2f} ms",
                 flush=True,
             )
-    out = args.out or RESULTS / f"decode-{args.model}.json"
-    given = shlex.join(sys.argv[1:] if arguments is None else arguments)
-    write_results(out, f"python -m benchmarks.end_to_end.decode {given}".strip(), rows)
     print(f"written to {out}")
 
 
