@@ -44,8 +44,8 @@ METHODS: dict[str, Callable[[], Any]] = {
     PEER_UNIFORM: lambda: KeyDiffPress(RATIO),
     "kvpress AdaKV(KeyDiff), masked": lambda: AdaKVPress(KeyDiffPress(RATIO)),
     "moekv.ragged(AdaKV(KeyDiff))": lambda: ragged(AdaKVPress(KeyDiffPress(RATIO))),
-    UNIFORM: lambda: MoERouterPress(RATIO),
-    RAGGED: lambda: MoERouterPress(RATIO, budget="model"),
+    UNIFORM: lambda: MoERouterPress(RATIO, budget="uniform", router=None),
+    RAGGED: lambda: MoERouterPress(RATIO, budget="model", router=None),
 }
 
 

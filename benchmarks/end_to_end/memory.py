@@ -30,7 +30,7 @@ CHUNK_SIZE = 512
 CHUNKS = f"moekv, budget=model, chunks of {CHUNK_SIZE}"
 
 PRESSES: dict[str, Callable[[], Any]] = METHODS | {
-    STREAMING: lambda: MoERouterPress(RATIO, budget="model", streaming=True),
+    STREAMING: lambda: MoERouterPress(RATIO, budget="model", streaming=True, router=None),
     CHUNKS: lambda: MoERouterPress(RATIO, budget="model", router=None),
 }
 
