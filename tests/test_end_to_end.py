@@ -29,6 +29,7 @@ def test_decode_measures_every_method_and_the_attention_alone(prefilled: bool) -
     sizes = {row["method"]: row["cache_bytes"] for row in rows if row["step"] == "token"}
     config = model.config
     full = 2 * 2 * config.num_key_value_heads * LENGTH * 16 * 4  # K and V, layers, ..., fp32
+    assert sizes.pop(decode.FLOOR) == full * 16 // LENGTH
     assert sizes.pop(decode.FULL) == sizes.pop("kvpress AdaKV(KeyDiff), masked") == full
     assert set(sizes.values()) == {full // 4}
     attention = [row for row in rows if row["step"] == "attention"]

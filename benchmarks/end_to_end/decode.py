@@ -38,6 +38,7 @@ from moekv.models import load_model
 RATIO = 0.75
 FULL, UNIFORM, RAGGED = "full cache", "moekv, uniform", "moekv, budget=model"
 PEER_UNIFORM = "kvpress KeyDiff, uniform"
+FLOOR = "16 tokens of context"  # the model alone, which no cache makes faster
 
 METHODS: dict[str, Callable[[], Any]] = {
     FULL: lambda: None,
@@ -213,12 +214,14 @@ def measure(
         cache = replay(model, recording, METHODS[name]())
         sizes[name] = cache_bytes(cache)
         decoders[name] = Decoder(model, cache, length)
+    short = replay(model, random_context(model, 16), None)
+    sizes[FLOOR], decoders[FLOOR] = cache_bytes(short), Decoder(model, short, length)
     gc.collect()
     times = interleave(decoders, seconds=seconds, least=steps, most=10 * steps)
     rows = [
         {"length": length, "step": "token", "method": name, "cache_bytes": sizes[name]}
         | times[name].summary()
-        for name in methods
+        for name in decoders
     ]
     caches = {name: decoder.cache for name, decoder in decoders.items()}
     if {FULL, PEER_UNIFORM, UNIFORM, RAGGED} <= set(methods):
