@@ -58,10 +58,11 @@ inline Vec load_tile(const T* logits, int64_t stride, int64_t num_experts, float
   return highest;
 }
 
-// The N highest ratings of each token in descending order, ties to the lower expert. ratings:
-// [num_experts, kTileTokens], -inf: not to be chosen.
+// The N highest ratings of each token in descending order, ties to the lower expert, and whose they
+// are. ratings: [num_experts, kTileTokens], -inf: not to be chosen.
 template <int N>
-inline void highest_rated(const float* ratings, int64_t num_experts, float* chosen) {
+inline void highest_rated(const float* ratings, int64_t num_experts, float* chosen,
+                          float* highest) {
   Vec best[N], expert[N];
   for (int j = 0; j < N; ++j) {
     best[j] = Vec::set(-__builtin_inff());
@@ -80,22 +81,27 @@ inline void highest_rated(const float* ratings, int64_t num_experts, float* chos
     best[0] = max(best[0], rating);
     expert[0] = select(above[0], id, expert[0]);
   }
-  for (int j = 0; j < N; ++j) expert[j].store(chosen + j * kTileTokens);
+  for (int j = 0; j < N; ++j) {
+    expert[j].store(chosen + j * kTileTokens);
+    best[j].store(highest + j * kTileTokens);
+  }
 }
 
-// chosen: [k, kTileTokens] experts. Overwrites the ratings if k > kRoundExperts.
-inline void choose(float* ratings, int64_t num_experts, int64_t k, float* chosen) {
+// chosen, highest: [k, kTileTokens] experts and their ratings. Overwrites the ratings if k >
+// kRoundExperts.
+inline void choose(float* ratings, int64_t num_experts, int64_t k, float* chosen, float* highest) {
   for (int64_t done = 0; done < k; done += kRoundExperts) {
     float* round = chosen + done * kTileTokens;
+    float* rated = highest + done * kTileTokens;
     switch (k - done) {
       case 1:
-        return highest_rated<1>(ratings, num_experts, round);
+        return highest_rated<1>(ratings, num_experts, round, rated);
       case 2:
-        return highest_rated<2>(ratings, num_experts, round);
+        return highest_rated<2>(ratings, num_experts, round, rated);
       case 3:
-        return highest_rated<3>(ratings, num_experts, round);
+        return highest_rated<3>(ratings, num_experts, round, rated);
       default:
-        highest_rated<kRoundExperts>(ratings, num_experts, round);
+        highest_rated<kRoundExperts>(ratings, num_experts, round, rated);
     }
     if (done + kRoundExperts == k) return;
     for (int i = 0; i < kRoundExperts * kTileTokens; ++i) {
@@ -111,6 +117,8 @@ inline void gating_block(const GatingTopkParams& p, int64_t begin, int64_t end, 
   alignas(64) float probs[kMaxExperts * kTileTokens];
   alignas(64) float biased[kMaxExperts * kTileTokens];
   alignas(64) float chosen[kMaxExperts * kTileTokens];
+  alignas(64) float weights[kMaxExperts * kTileTokens];
+  alignas(64) float parts[kMaxExperts * kTileTokens];
   alignas(64) float sums[kMaxExperts * kTileTokens];
   alignas(64) T padded[kMaxExperts * kTileTokens];
   const int64_t num_experts = p.num_experts, k = p.k;
@@ -138,9 +146,12 @@ inline void gating_block(const GatingTopkParams& p, int64_t begin, int64_t end, 
 
     bool real[kTileTokens];
     float share[kTileTokens];  // 1 for a real token, else 0
+    float extents[kTileTokens];
     for (int i = 0; i < kTileTokens; ++i) {
       real[i] = i < count && (!p.mask || p.mask[token + i]);
       share[i] = real[i] ? 1.0f : 0.0f;
+      extents[i] =
+          static_cast<float>(k) * (p.importance && i < count ? p.importance[token + i] : 1);
     }
 
     // Below e^-104 there is nothing. Where no logit is finite, z - highest is NaN, max gives its
@@ -175,30 +186,40 @@ inline void gating_block(const GatingTopkParams& p, int64_t begin, int64_t end, 
         max(Vec::load(probs + e * kTileTokens) + bias, lowest).store(biased + e * kTileTokens);
       }
     }
-    choose(ratings, num_experts, k, chosen);
+    choose(ratings, num_experts, k, chosen, weights);
+    if (separate_ratings) {
+      for (int64_t i = 0; i < k * kTileTokens; ++i) {
+        weights[i] = probs[static_cast<int64_t>(chosen[i]) * kTileTokens + i % kTileTokens];
+      }
+    }
+    // How much of each slot counts: all of it, or as much as the token's importance reaches.
+    const Vec extent = Vec::load(extents), zero = Vec::set(0.0f), one = Vec::set(1.0f);
+    Vec sum = zero, slots = zero;
+    for (int64_t j = 0; j < k; ++j) {
+      // In this order of operands a NaN counts nothing.
+      const Vec reach = min(max(extent - Vec::set(static_cast<float>(j)), zero), one);
+      const Vec part = j == 0 ? one : reach;
+      const Vec weight = Vec::load(weights + j * kTileTokens) * part;
+      part.store(parts + j * kTileTokens);
+      weight.store(weights + j * kTileTokens);
+      sum = sum + weight;
+      slots = slots + part;
+    }
+    const Vec uniform = Vec::load(share) / slots;
+    for (int64_t j = 0; j < k; ++j) {
+      const Vec weight = Vec::load(weights + j * kTileTokens);
+      const Vec part = Vec::load(parts + j * kTileTokens);
+      select(sum > zero, weight / sum, uniform * part).store(weights + j * kTileTokens);
+    }
 
     for (int64_t i = 0; i < count; ++i) {
-      float* weights = p.weights + (token + i) * k;
-      int32_t* experts = p.experts + (token + i) * k;
-      const float extent = p.importance ? static_cast<float>(k) * p.importance[token + i] : 0.0f;
-      const auto counts = [&](int64_t slot) {
-        if (!p.importance || slot == 0) return 1.0f;
-        const float part = extent - static_cast<float>(slot);
-        return part > 0.0f ? (part < 1.0f ? part : 1.0f) : 0.0f;  // NaN counts nothing
-      };
-      float sum = 0.0f, slots = 0.0f;
+      float* token_weights = p.weights + (token + i) * k;
+      int32_t* token_experts = p.experts + (token + i) * k;
       for (int64_t j = 0; j < k; ++j) {
         const auto expert = static_cast<int32_t>(real[i] ? chosen[j * kTileTokens + i] : j);
-        const float count = counts(j);
-        experts[j] = expert;
-        weights[j] = probs[expert * kTileTokens + i] * count;
-        sum += weights[j];
-        slots += count;
-        load[expert] += real[i] && count > 0.0f;
-      }
-      const float uniform = real[i] ? 1.0f / slots : 0.0f;
-      for (int64_t j = 0; j < k; ++j) {
-        weights[j] = sum > 0 ? weights[j] / sum : uniform * counts(j);
+        token_experts[j] = expert;
+        token_weights[j] = weights[j * kTileTokens + i];
+        load[expert] += real[i] && parts[j * kTileTokens + i] > 0.0f;
       }
     }
   }
