@@ -50,7 +50,9 @@ def _bounded(scores: Tensor, real: Tensor) -> Tensor:
     return torch.where(scores == -torch.inf, low - step, scores)
 
 
-def common_scale(experts: Sequence[Expert], scores: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+def common_scale(
+    experts: Sequence[Expert], scores: Tensor, real: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Find the affine maps that bring every head's scores to mean 0 and standard deviation 1.
 
     Without calibration nothing is known of what a score is worth, so that its spread over the real
@@ -61,19 +63,25 @@ def common_scale(experts: Sequence[Expert], scores: Tensor, real: Tensor) -> tup
     ----------
     experts : sequence of E Expert
     scores : Tensor [E, B, H, T], float32
-    real : Tensor [B, T], bool
+    real : Tensor [B, T], bool, or None
+        None: all pairs are real.
 
     Returns
     -------
     gain, offset : Tensor [E, B, H], float32
         As ``moekv.ops.mix_scores`` takes them.
     """
-    counted = scores.isfinite() & real[:, None]
+    counting = scores.nan_to_num(0.0, 0.0, 0.0)
+    counted = counting == scores
+    if real is not None:
+        counted &= real[:, None]
+        counting = counting.where(counted, 0.0)
     number = counted.sum(-1).clamp(min=1)
-    counting = scores.where(counted, 0.0)
     mean = counting.sum(-1) / number
-    deviation = (counting - mean[..., None]).where(counted, 0.0)
-    std = (deviation.square().sum(-1) / number).sqrt()
+    # What does not count deviates by the mean.
+    square = (counting - mean[..., None]).square_().sum(-1)
+    square -= (scores.shape[-1] - number) * mean.square()
+    std = (square.clamp(min=0) / number).sqrt()
     # Equal numbers differ from their rounded mean by less than this.
     noise = 1e-6 * counting.abs().amax(-1)
     gain = torch.where(std > noise, 1 / std, 0.0)

@@ -473,7 +473,8 @@ class MoERouterPress(ScorerPress):
             chosen = torch.arange(num_experts, dtype=torch.int32, device=scores.device)
             chosen = chosen.expand(batch, num_keys, -1).contiguous()
         if self._calibrated is None:
-            gain, offset = common_scale(experts, scores, view.real)
+            real = None if view.start is None else view.real
+            gain, offset = common_scale(experts, scores, real)
         else:
             index: int = view.module.layer_idx  # type: ignore[assignment]
             gain, offset = (
