@@ -13,7 +13,7 @@ from transformers.cache_utils import (
 )
 
 from moekv.budget import Kept
-from moekv.layers import GrowingLayer, RaggedLayer, storage_bytes
+from moekv.layers import GrowingLayer, RaggedLayer, compressed, storage_bytes
 from moekv.static import CompactStaticLayer
 
 
@@ -93,12 +93,7 @@ def evict(cache: Cache, index: int, kept: Kept, *, backend: str) -> tuple[int, i
         layer's old tensors; these stay as they were.
     """
     keys, values = cached_pairs(cache.layers[index])
-    layer = (
-        RaggedLayer.compress(keys, values, kept, backend=backend)
-        if kept.per_head is None
-        else GrowingLayer.compress(keys, values, kept, backend=backend)
-    )
-    cache.layers[index] = layer
+    layer = cache.layers[index] = compressed(keys, values, kept, backend=backend)
     return storage_bytes(keys, values), layer.nbytes
 
 

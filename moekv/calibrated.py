@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -55,10 +56,13 @@ def places(lengths: tuple[int, ...], num_keys: int, device: torch.device) -> Ten
     rows = []
     for length in lengths:
         position = torch.arange(length, device=device, dtype=torch.float32)
-        age = length - 1 - position
-        row = torch.stack([age.log1p(), (age / 128).log1p(), position.log1p()])
+        row = _describe(length - 1 - position, position)
         rows.append(functional.pad(row, (num_keys - length, 0)))
     return torch.stack(rows)
+
+
+def _describe(age: Tensor, position: Tensor) -> Tensor:
+    return torch.stack([age.log1p(), (age / 128).log1p(), position.log1p()])
 
 
 class LearnedExpert(Expert):
@@ -82,24 +86,16 @@ class LearnedExpert(Expert):
         self.router = router
 
     def scores(self, view: LayerView) -> Tensor:
-        """Rate the pairs.
-
-        Raises
-        ------
-        ValueError
-            The hidden state of a pair is not known, as when a cache is compressed again.
-        """
-        if not view.aligned:
-            raise ValueError(
-                "expected the hidden states of all pairs for expert 'learned', got "
-                f"{view.hidden_states.shape[1]} for {view.keys.shape[2]} pairs: a calibrated "
-                "router compresses prefills; pass router=None where a cache is compressed again"
-            )
+        """Rate the pairs: from their hidden states, or from what was noted of these."""
         index: int = view.module.layer_idx  # type: ignore[assignment]
-        weight, place, bias = self.router.surrogate(index, view.hidden_states)
+        _, place, _ = self.router.surrogate(index, view.hidden_states)
+        if view.notes is not None:
+            read, position = view.notes
+            where = _describe(position[..., -1:] - position, position)
+            return read + torch.einsum("bhp,pbht->bht", place[view.heads], where)
+        assert view.aligned
         where = places(view.lengths, view.keys.shape[2], view.keys.device)
-        learned = functional.linear(view.hidden_states, weight).transpose(1, 2).float()
-        return learned + torch.matmul(place, where) + bias[:, None]
+        return self.router.read(index, view.hidden_states) + torch.matmul(place, where)
 
 
 class CalibratedRouter(nn.Module, PyTorchModelHubMixin, library_name="moekv"):
@@ -207,6 +203,15 @@ class CalibratedRouter(nn.Module, PyTorchModelHubMixin, library_name="moekv"):
             )
         return self._local[key]
 
+    def read(self, index: int, hidden_states: Tensor) -> Tensor:
+        """Read hidden states [B, N, hidden]: the ``learned`` scores but for the place, [B, H, N].
+
+        In float32. Where the cache is compressed more than once these are noted when a token comes.
+        """
+        weight, _, bias = self.surrogate(index, hidden_states)
+        read = functional.linear(hidden_states, weight).transpose(1, 2).float()
+        return read + bias[:, None]
+
     def scale(self, index: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Affine maps of all experts of a layer to the common scale: gain, offset [E + 1, H].
 
@@ -258,8 +263,32 @@ def shipped_router(model: PreTrainedModel) -> CalibratedRouter | None:
     return _load(folder) if folder.is_dir() else None
 
 
-@functools.lru_cache(maxsize=2)
-def _load(folder: Path) -> CalibratedRouter:
-    with contextlib.redirect_stdout(io.StringIO()):  # the mixin prints what it reads from
-        router: CalibratedRouter = CalibratedRouter.from_pretrained(folder)
+def load_router(name: str | Path) -> CalibratedRouter:
+    """Load a router that was saved.
+
+    Parameters
+    ----------
+    name : str or path
+        Its folder, or its id on the hub.
+
+    Returns
+    -------
+    CalibratedRouter
+
+    Raises
+    ------
+    ValueError
+        There is none that can be read.
+    """
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # the mixin prints what it reads from
+            router: CalibratedRouter = CalibratedRouter.from_pretrained(name)
+    except (OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"expected the folder or hub id of a calibrated router, got {str(name)!r}, from which "
+            f"none can be read: {error}"
+        ) from error
     return router
+
+
+_load = functools.lru_cache(maxsize=2)(load_router)

@@ -51,8 +51,8 @@ def prefill_in_chunks(
     Raises
     ------
     ValueError
-        `chunk_size` is less than 1, the cache is not empty, or the press streams, has a
-        dominant policy or a calibrated router.
+        `chunk_size` is less than 1, the cache is not empty, or the press streams or has a
+        dominant policy.
     RuntimeError, TypeError
         As in a block of the press.
 
@@ -67,11 +67,6 @@ def prefill_in_chunks(
         raise ValueError(
             "expected streaming=False, as chunks bound the peak already, and policy 'mixture', "
             f"got {press.streaming} and {press.policy!r}"
-        )
-    if press._find_router(model) is not None:
-        raise ValueError(
-            "expected a press without a calibrated router, which rates whole prefills, got one "
-            "with; pass router=None to the press"
         )
     cache = DynamicCache(config=model.config) if past_key_values is None else past_key_values
     if cache.get_seq_length():

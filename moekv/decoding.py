@@ -13,6 +13,8 @@ that means for the experts of moekv:
 - ``temporal`` takes the number of pairs behind one for its age, which is a lower bound, and
   partitions of pairs that are left for partitions of the text.
 - ``selective`` averages over neighbours that are left.
+- ``learned``, of calibrated routers, alone knows true positions: what it needs of a token is noted
+  beside its pair when it comes (:func:`take_notes`).
 - Sinks stay the text's own: they never leave. So do the last ``recent`` ones, and with the
   tokens since they make up the run of pairs without gaps, in which causality is known: no query
   older than that run is asked.
@@ -34,7 +36,7 @@ from transformers.cache_utils import DynamicLayer
 from moekv import ops
 from moekv.budget import Kept, split_layers, without_padding
 from moekv.cache import cached_pairs
-from moekv.layers import GrowingLayer, RaggedLayer
+from moekv.layers import GrowingLayer, RaggedLayer, compressed, notes_of
 from moekv.ops import ScoreKind
 from moekv.recent import RecentStates
 from moekv.view import LayerView, recent_queries
@@ -100,6 +102,57 @@ def remember(layer: Grown, hidden_states: Tensor, window: int) -> None:
     if layer.recent is None or layer.recent.size != window:
         layer.recent = RecentStates(window)
     layer.recent.append(hidden_states, layer.get_seq_length())
+
+
+def take_notes(read: Tensor, kept: Kept | None, *, backend: str) -> Grown:
+    """Note what a calibrated router reads of the pairs of a prefill, for the next compression.
+
+    Its ``learned`` expert needs hidden states, which are gone by then, and true positions. So both
+    are kept beside the pairs, 8 bytes for each, as a cache layer of its own: with head_dim 1, what
+    was read as keys and places as values. It is appended to, cropped, reordered and compressed with
+    the layer whose ``notes`` it is.
+
+    Parameters
+    ----------
+    read : Tensor [B, H, T], float32
+        See ``CalibratedRouter.read``.
+    kept : Kept or None
+        The pairs that stay; None: all.
+    backend : str
+
+    Returns
+    -------
+    GrowingLayer or RaggedLayer
+        Places are those in the padded row.
+    """
+    read = read[..., None].contiguous()
+    place = torch.empty_like(read).copy_(_places(0, read))
+    if kept is None:
+        return GrowingLayer(read, place, backend=backend)
+    return compressed(read, place, kept, backend=backend)
+
+
+def note(layer: Grown, read: Tensor) -> None:
+    """Note what is read of new tokens; forget all notes if tokens before them came unread.
+
+    Parameters
+    ----------
+    layer : GrowingLayer or RaggedLayer
+        Already with the pairs of these tokens.
+    read : Tensor [B, H, Q], float32
+    """
+    held = layer.get_seq_length() - read.shape[2]
+    if layer.notes is None or layer.notes.get_seq_length() < held:
+        layer.notes = None
+        return
+    layer.notes.crop(held)  # shorter where somebody has cut the keys themselves
+    read = read[..., None]
+    layer.notes.update(read, _places(held + getattr(layer, "evicted", 0), read).expand_as(read))
+
+
+def _places(first: int, read: Tensor) -> Tensor:
+    count = read.shape[2]
+    return torch.arange(first, first + count, dtype=torch.float32, device=read.device)[:, None]
 
 
 def run_without_gaps(
@@ -176,6 +229,8 @@ class Held:
         Real pairs of each head.
     folded : bool
         Whether heads of one row differ.
+    notes : tuple of two Tensor [B, H, L], or None
+        Of a calibrated router, see ``LayerView``.
     """
 
     keys: Tensor
@@ -183,6 +238,7 @@ class Held:
     start: Tensor | None
     lengths: list[list[int]]
     folded: bool
+    notes: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, layer: Grown, padding: Sequence[int]) -> "Held":
@@ -195,6 +251,15 @@ class Held:
         padding : sequence of B ints
             Padding at the left of each row, in positions of the mask.
         """
+        held = cls._of(layer, padding)
+        if (notes := notes_of(layer)) is not None:
+            noted = cls._of(notes, padding)
+            before = torch.tensor(padding, device=held.keys.device)[:, None, None]
+            held.notes = noted.keys[..., 0], (noted.values[..., 0] - before).clamp(min=0)
+        return held
+
+    @classmethod
+    def _of(cls, layer: Grown, padding: Sequence[int]) -> "Held":
         if isinstance(layer, RaggedLayer):
             keys, values, counts = layer.to_dense()
             behind = [max(p - layer.context_length, 0) for p in padding]
@@ -246,13 +311,16 @@ class Held:
         states = states[:, -longest:]
         queries = recent_queries(module, states, kwargs).to(self.keys.dtype)
         keys, values, start = self.keys, self.values, self.start
-        lengths = [row[0] for row in self.lengths]
+        lengths, notes = [row[0] for row in self.lengths], self.notes
         if self.folded:
             assert start is not None
             keys, values = keys.flatten(0, 1)[:, None], values.flatten(0, 1)[:, None]
             queries = queries.reshape(len(keys), -1, *queries.shape[2:])
             start = start.flatten()
             lengths = [n for row in self.lengths for n in row]
+            if notes is not None:
+                read, position = (x.flatten(0, 1)[:, None] for x in notes)
+                notes = read, position
         elif start is not None:
             start = start[:, 0].contiguous()
         return LayerView(
@@ -269,6 +337,7 @@ class Held:
             kwargs=kwargs,
             kinds=kinds,
             backend=backend,
+            notes=notes,
         )
 
     def alone(self, keep: Sequence[int]) -> list[int]:
@@ -404,8 +473,15 @@ def recompress(cache: Cache, each: Regrown, kept: Kept, *, backend: str) -> Grow
     if isinstance(layer, RaggedLayer) or kept.per_head is not None:
         layer.recompress(kept)
     else:
-        ragged = RaggedLayer.compress(*cached_pairs(layer), kept, backend=backend)
-        ragged.context_length += layer.evicted
-        ragged.recent, ragged.counted = layer.recent, layer.counted
-        cache.layers[each.index] = layer = ragged
+        cache.layers[each.index] = layer = _to_ragged(layer, kept, backend=backend)
     return layer
+
+
+def _to_ragged(layer: GrowingLayer, kept: Kept, *, backend: str) -> RaggedLayer:
+    ragged = RaggedLayer.compress(*cached_pairs(layer), kept, backend=backend)
+    ragged.context_length += layer.evicted
+    ragged.recent, ragged.counted = layer.recent, layer.counted
+    notes = notes_of(layer)
+    if isinstance(notes, GrowingLayer):
+        ragged.notes = _to_ragged(notes, kept, backend=backend)
+    return ragged

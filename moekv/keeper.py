@@ -13,10 +13,10 @@ from moekv.budget import Kept, check_ratio
 from moekv.cache import cached_pairs, check_cache
 from moekv.decoding import Held, Regrown
 from moekv.hooks import check_attention
-from moekv.layers import GrowingLayer
+from moekv.layers import GrowingLayer, notes_of
 
 if TYPE_CHECKING:
-    from moekv.press import MoERouterPress, _Rating
+    from moekv.press import MoERouterPress, _Rated, _Rating
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Keeper:
     def check(
         self, cache: Cache, num_cached: int, num_tokens: int, given: Mapping[str, Any]
     ) -> None:
-        """Refuse tokens for a cache that holds some, unless masks and budgets can be right.
+        """Refuse tokens for a cache that holds some, unless all that goes on can be right.
 
         Parameters
         ----------
@@ -65,6 +65,8 @@ class Keeper:
         press = self._press
         if press._goes_on:
             check_cache(cache, grown=True)
+            if any(notes_of(cache.layers[m.layer_idx]) is None for m in press._hooked):  # type: ignore[index]
+                press._see_unknown_tokens()
         if num_tokens <= 1:
             return
         layer = cache.layers[press._hooked[0].layer_idx]  # type: ignore[index]
@@ -141,21 +143,42 @@ class Keeper:
         )
         return hidden_states[:, length - run :].clone()
 
-    def adopt(self, cache: Cache, index: int, states: Tensor, rating: "_Rating") -> None:
-        """Make a layer that has been compressed after its prefill ready for the next time.
+    def read(self, index: int, hidden_states: Tensor) -> Tensor | None:
+        """Let a calibrated router read the inputs of an attention layer.
 
         Parameters
         ----------
-        cache : Cache
         index : int
             Of the layer.
-        states : Tensor [B, N, hidden]
-            See :meth:`last_states`.
-        rating : _Rating
+        hidden_states : Tensor [B, N, hidden]
+
+        Returns
+        -------
+        Tensor [B, H, N], float32, or None
+            None where there is none, or compression does not go on.
         """
-        press = self._press
-        layer = growth.growing(cache, index, backend=press.backend)
-        growth.remember(layer, states, press.window)
+        router = self._press._calibrated
+        if router is None or not self._press._goes_on:
+            return None
+        with torch.no_grad():
+            return router.read(index, hidden_states)
+
+    def adopt(self, rated: "_Rated", kept: Kept | None) -> None:
+        """Make a layer that has been compressed after its prefill ready for the next time, if any.
+
+        Parameters
+        ----------
+        rated : _Rated
+        kept : Kept or None
+            What the layer holds now; None: all.
+        """
+        if rated.states is None:
+            return
+        press, rating = self._press, rated.rating
+        layer = growth.growing(rated.cache, rated.index, backend=press.backend)
+        growth.remember(layer, rated.states, press.window)
+        if rated.read is not None:
+            layer.notes = growth.take_notes(rated.read, kept, backend=press.backend)
         self._expect(layer)
         padding = [rating.scores.shape[2] - n for n in rating.lengths]
         layer.counted = (press._pairs, sum(growth.count_pairs(layer, 0, padding)))
@@ -187,6 +210,8 @@ class Keeper:
         index: int = module.layer_idx  # type: ignore[assignment]
         layer = growth.growing(cache, index, backend=press.backend)
         growth.remember(layer, hidden_states, press.window)
+        if (read := self.read(index, hidden_states)) is not None:
+            growth.note(layer, read)
         if module is press._hooked[0]:
             check_ratio(press.compression_ratio)
             self._plan = self._make_plan(
@@ -289,6 +314,8 @@ class Keeper:
             layer.most = config.interval
             if isinstance(layer, GrowingLayer):
                 layer.most += config.target
+            if layer.notes is not None:
+                layer.notes.most = layer.most
 
     def _record(self, layer: growth.Grown, rating: "_Rating", kept: Kept, num_held: int) -> None:
         """Count the pairs that have come since those of the layer were counted, and what stays."""

@@ -96,6 +96,8 @@ class GrowingLayer(DynamicLayer):
         Inputs of the attention layer, for compression during decoding.
     counted : tuple
         Whose statistics count how many of the pairs as kept, see ``moekv.decoding``.
+    notes : GrowingLayer, RaggedLayer or None
+        What a calibrated router noted of each pair, see ``moekv.decoding.take_notes``.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, *, backend: str = "auto") -> None:
@@ -110,6 +112,7 @@ class GrowingLayer(DynamicLayer):
         self.most: int | None = None
         self.recent: RecentStates | None = None
         self.counted: tuple[object, int] = (None, 0)
+        self.notes: GrowingLayer | RaggedLayer | None = None
 
     @classmethod
     def compress(
@@ -154,7 +157,10 @@ class GrowingLayer(DynamicLayer):
         assert kept.per_head is not None and self.keys is not None and self.values is not None
         batch, num_kv_heads, length = kept.shape
         indices = kept.indices.view(batch, num_kv_heads, kept.per_head)
+        self.notes = notes = notes_of(self)
         ops.kv_compact_(self.keys, self.values, indices, backend=self.backend)
+        if notes is not None:
+            notes.recompress(kept)
         self.keys = self.keys[:, :, : kept.per_head]
         self.values = self.values[:, :, : kept.per_head]
         self.evicted += length - kept.per_head
@@ -183,25 +189,24 @@ class GrowingLayer(DynamicLayer):
         if self.evicted and wanted < min(length, self._compressed):
             raise ValueError(_uncroppable(wanted, self._compressed))
         super().crop(max_length)
+        if self.notes is not None:
+            self.notes.crop(self.get_seq_length())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give batch row b the pairs of row ``beam_idx[b]``."""
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        if self.recent is not None:
-            self.recent.select(beam_idx)
+        _follow(self, beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every batch row."""
         super().batch_repeat_interleave(repeats)
-        if self.recent is not None and self.keys is not None:
-            rows = torch.arange(len(self.keys) // repeats)
-            self.recent.select(rows.repeat_interleave(repeats))
+        assert self.keys is not None
+        _follow(self, torch.arange(len(self.keys) // repeats).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the batch rows that ``indices`` names."""
         super().batch_select_indices(indices)
-        if self.recent is not None:
-            self.recent.select(indices)
+        _follow(self, indices)
 
     @property
     def nbytes(self) -> int:
@@ -266,7 +271,7 @@ class RaggedLayer(CacheLayerMixin):
     ----------
     most : int or None
         Tokens of the tail, if known, that will not be exceeded.
-    recent, counted
+    recent, counted, notes
         As in :class:`GrowingLayer`.
     """
 
@@ -294,6 +299,7 @@ class RaggedLayer(CacheLayerMixin):
         self.most: int | None = None
         self.recent: RecentStates | None = None
         self.counted: tuple[object, int] = (None, 0)
+        self.notes: RaggedLayer | GrowingLayer | None = None
         self._stored_pairs: list[int] | None = None
         self._tail_keys = keys.new_empty((*begin.shape, 0, keys.shape[1]))
         self._tail_values = values.new_empty((*begin.shape, 0, values.shape[1]))
@@ -357,6 +363,9 @@ class RaggedLayer(CacheLayerMixin):
                 (self.stored_values, self.tail_values),
             )
         )
+        self.notes = notes_of(self)
+        if self.notes is not None:
+            self.notes.recompress(kept)
         self.context_length, self.tail_length = self.get_seq_length(), 0
         self.stored_keys, self.stored_values, self._stored_pairs = keys, values, None
         self.begin = kept.offsets[:-1].view(batch, num_kv_heads)
@@ -484,6 +493,8 @@ class RaggedLayer(CacheLayerMixin):
         if wanted < self.context_length:
             raise ValueError(_uncroppable(wanted, self.context_length))
         self.tail_length = wanted - self.context_length
+        if self.notes is not None:
+            self.notes.crop(wanted)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give batch row b the pairs of row ``beam_idx[b]``, sharing what is stored."""
@@ -500,8 +511,7 @@ class RaggedLayer(CacheLayerMixin):
         self.begin, self.end = self.begin[indices], self.end[indices]
         self._tail_keys, self._tail_values = self._tail_keys[indices], self._tail_values[indices]
         self._stored_pairs = None
-        if self.recent is not None:
-            self.recent.select(indices)
+        _follow(self, indices)
 
     def reset(self) -> None:
         """Refuse: what was evicted cannot be emptied in place.
@@ -575,3 +585,41 @@ class RaggedLayer(CacheLayerMixin):
             pairs = stored[row].masked_fill((column < 0)[..., None], 0)
             dense.append(torch.cat([pairs, tail], dim=2))
         return dense[0], dense[1], kept + self.tail_length
+
+
+def compressed(
+    keys: Tensor, values: Tensor, kept: Kept, *, backend: str = "auto"
+) -> GrowingLayer | RaggedLayer:
+    """Copy the chosen pairs of a dense layer, to a dense one if each head keeps as many.
+
+    Parameters
+    ----------
+    keys, values : Tensor
+        [B, H, T, D] and [B, H, T, Dv].
+    kept : Kept
+        What stays of each head.
+    backend : str
+        Which implementation of ``ragged_attention`` serves the layer.
+
+    Returns
+    -------
+    GrowingLayer or RaggedLayer
+    """
+    if kept.per_head is None:
+        return RaggedLayer.compress(keys, values, kept, backend=backend)
+    return GrowingLayer.compress(keys, values, kept, backend=backend)
+
+
+def notes_of(layer: CacheLayerMixin) -> GrowingLayer | RaggedLayer | None:
+    """Return a layer's notes if they are of the pairs that it holds, no more and no fewer."""
+    notes: GrowingLayer | RaggedLayer | None = getattr(layer, "notes", None)
+    whole = notes is not None and notes.get_seq_length() == layer.get_seq_length()
+    return notes if whole else None
+
+
+def _follow(layer: GrowingLayer | RaggedLayer, rows: Tensor) -> None:
+    """Give what a layer remembers of its tokens the batch rows that its pairs have got."""
+    if layer.recent is not None:
+        layer.recent.select(rows)
+    if layer.notes is not None:
+        layer.notes.batch_select_indices(rows)

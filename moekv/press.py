@@ -25,7 +25,7 @@ from moekv.budget import (
     without_padding,
 )
 from moekv.cache import cached_pairs, check_cache, empty_cache, evict, is_static
-from moekv.calibrated import CalibratedRouter, shipped_router
+from moekv.calibrated import CalibratedRouter, load_router, shipped_router
 from moekv.decoding import DecodingConfig
 from moekv.experts import Expert, PressExpert, build_experts, expert_names
 from moekv.hooks import (
@@ -83,6 +83,7 @@ class _Rated:
     keys: weakref.ref[Tensor]
     rating: _Rating
     states: Tensor | None  # [B, N, hidden], the last inputs, where compression will go on
+    read: Tensor | None  # [B, H, T] fp32, what a calibrated router then has to note
 
 
 @dataclass
@@ -156,10 +157,11 @@ class MoERouterPress(ScorerPress):
         halfway leaves the cache empty instead of whole.
     router : CalibratedRouter, str or None
         A calibrated router, which brings its own experts and gates; or the folder or hub id of one.
+        It has to see every token in a block of its own.
         ``"auto"``: the one that comes with the package for the model, if there is one, unless
-        `num_experts`, `top_k`, `router_type`, `experts`, `decoding`, `context_length` or policy
-        ``"dominant"`` ask for something else; ``get_stats()["router"]`` says which one is at work.
-        None: none.
+        `num_experts`, `top_k`, `router_type`, `experts` or policy ``"dominant"`` ask for something
+        else, or the first cache that the press rates holds tokens that it has not seen (as inside
+        ``kvpress.DecodingPress``); ``get_stats()["router"]`` says which one is at work. None: none.
 
     Raises
     ------
@@ -278,7 +280,7 @@ class MoERouterPress(ScorerPress):
 
     def _check_router(self) -> bool:
         """Say whether the options exclude a calibrated router."""
-        names = ("num_experts", "top_k", "router_type", "experts", "decoding", "context_length")
+        names = ("num_experts", "top_k", "router_type", "experts")
         given = [name for name in names if getattr(self, name) is not None]
         given += ["policy"] if self.policy == "dominant" else []
         if self.router in (None, "auto"):
@@ -286,10 +288,10 @@ class MoERouterPress(ScorerPress):
         if given:
             raise ValueError(
                 f"expected no {' or '.join(given)} beside a calibrated router, which brings its "
-                "own experts and gates and compresses prefills; or router=None"
+                "own experts and gates; or router=None"
             )
         if isinstance(self.router, str):
-            self.router = CalibratedRouter.from_pretrained(self.router)
+            self.router = load_router(self.router)
         if not isinstance(self.router, CalibratedRouter):
             raise TypeError(
                 f'expected router a moekv.CalibratedRouter, a name, "auto" or None, got '
@@ -305,6 +307,23 @@ class MoERouterPress(ScorerPress):
             return shipped_router(model)
         self.router.check(model)
         return self.router
+
+    def _see_unknown_tokens(self) -> None:
+        """Do without a calibrated router, which cannot rate them, if nobody asked for it.
+
+        Raises
+        ------
+        RuntimeError
+            It was asked for, or the press has rated with it before.
+        """
+        if self._calibrated is None:
+            return
+        if self.router != "auto" or self._layers:
+            raise RuntimeError(
+                "expected a cache whose tokens have all been fed in a block of this press, as a "
+                "calibrated router reads each when it comes, got one with others; pass router=None"
+            )
+        self._training_free, self._calibrated, self._experts = True, None, self._own_experts
 
     # --- Rating -----------------------------------------------------------------------------------
 
@@ -409,6 +428,8 @@ class MoERouterPress(ScorerPress):
         attentions: Tensor | None,
         kwargs: dict[str, Any],
     ) -> _Rating:
+        if hidden_states.shape[1] < keys.shape[2]:
+            self._see_unknown_tokens()
         with torch.no_grad():
             view = self._view(
                 module,
@@ -477,10 +498,7 @@ class MoERouterPress(ScorerPress):
             gain, offset = common_scale(experts, scores, real)
         else:
             index: int = view.module.layer_idx  # type: ignore[assignment]
-            gain, offset = (
-                x[:, None].expand(-1, batch, -1).contiguous()
-                for x in self._calibrated.scale(index, scores.device)
-            )
+            gain, offset = (x[:, view.heads] for x in self._calibrated.scale(index, scores.device))
         mixed = ops.mix_scores(scores, weights, chosen, gain, offset, backend=self.backend)
         return mixed, shares
 
@@ -634,8 +652,7 @@ class MoERouterPress(ScorerPress):
                     compact(r.cache, r.index, chosen, backend=self.backend)
                 elif chosen is not None:
                     before, after = evict(r.cache, r.index, chosen, backend=self.backend)
-                if r.states is not None:
-                    self._keeper.adopt(r.cache, r.index, r.states, r.rating)
+                self._keeper.adopt(r, chosen)
                 self._record(r.rating, chosen, before, after)
         except BaseException:
             # Out of memory, say. Half a compressed cache is of no use: begin again with none.
@@ -663,8 +680,7 @@ class MoERouterPress(ScorerPress):
         """Record what the stream has done; its last layer has trimmed all to the budget."""
         assert self._stream is not None
         for r, trimmed in zip(rated, self._stream.layers, strict=True):
-            if r.states is not None:
-                self._keeper.adopt(r.cache, r.index, r.states, r.rating)
+            self._keeper.adopt(r, trimmed.kept)
             self._record(r.rating, trimmed.kept, trimmed.before, trimmed.after)
         self._stream = None
 
@@ -827,13 +843,12 @@ class MoERouterPress(ScorerPress):
         self._num_cached = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
         if cache is not None and self._num_cached:
             self._keeper.check(cache, self._num_cached, num_tokens, given)
+            self._resolve_budget(cache)
             return
         padded = False
         if isinstance(mask, Tensor) and self._evicts:
             padded = any(read_starts(mask[..., :num_tokens] if is_static(cache) else mask))
-        if self.budget == "auto":
-            dense = self._calibrated is None or is_static(cache) or is_eager(self._hooked[0])
-            self._budget = "uniform" if dense else "model"
+        self._resolve_budget(cache)
         if cache is not None:
             check_cache(cache, static=self._not_for_static(padded))
         if self.context_length is not None:
@@ -842,6 +857,11 @@ class MoERouterPress(ScorerPress):
                 check_attention(self._hooked[0], "a prompt in chunks")
         if padded:
             check_attention(self._hooked[0], "rows with padding")
+
+    def _resolve_budget(self, cache: Any) -> None:
+        if self.budget == "auto":
+            dense = self._calibrated is None or is_static(cache) or is_eager(self._hooked[0])
+            self._budget = "uniform" if dense else "model"
 
     def _not_for_static(self, padded: bool) -> str | None:
         """Name what keeps the press from compressing a static cache."""
@@ -886,7 +906,8 @@ class MoERouterPress(ScorerPress):
         rating = self._rate(module, hidden_states, keys, values, attentions, kwargs)
         index: int = module.layer_idx  # type: ignore[assignment]
         states = self._keeper.last_states(hidden_states, rating)
-        self._rated.append(_Rated(cache, index, held, rating, states))
+        read = self._keeper.read(index, hidden_states)
+        self._rated.append(_Rated(cache, index, held, rating, states, read))
         del keys, values  # what is evicted is free at once
         if self.streaming:
             if len(self._rated) == 1:

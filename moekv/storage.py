@@ -14,10 +14,11 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from moekv.files import whole_file
 from moekv.fingerprint import fingerprint
-from moekv.layers import GrowingLayer, RaggedLayer
+from moekv.layers import GrowingLayer, RaggedLayer, notes_of
 
 _FORMAT = "moekv-cache-1"
 _RAGGED = ("stored_keys", "stored_values", "begin", "end", "tail_keys", "tail_values")
+_TABLES = ("begin", "end")  # those of notes are their layer's
 
 
 def save_cache(cache: Cache, path: str | os.PathLike[str], model: PreTrainedModel) -> None:
@@ -110,6 +111,14 @@ def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> DynamicC
 
 
 def _take_apart(layer: CacheLayerMixin, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    parts, description = _pairs_of(layer, index)
+    if (notes := notes_of(layer)) is not None:
+        noted, description["notes"] = _pairs_of(notes, index)
+        parts |= {f"notes.{name}": x for name, x in noted.items() if name not in _TABLES}
+    return parts, description
+
+
+def _pairs_of(layer: CacheLayerMixin, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if isinstance(layer, RaggedLayer):
         parts = {name: getattr(layer, name) for name in _RAGGED}
         parts["end"] = parts["end"].clone()  # a file may not hold one memory under two names
@@ -127,6 +136,19 @@ def _take_apart(layer: CacheLayerMixin, index: int) -> tuple[dict[str, Tensor], 
 
 
 def _put_together(parts: dict[str, Tensor], description: dict[str, Any]) -> CacheLayerMixin:
+    noted = {
+        name.removeprefix("notes."): parts.pop(name)
+        for name in list(parts)
+        if name.startswith("notes.")
+    }
+    layer: Any = _layer_of(parts, description)
+    if noted:
+        noted |= {name: parts[name] for name in _TABLES if name in parts}
+        layer.notes = _layer_of(noted, description["notes"])
+    return layer  # type: ignore[no-any-return]
+
+
+def _layer_of(parts: dict[str, Tensor], description: dict[str, Any]) -> CacheLayerMixin:
     if "keys" in parts and description.get("evicted") is not None:
         growing = GrowingLayer(parts["keys"], parts["values"], backend=description["backend"])
         growing.evicted = description["evicted"]

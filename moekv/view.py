@@ -55,6 +55,9 @@ class LayerView:
         What :meth:`scores_of` can give.
     backend : str
         Of the ops, see ``moekv.ops.BACKENDS``.
+    notes : tuple of two Tensor [B, H, T], float32, or None
+        For a calibrated router, of a cache that is compressed again: what it read of each pair's
+        hidden state when the token came, and the token's position in its row.
     """
 
     module: nn.Module
@@ -70,6 +73,7 @@ class LayerView:
     kwargs: Mapping[str, Any]
     kinds: Sequence[ScoreKind] = tuple(ScoreKind)
     backend: str = "auto"
+    notes: tuple[Tensor, Tensor] | None = None
     _scores: Tensor | None = field(default=None, repr=False)
 
     @property

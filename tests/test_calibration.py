@@ -405,21 +405,3 @@ def test_saving_and_loading(tmp_path: Path) -> None:
             caches.append(prefill(model, tokens(1, 60)))
     for one, other in zip(*(cache.layers for cache in caches), strict=True):
         assert torch.equal(one.stored_keys, other.stored_keys)
-
-
-def test_a_router_refuses_another_model() -> None:
-    model, other = tiny_model(), tiny_model("qwen2")
-    press = MoERouterPress(0.5, router=random_router(model))
-    names = f"a tiny model \\({model_fingerprint(model)}\\).*{model_fingerprint(other)}"
-    with pytest.raises(ValueError, match=names), press(other):
-        pass
-
-
-def test_what_excludes_a_calibrated_router() -> None:
-    router = random_router(tiny_model())
-    with pytest.raises(ValueError, match="expected no top_k or experts beside a calibrated router"):
-        MoERouterPress(0.5, router=router, top_k=1, experts=["semantic"])
-    with pytest.raises(TypeError, match="expected router a moekv.CalibratedRouter.*got int"):
-        MoERouterPress(0.5, router=3)
-    with pytest.raises(ValueError, match="top_k between 1 and 3 experts, got 4"):
-        random_router(tiny_model(), top_k=4)

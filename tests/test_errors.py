@@ -1,6 +1,7 @@
 """One test for each row of docs/errors.md."""
 
 import functools
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from kvpress import BlockPress, ComposedPress, KnormPress
+from huggingface_hub import constants
+from kvpress import BlockPress, ComposedPress, DecodingPress, KnormPress
 from targets import Target
+from test_calibration import random_router
 from tiny_models import prefill, tiny_model, tokens
 from torch import Tensor, nn
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
@@ -20,10 +23,12 @@ from moekv import (
     Expert,
     LayerView,
     MoERouterPress,
+    calibrated,
     ops,
     prefill_in_chunks,
     register_expert,
 )
+from moekv.calibrated import CalibratedRouter, model_fingerprint
 from moekv.hooks import find_layers
 from moekv.layers import RaggedLayer
 from moekv.static import CompactStaticLayer
@@ -766,7 +771,7 @@ def test_chunks_at_wrong_positions() -> None:
     assert not cache.get_seq_length()
 
 
-def test_arguments_of_prefill_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_of_prefill_in_chunks() -> None:
     model, press = tiny_model(), MoERouterPress()
     with pytest.raises(ValueError, match="chunk_size >= 1, got 0"):
         prefill_in_chunks(press, model, tokens(1, LENGTH), chunk_size=0)
@@ -776,10 +781,6 @@ def test_arguments_of_prefill_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None
     ):
         with pytest.raises(ValueError, match="streaming=False, .* and policy 'mixture', got"):
             prefill_in_chunks(other, model, tokens(1, LENGTH), chunk_size=9)
-    with monkeypatch.context() as patch:
-        patch.setattr(MoERouterPress, "_find_router", lambda *_: object())
-        with pytest.raises(ValueError, match="without a calibrated router.*router=None"):
-            prefill_in_chunks(press, model, tokens(1, LENGTH), chunk_size=9)
     full = prefill(model, tokens(1, LENGTH))
     with pytest.raises(ValueError, match="empty cache, got one that holds 40"):
         prefill_in_chunks(press, model, tokens(1, LENGTH), chunk_size=9, past_key_values=full)
@@ -870,6 +871,134 @@ def test_context_of_one_token(policy: str) -> None:
     expected = model.generate(tokens(1, 1), max_new_tokens=3, do_sample=False)
     assert torch.equal(out.sequences, expected)
     assert press.get_stats()["compression"]["ratio"] == 0
+
+
+# --- Calibrated routers ---------------------------------------------------------------------------
+
+
+def test_options_beside_a_calibrated_router() -> None:
+    router = random_router(tiny_model())
+    for options, names in (
+        ({"top_k": 1, "experts": ["semantic"]}, "top_k or experts"),
+        ({"num_experts": 4, "router_type": "pikv"}, "num_experts or router_type"),
+        ({"policy": "dominant"}, "policy"),
+    ):
+        with pytest.raises(ValueError, match=f"no {names} beside a calibrated .*router=None"):
+            MoERouterPress(router=router, **options)
+
+
+def test_what_is_no_calibrated_router() -> None:
+    with pytest.raises(TypeError, match="expected router a moekv.CalibratedRouter.*got int"):
+        MoERouterPress(router=3)
+    with pytest.raises(ValueError, match="top_k between 1 and 3 experts, got 4"):
+        random_router(tiny_model(), top_k=4)
+    with pytest.raises(ValueError, match="expected an expert among .*, got 'learned'"):
+        random_router(tiny_model(), experts=["learned", "semantic"])
+
+
+def test_routers_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(name: Any) -> None:
+        message = f"hub id of a calibrated router, got '{re.escape(str(name))}', .*none can be read"
+        with pytest.raises(ValueError, match=message):
+            MoERouterPress(router=str(name))
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    refused(tmp_path / "nowhere")
+    refused("nobody/nothing")
+    refused(tmp_path)  # empty
+    router = random_router(tiny_model())
+    router.save_pretrained(tmp_path)
+    for name in ("config.json", "model.safetensors"):
+        file = tmp_path / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        refused(tmp_path)
+        file.unlink()
+        refused(tmp_path)
+        file.write_bytes(whole)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
+    refused(tmp_path)
+    assert capsys.readouterr().out == ""
+
+
+def test_router_of_another_model() -> None:
+    model, other = tiny_model(), tiny_model("qwen2")
+    names = f"a tiny model \\({model_fingerprint(model)}\\).*{model_fingerprint(other)}"
+    with (
+        pytest.raises(ValueError, match=names),
+        MoERouterPress(router=random_router(model))(other),
+    ):
+        pytest.fail("the block began")
+    find = find_layers(other)[1]
+    assert not any(layer._forward_hooks for layer in find)
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CalibratedRouter:
+    """A router that comes with the package for the tiny model."""
+    router = random_router(tiny_model())
+    router.save_pretrained(tmp_path / router.model)
+    monkeypatch.setattr(calibrated, "SHIPPED", tmp_path)
+    return router
+
+
+def test_tokens_that_a_calibrated_router_has_not_seen(shipped: CalibratedRouter) -> None:
+    model, config = tiny_model(), DecodingConfig(20, 5)
+    cache = prefill(model, tokens(1, LENGTH))
+    press = MoERouterPress(router=shipped, budget="uniform", decoding=config)
+    message = "tokens have all been fed in a block of this press.*router=None"
+    with pytest.raises(RuntimeError, match=message), press(model):
+        model(tokens(1, 1), past_key_values=cache)
+    assert_untouched(model, press, cache)
+    # Some tokens outside of the block are enough.
+    cache = DynamicCache()
+    with torch.no_grad():
+        with press(model):
+            model(tokens(1, LENGTH), past_key_values=cache)
+        model(tokens(1, 1), past_key_values=cache)
+        with pytest.raises(RuntimeError, match=message), press(model):
+            model(tokens(1, 1), past_key_values=cache)
+        assert cache.get_seq_length() == 20 + 1
+        with MoERouterPress(router=None, decoding=DecodingConfig(9, 3))(model):
+            model(tokens(1, 1), past_key_values=cache)
+        # Another press has gone on without notes: there are none any more.
+        with pytest.raises(RuntimeError, match=message), press(model):
+            model(tokens(1, 1), past_key_values=cache)
+    # Nobody has asked for the package's router.
+    cache, press = prefill(model, tokens(1, LENGTH)), MoERouterPress(decoding=config)
+    with press(model), torch.no_grad():
+        model(tokens(1, 1), past_key_values=cache)
+    assert press.get_stats()["router"] == "pikv, not calibrated"
+    assert cache.layers[0].keys.shape[2] == 20
+    # But once it has rated, it is not given up in silence.
+    press = MoERouterPress(decoding=config)
+    with press(model), torch.no_grad():
+        prefill(model, tokens(1, LENGTH))
+        cache = prefill(tiny_model(), tokens(1, LENGTH))  # the same model, outside of the block
+        with pytest.raises(RuntimeError, match=message):
+            model(tokens(1, 1), past_key_values=cache)
+    assert "calibrated for" in press.get_stats()["router"]
+
+
+def test_calibrated_routers_and_kvpress_decoding(shipped: CalibratedRouter) -> None:
+    model = tiny_model()
+    for given in ({"router": shipped}, {}):
+        cache, press = prefill(model, tokens(1, LENGTH)), MoERouterPress(**given)
+        wrapper = DecodingPress(press, compression_interval=3, target_size=16)
+        with wrapper(model), torch.no_grad():
+            model(tokens(1, 1), past_key_values=cache)
+            model(tokens(1, 1), past_key_values=cache)
+            if given:
+                with pytest.raises(RuntimeError, match=r"fed in a block.*router=None"):
+                    model(tokens(1, 1), past_key_values=cache)
+                assert cache.layers[0].keys.shape[2] == LENGTH + 3
+                continue
+            model(tokens(1, 1), past_key_values=cache)
+        assert cache.layers[1].keys.shape[2] == 16
+        assert press.get_stats()["router"] == "pikv, not calibrated"
 
 
 # --- Experts and presses --------------------------------------------------------------------------

@@ -1,0 +1,286 @@
+"""Calibrated routers where a cache is compressed more than once: what they note of its pairs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from masked_reference import Lockstep
+from test_calibration import random_router
+from test_decoding import BUDGETS, assert_average
+from tiny_models import prefill, tiny_model, tokens
+from torch import Tensor
+from transformers import DynamicCache
+
+from moekv import (
+    CalibratedRouter,
+    DecodingConfig,
+    MoERouterPress,
+    load_cache,
+    prefill_in_chunks,
+    save_cache,
+)
+from moekv.layers import RaggedLayer, notes_of
+
+
+def even_router(model: Any) -> CalibratedRouter:
+    """All routed experts have the same say, whatever the token: a mean of gates is the gate."""
+    router = random_router(model, top_k=3)
+    router.gate_weight.zero_()
+    router.gate_bias.zero_()
+    return router
+
+
+def make_press(router: CalibratedRouter, ratio: float = 0.0, **options: Any) -> MoERouterPress:
+    options = {"sinks": 2, "recent": 4, "window": 7} | options
+    return MoERouterPress(ratio, router=router, **options)
+
+
+class Watched(Lockstep):
+    """Remembers every attention layer's inputs, and looks at the notes after each forward."""
+
+    def __init__(self, router: CalibratedRouter, **options: Any) -> None:
+        super().__init__(**options)
+        self.router, batch = router, len(self.padding)
+        self.inputs = [torch.empty(batch, 0, 64) for _ in self.model.model.layers]
+        for layer in self.model.model.layers:
+            layer.self_attn.register_forward_pre_hook(self.remember, with_kwargs=True)
+
+    def remember(self, module: Any, args: Any, kwargs: Any) -> None:
+        parts = [self.inputs[module.layer_idx], kwargs["hidden_states"]]
+        self.inputs[module.layer_idx] = torch.cat(parts, dim=1)
+
+    def feed(self, input_ids: Tensor) -> Tensor:
+        logits = super().feed(input_ids)
+        self.check()
+        return logits
+
+    def crop(self, count: int) -> None:
+        super().crop(count)
+        self.inputs = [x[:, : self.length] for x in self.inputs]
+        self.check()
+
+    def select(self, rows: list[int], how: str = "reorder_cache") -> None:
+        super().select(rows, how)
+        self.inputs = [x[rows] for x in self.inputs]
+        self.check()
+
+    def repeat(self, times: int) -> None:
+        super().repeat(times)
+        self.inputs = [x.repeat_interleave(times, dim=0) for x in self.inputs]
+        self.check()
+
+    def check(self) -> None:
+        """The notes are what the router reads of the tokens whose pairs are there."""
+        for index, layer in enumerate(self.cache.layers):
+            notes = notes_of(layer)
+            assert type(notes) is type(layer)
+            if isinstance(notes, RaggedLayer):
+                reads, places, _ = notes.to_dense()
+            else:
+                reads, places = notes.keys, notes.values
+            expected = self.router.read(index, self.inputs[index])
+            for b, h in torch.cartesian_prod(*map(torch.arange, reads.shape[:2])).tolist():
+                there = self.visible[index][b, h].nonzero()[:, 0]
+                skip = reads.shape[2] - len(there)
+                # A dense layer holds padding, too.
+                assert places[b, h, skip:, 0].tolist() == there.tolist()
+                torch.testing.assert_close(
+                    reads[b, h, skip:, 0], expected[b, h, there], atol=1e-4, rtol=1e-4
+                )
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("padding", [(0,), (0, 9, 22)], ids=["one", "padded"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_cache_never_exceeds_its_budget_and_notes_stay_beside_their_pairs(
+    budget: str, padding: tuple[int, ...], streaming: bool
+) -> None:
+    if streaming and budget != "model":
+        pytest.skip("served for budgets over the model")
+    target, interval, batch, length = 14, 5, len(padding), 30
+    router = random_router(tiny_model())
+    both = Watched(router, padding=padding)
+    press = make_press(
+        router,
+        0.4,
+        budget=budget,
+        decoding=DecodingConfig(target, interval),
+        streaming=streaming,
+    )
+    expected = torch.tensor([min(target, int((length - p) * 0.6)) for p in padding])
+    compressions = 0
+    with press(both.model):
+        both.feed(tokens(batch, length))
+        assert_average(both.pairs(), expected, budget)
+        for step in range(23):
+            both.feed(tokens(batch, 1, seed=step))
+            expected = expected + 1
+            if expected.max() >= target + interval:
+                compressions += 1
+                expected = expected.clamp(max=target)
+            assert_average(both.pairs(), expected, budget)
+    assert compressions >= 4
+    assert press.get_stats()["router"] == "calibrated for a tiny model"
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_notes_follow_rows_and_crops(budget: str) -> None:
+    router = random_router(tiny_model())
+    both = Watched(router, padding=(0, 0, 0))
+    press = make_press(router, 0.5, budget=budget, decoding=DecodingConfig(14, 6))
+    with press(both.model):
+        both.feed(tokens(3, 28))
+        for turn in range(4):
+            both.feed(tokens(3, 3, seed=turn))
+            both.crop(2)
+            both.select([2, 0, 2])
+            both.feed(tokens(3, 2, seed=turn))
+            both.repeat(2)
+            both.select([1, 3, 4], how="batch_select_indices")
+            both.feed(tokens(3, 3, seed=turn))
+            assert_average(both.pairs(), torch.tensor([14] * 3), budget)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("padding", [(0,), (0, 5)])
+def test_what_stays_of_a_prompt_in_chunks_is_noted(budget: str, padding: tuple[int, ...]) -> None:
+    router = random_router(tiny_model())
+    both = Watched(router, padding=padding)
+    kept = torch.tensor([int((48 - p) * 0.25) for p in padding])
+    with make_press(router, 0.75, budget=budget, context_length=48)(both.model):
+        for part in tokens(len(padding), 48).split(11, dim=1):
+            both.feed(part)
+    assert_average(both.pairs(), kept, budget)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("chunk", [60, 30])
+@pytest.mark.parametrize("padding", [(0,), (0, 12)])
+def test_chunks_keep_what_one_forward_keeps(
+    budget: str, chunk: int, padding: tuple[int, ...]
+) -> None:
+    """One chunk that is the whole does with any gates; two, of which half stays, with even ones."""
+    model, ids = tiny_model(), tokens(len(padding), 60)
+    router = random_router(model) if chunk == 60 else even_router(model)
+    mask = (torch.arange(60) >= torch.tensor(padding)[:, None]).long()
+    with make_press(router, 0.4, budget=budget)(model):
+        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+        whole = prefill(model, ids, attention_mask=mask, position_ids=position_ids)
+    press = make_press(router, 0.4, budget=budget)
+    cache = prefill_in_chunks(
+        press, model, ids, chunk_size=chunk, attention_mask=mask
+    ).past_key_values
+    assert press.get_stats()["router"] == "calibrated for a tiny model"
+    for one, other in zip(whole.layers, cache.layers, strict=True):
+        keys = one.stored_keys if isinstance(one, RaggedLayer) else one.keys.flatten(0, 2)
+        torch.testing.assert_close(other.stored_keys, keys, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_decoding_keeps_what_a_prefill_of_all_tokens_keeps(budget: str) -> None:
+    """Nothing has left before: 40 tokens and 5, of which 20 stay."""
+    model, ids = tiny_model(), tokens(2, 45)
+    router = even_router(model)
+    with make_press(router, 25 / 45, budget=budget)(model):
+        whole = prefill(model, ids)
+    press, cache = make_press(router, budget=budget, decoding=DecodingConfig(40, 5)), DynamicCache()
+    with press(model), torch.no_grad():
+        model(ids[:, :40], past_key_values=cache)
+        press.decoding = DecodingConfig(20, 25)
+        for i in range(40, 45):
+            model(ids[:, i : i + 1], past_key_values=cache)
+    for one, other in zip(whole.layers, cache.layers, strict=True):
+        assert type(one) is type(other)
+        ragged = isinstance(one, RaggedLayer)
+        keys = (x.to_dense()[0] if ragged else x.keys for x in (one, other))
+        torch.testing.assert_close(*keys, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_each_head_has_its_own_weights_where_heads_differ_in_length(
+    budget: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    router, seen = even_router(model), []
+    mix = MoERouterPress._mix
+
+    def spy(self: Any, experts: Any, scores: Tensor, routed: Any, view: Any) -> Any:
+        mixed = mix(self, experts, scores, routed, view)
+        notes = None if view.notes is None else [x.clone() for x in view.notes]
+        seen.append((view, notes, scores, mixed[0]))
+        return mixed
+
+    monkeypatch.setattr(MoERouterPress, "_mix", spy)
+    press = make_press(router, 0.5, budget=budget, decoding=DecodingConfig(14, 4))
+    cache = DynamicCache()
+    with press(model), torch.no_grad():
+        model(tokens(2, 30), past_key_values=cache)
+        for _ in range(6):
+            seen.clear()
+            model(tokens(2, 1), past_key_values=cache)
+            if seen:
+                break
+    assert len(seen) == 2
+    folded = 1 if budget == "uniform" else 2
+    for layer, (view, notes, scores, mixed) in enumerate(seen):
+        assert view.folded == folded
+        reads, positions = (x.view(2, 2, -1) for x in notes)
+        scores, mixed = scores.view(4, 2, 2, -1), mixed.view(2, 2, -1)
+        assert (positions[..., -1] == positions.max()).all()
+        for head in range(2):
+            position, read = positions[:, head], reads[:, head]
+            age = positions.max() - position
+            where = (1 + age).log(), (1 + age / 128).log(), (1 + position).log()
+            place = router.surrogate_place[layer, head]
+            learned = read + sum(p * x for p, x in zip(place, where, strict=True))
+            expected = learned.clone()
+            for expert in range(3):
+                gain, offset = (x[layer, expert, head] for x in (router.gain, router.offset))
+                expected += (gain * scores[expert + 1, :, head] + offset) / 3
+            for b in range(2):
+                real = slice(mixed.shape[2] - view.lengths[b * folded + head * (folded - 1)], None)
+                torch.testing.assert_close(scores[0, b, head, real], learned[b, real])
+                torch.testing.assert_close(mixed[b, head, real], expected[b, real])
+
+
+def test_generate_by_the_defaults() -> None:
+    """One threshold over the model, in a second block as in the first."""
+    model = tiny_model()
+    press = make_press(random_router(model), 0.5, decoding=DecodingConfig(12, 4))
+    ids, cache = tokens(2, 40), DynamicCache()
+    for _ in range(2):
+        with press(model):
+            ids = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=cache,
+                max_new_tokens=15,
+                do_sample=False,
+            )
+    assert ids.shape[1] == 70
+    assert sum(sum(x.stored_pairs) + 2 * 2 * x.tail_length for x in cache.layers) <= 16 * 8
+    assert len({n for x in cache.layers for n in (x.end - x.begin).flatten().tolist()}) > 1
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_notes_are_saved_with_their_pairs(budget: str, tmp_path: Path) -> None:
+    model = tiny_model()
+    router, file = random_router(model), tmp_path / "cache"
+    options = {"budget": budget, "decoding": DecodingConfig(14, 5)}
+    press, cache = make_press(router, 0.5, **options), DynamicCache()
+    with press(model), torch.no_grad():
+        model(tokens(1, 30), past_key_values=cache)
+        model(tokens(1, 1), past_key_values=cache)
+    save_cache(cache, file, model)
+    loaded = load_cache(file, model)
+    for layers in zip(cache.layers, loaded.layers, strict=True):
+        notes = [notes_of(layer) for layer in layers]
+        parts = (x.to_dense() if isinstance(x, RaggedLayer) else (x.keys, x.values) for x in notes)
+        for one, other in zip(*parts, strict=True):
+            assert torch.equal(one, other)
+    with make_press(router, **options)(model), torch.no_grad():
+        for _ in range(6):
+            model(tokens(1, 1), past_key_values=loaded)
+    held = [sum(x.stored_pairs) if budget != "uniform" else x.keys.shape[2] for x in loaded.layers]
+    assert sum(held) < sum(2 * 15 if budget != "uniform" else 19 for _ in held)
