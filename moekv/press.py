@@ -151,10 +151,11 @@ class MoERouterPress(ScorerPress):
         more than what stays of the whole prompt: the peak is that and a chunk. Layers become
         ragged, whatever the budget. None: a prefill is one forward.
     streaming : bool
-        Of a budget over the model: trim each layer as it arrives, instead of all after the last.
-        What stays is the same; the peak is the budget, an eighth of it, and one whole layer. The
-        price: a selection for every layer, and older layers are copied a few times. An exception
-        halfway leaves the cache empty instead of whole.
+        Trim each layer as it arrives, instead of all after the last. What stays is the same; the
+        peak is the budget and one whole layer, and with a budget over the model an eighth of the
+        budget more. The price of that budget: a selection over all layers so far for every layer,
+        and older ones are copied a few times. An exception halfway leaves the cache empty instead
+        of whole.
     router : CalibratedRouter, str or None
         A calibrated router, which brings its own experts and gates; or the folder or hub id of one.
         It has to see every token in a block of its own.
@@ -221,10 +222,10 @@ class MoERouterPress(ScorerPress):
                 f"expected budget 'uniform' with policy 'dominant', in which an expert says how "
                 f"much each head keeps, got {self.budget!r}"
             )
-        if self.streaming and self._budget != "model":
+        if self.streaming and self.policy == "dominant":
             raise ValueError(
-                f"expected budget 'model' with streaming, which trims all layers to one budget, "
-                f"got {self.budget!r}"
+                "expected policy 'mixture' with streaming, got 'dominant', whose layers may turn "
+                "out to differ in length only when the last has been rated"
             )
         if self.streaming and self.context_length is not None:
             raise ValueError(
@@ -667,6 +668,7 @@ class MoERouterPress(ScorerPress):
         sinks, recent = self._protected(rating)
         self._stream = StreamingBudget(
             cache,
+            budget=self._budget,
             num_layers=len(self._hooked),
             totals=totals,
             lengths=rating.lengths,
@@ -867,6 +869,8 @@ class MoERouterPress(ScorerPress):
         """Name what keeps the press from compressing a static cache."""
         if self._goes_on:
             return "compression that goes on (decoding, context_length)"
+        if self.streaming:
+            return "streaming, which gives memory back while layers arrive"
         if self._evicts and (self._budget != "uniform" or self.policy != "mixture"):
             return f"budget {self.budget!r} with policy {self.policy!r}"
         return "rows with padding" if padded else None

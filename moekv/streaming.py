@@ -1,10 +1,11 @@
-"""A budget over the model that is kept while the layers of a prefill arrive.
+"""A budget that is kept while the layers of a prefill arrive.
 
-Of the layers seen so far, never more pairs can stay in the end than the whole model's budget has.
-So when a layer arrives, the best of all pairs seen are chosen, as many as the budget has, and what
-falls behind leaves: those before it stay before it, whatever follows. After the last layer exactly
-the pairs are left that one selection over all of them would have kept, and at no time there were
-more than the budget, a slack, and one whole layer.
+Where layers do not share it, each is compressed when it arrives. A budget over the model can be
+kept, too. Of the layers seen so far, never more pairs can stay in the end than it has. So when a
+layer arrives, the best of all pairs seen are chosen, as many as the budget has, and what falls
+behind leaves: those before it stay before it, whatever follows. After the last layer exactly the
+pairs are left that one selection over all of them would have kept, and at no time there were more
+than the budget, a slack, and one whole layer.
 """
 
 from collections.abc import Sequence
@@ -14,9 +15,9 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from moekv.budget import Kept, select_over_layers, without_padding
+from moekv.budget import Kept, select, select_over_layers, without_padding
 from moekv.cache import cached_pairs, empty_cache
-from moekv.layers import RaggedLayer, storage_bytes
+from moekv.layers import RaggedLayer, compressed, storage_bytes
 
 SLACK = 1 / 8
 """Share of the budget by which pairs may exceed it before older layers are copied once more."""
@@ -55,14 +56,16 @@ class Trimmed:
 
 
 class StreamingBudget:
-    """Trims the layers of one prefill to a budget over all of them, as they arrive.
+    """Trims the layers of one prefill to their budget, as they arrive.
 
     Parameters
     ----------
     cache : Cache
-        Of the prefill. Its layers are replaced by ``RaggedLayer`` objects.
+        Of the prefill. Its layers are replaced.
+    budget : str
+        ``"uniform"``, ``"head"`` or ``"model"``, see ``moekv.budget``.
     num_layers : int
-        Layers that share the budget, L.
+        Layers of the prefill, L.
     totals, lengths : sequence of B ints
         Pairs that a head of each row keeps on average, and real pairs that it has.
     start : Tensor [B], int32, or None
@@ -77,6 +80,7 @@ class StreamingBudget:
         self,
         cache: Cache,
         *,
+        budget: str,
         num_layers: int,
         totals: Sequence[int],
         lengths: Sequence[int],
@@ -87,6 +91,7 @@ class StreamingBudget:
     ) -> None:
         self.layers: list[Trimmed] = []
         self._cache = cache
+        self._budget = budget
         self._num_layers = num_layers
         self._totals = totals
         self._lengths = lengths
@@ -96,7 +101,9 @@ class StreamingBudget:
         self._scores: list[Tensor] = []
 
     def add(self, index: int, scores: Tensor) -> None:
-        """Take in the next layer, and trim what can no longer stay. Waits for the device.
+        """Take in the next layer, and trim what can no longer stay.
+
+        A budget over the model waits for the device.
 
         Parameters
         ----------
@@ -113,7 +120,23 @@ class StreamingBudget:
         layer = self._cache.layers[index]
         before = storage_bytes(*cached_pairs(layer))
         self.layers.append(Trimmed(index, layer, before, None, scores.numel()))
-        self._scores.append(scores)
+        if self._budget == "model":
+            self._scores.append(scores)
+            self._trim_all()
+            return
+        (kept,) = select(
+            [scores],
+            self._start,
+            self._totals,
+            budget=self._budget,
+            backend=self._backend,
+            **self._protected,
+        )
+        self._trim(self.layers[-1], self._real(kept))
+
+    def _trim_all(self) -> None:
+        """Leave of all layers so far what the model's budget can still keep."""
+        scores = self._scores[-1]
         heads = scores.shape[1]
         budget = [self._num_layers * heads * n for n in self._totals]
         real = [len(self.layers) * heads * max(n, 1) for n in self._lengths]
@@ -127,8 +150,7 @@ class StreamingBudget:
             backend=self._backend,
             **self._protected,
         )
-        if self._start is not None and not all(self._lengths):
-            chosen = [without_padding(kept, self._start) for kept in chosen]
+        chosen = [self._real(kept) for kept in chosen]
         self._trim(self.layers[-1], chosen[-1])
         if last or sum(layer.size for layer in self.layers) > (1 + SLACK) * sum(budget):
             for trimmed, kept in zip(self.layers, chosen, strict=True):
@@ -138,6 +160,12 @@ class StreamingBudget:
                     # last selection keeps is sure to be among those of all before.
                     kept = Kept.from_mask(kept.mask() & trimmed.kept.mask())
                 self._trim(trimmed, kept)
+
+    def _real(self, kept: Kept) -> Kept:
+        """Leave padding out, which only rows of nothing else keep."""
+        if self._start is None or all(self._lengths):
+            return kept
+        return without_padding(kept, self._start)
 
     def abort(self) -> None:
         """Empty the cache: part of a prefill is of no use."""
@@ -152,7 +180,7 @@ class StreamingBudget:
             )
         layer = trimmed.layer
         if not isinstance(layer, RaggedLayer):
-            layer = RaggedLayer.compress(*cached_pairs(layer), kept, backend=self._backend)
+            layer = compressed(*cached_pairs(layer), kept, backend=self._backend)
         elif len(kept.indices) < trimmed.size:
             assert trimmed.kept is not None
             layer = layer.subset(kept, of=trimmed.kept)

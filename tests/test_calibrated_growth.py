@@ -96,8 +96,6 @@ class Watched(Lockstep):
 def test_a_cache_never_exceeds_its_budget_and_notes_stay_beside_their_pairs(
     budget: str, padding: tuple[int, ...], streaming: bool
 ) -> None:
-    if streaming and budget != "model":
-        pytest.skip("served for budgets over the model")
     target, interval, batch, length = 14, 5, len(padding), 30
     router = random_router(tiny_model())
     both = Watched(router, padding=padding)

@@ -1,6 +1,5 @@
-"""The streaming form of a budget over the model: what stays is what the exact form keeps."""
+"""Budgets that are kept while layers arrive: what stays is what is kept when all have."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,10 +13,11 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from moekv import DecodingConfig, Expert, LayerView, MoERouterPress
 from moekv.budget import kept_pairs, select, without_padding
 from moekv.cache import cached_pairs
-from moekv.layers import RaggedLayer
+from moekv.layers import GrowingLayer, RaggedLayer
 from moekv.streaming import SLACK, StreamingBudget
 
 LENGTH, NUM_LAYERS = 90, 6
+BUDGETS = ["uniform", "head", "model"]
 
 
 class Given(Expert):
@@ -35,7 +35,8 @@ class Given(Expert):
 
 
 def given_press(ratio: float, **options: Any) -> MoERouterPress:
-    return MoERouterPress(ratio, experts=[Given()], top_k=1, budget="model", **options)
+    options = {"budget": "model"} | options
+    return MoERouterPress(ratio, experts=[Given()], top_k=1, **options)
 
 
 def deep_model() -> PreTrainedModel:
@@ -58,8 +59,10 @@ def stored_pairs(cache: DynamicCache) -> int:
 
 
 def assert_equal(left: DynamicCache, right: DynamicCache) -> None:
+    ragged = ("stored_keys", "stored_values", "begin", "end", "context_length")
     for a, b in zip(left.layers, right.layers, strict=True):
-        for name in ("stored_keys", "stored_values", "begin", "end", "context_length"):
+        assert type(a) is type(b)
+        for name in ragged if isinstance(a, RaggedLayer) else ("keys", "values", "evicted"):
             x, y = getattr(a, name), getattr(b, name)
             assert torch.equal(x, y) if isinstance(x, Tensor) else x == y
 
@@ -101,7 +104,13 @@ def test_any_stream_ends_where_one_selection_does(
         chosen = [without_padding(kept, start) for kept in chosen]
     cache = DynamicCache()
     stream = StreamingBudget(
-        cache, num_layers=num_layers, totals=totals, lengths=lengths, start=start, **protected
+        cache,
+        budget="model",
+        num_layers=num_layers,
+        totals=totals,
+        lengths=lengths,
+        start=start,
+        **protected,
     )
     budget = num_layers * heads * sum(totals)
     empty = num_layers * heads * sum(n == 0 for n in lengths)
@@ -121,6 +130,7 @@ def test_what_ranks_last_leaves_at_once_and_older_layers_later() -> None:
     cache, heads = DynamicCache(), 1
     stream = StreamingBudget(
         cache,
+        budget="model",
         num_layers=10,
         totals=[4],
         lengths=[20],
@@ -151,11 +161,15 @@ def padded_batch(padding: list[int]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.75, 0.97])
 @pytest.mark.parametrize("padding", [[0], [0, 40, 85]], ids=["one row", "padded rows"])
-def test_a_prefill_is_compressed_as_in_the_exact_form(padding: list[int], ratio: float) -> None:
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_prefill_is_compressed_as_in_the_exact_form(
+    budget: str, padding: list[int], ratio: float
+) -> None:
     model, inputs = deep_model(), padded_batch(padding)
     caches, tokens_out, stats = [], [], []
     for streaming in (False, True):
-        press, cache = given_press(ratio, streaming=streaming), DynamicCache()
+        press = given_press(ratio, budget=budget, streaming=streaming)
+        cache = DynamicCache()
         with press(model):
             out = model.generate(
                 **inputs, past_key_values=cache, max_new_tokens=8, do_sample=False, pad_token_id=0
@@ -168,14 +182,17 @@ def test_a_prefill_is_compressed_as_in_the_exact_form(padding: list[int], ratio:
         assert_equal(*caches)
         heads = model.config.num_key_value_heads
         kept = sum(kept_pairs(LENGTH - n, ratio) for n in padding)
-        assert stored_pairs(caches[1]) == NUM_LAYERS * heads * kept
+        dense = isinstance(caches[1].layers[0], GrowingLayer)
+        assert dense == (budget == "uniform" and padding == [0])
+        assert stored_pairs(caches[1]) == NUM_LAYERS * heads * (kept + 7 * dense)  # with 7 tokens
 
 
-def test_decoding_goes_on_compressing_after_a_stream() -> None:
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_decoding_goes_on_compressing_after_a_stream(budget: str) -> None:
     model, outs = deep_model(), []
     for streaming in (False, True):
-        press, cache = given_press(0.5, streaming=streaming), DynamicCache()
-        press = replace(press, decoding=DecodingConfig(target=30, interval=4))
+        config, cache = DecodingConfig(target=30, interval=4), DynamicCache()
+        press = given_press(0.5, budget=budget, streaming=streaming, decoding=config)
         with press(model):
             outs.append(model.generate(tokens(1, LENGTH), past_key_values=cache, max_new_tokens=20))
         assert stored_pairs(cache) <= 34 * NUM_LAYERS * model.config.num_key_value_heads
@@ -193,14 +210,18 @@ def resident_pairs(press: MoERouterPress) -> list[int]:
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.75, 0.9])
-def test_the_peak_is_the_budget_a_slack_and_one_layer(ratio: float) -> None:
-    heads = deep_model().config.num_key_value_heads
-    whole, budget = heads * LENGTH, NUM_LAYERS * heads * kept_pairs(LENGTH, ratio)
-    exact = resident_pairs(given_press(ratio))
-    streaming = resident_pairs(given_press(ratio, streaming=True))
-    assert exact[-1] == streaming[-1] == budget
-    assert exact[-2] == (NUM_LAYERS - 1) * whole
-    assert max(streaming) <= (1 + SLACK) * budget  # a layer that is whole comes on top
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_the_peak_is_the_budget_a_slack_and_one_layer(budget: str, ratio: float) -> None:
+    heads, kept = deep_model().config.num_key_value_heads, kept_pairs(LENGTH, ratio)
+    exact = resident_pairs(given_press(ratio, budget=budget))
+    streaming = resident_pairs(given_press(ratio, budget=budget, streaming=True))
+    assert exact[-1] == streaming[-1] == NUM_LAYERS * heads * kept
+    assert exact[-2] == (NUM_LAYERS - 1) * heads * LENGTH
+    # A layer that is whole comes on top.
+    if budget == "model":
+        assert max(streaming) <= (1 + SLACK) * NUM_LAYERS * heads * kept
+    else:
+        assert streaming == [n * heads * kept for n in range(1, NUM_LAYERS + 1)]
 
 
 def break_down(error: BaseException) -> Any:
@@ -213,10 +234,12 @@ def break_down(error: BaseException) -> Any:
 @pytest.mark.parametrize("error", [ArithmeticError("broken"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("place", ["before", "after"])
 @pytest.mark.parametrize("layer", [0, 4, NUM_LAYERS - 1])
+@pytest.mark.parametrize("budget", ["uniform", "model"])
 def test_an_error_halfway_leaves_an_empty_cache(
-    layer: int, place: str, error: BaseException
+    budget: str, layer: int, place: str, error: BaseException
 ) -> None:
-    model, press, cache = deep_model(), given_press(0.75, streaming=True), DynamicCache()
+    model, cache = deep_model(), DynamicCache()
+    press = given_press(0.75, budget=budget, streaming=True)
     module = model.model.layers[layer].input_layernorm if place == "before" else None
     module = module or model.model.layers[layer].mlp
     handle = module.register_forward_pre_hook(break_down(error))
@@ -231,7 +254,7 @@ def test_an_error_halfway_leaves_an_empty_cache(
     with press(model):
         again = DynamicCache()
         model(tokens(1, LENGTH), past_key_values=again)
-    with given_press(0.75)(model):
+    with given_press(0.75, budget=budget)(model):
         exact = DynamicCache()
         model(tokens(1, LENGTH), past_key_values=exact)
     assert_equal(again, exact)
