@@ -1,6 +1,8 @@
 """The benchmarks of decoding and memory, on a model that takes no time, and what they report."""
 
 import json
+import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from tiny_models import tiny_model
 from transformers import PreTrainedModel
 
-from benchmarks.end_to_end import decode, memory, report
+from benchmarks.end_to_end import decode, memory, prefill, report, runs
 from benchmarks.measure import RESULTS
 
 LENGTH = 80
@@ -67,7 +69,39 @@ def test_memory_counts_storages_and_sees_the_peak() -> None:
         assert full >= row["cache_peak_bytes"] >= row["cache_bytes"]
         assert row["rss_before"] > 0 and row["rss_peak_extra"] >= 0
     assert rows[decode.RAGGED]["cache_peak_bytes"] == full
+    one = full // len(model.model.layers)
+    assert rows[memory.UNIFORM_STREAMING]["cache_peak_bytes"] == one // 4 + one
     assert not any(layer.self_attn._forward_hooks for layer in model.model.layers)
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        (decode, ["--seconds", "0.01", "--steps", "2", "--random-context"]),
+        (memory, []),
+        (prefill, ["--rounds", "1"]),
+    ],
+    ids=["decode", "memory", "prefill"],
+)
+def test_a_run_records_its_command_and_all_rows(
+    module: Any, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(runs.MODELS, "smollm2", tiny_model)
+    out, first = tmp_path / "out.json", next(iter(module.METHODS))
+    before = torch.get_num_threads()
+    chosen = ["--lengths", "30", "40", "--methods", first, "--threads", "1", "--out", str(out)]
+    try:
+        module.main([*chosen, *options])
+    finally:
+        torch.set_num_threads(before)
+    written = json.loads(out.read_text())
+    command = ["python", "-m", module.__name__, *chosen, *options]
+    assert shlex.split(written["command"]) == command
+    assert written["environment"]["versions"]["torch"] == torch.__version__
+    rows = [row for row in written["rows"] if row["method"] == first]
+    assert [row["length"] for row in rows] == [30, 40]
+    ratio = module.RATIO
+    assert all((r["model"], r["threads"], r["ratio"]) == ("smollm2", 1, ratio) for r in rows)
 
 
 def results(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -12,28 +12,25 @@ the results.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from kvpress import AdaKVPress, KeyDiffPress
 from torch import Tensor
-from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from benchmarks.measure import RESULTS, interleave, write_results
+from benchmarks.measure import interleave
 from benchmarks.quality.replay import LayerTape, Recording, record, replay
 from moekv import MoERouterPress, ragged
 from moekv.attention import attend
 from moekv.layers import GrowingLayer, RaggedLayer, storage_bytes
-from moekv.models import load_model
+
+from .runs import Run, random_ids
 
 RATIO = 0.75
 FULL, UNIFORM, RAGGED = "full cache", "moekv, uniform", "moekv, budget=model"
@@ -48,33 +45,6 @@ METHODS: dict[str, Callable[[], Any]] = {
     UNIFORM: lambda: MoERouterPress(RATIO, budget="uniform", router=None),
     RAGGED: lambda: MoERouterPress(RATIO, budget="model", router=None),
 }
-
-
-def llama_shape() -> PreTrainedModel:
-    """Two layers with the attention of Llama-3.1-8B, randomly initialised."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=2,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=131072,
-    )
-    with torch.device("cpu"):
-        return LlamaForCausalLM(config).to(torch.bfloat16).eval()
-
-
-def load(name: str) -> PreTrainedModel:
-    """Load one of the models that ``--model`` names."""
-    return llama_shape() if name == "llama-shape" else load_model()[0]
-
-
-def random_ids(model: PreTrainedModel, length: int) -> Tensor:
-    """Token ids [1, length] that depend on the length alone."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(5, model.config.vocab_size, (1, length), generator=generator)
 
 
 def random_context(model: PreTrainedModel, length: int) -> Recording:
@@ -233,31 +203,19 @@ def measure(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=["smollm2", "llama-shape"], default="smollm2")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
-    parser.add_argument(
-        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD"
-    )
-    parser.add_argument("--random-context", action="store_true", help="do not prefill")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of timing for each method")
-    parser.add_argument("--steps", type=int, default=12, help="timed steps at least")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, help="JSON (default: benchmarks/results/decode-MODEL)")
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
-    given = shlex.join(sys.argv[1:] if arguments is None else arguments)
-    out = args.out or RESULTS / f"decode-{args.model}.json"
-    model, rows = load(args.model), []
-    common = {"model": args.model, "threads": args.threads, "ratio": RATIO}
+    run = Run("decode", __doc__.split("\n")[0], methods=METHODS, lengths=[2048, 8192], ratio=RATIO)
+    add = run.parser.add_argument
+    add("--random-context", action="store_true", help="do not prefill")
+    add("--seconds", type=float, default=5.0, help="of timing for each method")
+    add("--steps", type=int, default=12, help="timed steps at least")
+    args, model = run.begin(arguments), run.model
     for length in args.lengths:
         if args.random_context:
             recording = random_context(model, length)
         else:
             recording = record(model, random_ids(model, length))
         measured = measure(model, recording, args.methods, seconds=args.seconds, steps=args.steps)
-        rows += [common | row for row in measured]
-        write_results(out, f"python -m benchmarks.end_to_end.decode {given}".strip(), rows)
+        run.add(measured)
         for row in measured:
             first, median, third = (1e3 * x for x in row["wall_s"])
             size = f"{row['cache_bytes'] / 2**20:9.1f} MiB" if "cache_bytes" in row else " " * 13
@@ -266,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"({first:.2f} to {third:.2f}), processor {1e3 * row['cpu_s'][1]:8.2f} ms",
                 flush=True,
             )
-    print(f"written to {out}")
+    run.end()
 
 
 if __name__ == "__main__":

@@ -10,26 +10,25 @@ any method the same activations included.
 
 from __future__ import annotations
 
-import argparse
-import shlex
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from benchmarks.measure import RESULTS, peak_extra_bytes, settled_bytes, write_results
+from benchmarks.measure import peak_extra_bytes, settled_bytes
 from moekv import MoERouterPress, prefill_in_chunks
 
-from .decode import FULL, METHODS, RATIO, cache_bytes, load, random_ids
+from .decode import FULL, METHODS, RATIO, UNIFORM, cache_bytes
+from .runs import Run, random_ids
 
 STREAMING = "moekv, budget=model, streaming"
+UNIFORM_STREAMING = f"{UNIFORM}, streaming"
 CHUNK_SIZE = 512
 CHUNKS = f"moekv, budget=model, chunks of {CHUNK_SIZE}"
 
 PRESSES: dict[str, Callable[[], Any]] = METHODS | {
+    UNIFORM_STREAMING: lambda: MoERouterPress(RATIO, budget="uniform", streaming=True, router=None),
     STREAMING: lambda: MoERouterPress(RATIO, budget="model", streaming=True, router=None),
     CHUNKS: lambda: MoERouterPress(RATIO, budget="model", router=None),
 }
@@ -89,23 +88,14 @@ def measure(model: PreTrainedModel, length: int, name: str) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=["smollm2", "llama-shape"], default="smollm2")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
-    parser.add_argument(
-        "--methods", nargs="+", choices=list(PRESSES), default=list(PRESSES), metavar="METHOD"
-    )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, help="JSON (default: benchmarks/results/memory-MODEL)")
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
-    model, rows = load(args.model), []
-    common = {"model": args.model, "threads": args.threads, "ratio": RATIO}
+    summary = __doc__.split("\n")[0]
+    run = Run("memory", summary, methods=PRESSES, lengths=[2048, 8192], ratio=RATIO)
+    args, model = run.begin(arguments), run.model
     for length in args.lengths:
         measure(model, min(length, 64), FULL)  # first touches of memory, caches of kernels
         for name in args.methods:
             row = measure(model, length, name)
-            rows.append(common | row)
+            run.add([row])
             sizes = "cache {cache_bytes}, its peak {cache_peak_bytes}, RSS +{grown}, peak +{peak}"
             mib = {
                 key: f"{row[key] / 2**20:.1f}" for key in ("cache_bytes", "cache_peak_bytes")
@@ -114,10 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "peak": f"{row['rss_peak_extra'] / 2**20:.1f} MiB",
             }
             print(f"{length:6,} {name:36} {sizes.format(**mib)}", flush=True)
-    out = args.out or RESULTS / f"memory-{args.model}.json"
-    given = shlex.join(sys.argv[1:] if arguments is None else arguments)
-    write_results(out, f"python -m benchmarks.end_to_end.memory {given}".strip(), rows)
-    print(f"written to {out}")
+    run.end()
 
 
 if __name__ == "__main__":

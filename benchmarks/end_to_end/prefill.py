@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -33,21 +31,13 @@ from transformers import DynamicCache, PreTrainedModel
 
 import moekv.ops
 import moekv.press
-from benchmarks.measure import (
-    RESULTS,
-    Times,
-    peak_extra_bytes,
-    quartiles,
-    timed,
-    write_results,
-)
+from benchmarks.measure import Times, peak_extra_bytes, quartiles, timed
 from benchmarks.quality.presses import PEERS
 from moekv import MoERouterPress
-from moekv.models import load_model
 from moekv.routers import BaseMoERouter
 from moekv.view import ViewBuilder
 
-from .decode import llama_shape
+from .runs import Run, random_ids
 
 RATIO = 0.5
 NO_PRESS = "no press"
@@ -146,7 +136,7 @@ def measure(
     tick: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """One row per method; `tick` is told what comes next."""
-    ids = torch.randint(5, model.config.vocab_size, (1, length), generator=torch.manual_seed(0))
+    ids = random_ids(model, length)
     times = {name: Times() for name in methods}
     watches: dict[str, list[Stopwatch]] = {name: [] for name in methods}
     memory: dict[str, int] = {}
@@ -219,23 +209,21 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
+    return number
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=["smollm2", "llama-shape"], default="smollm2")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048])
-    parser.add_argument(
-        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD"
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="timed prefills of each method")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, help="JSON (default: benchmarks/results/prefill-MODEL)")
-    args = parser.parse_args(arguments)
-    if args.rounds < 1:
-        parser.error(f"expected --rounds >= 1, got {args.rounds}")
-    torch.set_num_threads(args.threads)
-    model = llama_shape() if args.model == "llama-shape" else load_model()[0]
-    console, rows = Console(width=None if sys.stdout.isatty() else 160), []
+    summary = __doc__.split("\n")[0]
+    run = Run("prefill", summary, methods=METHODS, lengths=[1024, 2048], ratio=RATIO)
+    add = run.parser.add_argument
+    add("--rounds", type=_positive, default=5, help="timed prefills of each method")
+    args, model = run.begin(arguments), run.model
+    console = Console(width=None if sys.stdout.isatty() else 160)
     with Progress(console=console) as progress:
         steps = len(args.lengths) * len(args.methods) * (args.rounds + 1)
         bar = progress.add_task("", total=steps)
@@ -246,14 +234,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 progress.update(bar, advance=1, description=f"{length:,} tokens, {name}")
 
             measured = measure(model, length, args.methods, args.rounds, tick)
-            common = {"model": args.model, "threads": args.threads, "ratio": RATIO}
-            rows += [common | row for row in measured]
+            run.add(measured)
             show(measured, console)
-    out = args.out or RESULTS / f"prefill-{args.model}.json"
-    command = "python -m benchmarks.end_to_end.prefill"
-    given = sys.argv[1:] if arguments is None else arguments
-    write_results(out, f"{command} {shlex.join(given)}".strip(), rows)
-    console.print(f"written to {out}")
+    run.end()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Write the tables of docs/memory.md from benchmarks/results, or check that they are up to date.
+"""Write the tables of docs/memory.md from benchmarks/results; a test compares them.
 
-    python -m benchmarks.end_to_end.report [--check]
+    python -m benchmarks.end_to_end.report
 
 A table stands between `<!-- decode-smollm2 token -->` and `<!-- end -->`: a file of results, and
 which of its rows.
@@ -8,17 +8,14 @@ which of its rows.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.measure import RESULTS, ROOT
 
 PAGE = ROOT / "docs" / "memory.md"
-_COMMAND = "python -m benchmarks.end_to_end.report"
 _BLOCK = re.compile(r"(<!-- (\S+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Rows = list[dict[str, Any]]
@@ -115,17 +112,9 @@ def update(page: str) -> str:
     return _BLOCK.sub(fill, page)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the tables, or say that they are not those of the results."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if out of date")
-    args = parser.parse_args(arguments)
-    page = PAGE.read_text()
-    updated = update(page)
-    if not args.check:
-        PAGE.write_text(updated)
-    elif page != updated:
-        sys.exit(f"{PAGE.relative_to(ROOT)} is not up to date: run `{_COMMAND}`")
+def main() -> None:
+    """Write the tables."""
+    PAGE.write_text(update(PAGE.read_text()))
 
 
 if __name__ == "__main__":
