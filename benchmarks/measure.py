@@ -7,6 +7,7 @@ of them alike; only ratios within one run mean something.
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import json
 import platform
@@ -109,8 +110,9 @@ def peak_extra_bytes(function: Callable[[], object]) -> int:
     return max(peak - before, 0)
 
 
+@functools.cache
 def environment() -> dict[str, Any]:
-    """Machine, versions and commit."""
+    """Machine, versions and commit, as they are at the first call: results change the tree."""
     cpu = next(
         (
             line.partition(":")[2].strip()
