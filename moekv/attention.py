@@ -3,11 +3,12 @@
 Models look their attention function up by name ("sdpa", "flash_attention_2", ...) at every call.
 :func:`install` wraps each of these functions once: a call that brings :class:`RaggedPairs`, or one
 query for keys that :func:`serve_steps` has marked, goes to ``ragged_attention``. Every other call
-goes where it went before.
+goes where it went before, and :func:`last_queries` sees what it asks.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -30,6 +31,8 @@ NOT_DENSE = (
 _BACKEND = "_moekv_backend"  # attribute of the keys that ragged_attention may serve
 _NATIVE = ops.available_backends()["cpu"] is None
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_watched: dict[nn.Module, tuple[int, dict[nn.Module, Tensor]]] = {}  # window, what was seen
 
 
 class RaggedPairs:
@@ -111,6 +114,43 @@ def install() -> None:
             ALL_ATTENTION_FUNCTIONS[name] = _serve_compressed_layers(function)
 
 
+@contextmanager
+def last_queries(
+    layers: Iterable[nn.Module], window: int
+) -> Generator[dict[nn.Module, Tensor], None, None]:
+    """Note what attention layers ask last, which nobody has to compute again.
+
+    Parameters
+    ----------
+    layers : iterable of nn.Module
+        Attention layers, each in one block at a time.
+    window : int
+        Queries of a call to note, at most.
+
+    Yields
+    ------
+    dict
+        For each layer copies [B, Hq, W, D] of the rotated queries of its last call that had
+        several. Eager attention, and calls inside compiled graphs, go unseen.
+    """
+    install()
+    seen: dict[nn.Module, Tensor] = {}
+    noted = list(layers)
+    _watched.update((layer, (window, seen)) for layer in noted)
+    try:
+        yield seen
+    finally:
+        for layer in noted:
+            del _watched[layer]
+
+
+def _note(module: nn.Module, query: Tensor) -> None:
+    window, seen = _watched.get(module, (0, {}))
+    if window and query.shape[2] > 1:
+        last = query.detach()[:, :, -window:]
+        seen[module] = last.clone(memory_format=torch.contiguous_format)
+
+
 def serve_steps(keys: Tensor, backend: str) -> None:
     """Let decode steps over the dense keys of a compressed layer go to ``ragged_attention``.
 
@@ -169,6 +209,8 @@ def _serve_compressed_layers(function: Callable[..., Any]) -> Callable[..., Any]
             return attend(module, query, key, attention_mask, **kwargs), None
         if _is_step(module, query, key, attention_mask, *args, **kwargs):
             return _attend_dense(query, key, value, attention_mask, kwargs.get("scaling")), None
+        if not torch.compiler.is_compiling() and _watched:
+            _note(module, query)
         return function(module, query, key, value, attention_mask, *args, **kwargs)
 
     attention.serves_compressed_layers = True  # type: ignore[attr-defined]

@@ -95,7 +95,8 @@ class LearnedExpert(Expert):
             return read + torch.einsum("bhp,pbht->bht", place[view.heads], where)
         assert view.aligned
         where = places(view.lengths, view.keys.shape[2], view.keys.device)
-        return self.router.read(index, view.hidden_states) + torch.matmul(place, where)
+        read = self.router.read(index, view.hidden_states)
+        return torch.baddbmm(read, place.expand(len(where), -1, -1), where)
 
 
 class CalibratedRouter(nn.Module, PyTorchModelHubMixin, library_name="moekv"):
@@ -158,9 +159,10 @@ class CalibratedRouter(nn.Module, PyTorchModelHubMixin, library_name="moekv"):
         self.gain = parameter(num_experts, num_kv_heads)
         self.offset = parameter(num_experts, num_kv_heads)
         self._local: dict[Any, tuple[Tensor, ...]] = {}
+        self._gates: dict[Any, SharedExpertRouter] = {}
 
     def _apply(self, *args: Any, **kwargs: Any) -> CalibratedRouter:
-        self._local = {}
+        self._local, self._gates = {}, {}
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self
 
@@ -209,8 +211,7 @@ class CalibratedRouter(nn.Module, PyTorchModelHubMixin, library_name="moekv"):
         In float32. Where the cache is compressed more than once these are noted when a token comes.
         """
         weight, _, bias = self.surrogate(index, hidden_states)
-        read = functional.linear(hidden_states, weight).transpose(1, 2).float()
-        return read + bias[:, None]
+        return functional.linear(hidden_states, weight).transpose(1, 2) + bias[:, None]
 
     def scale(self, index: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Affine maps of all experts of a layer to the common scale: gain, offset [E + 1, H].
@@ -228,13 +229,22 @@ class CalibratedRouter(nn.Module, PyTorchModelHubMixin, library_name="moekv"):
         gain, offset = self._local[key]
         return gain, offset
 
-    def make_router(self, index: int, *, backend: str = "auto") -> SharedExpertRouter:
-        """Build the gate of a layer."""
-        row = self.layers.index(index)
-        router = SharedExpertRouter(self.hidden_size, len(self.routed), self.top_k, backend=backend)
-        router.gate.weight.data.copy_(self.gate_weight[row])
-        router.gate.bias.data.copy_(self.gate_bias[row])
-        return router
+    def gate(self, index: int, like: Tensor, *, backend: str = "auto") -> SharedExpertRouter:
+        """Give the gate of a layer, for the device and the dtype of some hidden states. Frozen.
+
+        It keeps no history, so that whoever asks for the same one shares it.
+        """
+        key = (index, like.device, like.dtype, backend)
+        if key not in self._gates:
+            row = self.layers.index(index)
+            router = SharedExpertRouter(
+                self.hidden_size, len(self.routed), self.top_k, backend=backend
+            )
+            router.gate.weight.data.copy_(self.gate_weight[row])
+            router.gate.bias.data.copy_(self.gate_bias[row])
+            self._gates[key] = router.to(like.device, like.dtype)
+            router.freeze()
+        return self._gates[key]
 
 
 _fingerprints: weakref.WeakKeyDictionary[PreTrainedModel, str] = weakref.WeakKeyDictionary()

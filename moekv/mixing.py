@@ -31,16 +31,17 @@ def stack_scores(experts: Sequence[Expert], view: LayerView) -> Tensor:
         An expert's scores have another shape, dtype or device.
     """
     shape, device = view.keys.shape[:3], view.keys.device
-    stacked = torch.empty(len(experts), *shape, device=device)
-    for slot, expert in zip(stacked, experts, strict=True):
+    stacked = []
+    for expert in experts:
         scores = expert.scores(view)
         if scores.shape != shape or scores.device != device or not scores.is_floating_point():
             raise ValueError(
                 f"expected floating scores {list(shape)} on {device} from expert "
                 f"{expert.name!r}, got {scores.dtype} {list(scores.shape)} on {scores.device}"
             )
-        slot.copy_(scores if expert.finite else _bounded(scores.float(), view.real))
-    return stacked
+        scores = scores.float()
+        stacked.append(scores if expert.finite else _bounded(scores, view.real))
+    return torch.stack(stacked)
 
 
 def _bounded(scores: Tensor, real: Tensor) -> Tensor:

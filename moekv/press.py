@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from moekv import ops
+from moekv.attention import last_queries
 from moekv.budget import (
     Kept,
     check_ratio,
@@ -275,6 +276,8 @@ class MoERouterPress(ScorerPress):
         self._view = ViewBuilder()
         self._hooked: list[nn.Module] = []
         self._rated: list[_Rated] = []
+        self._queries: dict[nn.Module, Tensor] = {}
+        self._static = False
         self._keeper = Keeper(self)
         self._num_cached = self._num_forwards = self._num_commits = self._num_grown = 0
         self._stream: StreamingBudget | None = None
@@ -428,6 +431,7 @@ class MoERouterPress(ScorerPress):
         values: Tensor,
         attentions: Tensor | None,
         kwargs: dict[str, Any],
+        queries: Tensor | None = None,
     ) -> _Rating:
         if hidden_states.shape[1] < keys.shape[2]:
             self._see_unknown_tokens()
@@ -442,6 +446,7 @@ class MoERouterPress(ScorerPress):
                 window=self.window,
                 kinds=self._kinds(module),
                 backend=self.backend,
+                queries=queries,
             )
             return self._rate_view(view)
 
@@ -483,9 +488,7 @@ class MoERouterPress(ScorerPress):
     ) -> tuple[Tensor, Tensor]:
         """Mixed scores [B, H, T], and each expert's share in them [B, T, E]."""
         num_experts, batch, _, num_keys = scores.shape
-        weights, chosen = routed.weights, routed.experts
-        shares = weights.new_zeros(*weights.shape[:2], num_experts)
-        shares.scatter_(-1, chosen.long(), weights)
+        weights, chosen, shares = routed.weights, routed.experts, routed.shares
         if not view.aligned:
             # Not every pair's token is known: all are mixed as the known ones are on average.
             total = shares.sum(1, keepdim=True).repeat_interleave(view.folded, 0)
@@ -499,7 +502,11 @@ class MoERouterPress(ScorerPress):
             gain, offset = common_scale(experts, scores, real)
         else:
             index: int = view.module.layer_idx  # type: ignore[assignment]
-            gain, offset = (x[:, view.heads] for x in self._calibrated.scale(index, scores.device))
+            scale = self._calibrated.scale(index, scores.device)
+            if view.folded > 1:
+                gain, offset = (x[:, view.heads] for x in scale)
+            else:
+                gain, offset = (x[:, None].expand(-1, batch, -1) for x in scale)
         mixed = ops.mix_scores(scores, weights, chosen, gain, offset, backend=self.backend)
         return mixed, shares
 
@@ -523,10 +530,14 @@ class MoERouterPress(ScorerPress):
             recent=recent,
             backend=self.backend,
         )
+        # All experts share one measurement.
         if kept.per_head is not None:
-            indices = kept.indices.view(len(experts), batch * num_heads, kept.per_head).long()
-            hits = mass.flatten(0, 1).expand(len(experts), -1, -1).gather(-1, indices)
-            return (hits.sum((1, 2)) / (batch * num_heads)).clamp(max=1)
+            begin = torch.arange(
+                0, mass.numel(), mass.shape[2], dtype=torch.int32, device=mass.device
+            )
+            rows = kept.indices.view(len(experts), -1, kept.per_head) + begin[:, None]
+            hits = mass.flatten().index_select(0, rows.flatten()).view(len(experts), -1)
+            return (hits.sum(1) / (batch * num_heads)).clamp(max=1)
         hits = mass.flatten().index_select(0, kept.rows() % mass.numel())
         per_expert = torch.split(hits, [num_heads * sum(rows) for rows in totals])
         rates = torch.stack([part.sum() for part in per_expert])
@@ -747,7 +758,8 @@ class MoERouterPress(ScorerPress):
             ]
             if self.streaming:
                 handles.append(decoder.register_forward_hook(self._abort_stream, always_call=True))
-            yield
+            with last_queries(hooked, self.window) as self._queries:
+                yield
             acted = self._num_commits or self._num_grown
             if self._num_forwards and not acted and self._evicts:
                 raise RuntimeError(
@@ -763,7 +775,7 @@ class MoERouterPress(ScorerPress):
             for layer in bare:
                 layer._modules.pop("rotary_emb", None)
             _busy.discard(decoder)
-            self._hooked, self._rated = [], []
+            self._hooked, self._rated, self._queries = [], [], {}
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
         """Get ready for a model: kvpress calls this when a block begins.
@@ -833,6 +845,7 @@ class MoERouterPress(ScorerPress):
             return
         self._abort_stream()
         self._rated = []
+        self._queries.clear()
         self._num_forwards += 1
         try:
             given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
@@ -889,17 +902,18 @@ class MoERouterPress(ScorerPress):
                     module, kwargs, hidden_states, cache, _attentions(output)
                 )
             return
-        keys, values = cached_pairs(cache.layers[module.layer_idx])
-        held = weakref.ref(keys)
-        if is_static(cache):
-            num_tokens = hidden_states.shape[1]
-            keys, values = keys[:, :, :num_tokens], values[:, :, :num_tokens]
-            kwargs = kwargs | {"attention_mask": None}  # no padding, and no slots to come
-        elif self._stream is None:  # it replaces layers
-            check_cache(cache)
         if module is self._hooked[0]:
             check_ratio(self.compression_ratio)
             self._rated = []
+            self._static = is_static(cache)
+            if not self._static:
+                check_cache(cache)
+        keys, values = cached_pairs(cache.layers[module.layer_idx])
+        held = weakref.ref(keys)
+        if self._static:
+            num_tokens = hidden_states.shape[1]
+            keys, values = keys[:, :, :num_tokens], values[:, :, :num_tokens]
+            kwargs = kwargs | {"attention_mask": None}  # no padding, and no slots to come
         if module is not self._hooked[len(self._rated)]:
             self._rated = []
             raise RuntimeError(
@@ -907,7 +921,8 @@ class MoERouterPress(ScorerPress):
                 f"{module.layer_idx} out of turn (transformers {transformers.__version__})"
             )
         attentions = _attentions(output)
-        rating = self._rate(module, hidden_states, keys, values, attentions, kwargs)
+        queries = self._queries.pop(module, None)
+        rating = self._rate(module, hidden_states, keys, values, attentions, kwargs, queries)
         index: int = module.layer_idx  # type: ignore[assignment]
         states = self._keeper.last_states(hidden_states, rating)
         read = self._keeper.read(index, hidden_states)
@@ -954,11 +969,11 @@ class MoERouterPress(ScorerPress):
         if index not in self._layers:
             router: BaseMoERouter
             if self._calibrated is not None:
-                router = self._calibrated.make_router(index, backend=self.backend)
+                router = self._calibrated.gate(index, hidden_states, backend=self.backend)
             else:
                 router = self._make_router(hidden_states.shape[-1], experts)
-            router = router.to(hidden_states.device, hidden_states.dtype).eval()
-            router.requires_grad_(False)
+                router = router.to(hidden_states.device, hidden_states.dtype).eval()
+                router.requires_grad_(False)
             self._layers[index] = _Layer(
                 module, router, LayerStats(len(experts), hidden_states.device)
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -62,6 +62,8 @@ class RouterOutput:
         Of the gate.
     probs : Tensor
         `[B, T, E]` fp32, the softmax over the experts; 0 on padding. Computed when first read.
+    shares : Tensor
+        `[B, T, E]` fp32, `weights` by expert; 0 where it was not chosen. Computed when first read.
     """
 
     logits: Tensor
@@ -78,6 +80,12 @@ class RouterOutput:
     def probs(self) -> Tensor:
         """Probabilities of the experts, see the class."""
         return _probabilities(self.logits, self.temperature, self.mask)
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """Weights of the experts, see the class."""
+        shares = self.weights.new_zeros(*self.weights.shape[:2], len(self.load))
+        return shares.scatter_(-1, self.experts.long(), self.weights)
 
 
 class Gate(NamedTuple):
@@ -224,9 +232,12 @@ class BaseMoERouter(nn.Module):
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)
         self.register_buffer("prior", torch.tensor(prior))
+        self._reads_nothing = False
+        self._routed_alike: RouterOutput | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BaseMoERouter:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._routed_alike = None
         # Buffers stay fp32 when the router is cast to its layer's dtype: a bf16 moving average
         # stops moving, and gating_topk takes its bias in fp32.
         for name, buffer in self._buffers.items():
@@ -256,6 +267,45 @@ class BaseMoERouter(nn.Module):
             If the mask is not boolean.
         """
         self._check_inputs(hidden_states, mask)
+        if self._reads_nothing and mask is None:
+            return self._route_alike(hidden_states)
+        return self._route(hidden_states, mask)
+
+    def freeze(self) -> BaseMoERouter:
+        """Make the parameters constant, for inference; waits for the device.
+
+        A gate whose weights are zero then no longer reads the hidden states: all tokens are routed
+        alike.
+
+        Returns
+        -------
+        BaseMoERouter
+            This router.
+        """
+        self.eval().requires_grad_(False)
+        rates = type(self)._rate is BaseMoERouter._rate
+        chooses = type(self)._choose is BaseMoERouter._choose
+        self._reads_nothing = rates and chooses and not self.gate.weight.any()
+        self._routed_alike = None
+        return self
+
+    def _route_alike(self, hidden_states: Tensor) -> RouterOutput:
+        """Route one token, which stands for all of them."""
+        if self._routed_alike is None:
+            self._routed_alike = self._route(torch.zeros_like(hidden_states[:1, :1]), None)
+        one, shape = self._routed_alike, hidden_states.shape[:2]
+        routed = replace(
+            one,
+            logits=one.logits.expand(*shape, -1),
+            weights=one.weights.expand(*shape, -1),
+            experts=one.experts.expand(*shape, -1),
+            load=one.load * shape.numel(),
+            entropy=one.entropy * shape.numel(),
+        )
+        routed.shares = one.shares.expand(*shape, -1)
+        return routed
+
+    def _route(self, hidden_states: Tensor, mask: Tensor | None) -> RouterOutput:
         if mask is not None:
             # Whatever stands at padding, NaN included, must reach neither results nor gradients.
             hidden_states = hidden_states.masked_fill(~mask[..., None], 0)
@@ -706,9 +756,9 @@ class SharedExpertRouter(BaseMoERouter):
     Dai et al., DeepSeekMoE, ACL 2024 (shared expert isolation).
     """
 
-    def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> RouterOutput:
-        """Route every token; the outputs count E + 1 experts and k + 1 slots."""
-        routed = super().forward(hidden_states, mask)
+    def _route(self, hidden_states: Tensor, mask: Tensor | None) -> RouterOutput:
+        # The outputs count E + 1 experts and k + 1 slots.
+        routed = super()._route(hidden_states, mask)
         shape = routed.weights.shape[:2]
         half = routed.weights.new_full((*shape, 1), 0.5)
         num_tokens = routed.load.new_full((1,), shape[0] * shape[1])

@@ -74,7 +74,7 @@ class LayerView:
     kinds: Sequence[ScoreKind] = tuple(ScoreKind)
     backend: str = "auto"
     notes: tuple[Tensor, Tensor] | None = None
-    _scores: Tensor | None = field(default=None, repr=False)
+    _scores: dict[ScoreKind, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def folded(self) -> int:
@@ -126,8 +126,8 @@ class LayerView:
         Tensor [B, H, T], float32
             See ``moekv.ops.expert_scores``. Not to be written to.
         """
-        if self._scores is None:
-            self._scores = ops.expert_scores(
+        if not self._scores:
+            scores = ops.expert_scores(
                 self.keys,
                 self.values,
                 self.queries,
@@ -139,7 +139,8 @@ class LayerView:
                 lag=LAG,
                 backend=self.backend,
             )
-        return self._scores[list(self.kinds).index(kind)]
+            self._scores = dict(zip(self.kinds, scores.unbind(), strict=True))
+        return self._scores[kind]
 
 
 class ViewBuilder:
@@ -161,6 +162,7 @@ class ViewBuilder:
         window: int,
         kinds: Sequence[ScoreKind],
         backend: str,
+        queries: Tensor | None = None,
     ) -> LayerView:
         """Look at one layer.
 
@@ -176,6 +178,9 @@ class ViewBuilder:
             Scores that the view can give.
         backend : str
             Of the ops.
+        queries : Tensor [B, Hq, W, D], optional
+            The last rotated queries of a whole prefill, where they are at hand. None, or another
+            number than `window` asks for: they are computed from the hidden states.
 
         Returns
         -------
@@ -209,13 +214,8 @@ class ViewBuilder:
             min(max(start - first, 0), num_keys)
             for start in self.row_starts(kwargs.get("attention_mask"), len(keys))
         ]
-        queries = get_prerope_query_states(module, hidden_states[:, -window:])
-        num_queries = queries.shape[2]
-        if offset is None:
-            cos, sin = _last_rotations(module, hidden_states, kwargs, num_queries)
-        else:
-            end = offset + num_tokens
-            cos, sin = (x[:, end - num_queries : end] for x in kwargs["position_embeddings"])
+        if queries is None or queries.shape[2] != min(window, num_tokens):
+            queries = _window_queries(module, hidden_states, kwargs, window, offset)
         start = None
         if any(starts):
             start = torch.tensor(starts, dtype=torch.int32, device=keys.device)
@@ -224,7 +224,7 @@ class ViewBuilder:
             hidden_states=hidden_states,
             keys=keys,
             values=values,
-            queries=rotate(queries, cos, sin).to(keys.dtype),
+            queries=queries.to(keys.dtype),
             start=start,
             lengths=tuple(num_keys - start for start in starts),
             begins=first == 0,
@@ -296,6 +296,24 @@ def _offset_in(part: Tensor, fed: Tensor) -> int | None:
     offset, rest = divmod(int(part.storage_offset() - fed.storage_offset()), fed.stride(1))
     inside = rest == 0 and 0 <= offset <= fed.shape[1] - part.shape[1]
     return offset if inside else None
+
+
+def _window_queries(
+    module: nn.Module,
+    hidden_states: Tensor,
+    kwargs: Mapping[str, Any],
+    window: int,
+    offset: int | None,
+) -> Tensor:
+    """Form the rotated queries of the last tokens, whose hidden states begin at an offset."""
+    queries = get_prerope_query_states(module, hidden_states[:, -window:])
+    num_queries = queries.shape[2]
+    if offset is None:
+        cos, sin = _last_rotations(module, hidden_states, kwargs, num_queries)
+    else:
+        end = offset + hidden_states.shape[1]
+        cos, sin = (x[:, end - num_queries : end] for x in kwargs["position_embeddings"])
+    return rotate(queries, cos, sin)
 
 
 def recent_queries(module: nn.Module, hidden_states: Tensor, kwargs: Mapping[str, Any]) -> Tensor:

@@ -9,12 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvpress import ExpectedAttentionPress, KnormPress, ScorerPress
-from tiny_models import prefill, tiny_model, tokens
+from tiny_models import TINY_MODELS, prefill, tiny_model, tokens
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel
 
+import moekv.attention as attention_module
 import moekv.press as press_module
+import moekv.view as view_module
 from moekv import Expert, LayerView, MoERouterPress, RouterOutput, expert_names
 from moekv.experts import build_experts
 from moekv.hooks import find_layers
@@ -89,6 +91,42 @@ def kept_positions(compressed: DynamicCache, full: DynamicCache, index: int) -> 
     expanded = positions[..., None].expand(-1, -1, -1, whole.values.shape[-1])
     assert torch.equal(layer.values, whole.values.gather(2, expanded))
     return positions
+
+
+# --- What experts see -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_window_queries_are_those_of_the_model(
+    name: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taken from the attention where it can be watched, the same as computed again elsewhere."""
+    compute, computed = view_module._window_queries, []
+
+    def count(*args: Any) -> Tensor:
+        computed.append(args)
+        return compute(*args)
+
+    class Ask(Expert):
+        name = "ask"
+
+        def scores(self, view: LayerView) -> Tensor:
+            assert view.queries.shape[2] == min(9, view.keys.shape[2])
+            expected = compute(view.module, view.hidden_states, view.kwargs, 9, 0)
+            torch.testing.assert_close(view.queries, expected)
+            return torch.zeros(view.keys.shape[:3])
+
+    monkeypatch.setattr(view_module, "_window_queries", count)
+    model = tiny_model(name, attention)
+    press = make_press(experts=[Ask()], window=9, top_k=1)
+    with press(model):
+        for length in (1, 5, 30):
+            computed.clear()
+            prefill(model, tokens(2, length))
+            watched = attention == "sdpa" and length > 1
+            assert len(computed) == (0 if watched else len(press._layers))
+    assert not attention_module._watched
 
 
 # --- What stays -----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from moekv.routers import (
     EPLBRouter,
     HierarchicalRouter,
     PiKVMoERouter,
+    SharedExpertRouter,
     TopKBalancedRouter,
     make_router,
 )
@@ -595,6 +596,29 @@ def test_backends_agree(name):
     assert torch.equal(native.experts, plain.experts)
     torch.testing.assert_close(native.weights, plain.weights)
     torch.testing.assert_close(native.aux_loss, plain.aux_loss)
+
+
+@pytest.mark.parametrize("cls", [BaseMoERouter, TopKBalancedRouter, SharedExpertRouter])
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_frozen_router_decides_as_before(cls, reads):
+    """Whether its gate reads the hidden states or routes all tokens alike."""
+    router = trained(cls(HIDDEN, 5, 3))
+    if not reads:
+        torch.nn.init.zeros_(router.gate.weight)
+    hidden = hidden_states(2, 9)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, :4] = False
+    before = [router(hidden, m) for m in (None, mask)]
+    assert router.freeze() is router and not any(p.requires_grad for p in router.parameters())
+    for expected, m in zip(before, (None, mask), strict=True):
+        got = router(hidden, m)
+        for name in ("logits", "weights", "experts", "aux_loss", "load", "entropy", "probs"):
+            torch.testing.assert_close(getattr(got, name), getattr(expected, name), msg=name)
+        dense = torch.zeros_like(expected.probs)
+        dense.scatter_(-1, expected.experts.long(), expected.weights)
+        torch.testing.assert_close(got.shares, dense)
+    unread = router(torch.full_like(hidden, torch.nan)).weights
+    assert torch.allclose(unread, before[0].weights) == (not reads)
 
 
 def test_bad_inputs_raise():

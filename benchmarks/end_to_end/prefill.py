@@ -29,6 +29,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+import moekv.attention
 import moekv.ops
 import moekv.press
 from benchmarks.measure import Times, peak_extra_bytes, quartiles, timed
@@ -51,7 +52,7 @@ METHODS: dict[str, Callable[[], Any]] = {
 
 #: Where each stage of moekv's press is: what is called within another stage counts there.
 STAGES: dict[str, Sequence[tuple[Any, str]]] = {
-    "view": [(ViewBuilder, "__call__")],
+    "view": [(ViewBuilder, "__call__"), (moekv.attention, "_note")],
     "gate": [(BaseMoERouter, "__call__")],
     "score": [(moekv.press, "stack_scores"), (moekv.ops, "expert_scores")],
     "mix": [(MoERouterPress, "_mix")],
@@ -88,8 +89,13 @@ class Stopwatch:
 
     @contextmanager
     def of_hooks(self) -> Iterator[None]:
-        """Time all forward hooks that are registered in the block."""
+        """Time all forward hooks that are registered in the block, and what a press sees without.
+
+        moekv copies the last queries on their way to the attention.
+        """
         with ExitStack() as stack:
+            noting = self.around("press", moekv.attention._note, "hooks")
+            stack.enter_context(mock.patch.object(moekv.attention, "_note", noting))
             for method in ("register_forward_hook", "register_forward_pre_hook"):
                 original = getattr(nn.Module, method)
 
