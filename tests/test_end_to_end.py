@@ -35,7 +35,7 @@ def test_decode_measures_every_method_and_the_attention_alone(prefilled: bool) -
     assert sizes.pop(decode.FULL) == sizes.pop("kvpress AdaKV(KeyDiff), masked") == full
     assert set(sizes.values()) == {full // 4}
     attention = [row for row in rows if row["step"] == "attention"]
-    assert len(attention) == 5 and all(row["calls"] >= 2 for row in rows)
+    assert len(attention) == 6 and all(row["calls"] >= 2 for row in rows)
     # Every decoder has appended to its own cache, at its own position, and left no mask behind.
     assert not any(getattr(m, "masked_key_indices", None) for m in model.modules())
 

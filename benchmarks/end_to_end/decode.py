@@ -36,6 +36,7 @@ RATIO = 0.75
 FULL, UNIFORM, RAGGED = "full cache", "moekv, uniform", "moekv, budget=model"
 PEER_UNIFORM = "kvpress KeyDiff, uniform"
 FLOOR = "16 tokens of context"  # the model alone, which no cache makes faster
+READ = "adding up a quarter of it"  # reading alone, which no attention makes faster
 
 METHODS: dict[str, Callable[[], Any]] = {
     FULL: lambda: None,
@@ -137,6 +138,11 @@ def attentions(model: PreTrainedModel, caches: dict[str, DynamicCache]) -> dict[
             for module, query, layer in zip(modules, queries, caches[name].layers, strict=True)
         ]
 
+    def read() -> list[Tensor]:
+        layers = caches[RAGGED].layers
+        stored = [pairs for x in layers for pairs in (x.stored_keys, x.stored_values)]
+        return [pairs.view(torch.float32).sum() for pairs in stored]
+
     for query, layer, output in zip(
         queries, caches[RAGGED].layers, compressed(RAGGED), strict=True
     ):
@@ -150,6 +156,7 @@ def attentions(model: PreTrainedModel, caches: dict[str, DynamicCache]) -> dict[
         "SDPA, a quarter of it": partial(dense, PEER_UNIFORM),
         "ragged_attention, a quarter, dense": served,
         "ragged_attention, a quarter, ragged": partial(compressed, RAGGED),
+        READ: read,
     }
 
 
