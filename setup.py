@@ -44,7 +44,8 @@ class BuildNative(build_ext):
             raise SetupError(f"building moekv needs torch>={TORCH_FLOOR}: pip install torch")
 
         cmake, ninja = find_program("cmake"), find_program("ninja")
-        build = Path(self.build_temp).resolve()
+        # Editable installs are given a new temporary folder each time: that would keep nothing.
+        build = ROOT / "build" / "editable" if self.inplace else Path(self.build_temp).resolve()
         # Objects are kept, the rest is made anew: no setting and no library of an earlier
         # configuration (with CUDA, in another environment) may survive into this one.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
