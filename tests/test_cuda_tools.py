@@ -26,11 +26,14 @@ def kernels() -> cuda_resources.Kernels:
     return {name: {a: Kernel(**vars(good)) for a in ARCHITECTURES} for name in names}
 
 
+RECORDED = {name: [40] * len(ARCHITECTURES) + [512, 2, 2, 8] for name in kernels()}
+
+
 def test_good_kernels_pass_and_the_table_holds_them() -> None:
     page = cuda_resources.table(kernels())
     assert cuda_resources.problems(kernels(), PTX) == []
     recorded = cuda_resources.recorded_resources(page)
-    assert recorded == {name: [40] * len(ARCHITECTURES) + [512] for name in kernels()}
+    assert recorded == RECORDED
     assert cuda_resources.changes(kernels(), recorded) == []
 
 
@@ -64,22 +67,38 @@ def test_missing_architectures_and_kernels_are_told() -> None:
 
 
 def test_changes_against_the_record_are_told() -> None:
-    recorded = {name: [40] * len(ARCHITECTURES) + [512] for name in kernels()}
     changed = kernels()
     changed["mix_scores_kernel"]["86"].registers += cuda_resources.REGISTER_SLACK
-    assert cuda_resources.changes(changed, recorded) == []
+    assert cuda_resources.changes(changed, RECORDED) == []
     changed["mix_scores_kernel"]["86"].registers += 1
-    (more,) = cuda_resources.changes(changed, recorded)
+    (more,) = cuda_resources.changes(changed, RECORDED)
     assert more == "mix_scores_kernel on sm_86: expected 40 registers as recorded, got 49"
     changed = kernels()
     changed["mix_scores_kernel"]["80"].shared += 4
-    (more,) = cuda_resources.changes(changed, recorded)
+    (more,) = cuda_resources.changes(changed, RECORDED)
     assert more == "mix_scores_kernel: expected 512 bytes of shared memory as recorded, got 516"
     changed["new_kernel"] = changed.pop("mix_scores_kernel")
-    assert cuda_resources.changes(changed, recorded) == [
+    assert cuda_resources.changes(changed, RECORDED) == [
         "mix_scores_kernel: in the table alone",
         "new_kernel: not in the table",
     ]
+
+
+@pytest.mark.parametrize(
+    ("field", "what"),
+    [
+        ("wide_loads", "2 loads of 16 bytes"),
+        ("wide_stores", "2 stores of 16 bytes"),
+        ("tensor_core", "8 tensor core instructions"),
+    ],
+)
+def test_fewer_instructions_than_recorded_are_told(field: str, what: str) -> None:
+    changed = kernels()
+    setattr(changed["mix_scores_kernel"]["90"], field, 1)
+    expected = f"mix_scores_kernel: expected {what} as recorded, got 1"
+    assert cuda_resources.changes(changed, RECORDED) == [expected]
+    setattr(changed["mix_scores_kernel"]["90"], field, 9)
+    assert cuda_resources.changes(changed, RECORDED) == []
 
 
 def test_the_committed_table_lists_every_kernel() -> None:

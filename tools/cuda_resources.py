@@ -188,6 +188,21 @@ to the hardware to find out whether an address is of global or of shared memory.
 """
 
 
+Resources = tuple[list[int], int, dict[str, int]]  # registers, shared memory, instructions
+
+
+def resources(versions: dict[str, Kernel]) -> Resources:
+    """Return what the table says of a kernel."""
+    h = versions["90"]
+    counts = {
+        "loads of 16 bytes": h.wide_loads,
+        "stores of 16 bytes": h.wide_stores,
+        "tensor core instructions": h.tensor_core,
+    }
+    # From sm_90 on the system takes 1 KiB of its own, which would count as shared.
+    return [versions[a].registers for a in ARCHITECTURES], versions["80"].shared, counts
+
+
 def table(kernels: Kernels) -> str:
     """Return the page."""
     rows = [
@@ -195,19 +210,16 @@ def table(kernels: Kernels) -> str:
         ["---", *["---:"] * (len(ARCHITECTURES) + 4)],
     ]
     for name, versions in kernels.items():
-        # From sm_90 on the system takes 1 KiB of its own, which would count as shared.
-        shared, h = versions["80"].shared, versions["90"]
-        counts = [shared, h.wide_loads, h.wide_stores, h.tensor_core]
-        registers = [versions[a].registers for a in ARCHITECTURES]
-        rows.append([f"`{name}`", *map(str, registers), *(str(x or "") for x in counts)])
+        registers, shared, counts = resources(versions)
+        cells = [shared, *counts.values()]
+        rows.append([f"`{name}`", *map(str, registers), *(str(x or "") for x in cells)])
     return HEADER + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def recorded_resources(text: str) -> dict[str, list[int]]:
-    """Return what a page's table says of each kernel: registers by architecture, shared memory."""
+    """Return the numbers that a page's table has for each kernel, in its order."""
     rows = re.findall(r"^\| `([^`]+)` \| (.*) \|$", text, re.MULTILINE)
-    count = len(ARCHITECTURES) + 1
-    return {name: [int(x.strip() or 0) for x in c.split(" | ")[:count]] for name, c in rows}
+    return {name: [int(x.strip() or 0) for x in cells.split(" | ")] for name, cells in rows}
 
 
 def changes(kernels: Kernels, recorded: dict[str, list[int]]) -> list[str]:
@@ -215,17 +227,23 @@ def changes(kernels: Kernels, recorded: dict[str, list[int]]) -> list[str]:
     wrong = [f"{name}: not in the table" for name in kernels.keys() - recorded.keys()]
     wrong += [f"{name}: in the table alone" for name in recorded.keys() - kernels.keys()]
     for name in kernels.keys() & recorded.keys():
-        *registers, shared = recorded[name]
-        if kernels[name]["80"].shared != shared:
+        registers, shared, counts = resources(kernels[name])
+        before = recorded[name]
+        *registers_before, shared_before = before[: len(ARCHITECTURES) + 1]
+        if shared != shared_before:
             wrong.append(
-                f"{name}: expected {shared} bytes of shared memory as recorded, "
-                f"got {kernels[name]['80'].shared}"
+                f"{name}: expected {shared_before} bytes of shared memory as recorded, got {shared}"
             )
-        for architecture, before in zip(ARCHITECTURES, registers, strict=True):
-            now = kernels[name][architecture].registers
-            if now > before + REGISTER_SLACK:
+        counts_before = before[len(ARCHITECTURES) + 1 :]
+        for (what, now), at_least in zip(counts.items(), counts_before, strict=True):
+            if now < at_least:
+                wrong.append(f"{name}: expected {at_least} {what} as recorded, got {now}")
+        for architecture, expected, now in zip(
+            ARCHITECTURES, registers_before, registers, strict=True
+        ):
+            if now > expected + REGISTER_SLACK:
                 wrong.append(
-                    f"{name} on sm_{architecture}: expected {before} registers as recorded, "
+                    f"{name} on sm_{architecture}: expected {expected} registers as recorded, "
                     f"got {now}"
                 )
     return sorted(wrong)
