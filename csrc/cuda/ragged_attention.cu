@@ -343,8 +343,8 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) ragged_attention_merge_kernel(Arguments arguments) {
   const RaggedAttentionParams& params = arguments.params;
   const Cut cut(arguments);
-  const int index = static_cast<int>(blockIdx.x);
-  const int64_t row = blockIdx.y;
+  const int index = static_cast<int>(blockIdx.x) / arguments.rows;
+  const int64_t row = static_cast<int>(blockIdx.x) % arguments.rows;
   const int64_t first_chunk = cut.first_chunk(params, index);
   const int num_chunks = static_cast<int>(cut.num_chunks(params, index));
   const int value_dim = static_cast<int>(params.value_dim);
@@ -421,9 +421,8 @@ void run(const Arguments& arguments, Stream stream) {
     MOEKV_LAUNCH((ragged_attention_kernel<T, 8>), dim3(chunks, ceil_div(rows, 8u)), kThreads, 0,
                  stream, arguments);
   }
-  MOEKV_LAUNCH(ragged_attention_merge_kernel<T>,
-               dim3(static_cast<unsigned>(params.batch * params.num_kv_heads), rows), kThreads, 0,
-               stream, arguments);
+  const auto heads = static_cast<unsigned>(params.batch * params.num_kv_heads);
+  MOEKV_LAUNCH(ragged_attention_merge_kernel<T>, heads * rows, kThreads, 0, stream, arguments);
 }
 
 }  // namespace
