@@ -215,12 +215,14 @@ def test_more_pairs_than_a_group_may_have(kernels: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("offset", [1, 2, 4, 8])
-@pytest.mark.parametrize("name", ["gating_topk", "expert_scores", "select_kept", "kv_compact_"])
+@pytest.mark.parametrize("name", op_cases.CHECKS)
 def test_misaligned_storage(kernels: ModuleType, name: str, offset: int) -> None:
     """Tensors that begin anywhere give what aligned ones give, through narrower accesses."""
     case: Any = {
         "gating_topk": op_cases.GatingTopk(40, 16, 2, torch.bfloat16),
         "expert_scores": op_cases.ExpertScores((1, 2, 70, 64), dtype=torch.bfloat16),
+        "project_tokens": op_cases.ProjectTokens((2, 30, 64), 3, torch.bfloat16, mask=True),
+        "mix_scores": op_cases.MixScores((4, 2, 3, 40), 2),
         "select_kept": op_cases.SelectKept((2, 1, 64), (20,), dtype=torch.bfloat16),
         "kv_compact_": op_cases.KvCompact((1, 2, 40, 64), (17,), dtype=torch.bfloat16),
     }[name]
