@@ -80,12 +80,12 @@ cuda-link-check: cuda-build  ## load the library into a CUDA build of torch (dow
 	    "$$dir/bin/pip" install --quiet $(CUDA_TORCH) numpy && \
 	    "$$dir/bin/python" tools/cuda_link_check.py
 
-gpu-check:  ## on a machine with a GPU: the ops' tests on it, and what ops and kernels reach of its memory
+gpu-check:  ## on a machine with a GPU: the tests of ops and press on it, and what kernels reach of its memory
 	@nvidia-smi -L >/dev/null 2>&1 || \
 	    { echo 'gpu-check: no NVIDIA GPU is present (nvidia-smi -L finds none)' >&2; exit 1; }
 	MOEKV_CUDA=OFF $(MAKE) VENV=.venv-cuda TORCH=$(CUDA_TORCH) install  # cuda-build builds both
 	$(MAKE) VENV=.venv-cuda TORCH=$(CUDA_TORCH) cuda-build
-	.venv-cuda/bin/python -m pytest $(wildcard tests/test_ops_*.py)
+	.venv-cuda/bin/python -m pytest $(wildcard tests/test_ops_*.py) tests/test_press_cuda.py
 	@if command -v compute-sanitizer >/dev/null; then \
 	    for tool in memcheck racecheck synccheck; do \
 	        compute-sanitizer --tool $$tool --error-exitcode 1 \

@@ -34,7 +34,14 @@ def on_cpu(value: Any) -> Any:
 
 
 # What may take tensors from several devices. Indices may be on the CPU.
-MOVES = {Tensor.to, Tensor.cpu, Tensor.copy_, Tensor.__getitem__, Tensor.tensor_split}
+MOVES = {
+    Tensor.to,
+    Tensor.cpu,
+    Tensor.copy_,
+    Tensor.__getitem__,
+    Tensor.__setitem__,
+    Tensor.tensor_split,
+}
 
 
 class PretendedGpu(TorchFunctionMode):
@@ -47,8 +54,10 @@ class PretendedGpu(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func is torch.device:
+        if func in (torch.device, torch._C._nn._parse_to):
             return func(*args, **(kwargs or {}))
+        if func is torch._has_compatible_shallow_copy_type:
+            return False  # modules that move get new parameters, which know where they are
         leaves = tree_leaves((args, kwargs or {}))
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         begins_here = any(isinstance(x, GpuTensor) for x in tensors)

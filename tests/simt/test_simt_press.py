@@ -1,0 +1,56 @@
+"""``MoERouterPress(backend="cuda")`` on a pretended GPU gives what it gives on the CPU."""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import press_cases
+import pretended
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from moekv import ops
+
+
+@pytest.fixture
+def gpu(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> pretended.PretendedGpu:
+    monkeypatch.setattr(ops, "available_backends", lambda: dict.fromkeys(ops.BACKENDS))
+    monkeypatch.setattr(ops, "_native", frozenset(("cpu", "cuda")))
+    return pretended.PretendedGpu(kernels)
+
+
+@pytest.mark.parametrize("name", press_cases.CASES)
+@torch.no_grad()
+def test_as_on_the_cpu(gpu: pretended.PretendedGpu, name: str) -> None:
+    run, input_ids = press_cases.CASES[name], press_cases.prompt()
+    expected = run(tiny_model(), input_ids)
+    with gpu:
+        logits = run(tiny_model().to("cuda"), input_ids.to("cuda"))
+        assert logits.device == pretended.GPU
+    torch.testing.assert_close(pretended.on_cpu(logits), expected, atol=3e-5, rtol=0)
+
+
+def test_the_kernels_of_the_gpu_run(
+    gpu: pretended.PretendedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = set()
+    op = gpu.device.op
+
+    def noted(name: str) -> Callable[..., Any]:
+        called.add(name)
+        return op(name)
+
+    monkeypatch.setattr(gpu.device, "op", noted)
+    with gpu:
+        for name in ("over the model", "a static cache"):
+            press_cases.CASES[name](tiny_model().to("cuda"), press_cases.prompt().to("cuda"))
+    assert called == {
+        "expert_scores",
+        "gating_topk",
+        "kv_compact_",
+        "mix_scores",
+        "project_tokens",
+        "ragged_attention",
+        "select_kept",
+    }

@@ -1,0 +1,22 @@
+"""``MoERouterPress(backend="cuda")`` on a GPU gives what it gives on the CPU."""
+
+import press_cases
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from moekv import ops
+
+pytestmark = pytest.mark.skipif(
+    ops.available_backends()["cuda"] is not None, reason="needs a GPU and the CUDA library"
+)
+
+
+@pytest.mark.parametrize("name", press_cases.CASES)
+@torch.no_grad()
+def test_as_on_the_cpu(name: str) -> None:
+    run, input_ids = press_cases.CASES[name], press_cases.prompt()
+    expected = run(tiny_model(), input_ids)
+    logits = run(tiny_model().to("cuda"), input_ids.to("cuda"))
+    # A pair that stays elsewhere would show; the order of sums in a matrix product does not.
+    torch.testing.assert_close(logits.cpu(), expected, atol=1e-3, rtol=0)
