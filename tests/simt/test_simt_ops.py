@@ -160,11 +160,14 @@ def test_nan_keys_stay_within_their_head(kernels: ModuleType, dtype: torch.dtype
         assert torch.equal(after[:, batch, head], before[:, batch, head])
 
 
-def test_indices_out_of_range_move_nothing_outside(kernels: ModuleType) -> None:
+@pytest.mark.parametrize("wrong", [(40, -1), (1000, -5)], ids=str)
+def test_indices_out_of_range_move_nothing_outside(
+    kernels: ModuleType, wrong: tuple[int, int]
+) -> None:
     """An index out of range is neither read nor moved; the memory around stays as it was."""
     case = op_cases.KvCompact((1, 2, 40, 8), (10,))
     (keys, values, indices, _), options = case.inputs()
-    indices[0, 0, -1], indices[0, 1, 0] = 1000, -5
+    indices[0, 0, -1], indices[0, 1, 0] = wrong
     expected = keys.clone()
     for head in range(2):
         for rank, position in enumerate(indices[0, head].tolist()):
@@ -172,6 +175,23 @@ def test_indices_out_of_range_move_nothing_outside(kernels: ModuleType) -> None:
                 expected[0, head, rank] = keys[0, head, position]
     simulated.Device(kernels).kv_compact_(keys, values, indices, **options)
     assert torch.equal(keys, expected)
+
+
+@pytest.mark.parametrize("wrong", [(4, -1), (1000, -5)], ids=str)
+@pytest.mark.parametrize("per_head", [False, True])
+def test_experts_that_are_none_add_nothing(
+    kernels: ModuleType, wrong: tuple[int, int], per_head: bool
+) -> None:
+    case = op_cases.MixScores((4, 2, 3, 40), 2, per_head=per_head)
+    (scores, weights, experts, *maps), _ = case.inputs()
+    expected_weights = weights.clone()
+    for slot, expert in enumerate(wrong):
+        experts[..., slot::7, slot] = expert
+        expected_weights[..., slot::7, slot] = 0
+    device = simulated.Device(kernels)
+    got = device.mix_scores(scores, weights, experts, *maps)
+    expected = device.mix_scores(scores, expected_weights, experts.clamp(0, 3), *maps)
+    assert torch.equal(got, expected)
 
 
 def call(kernels: ModuleType, name: str) -> None:
