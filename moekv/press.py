@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -49,6 +50,9 @@ from moekv.view import LayerView, ViewBuilder, read_starts
 
 POLICIES = ("mixture", "dominant")
 
+TOGETHER = 8
+"""Layers whose hit rates are measured at once, while the code for it is in the caches."""
+
 _busy: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # decoders inside a press's block
 
 
@@ -76,6 +80,21 @@ class _Rating:
 
 
 @dataclass
+class _Unmeasured:
+    """What the hit rates of a rating are measured from."""
+
+    rating: _Rating
+    scores: Tensor  # [E, B, H, T] fp32
+    mass: Tensor  # [B, H, T] fp32
+
+    @property
+    def alike(self) -> tuple[Any, ...]:
+        """What ratings that are measured together have in common."""
+        rating = self.rating
+        return self.scores.shape, self.mass.device, rating.lengths, rating.begins, rating.ends
+
+
+@dataclass
 class _Rated:
     """A layer of the running prefill, whose cache is not touched before all are rated."""
 
@@ -85,6 +104,7 @@ class _Rated:
     rating: _Rating
     states: Tensor | None  # [B, N, hidden], the last inputs, where compression will go on
     read: Tensor | None  # [B, H, T] fp32, what a calibrated router then has to note
+    unmeasured: _Unmeasured | None = None
 
 
 @dataclass
@@ -364,7 +384,9 @@ class MoERouterPress(ScorerPress):
         ValueError
             See ``moekv.view.ViewBuilder``; or an expert's scores are not [B, H, T].
         """
-        rating = self._rate(module, hidden_states, keys, values, attentions, kwargs)
+        unmeasured = self._rate(module, hidden_states, keys, values, attentions, kwargs)
+        self._measure([unmeasured])
+        rating = unmeasured.rating
         self._observe(rating)
         sinks, recent = self._protected(rating)
         return protect(rating.scores, rating.start, sinks=sinks, recent=recent)
@@ -407,7 +429,8 @@ class MoERouterPress(ScorerPress):
                 "decides itself when to compress: use the press in a block of its own, or "
                 "kvpress.DecodingPress without them"
             )
-        rating = self._rate(module, hidden_states, keys, values, attentions, kwargs)
+        unmeasured = self._rate(module, hidden_states, keys, values, attentions, kwargs)
+        rating = unmeasured.rating
         if rating.start is not None and self._evicts:
             num_keys = keys.shape[2]
             raise ValueError(
@@ -415,6 +438,7 @@ class MoERouterPress(ScorerPress):
                 f"{[num_keys - n for n in rating.lengths]} padding positions: after eviction the "
                 "attention mask would no longer fit; use the press in a block of its own"
             )
+        self._measure([unmeasured])
         (kept,) = self._choose([rating])
         before = storage_bytes(keys, values)
         if kept is not None:
@@ -432,23 +456,24 @@ class MoERouterPress(ScorerPress):
         attentions: Tensor | None,
         kwargs: dict[str, Any],
         queries: Tensor | None = None,
-    ) -> _Rating:
+    ) -> _Unmeasured:
         if hidden_states.shape[1] < keys.shape[2]:
             self._see_unknown_tokens()
         with torch.no_grad():
-            view = self._view(
-                module,
-                hidden_states,
-                keys,
-                values,
-                attentions,
-                kwargs,
-                window=self.window,
-                kinds=self._kinds(module),
-                backend=self.backend,
-                queries=queries,
+            return self._mix_view(
+                self._view(
+                    module,
+                    hidden_states,
+                    keys,
+                    values,
+                    attentions,
+                    kwargs,
+                    window=self.window,
+                    kinds=self._kinds(module),
+                    backend=self.backend,
+                    queries=queries,
+                )
             )
-            return self._rate_view(view)
 
     def _kinds(self, module: nn.Module) -> list[ScoreKind]:
         experts = self._experts_for(module)
@@ -457,31 +482,38 @@ class MoERouterPress(ScorerPress):
     def _rate_view(self, view: LayerView, alone: Sequence[int] | None = None) -> _Rating:
         """Rate a view, in each row of which an expert alone would keep so many pairs."""
         with torch.no_grad():
-            experts = self._experts_for(view.module)
-            layer = self._layer(view.module, view.hidden_states, experts)
-            routed = layer.router(view.hidden_states, view.token_mask)
-            scores = stack_scores(experts, view)
-            ruling = None
-            if self.policy == "dominant":
-                ruling = routed.probs.sum((0, 1)).argmax()
-                decisive = scores.index_select(0, ruling[None])[0]
-                one_hot = torch.arange(len(experts), device=scores.device) == ruling
-                shares = (view.real[..., None] & one_hot).float()
-            else:
-                decisive, shares = self._mix(experts, scores, routed, view)
-            seen = Observation(
-                num_tokens=sum(
-                    min(n, view.hidden_states.shape[1]) for n in view.lengths[:: view.folded]
-                ),
-                load=routed.load,
-                entropy=routed.entropy,
-                aux_loss=routed.aux_loss,
-                shares=shares,
-                hit_rates=self._hit_rates(experts, scores, view, alone),
-            )
-        return _Rating(
+            unmeasured = self._mix_view(view)
+            self._measure([unmeasured], alone)
+        return unmeasured.rating
+
+    def _mix_view(self, view: LayerView) -> _Unmeasured:
+        """Rate a view; its hit rates are still to be measured."""
+        experts = self._experts_for(view.module)
+        layer = self._layer(view.module, view.hidden_states, experts)
+        routed = layer.router(view.hidden_states, view.token_mask)
+        scores = stack_scores(experts, view)
+        ruling = None
+        if self.policy == "dominant":
+            ruling = routed.probs.sum((0, 1)).argmax()
+            decisive = scores.index_select(0, ruling[None])[0]
+            one_hot = torch.arange(len(experts), device=scores.device) == ruling
+            shares = (view.real[..., None] & one_hot).float()
+        else:
+            decisive, shares = self._mix(experts, scores, routed, view)
+        seen = Observation(
+            num_tokens=sum(
+                min(n, view.hidden_states.shape[1]) for n in view.lengths[:: view.folded]
+            ),
+            load=routed.load,
+            entropy=routed.entropy,
+            aux_loss=routed.aux_loss,
+            shares=shares,
+            hit_rates=routed.entropy.new_full((len(experts),), torch.nan),
+        )
+        rating = _Rating(
             layer, decisive, ruling, view.start, view.lengths, view.begins, view.ends, seen
         )
+        return _Unmeasured(rating, scores, view.scores_of(ScoreKind.MASS))
 
     def _mix(
         self, experts: Sequence[Expert], scores: Tensor, routed: RouterOutput, view: LayerView
@@ -510,38 +542,46 @@ class MoERouterPress(ScorerPress):
         mixed = ops.mix_scores(scores, weights, chosen, gain, offset, backend=self.backend)
         return mixed, shares
 
+    @torch.no_grad()
+    def _measure(
+        self, unmeasured: Sequence[_Unmeasured], alone: Sequence[int] | None = None
+    ) -> None:
+        """Complete ratings with their hit rates, those of layers that are alike all at once."""
+        for _, alike in groupby(unmeasured, key=lambda u: u.alike):
+            layers = list(alike)
+            for u, rates in zip(layers, self._hit_rates(layers, alone).unbind(1), strict=True):
+                u.rating.seen.hit_rates = rates
+
     def _hit_rates(
-        self,
-        experts: Sequence[Expert],
-        scores: Tensor,
-        view: LayerView,
-        alone: Sequence[int] | None,
+        self, layers: Sequence[_Unmeasured], alone: Sequence[int] | None = None
     ) -> Tensor:
-        """Share [E] of the observed attention on what each expert alone would keep."""
-        mass = view.scores_of(ScoreKind.MASS)
-        batch, num_heads, _ = mass.shape
-        sinks, recent = self._protected(view)
-        totals = [alone or self._alone(expert, view.lengths) for expert in experts]
-        (kept,) = select(  # all experts at once, as further rows of the batch
-            [scores.flatten(0, 1)],
-            None if view.start is None else view.start.repeat(len(experts)),
-            [total for rows in totals for total in rows],
+        """Share [E, L] of the observed attention on what each expert alone would keep."""
+        assert self._experts is not None
+        first, num_layers = layers[0].rating, len(layers)
+        num_experts, batch, num_heads, num_keys = layers[0].scores.shape
+        sinks, recent = self._protected(first)
+        totals = [alone or self._alone(expert, first.lengths) for expert in self._experts]
+        (kept,) = select(  # all experts of all layers at once, as further rows of the batch
+            [torch.cat([u.scores for u in layers], dim=1).flatten(0, 1)],
+            None if first.start is None else first.start.repeat(num_experts * num_layers),
+            [total for rows in totals for total in num_layers * list(rows)],
             sinks=sinks,
             recent=recent,
             backend=self.backend,
         )
-        # All experts share one measurement.
+        mass = torch.stack([u.mass for u in layers]).flatten()  # the same for all experts
+        heads = batch * num_heads
         if kept.per_head is not None:
             begin = torch.arange(
-                0, mass.numel(), mass.shape[2], dtype=torch.int32, device=mass.device
+                0, num_layers * heads * num_keys, num_keys, dtype=torch.int32, device=mass.device
             )
-            rows = kept.indices.view(len(experts), -1, kept.per_head) + begin[:, None]
-            hits = mass.flatten().index_select(0, rows.flatten()).view(len(experts), -1)
-            return (hits.sum(1) / (batch * num_heads)).clamp(max=1)
-        hits = mass.flatten().index_select(0, kept.rows() % mass.numel())
-        per_expert = torch.split(hits, [num_heads * sum(rows) for rows in totals])
-        rates = torch.stack([part.sum() for part in per_expert])
-        return (rates / (batch * num_heads)).clamp(max=1)
+            rows = kept.indices.view(num_experts, -1, kept.per_head) + begin[:, None]
+            hits = mass.index_select(0, rows.flatten()).view(num_experts, num_layers, -1).sum(-1)
+        else:
+            sizes = [num_heads * sum(rows) for rows in totals for _ in layers]
+            parts = torch.split(mass.index_select(0, kept.rows() % len(mass)), sizes)
+            hits = torch.stack([part.sum() for part in parts]).view(num_experts, num_layers)
+        return (hits / heads).clamp(max=1)
 
     def _alone(self, expert: Expert, lengths: Sequence[int]) -> list[int]:
         """Pairs that an expert alone keeps in each row."""
@@ -922,11 +962,17 @@ class MoERouterPress(ScorerPress):
             )
         attentions = _attentions(output)
         queries = self._queries.pop(module, None)
-        rating = self._rate(module, hidden_states, keys, values, attentions, kwargs, queries)
+        unmeasured = self._rate(module, hidden_states, keys, values, attentions, kwargs, queries)
+        rating = unmeasured.rating
         index: int = module.layer_idx  # type: ignore[assignment]
         states = self._keeper.last_states(hidden_states, rating)
         read = self._keeper.read(index, hidden_states)
-        self._rated.append(_Rated(cache, index, held, rating, states, read))
+        self._rated.append(_Rated(cache, index, held, rating, states, read, unmeasured))
+        if len(self._rated) % TOGETHER == 0 or module is self._hooked[-1]:
+            last = self._rated[-TOGETHER:]
+            self._measure([r.unmeasured for r in last if r.unmeasured is not None])
+            for r in last:
+                r.unmeasured = None
         del keys, values  # what is evicted is free at once
         if self.streaming:
             if len(self._rated) == 1:

@@ -56,7 +56,7 @@ STAGES: dict[str, Sequence[tuple[Any, str]]] = {
     "gate": [(BaseMoERouter, "__call__")],
     "score": [(moekv.press, "stack_scores"), (moekv.ops, "expert_scores")],
     "mix": [(MoERouterPress, "_mix")],
-    "statistics": [(MoERouterPress, "_hit_rates"), (MoERouterPress, "_record")],
+    "statistics": [(MoERouterPress, "_measure"), (MoERouterPress, "_record")],
     "select": [(MoERouterPress, "_choose")],
     "compact": [(moekv.press, "evict")],
 }
