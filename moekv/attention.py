@@ -55,6 +55,9 @@ class RaggedPairs:
         self.layer = layer
         self.dim = dim
         self.length = length
+        # As they are now: an offloaded cache moves a layer away before attention reads it.
+        self.stored = layer.stored_keys, layer.stored_values
+        self.tail = layer.tail_keys, layer.tail_values
 
     @property
     def shape(self) -> torch.Size:
@@ -271,12 +274,10 @@ def attend(
     layer = key.layer
     return ops.ragged_attention(
         query,
-        layer.stored_keys,
-        layer.stored_values,
+        *key.stored,
         layer.begin,
         layer.end,
-        layer.tail_keys,
-        layer.tail_values,
+        *key.tail,
         _tail_mask(attention_mask, layer.get_seq_length(), layer.tail_length),
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap or 0.0,

@@ -37,7 +37,10 @@ def check_cache(cache: Any, *, grown: bool = False, static: str | None = None) -
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         _refuse(type(cache).__name__)
     if cache.offloading:
-        _refuse(f"an offloaded {type(cache).__name__}")
+        _refuse(
+            f"an offloaded {type(cache).__name__}, whose layers are not where they are rated",
+            "fill and compress a plain one, and give its layers to the offloaded one",
+        )
     kinds = {type(layer) for layer in cache.layers}
     kinds.add(cache.layer_class_to_replicate or DynamicLayer)
     served = {DynamicLayer, DynamicSlidingWindowLayer}
@@ -59,11 +62,11 @@ def is_static(cache: Any) -> bool:
     return isinstance(cache, Cache) and any(isinstance(x, StaticLayer) for x in cache.layers)
 
 
-def _refuse(what: str) -> None:
-    raise TypeError(
-        f"expected a transformers.DynamicCache or StaticCache, got {what}; "
-        "pass past_key_values=DynamicCache(), or none and no cache_implementation"
-    )
+_PLAIN = "pass past_key_values=DynamicCache(), or none and no cache_implementation"
+
+
+def _refuse(what: str, instead: str = _PLAIN) -> None:
+    raise TypeError(f"expected a transformers.DynamicCache or StaticCache, got {what}; {instead}")
 
 
 def cached_pairs(layer: CacheLayerMixin) -> tuple[Tensor, Tensor]:

@@ -192,6 +192,12 @@ class GrowingLayer(DynamicLayer):
         if self.notes is not None:
             self.notes.crop(self.get_seq_length())
 
+    def offload(self) -> None:
+        """Move the pairs to the CPU, and give up the room behind them."""
+        super().offload()  # type: ignore[no-untyped-call]
+        assert self.keys is not None and self.values is not None
+        self._key_buffer, self._value_buffer = self.keys, self.values
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give batch row b the pairs of row ``beam_idx[b]``."""
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]

@@ -1,7 +1,9 @@
 """Generation over ragged caches: equal to what masks on a full cache give, in less memory."""
 
 import copy
+from contextlib import nullcontext
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from moekv import Expert, LayerView, MoERouterPress, load_cache, ragged, save_cache
 from moekv.budget import Kept
-from moekv.layers import RaggedLayer, storage_bytes
+from moekv.layers import GrowingLayer, RaggedLayer, storage_bytes
 
 BUDGETS = ["uniform", "head", "model"]
 LENGTH = 120
@@ -282,6 +284,47 @@ def test_beams_and_several_questions_on_one_context(budget: str) -> None:
         cache.crop(cache_length)
     assert torch.equal(answers[0], answers[2]) and torch.equal(answers[1], answers[3])
     assert cache.get_seq_length() == LENGTH
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_an_offloaded_cache_takes_compressed_layers(
+    budget: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one device: what has been offloaded reads as NaN until it is fetched again."""
+    names = {
+        GrowingLayer: ("keys", "values"),
+        RaggedLayer: ("stored_keys", "stored_values", "_tail_keys", "_tail_values"),
+    }
+    away: dict[int, dict[str, Tensor]] = {}
+    times = 0
+    for kind, parts in names.items():
+        offload = kind.offload
+
+        def send(layer: Any, parts: Any = parts, offload: Any = offload) -> None:
+            nonlocal times
+            times += 1
+            offload(layer)
+            away[id(layer)] = {name: getattr(layer, name) for name in parts}
+            for name, tensor in away[id(layer)].items():
+                setattr(layer, name, torch.full_like(tensor, torch.nan))
+            if isinstance(layer, GrowingLayer):
+                assert layer.nbytes == storage_bytes(*away[id(layer)].values())  # no room is left
+
+        def fetch(layer: Any) -> None:
+            for name, tensor in away.pop(id(layer), {}).items():
+                setattr(layer, name, tensor)
+
+        monkeypatch.setattr(kind, "offload", send)
+        monkeypatch.setattr(kind, "prefetch", fetch)
+    monkeypatch.setattr(torch.cuda, "default_stream", MagicMock())
+    model, cache = tiny_model(), DynamicCache()
+    with given_press(0.5, budget=budget)(model):
+        model(tokens(1, LENGTH), past_key_values=cache)
+    plain, offloaded = copy.deepcopy(cache), DynamicCache(offloading=True)
+    offloaded.layers, offloaded.prefetch_stream = cache.layers, nullcontext()
+    expected = decode_by_hand(model, plain)
+    assert torch.equal(decode_by_hand(model, offloaded), expected)
+    assert times == 12 * 2 and expected.isfinite().all()
 
 
 def test_a_saved_context_answers_as_the_one_in_memory(tmp_path: Any) -> None:
