@@ -222,6 +222,8 @@ EXPERT_SCORES = [
     ExpertScores((1, 1, 900, 16), 7, 401, pool=1001, lag=300),
     ExpertScores((1, 1, 385, 32), 1, 385, lag=383),
     *(ExpertScores((1, 2, 60, 32), kinds=(kind,)) for kind in range(4)),
+    # One real key in a tile.
+    *(ExpertScores((2, 1, 150, 16), start=(127, 63), dtype=dtype) for dtype in (FP32, BF16)),
     ExpertScores((1, 1, 20, 32), kinds=()),
 ]
 

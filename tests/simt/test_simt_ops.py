@@ -89,7 +89,11 @@ def test_ragged_attention_with_a_mask(kernels: ModuleType, shape: tuple[int, ...
     case["end"][1] = case["begin"][1]  # nothing stored in the second row
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.4
     mask[-1, :, :1] = False
-    got = simulated.Device(kernels).ragged_attention(**case, mask=mask, scaling=0.25)
+    mask[..., 4] = False
+    hidden = case["tail_values"].clone()
+    hidden[:, :, 4] = torch.nan
+    device = simulated.Device(kernels)
+    got = device.ragged_attention(**case | {"tail_values": hidden}, mask=mask, scaling=0.25)
     expected = ragged.oracle(**case, mask=mask, scaling=0.25)
     torch.testing.assert_close(got.double(), expected, atol=4e-6, rtol=4e-6)
     assert (got[-1, 0] == 0).all()
@@ -143,8 +147,10 @@ def test_nan_logits(kernels: ModuleType, dtype: torch.dtype) -> None:
     logits[3] = torch.nan
     logits[4] = -torch.inf
     logits[5, 2] = torch.inf
-    result = simulated.Device(kernels).gating_topk(logits, **options)
-    op_cases.check_gating_result(result, logits, None, None, **options)
+    bias = with_nan(torch.zeros(17), 0.3)
+    for some_bias in (None, bias):
+        result = simulated.Device(kernels).gating_topk(logits, some_bias, **options)
+        op_cases.check_gating_result(result, logits, some_bias, None, **options)
 
 
 @pytest.mark.parametrize("dtype", op_cases.FLOAT_DTYPES, ids=str)
