@@ -26,6 +26,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moekv import Expert, LayerView, MoERouterPress
+from moekv.layers import RaggedLayer
 from moekv.ops import ScoreKind
 from moekv.press import find_layers
 
@@ -329,3 +330,34 @@ def test_pipeline() -> None:
         token = logits[:, -1:].argmax(-1)
         generated.append(token.item())
     assert answer == tokenizer.decode(generated)
+
+
+@pytest.mark.parametrize("budget", ["uniform", "head", "model"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pipeline_asks_several_questions_of_one_compressed_context(
+    budget: str, streaming: bool
+) -> None:
+    """Each answer is the one that the question alone gets: nothing of the others is left."""
+    model, tokenizer = tiny_model(), make_tokenizer()
+    pipe = KVPressTextGenerationPipeline(model=model, tokenizer=tokenizer)
+    context = " ".join(f"w{i}" for i in tokens(1, LENGTH)[0].tolist())
+    questions = ["w5 w6 w7", "w8", "w9 w10 w11 w12"]
+
+    def press() -> MoERouterPress:
+        return make_press(0.7, budget=budget, streaming=streaming)
+
+    cache = DynamicCache()
+    answers = pipe(context, questions=questions, press=press(), cache=cache, max_new_tokens=12)[
+        "answers"
+    ]
+    heads = 0
+    for layer in cache.layers:
+        ragged = isinstance(layer, RaggedLayer)
+        assert ragged == (budget != "uniform")
+        heads += sum(layer.stored_pairs) if ragged else layer.keys.shape[:3].numel()
+        assert not ragged or layer.tail_length == 0
+    assert heads == 4 * int((LENGTH + 1) * 0.3)
+    alone = [
+        pipe(context, question=q, press=press(), max_new_tokens=12)["answer"] for q in questions
+    ]
+    assert answers == alone and len(set(answers)) == 3
