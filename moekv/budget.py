@@ -156,6 +156,16 @@ class Kept:
         mask[self.rows()] = True
         return mask.view(self.shape)
 
+    def share(self) -> Tensor:
+        """Share of each row's heads that keep a position: [B, T] float32."""
+        batch, num_heads, num_keys = self.shape
+        place = self.indices
+        if batch > 1:
+            place = place + self.rows() // (num_heads * num_keys) * num_keys
+        counts = torch.zeros(batch * num_keys, device=place.device)
+        counts.index_add_(0, place, counts.new_ones(()).expand(len(place)))
+        return counts.view(batch, num_keys).div_(num_heads)
+
 
 def select(
     scores: Sequence[Tensor],

@@ -680,7 +680,7 @@ class MoERouterPress(ScorerPress):
         if kept is None:
             share = seen.shares.new_ones(batch, num_keys)
         else:
-            share = kept.mask().float().mean(1)
+            share = kept.share()
         layer.stats.evict(seen.shares, share)
         self._bytes[0] += before
         self._bytes[1] += after

@@ -291,10 +291,11 @@ class BaseMoERouter(nn.Module):
 
     def _route_alike(self, hidden_states: Tensor) -> RouterOutput:
         """Route one token, which stands for all of them."""
-        if self._routed_alike is None:
-            self._routed_alike = self._route(torch.zeros_like(hidden_states[:1, :1]), None)
-        one, shape = self._routed_alike, hidden_states.shape[:2]
-        routed = replace(
+        shape = hidden_states.shape[:2]
+        if self._routed_alike is not None and self._routed_alike.weights.shape[:2] == shape:
+            return self._routed_alike
+        one = self._route(torch.zeros_like(hidden_states[:1, :1]), None)
+        self._routed_alike = replace(
             one,
             logits=one.logits.expand(*shape, -1),
             weights=one.weights.expand(*shape, -1),
@@ -302,8 +303,8 @@ class BaseMoERouter(nn.Module):
             load=one.load * shape.numel(),
             entropy=one.entropy * shape.numel(),
         )
-        routed.shares = one.shares.expand(*shape, -1)
-        return routed
+        self._routed_alike.shares = one.shares.expand(*shape, -1)
+        return self._routed_alike
 
     def _route(self, hidden_states: Tensor, mask: Tensor | None) -> RouterOutput:
         if mask is not None:

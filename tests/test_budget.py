@@ -104,6 +104,7 @@ def test_kept_marks_and_numbers_its_positions() -> None:
         [[0, 0, 0, 0], [1, 1, 1, 1]],
     ]
     assert kept.rows().tolist() == [0, 2, 5, 12, 13, 14, 15]
+    assert kept.share().tolist() == [[0.5, 0.5, 0.5, 0.0], [0.5] * 4]
     again = Kept.from_mask(kept.mask())
     assert torch.equal(again.indices, indices) and torch.equal(again.offsets, kept.offsets)
 
