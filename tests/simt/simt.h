@@ -1,6 +1,6 @@
 // CUDA's language and runtime, as far as csrc/cuda/device.h names them, for kernels compiled as
 // C++20 and executed on the CPU: one fiber per thread, scheduled in a random order that a seed
-// fixes. README.md beside this file says what is checked. simt.cpp holds the machine itself.
+// fixes. README.md beside this file says what is checked. machine.cpp holds the machine itself.
 #pragma once
 
 #include <algorithm>

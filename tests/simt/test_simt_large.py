@@ -36,6 +36,7 @@ def test_blocks_that_loop(few_blocks: ModuleType, case: op_cases.Case, seed: int
     "case",
     [
         GatingTopk(2**16, 1, 1),  # the largest sum that must not overflow
+        SelectKept((1, 2, 131077), (131071,), 4, 64, values="ties", dtype=BF16),
         SelectKept((300, 1, 20), (10,)),  # more groups than one launch tells totals of
         SelectKept((1, 300, 10), (900,), 1, 1, 5, padding=True),  # more rows than threads
         # Pairs of more units than a block holds.
