@@ -58,6 +58,24 @@ def test_takes_what_select_kept_gives(target):
         assert torch.equal(v.view(-1, 4)[: 2 * total], values.view(-1, 4)[flat])
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dim", [32, 28])
+def test_caches_beyond_those_of_the_processor(native, dim, packed):
+    """Where positions are multiples of 64 bytes they are stored past its caches, else as ever."""
+    keys, values = (torch.randn(2, 150_000, d)[None] for d in (dim, 32))
+    assert keys.nbytes + values.nbytes > 64 * 2**20
+    kept = torch.rand(2, 150_000, generator=torch.Generator().manual_seed(0)) < 0.4
+    offsets = int32(0, int(kept[0].sum()), int(kept.sum()))
+    expected = [x[0][kept] for x in (keys, values)]
+    native.op("kv_compact_")(keys, values, kept.nonzero()[:, 1].int(), offsets, packed=packed)
+    for moved, rows in zip((keys, values), expected, strict=True):
+        if packed:
+            assert torch.equal(moved.flatten(0, 2)[: len(rows)], rows)
+        else:
+            for head, want in zip(moved[0], rows.split(offsets.diff().tolist()), strict=True):
+                assert torch.equal(head[: len(want)], want)
+
+
 def test_bits_move_as_they_are(target):
     keys = torch.full((1, 1, 4, 3), math.nan, device=target.device)
     keys.view(torch.int32)[0, 0, 3] = torch.tensor([0x7FC12345, -1, 0x7F800001])

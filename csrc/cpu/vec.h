@@ -453,5 +453,25 @@ inline Vec log(Vec x) {
   return fma(e, Vec::set(0.69314718056f), p);
 }
 
+// Copies kStreamedBytes past the caches, both ends aligned to as many; 0: there is no such copy.
+#if defined(__AVX512F__)
+constexpr int64_t kStreamedBytes = 64;
+inline void stream(void* to, const void* from) {
+  _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_load_si512(from));
+}
+inline void finish_streams() { _mm_sfence(); }  // before others may rely on what was stored
+#elif defined(__AVX2__)
+constexpr int64_t kStreamedBytes = 32;
+inline void stream(void* to, const void* from) {
+  _mm256_stream_si256(static_cast<__m256i*>(to),
+                      _mm256_load_si256(static_cast<const __m256i*>(from)));
+}
+inline void finish_streams() { _mm_sfence(); }
+#else
+constexpr int64_t kStreamedBytes = 0;
+inline void stream(void*, const void*) {}
+inline void finish_streams() {}
+#endif
+
 }  // namespace
 }  // namespace moekv::cpu::MOEKV_ISA
