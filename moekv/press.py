@@ -677,10 +677,7 @@ class MoERouterPress(ScorerPress):
         self._observe(rating)
         batch, num_heads, num_keys = rating.scores.shape
         pairs = num_heads * sum(rating.lengths)
-        if kept is None:
-            share = seen.shares.new_ones(batch, num_keys)
-        else:
-            share = kept.share()
+        share = seen.shares.new_ones(batch, num_keys) if kept is None else kept.share()
         layer.stats.evict(seen.shares, share)
         self._bytes[0] += before
         self._bytes[1] += after
