@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from masked_reference import Lockstep
 from test_calibration import random_router
 from test_decoding import BUDGETS, assert_average
@@ -122,22 +124,50 @@ def test_a_cache_never_exceeds_its_budget_and_notes_stay_beside_their_pairs(
     assert press.get_stats()["router"] == "calibrated for a tiny model"
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
-def test_notes_follow_rows_and_crops(budget: str) -> None:
+STEPS = st.one_of(
+    st.tuples(st.just("feed"), st.integers(1, 6)),
+    st.tuples(st.just("crop"), st.integers(1, 4)),
+    st.tuples(st.just("select"), st.lists(st.integers(0, 5), min_size=1, max_size=3)),
+    st.tuples(st.just("repeat"), st.just(2)),
+)
+
+
+@settings(max_examples=60)
+@given(
+    budget=st.sampled_from(BUDGETS),
+    padding=st.lists(st.integers(0, 20), min_size=1, max_size=3),
+    padded=st.booleans(),
+    ratio=st.sampled_from([0.0, 0.5]),
+    steps=st.lists(STEPS, min_size=3, max_size=9),
+)
+def test_notes_stay_beside_their_pairs_in_any_life(
+    budget: str, padding: list[int], padded: bool, ratio: float, steps: list[tuple[str, Any]]
+) -> None:
     router = random_router(tiny_model())
-    both = Watched(router, padding=(0, 0, 0))
-    press = make_press(router, 0.5, budget=budget, decoding=DecodingConfig(14, 6))
+    both = Watched(router, padding=tuple(n * padded for n in padding))
+    press = make_press(router, ratio, budget=budget, decoding=DecodingConfig(12, 5))
     with press(both.model):
-        both.feed(tokens(3, 28))
-        for turn in range(4):
-            both.feed(tokens(3, 3, seed=turn))
-            both.crop(2)
-            both.select([2, 0, 2])
-            both.feed(tokens(3, 2, seed=turn))
-            both.repeat(2)
-            both.select([1, 3, 4], how="batch_select_indices")
-            both.feed(tokens(3, 3, seed=turn))
-            assert_average(both.pairs(), torch.tensor([14] * 3), budget)
+        both.feed(tokens(len(padding), 24))
+        for serial, (step, argument) in enumerate([*steps, ("feed", 6), ("feed", 6)]):
+            batch = len(both.padding)
+            if step == "feed":
+                both.feed(tokens(batch, argument, seed=serial))
+            elif step == "crop" and argument <= uncompressed(both.cache):
+                both.crop(argument)
+            elif step == "select":
+                rows = [row % batch for row in argument]
+                both.select(rows, how="batch_select_indices")
+            elif step == "repeat" and batch < 3:
+                both.repeat(argument)
+    assert_average(both.pairs(), both.pairs().float().mean((0, 2)).long().clamp(max=16), budget)
+
+
+def uncompressed(cache: DynamicCache) -> int:
+    """Tokens that can be cropped from every layer."""
+    return min(
+        x.tail_length if isinstance(x, RaggedLayer) else x.keys.shape[2] - x._compressed
+        for x in cache.layers
+    )
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
