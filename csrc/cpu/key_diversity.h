@@ -12,6 +12,22 @@ constexpr float kLeastNorm = 1e-12f;
 
 constexpr int kPair = 2 * Vec::kLanes;
 
+// Adds the squares of whole pairs of numbers, up to `dim`, to some sums; how many that were.
+template <typename T>
+inline int64_t add_squares(const T*, int64_t, Vec&) {
+  return 0;
+}
+#ifdef __AVX512BF16__
+inline int64_t add_squares(const bfloat16_t* x, int64_t dim, Vec& sums) {
+  int64_t d = 0;
+  for (; d + kPair <= dim; d += kPair) {
+    const auto numbers = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + d));
+    sums.v = _mm512_dpbf16_ps(sums.v, numbers, numbers);
+  }
+  return d;
+}
+#endif
+
 // First pass: anchor [dim rounded up to pairs, in the order of load_pair] becomes the sum of the
 // directions of the keys [begin, end). Their inverse norms wait in the scores for the second pass.
 template <typename T>
@@ -28,8 +44,9 @@ inline void sum_directions(const HeadView<T>& head, int64_t begin, int64_t end, 
     for (int i = 0; i < 16; ++i) {
       squares[i] = Vec::set(0.0f);
       if (i >= count) continue;
-      for (int64_t d = 0; d < head.key_dim; d += kPair) {
-        const VecPair k = load_pair(keys + i * head.key_stride + d, head.key_dim - d);
+      const T* key = keys + i * head.key_stride;
+      for (int64_t d = add_squares(key, head.key_dim, squares[i]); d < head.key_dim; d += kPair) {
+        const VecPair k = load_pair(key + d, head.key_dim - d);
         squares[i] = fma(k.b, k.b, fma(k.a, k.a, squares[i]));
       }
     }

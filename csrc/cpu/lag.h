@@ -25,9 +25,9 @@ struct ChannelScale {
   template <int kPairs, typename T>
   void set_from(const Channels<T>& x, int64_t begin, int64_t end, int64_t d) {
     const auto load = [&](int64_t i, int pair) {
-      // Several pairs are always whole.
-      const int64_t channels = kPairs > 1 ? 2 * Vec::kLanes : x.dim - d;
-      return load_pair(x.row(i) + d + pair * 2 * Vec::kLanes, channels);
+      const T* channels = x.row(i) + d + pair * 2 * Vec::kLanes;
+      if constexpr (kPairs > 1) return load_pair_loosely(channels);  // these are always whole
+      return load_pair(channels, x.dim - d);
     };
     VecPair lowest[kPairs], highest[kPairs];
     for (int pair = 0; pair < kPairs; ++pair) lowest[pair] = highest[pair] = load(begin, pair);
@@ -39,6 +39,8 @@ struct ChannelScale {
       }
     }
     for (int pair = 0; pair < kPairs; ++pair) {
+      lowest[pair] = exactly<T>(lowest[pair]);
+      highest[pair] = exactly<T>(highest[pair]);
       set(d + pair * 2 * Vec::kLanes, lowest[pair].a, highest[pair].a);
       set(d + pair * 2 * Vec::kLanes + Vec::kLanes, lowest[pair].b, highest[pair].b);
     }

@@ -69,6 +69,8 @@ inline void project_tile(const ProjectTokensParams& p, const TokenPlan& plan,
           b[j] = Vec::load(w + j * plan.sum_floats + c + Vec::kLanes);
         }
         for (int i = 0; i < 4; ++i) {
+          // The tile after this one's: the hidden states are cold.
+          __builtin_prefetch(rows[i] + kTokenTile * p.stride[1] + c);
           const VecPair x = load_pair(rows[i] + c, p.num_channels - c);
           for (int j = 0; j < 4; ++j) sums[4 * i + j] = fma(x.a, a[j], sums[4 * i + j]);
           for (int j = 0; j < 4; ++j) sums[4 * i + j] = fma(x.b, b[j], sums[4 * i + j]);

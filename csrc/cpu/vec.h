@@ -327,6 +327,40 @@ inline VecPair load_pair(const bfloat16_t* p) {
           {_mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(-65536)))}};
 }
 #endif
+// load_pair for minima and maxima, cheaper for bf16: other bits may stand behind those of a number,
+// which order numbers that are equal, and exactly() takes away.
+template <typename T>
+inline VecPair load_pair_loosely(const T* p) {
+  return load_pair(p);
+}
+template <typename T>
+inline VecPair exactly(VecPair pair) {
+  return pair;
+}
+#if defined(__AVX512F__)
+inline VecPair load_pair_loosely(const bfloat16_t* p) {
+  const __m512i bits = _mm512_loadu_si512(p);
+  return {{_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))}, {_mm512_castsi512_ps(bits)}};
+}
+template <>
+inline VecPair exactly<bfloat16_t>(VecPair pair) {
+  const __m512i bits = _mm512_castps_si512(pair.b.v);
+  pair.b.v = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(-65536)));
+  return pair;
+}
+#elif defined(__AVX2__)
+inline VecPair load_pair_loosely(const bfloat16_t* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {{_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16))}, {_mm256_castsi256_ps(bits)}};
+}
+template <>
+inline VecPair exactly<bfloat16_t>(VecPair pair) {
+  const __m256i bits = _mm256_castps_si256(pair.b.v);
+  pair.b.v = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(-65536)));
+  return pair;
+}
+#endif
+
 // The lanes of a pair of Ts, as load_pair gives them, in the order of the numbers in memory.
 template <typename T>
 inline VecPair in_order(VecPair pair) {
