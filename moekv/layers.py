@@ -90,6 +90,8 @@ class GrowingLayer(DynamicLayer):
     ----------
     evicted : int
         Pairs that have left each head: by so much the true length exceeds the reported one.
+    compressed : int
+        Pairs of each head after the last compression, which no crop may reach.
     most : int or None
         Pairs of a head, if known, that will not be exceeded.
     recent : RecentStates or None
@@ -108,7 +110,7 @@ class GrowingLayer(DynamicLayer):
         self.keys = self._key_buffer = keys.detach()
         self.values = self._value_buffer = values.detach()
         self.evicted = 0
-        self._compressed = 0  # pairs of a head after the last compression
+        self.compressed = 0
         self.most: int | None = None
         self.recent: RecentStates | None = None
         self.counted: tuple[object, int] = (None, 0)
@@ -143,7 +145,7 @@ class GrowingLayer(DynamicLayer):
             gather_rows(values, rows).view(shape),
             backend=backend,
         )
-        layer.evicted, layer._compressed = length - kept.per_head, kept.per_head
+        layer.evicted, layer.compressed = length - kept.per_head, kept.per_head
         return layer
 
     def recompress(self, kept: Kept) -> None:
@@ -164,7 +166,7 @@ class GrowingLayer(DynamicLayer):
         self.keys = self.keys[:, :, : kept.per_head]
         self.values = self.values[:, :, : kept.per_head]
         self.evicted += length - kept.per_head
-        self._compressed = kept.per_head
+        self.compressed = kept.per_head
 
     def get_mask_sizes(self, cache_position: Tensor) -> tuple[int, int]:
         """Length and offset of the mask, before the new tokens are appended.
@@ -186,8 +188,8 @@ class GrowingLayer(DynamicLayer):
         """
         length = self.get_seq_length()
         wanted = length + max_length if max_length < 0 else max_length
-        if self.evicted and wanted < min(length, self._compressed):
-            raise ValueError(_uncroppable(wanted, self._compressed))
+        if self.evicted and wanted < min(length, self.compressed):
+            raise ValueError(_uncroppable(wanted, self.compressed))
         super().crop(max_length)
         if self.notes is not None:
             self.notes.crop(self.get_seq_length())

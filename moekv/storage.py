@@ -128,7 +128,8 @@ def _pairs_of(layer: CacheLayerMixin, index: int) -> tuple[dict[str, Tensor], di
         if keys is not None and values is not None:
             parts = {"keys": keys, "values": values}
             if isinstance(layer, GrowingLayer):
-                return parts, {"evicted": layer.evicted, "backend": layer.backend}
+                counts = {"evicted": layer.evicted, "compressed": layer.compressed}
+                return parts, counts | {"backend": layer.backend}
             return parts, {}
     raise TypeError(
         f"expected compressed or dense dynamic layers, layer {index} is a {type(layer).__name__}"
@@ -151,7 +152,7 @@ def _put_together(parts: dict[str, Tensor], description: dict[str, Any]) -> Cach
 def _layer_of(parts: dict[str, Tensor], description: dict[str, Any]) -> CacheLayerMixin:
     if "keys" in parts and description.get("evicted") is not None:
         growing = GrowingLayer(parts["keys"], parts["values"], backend=description["backend"])
-        growing.evicted = description["evicted"]
+        growing.evicted, growing.compressed = description["evicted"], description["compressed"]
         return growing
     if "keys" in parts:
         dense = DynamicLayer()  # type: ignore[no-untyped-call]

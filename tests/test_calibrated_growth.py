@@ -165,7 +165,7 @@ def test_notes_stay_beside_their_pairs_in_any_life(
 def uncompressed(cache: DynamicCache) -> int:
     """Tokens that can be cropped from every layer."""
     return min(
-        x.tail_length if isinstance(x, RaggedLayer) else x.keys.shape[2] - x._compressed
+        x.tail_length if isinstance(x, RaggedLayer) else x.keys.shape[2] - x.compressed
         for x in cache.layers
     )
 

@@ -412,6 +412,8 @@ def test_a_saved_cache_goes_on(budget: str, tmp_path: Any) -> None:
         both.feed(tokens(1, 1))
     save_cache(both.cache, tmp_path / "cache", both.model)
     both.cache = load_cache(tmp_path / "cache", both.model)
+    with pytest.raises(ValueError, match="the first .* were compressed together"):
+        both.cache.crop(-2)
     with make_press(0.5, budget=budget, decoding=DecodingConfig(15, 5))(both.model):
         for step in range(12):
             both.feed(tokens(1, 1, seed=step))

@@ -30,7 +30,7 @@ from moekv import (
 )
 from moekv.calibrated import CalibratedRouter, model_fingerprint
 from moekv.hooks import find_layers
-from moekv.layers import RaggedLayer
+from moekv.layers import RaggedLayer, notes_of
 from moekv.static import CompactStaticLayer
 
 NAN, INF = float("nan"), float("inf")
@@ -808,15 +808,23 @@ def test_eager_attention_and_compression_that_goes_on() -> None:
 
 
 @pytest.mark.parametrize("budget", ["head", "model"])
-def test_memory_that_runs_out_while_decoding(budget: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("failing", ["pairs", "pairs beside notes", "notes"])
+def test_memory_that_runs_out_while_decoding(
+    failing: str, budget: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, cache = tiny_model(), DynamicCache()
-    press = MoERouterPress(budget=budget, decoding=DecodingConfig(20, 5), sinks=1, recent=2)
+    router = None if failing == "pairs" else random_router(model)
+    press = MoERouterPress(
+        budget=budget, decoding=DecodingConfig(20, 5), sinks=1, recent=2, router=router
+    )
     recompress, done = RaggedLayer.recompress, []
 
-    def run_out(*args: Any) -> None:
-        if done:
+    def run_out(layer: RaggedLayer, *args: Any) -> None:
+        kind = "notes" if layer.stored_keys.shape[1] == 1 else "pairs"
+        if kind in done and kind in failing.split()[0]:
             raise MemoryError("no memory for the second layer")
-        done.append(recompress(*args))
+        recompress(layer, *args)
+        done.append(kind)
 
     def decode(step: int) -> None:
         where = torch.tensor([LENGTH + step])
@@ -839,7 +847,8 @@ def test_memory_that_runs_out_while_decoding(budget: str, monkeypatch: pytest.Mo
         with pytest.raises(MemoryError, match="second layer"):
             decode(4)
         monkeypatch.undo()
-        assert len(done) == 1
+        assert done.count("pairs") == 1
+        assert all((notes_of(layer) is None) == (router is None) for layer in cache.layers)
         if budget == "head":
             assert held() == [40, whole[1] + 2]
         assert cache.get_seq_length() == LENGTH + 5
