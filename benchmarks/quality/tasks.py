@@ -298,13 +298,16 @@ def continue_prose(source: Source) -> Sample:
 
 def continue_code(source: Source) -> Sample:
     """Continue the program."""
-    return _split(source, "".join(source.code(extra=96)))
+    # Lines have more tokens one by one than together, as white space merges.
+    return _split(source, "".join(source.code(extra=96 + source.length // 2)))
 
 
 def _split(source: Source, text: str) -> Sample:
     """Cut plain text behind `length` tokens; 4 more stand for a question, the next 64 answer."""
     ids = source.tokenizer(text, add_special_tokens=False).input_ids
     ends = (0, source.length, source.length + 4, source.length + 68)
+    if len(ids) < ends[-1]:
+        raise ValueError(f"expected a text of {ends[-1]} tokens, got {len(ids)}")
     context, question, answer = (
         source.tokenizer.decode(ids[begin:end]) for begin, end in itertools.pairwise(ends)
     )
