@@ -2,9 +2,11 @@
 
 The scores of a calibrated router estimate, for every pair of every head and layer, the log of the
 attention that later tokens will pay to it. All are on this one scale, so that one threshold over
-the model sets each head's length. One expert is shared, it always has half of the say:
-``learned``, which reads a pair's hidden state and its place in the text. The other half is routed,
-token by token, to experts that look at what the prefill itself shows.
+the model sets each head's length. Every token has three estimates of equal say. Two experts are
+shared: ``learned``, which reads a pair's hidden state and its place in the text, and ``expected``,
+which was not fitted to anything and holds where the texts of the calibration do not reach. The
+third part is routed, token by token, to experts that look at what the prefill itself shows; what
+they say corrects ``learned``, with which they were fitted.
 """
 
 from __future__ import annotations
@@ -168,8 +170,8 @@ class CalibratedRouter(nn.Module, PyTorchModelHubMixin, library_name="moekv"):
 
     @property
     def experts(self) -> list[Expert]:
-        """All experts: the shared one, then the routed ones."""
-        return [LearnedExpert(self), *self.routed]
+        """All experts: the shared ones, then the routed ones."""
+        return [LearnedExpert(self), *build_experts(["expected"]), *self.routed]
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ``ValueError`` naming both models unless the router was fitted to this one."""
@@ -214,17 +216,19 @@ class CalibratedRouter(nn.Module, PyTorchModelHubMixin, library_name="moekv"):
         return functional.linear(hidden_states, weight).transpose(1, 2) + bias[:, None]
 
     def scale(self, index: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Affine maps of all experts of a layer to the common scale: gain, offset [E + 1, H].
+        """Affine maps of all experts of a layer to the common scale: gain, offset [E + 2, H].
 
-        The shared expert and the routed ones have half of the weight each, so that each is doubled:
-        their sum is the score.
+        The shared experts and the routed ones have a third of the weight each. What is fitted is
+        the sum of ``learned`` and the routed ones, so that each of them is tripled, and with it
+        ``expected``: the score is three halves of the mean of the fitted sum and ``expected``, or
+        of the fitted sum alone where hidden states are gone.
         """
         key = (index, device)
         if key not in self._local:
             row = self.layers.index(index)
             self._local[key] = (
-                functional.pad(2 * self.gain[row].float(), (0, 0, 1, 0), value=2.0).to(device),
-                functional.pad(2 * self.offset[row].float(), (0, 0, 1, 0)).to(device),
+                functional.pad(3 * self.gain[row].float(), (0, 0, 2, 0), value=3.0).to(device),
+                functional.pad(3 * self.offset[row].float(), (0, 0, 2, 0)).to(device),
             )
         gain, offset = self._local[key]
         return gain, offset
@@ -238,7 +242,7 @@ class CalibratedRouter(nn.Module, PyTorchModelHubMixin, library_name="moekv"):
         if key not in self._gates:
             row = self.layers.index(index)
             router = SharedExpertRouter(
-                self.hidden_size, len(self.routed), self.top_k, backend=backend
+                self.hidden_size, len(self.routed), self.top_k, num_shared=2, backend=backend
             )
             router.gate.weight.data.copy_(self.gate_weight[row])
             router.gate.bias.data.copy_(self.gate_bias[row])

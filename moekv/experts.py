@@ -9,11 +9,13 @@ order  name             rates a pair by                                         
 3      ``selective``    attention that the last window of queries pays            2
 4      ``semantic``     how unlike the other keys its key is                      2
 5      ``temporal``     spread of its channels against what follows, and recency  1
+6      ``expected``     attention that the text's own queries would pay behind it 3
 ====== ================ ========================================================= =========
 
 The prior is the log-preference that a router starts with where nothing has been learned: strategies
 that look at the keys come before those that look at positions alone. An expert of the user's
-own has 1, the middle of what it competes with.
+own has 1, the middle of what it competes with. (``learned``, of calibrated routers, needs their
+weights: see ``moekv.calibrated``.)
 """
 
 from abc import ABC, abstractmethod
@@ -53,6 +55,10 @@ class Expert(ABC):
     prior: float = 1.0
     comparable: bool = False
     finite: bool = False
+
+    def can_rate(self, view: LayerView) -> bool:
+        """Say whether the view has what it takes; the say of those who lack it goes to others."""
+        return True
 
     @abstractmethod
     def scores(self, view: LayerView) -> Tensor:
@@ -195,6 +201,28 @@ class TemporalExpert(Expert):
         return view.scores_of(ScoreKind.LAG) - self._decay[1]
 
 
+class ExpectedExpert(Expert):
+    """Rates by the attention that a pair can expect, and by the size of what it then gives.
+
+    ``log attention + 1/2 log |value|``: see ``moekv.expected`` for the first. It needs the
+    hidden states of all pairs, so that it rates prefills alone.
+    """
+
+    name = "expected"
+    prior = 3.0
+    comparable = True
+    finite = True
+
+    def can_rate(self, view: LayerView) -> bool:
+        """Say whether all hidden states are there."""
+        return view.aligned
+
+    def scores(self, view: LayerView) -> Tensor:
+        """Rate by attention and value, see the class."""
+        size: Tensor = torch.linalg.vector_norm(view.values, dim=-1, dtype=torch.float32)
+        return view.expected() + 0.5 * size.clamp_(1e-6, 1e30).log_()
+
+
 class PressExpert(Expert):
     """Any kvpress scorer as an expert; its own ``compression_ratio`` has no say.
 
@@ -228,6 +256,7 @@ _REGISTRY: dict[str, Callable[[], Expert]] = {
     "selective": lambda: KindExpert("selective", ScoreKind.ATTENTION, prior=2.0),
     "semantic": lambda: KindExpert("semantic", ScoreKind.DIVERSITY, prior=2.0),
     "temporal": lambda: TemporalExpert(prior=1.0),
+    "expected": ExpectedExpert,
 }
 
 

@@ -11,7 +11,7 @@ from moekv.view import LayerView
 
 
 def stack_scores(experts: Sequence[Expert], view: LayerView) -> Tensor:
-    """Let every expert rate a layer.
+    """Let every expert rate a layer that can; the scores of the others are 0.
 
     Infinite scores of real pairs are brought next to the finite ones of their head: +inf above the
     highest and -inf below the lowest by their difference (by 1 where there is none). NaN stays.
@@ -33,6 +33,9 @@ def stack_scores(experts: Sequence[Expert], view: LayerView) -> Tensor:
     shape, device = view.keys.shape[:3], view.keys.device
     stacked = []
     for expert in experts:
+        if not expert.can_rate(view):
+            stacked.append(torch.zeros(shape, device=device))
+            continue
         scores = expert.scores(view)
         if scores.shape != shape or scores.device != device or not scores.is_floating_point():
             raise ValueError(

@@ -42,13 +42,26 @@ from moekv.keeper import Keeper
 from moekv.layers import GrowingLayer, storage_bytes
 from moekv.mixing import common_scale, stack_scores
 from moekv.ops import ScoreKind
-from moekv.routers import BALANCE_LOSSES, ROUTERS, BaseMoERouter, RouterOutput, make_router
+from moekv.routers import (
+    BALANCE_LOSSES,
+    ROUTERS,
+    BaseMoERouter,
+    RouterOutput,
+    SharedExpertRouter,
+    make_router,
+)
 from moekv.static import compact
 from moekv.stats import LayerStats, Observation
 from moekv.streaming import StreamingBudget
 from moekv.view import LayerView, ViewBuilder, read_starts
 
 POLICIES = ("mixture", "dominant")
+
+SHARED_EXPERT, ROUTED_EXPERTS = "expected", ("selective", "semantic", "temporal")
+"""What rates a model that nobody calibrated, unless options choose something else."""
+
+ROUTED_SAY = 0.4
+"""What a standard deviation of a routed expert's scores weighs against a factor e of attention."""
 
 TOGETHER = 8
 """Layers whose hit rates are measured at once, while the code for it is in the caches."""
@@ -128,13 +141,15 @@ class MoERouterPress(ScorerPress):
         ``max(1, int(T * (1 - compression_ratio)))`` pairs, of the T real ones of its row, on
         average over the heads that share a budget; 0 measures and removes nothing.
     num_experts : int or "auto", optional
-        As many experts from the registry, in its order; 4 by default. ``"auto"``:
+        As many experts from the registry, in its order. ``"auto"``:
         ``floor(log2(layers * KV heads))``, at least `top_k`, at most all: the more heads, the more
-        kinds of them.
+        kinds of them. If none of `num_experts`, `top_k`, `router_type` and `experts` is given,
+        ``expected`` is shared by all tokens and two of ``selective``, ``semantic`` and
+        ``temporal`` are routed; if only others of them are, it is 4.
     top_k : int, optional
-        Experts per token; 2 by default.
+        Experts per token; 2 unless given.
     router_type : str, optional
-        A key of ``moekv.routers.ROUTERS``; ``"pikv"`` by default.
+        A key of ``moekv.routers.ROUTERS``; ``"pikv"`` unless given.
     cache_aware : bool
         Whether a ``"pikv"`` router's choices follow the measured hit rates; other routers have no
         history.
@@ -146,8 +161,9 @@ class MoERouterPress(ScorerPress):
         ``"uniform"``: each head keeps the same number, in plain dense layers. ``"head"``: pairs
         move between the heads of a layer; ``"model"``: between the heads of all layers. Both give
         ragged layers, which need scores that are comparable across heads (see
-        ``Expert.comparable``). ``"auto"``: ``"model"`` with a calibrated router, unless static
-        caches or eager attention need dense layers; else ``"uniform"``.
+        ``Expert.comparable``). ``"auto"``: ``"model"`` where no experts or routers are asked for,
+        or a calibrated one is, unless static caches or eager attention need dense layers;
+        ``"uniform"`` otherwise, and where a cache goes on growing without a calibrated router.
     backend : str
         ``"auto"`` (by the device of the tensors), ``"cpu"``, ``"cuda"`` or ``"torch"``.
     experts : sequence, optional
@@ -229,7 +245,7 @@ class MoERouterPress(ScorerPress):
 
     def __post_init__(self) -> None:
         """Check every option before a model is at hand."""
-        self._training_free = self._check_router()
+        self._training_free, self._own_choice = self._check_router()
         self.num_experts = 4 if self.num_experts is None else self.num_experts
         self.top_k = 2 if self.top_k is None else self.top_k
         self.router_type = self.router_type or "pikv"
@@ -269,7 +285,10 @@ class MoERouterPress(ScorerPress):
                 "chunks, got 'dominant', which has no budget to come back to"
             )
         self._experts: list[Expert] | None = None
-        if self.experts is not None:
+        if not self._own_choice:
+            self._experts = build_experts([SHARED_EXPERT, *ROUTED_EXPERTS])
+            self.num_experts = len(self._experts)
+        elif self.experts is not None:
             self._experts = build_experts(self.experts)
             self.num_experts = len(self._experts)
         elif self.num_experts != "auto":
@@ -302,13 +321,13 @@ class MoERouterPress(ScorerPress):
         self._num_cached = self._num_forwards = self._num_commits = self._num_grown = 0
         self._stream: StreamingBudget | None = None
 
-    def _check_router(self) -> bool:
-        """Say whether the options exclude a calibrated router."""
+    def _check_router(self) -> tuple[bool, bool]:
+        """Say whether options exclude a calibrated router, and whether they make one of their own."""
         names = ("num_experts", "top_k", "router_type", "experts")
         given = [name for name in names if getattr(self, name) is not None]
         given += ["policy"] if self.policy == "dominant" else []
         if self.router in (None, "auto"):
-            return self.router is None or bool(given)
+            return self.router is None or bool(given), bool(given)
         if given:
             raise ValueError(
                 f"expected no {' or '.join(given)} beside a calibrated router, which brings its "
@@ -321,7 +340,7 @@ class MoERouterPress(ScorerPress):
                 f'expected router a moekv.CalibratedRouter, a name, "auto" or None, got '
                 f"{type(self.router).__name__}"
             )
-        return False
+        return False, False
 
     def _find_router(self, model: PreTrainedModel) -> CalibratedRouter | None:
         """Find the calibrated router for a model, if there is to be one."""
@@ -523,7 +542,9 @@ class MoERouterPress(ScorerPress):
         weights, chosen, shares = routed.weights, routed.experts, routed.shares
         if not view.aligned:
             # Not every pair's token is known: all are mixed as the known ones are on average.
+            able = [expert.can_rate(view) for expert in experts]
             total = shares.sum(1, keepdim=True).repeat_interleave(view.folded, 0)
+            total = total * torch.tensor(able, device=total.device)
             shares = total / total.sum(-1, keepdim=True).clamp(min=1e-20)
             shares = shares * view.real[..., None]
             weights = shares.contiguous()
@@ -532,6 +553,9 @@ class MoERouterPress(ScorerPress):
         if self._calibrated is None:
             real = None if view.start is None else view.real
             gain, offset = common_scale(experts, scores, real)
+            if not self._own_choice:
+                gain[1:] *= ROUTED_SAY
+                offset[1:] *= ROUTED_SAY
         else:
             index: int = view.module.layer_idx  # type: ignore[assignment]
             scale = self._calibrated.scale(index, scores.device)
@@ -912,7 +936,8 @@ class MoERouterPress(ScorerPress):
 
     def _resolve_budget(self, cache: Any) -> None:
         if self.budget == "auto":
-            dense = self._calibrated is None or is_static(cache) or is_eager(self._hooked[0])
+            comparable = self._calibrated is not None or not (self._own_choice or self._goes_on)
+            dense = not comparable or is_static(cache) or is_eager(self._hooked[0])
             self._budget = "uniform" if dense else "model"
 
     def _not_for_static(self, padded: bool) -> str | None:
@@ -1024,6 +1049,13 @@ class MoERouterPress(ScorerPress):
 
     def _make_router(self, hidden_size: int, experts: Sequence[Expert]) -> BaseMoERouter:
         assert self.router_type is not None and self.top_k is not None
+        if not self._own_choice:
+            prior = [expert.prior for expert in experts[1:]]
+            router = SharedExpertRouter(
+                hidden_size, len(prior), self.top_k, prior=prior, backend=self.backend
+            )
+            router.freeze()
+            return router
         options: dict[str, Any] = {}
         if self.router_type == "topk_balanced":
             options["balance_mode"] = self.balance_mode
@@ -1097,7 +1129,8 @@ class MoERouterPress(ScorerPress):
 
     def _router_name(self) -> str:
         if self._calibrated is None:
-            return f"{self.router_type}, not calibrated"
+            kind = self.router_type if self._own_choice else "shared expert"
+            return f"{kind}, not calibrated"
         return f"calibrated for {self._calibrated.recipe.get('model_name', self._calibrated.model)}"
 
     def reset_stats(self) -> None:

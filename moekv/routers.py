@@ -736,10 +736,10 @@ class HierarchicalRouter(BaseMoERouter):
 
 
 class SharedExpertRouter(BaseMoERouter):
-    """Gating with one expert that every token consults, and the others routed as usual.
+    """Gating with experts that every token consults, and others that are routed as usual.
 
-    Expert 0 is shared and has weight 1/2; the routed experts 1 ... E share the other half as in
-    `BaseMoERouter`, whose loss is theirs alone.
+    The shared experts come first. With n of them each has weight 1 / (n + 1); the routed ones share
+    as much between them as in `BaseMoERouter`, whose loss is theirs alone.
 
     Parameters
     ----------
@@ -749,32 +749,45 @@ class SharedExpertRouter(BaseMoERouter):
         E, the routed experts.
     top_k : int
         Routed experts per token.
+    num_shared : int
+        n, the shared experts.
     **options
         As in `BaseMoERouter`.
+
+    Raises
+    ------
+    ValueError
+        If `num_shared` is less than 1.
 
     References
     ----------
     Dai et al., DeepSeekMoE, ACL 2024 (shared expert isolation).
     """
 
+    def __init__(self, *args: Any, num_shared: int = 1, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if num_shared < 1:
+            raise ValueError(f"expected num_shared >= 1, got {num_shared}")
+        self.num_shared = num_shared
+
     def _route(self, hidden_states: Tensor, mask: Tensor | None) -> RouterOutput:
-        # The outputs count E + 1 experts and k + 1 slots.
-        routed = super()._route(hidden_states, mask)
-        shape = routed.weights.shape[:2]
-        half = routed.weights.new_full((*shape, 1), 0.5)
+        # The outputs count n + E experts and n + k slots.
+        routed, n = super()._route(hidden_states, mask), self.num_shared
+        shape, part = routed.weights.shape[:2], 1 / (n + 1)
+        say = routed.weights.new_full((*shape, n), part)
         num_tokens = routed.load.new_full((1,), shape[0] * shape[1])
         if mask is not None:
-            half = half * mask[..., None]
+            say = say * mask[..., None]
             num_tokens = mask.sum().view(1)
-        shared = routed.experts.new_zeros((*shape, 1))
+        shared = torch.arange(n, dtype=routed.experts.dtype, device=say.device)
         return _SharedOutput(
             logits=routed.logits,
-            weights=torch.cat([half, routed.weights / 2], -1),
-            experts=torch.cat([shared, routed.experts + 1], -1),
+            weights=torch.cat([say, routed.weights * part], -1),
+            experts=torch.cat([shared.expand(*shape, n), routed.experts + n], -1),
             aux_loss=routed.aux_loss,
-            load=torch.cat([num_tokens, routed.load]),
-            # Of 1/2 and the halves of p: log 2 plus half of that of p.
-            entropy=num_tokens[0] * math.log(2) + routed.entropy / 2,
+            load=torch.cat([num_tokens.expand(n), routed.load]),
+            # Of n parts, and of p in one part: that of equal parts, and a part of that of p.
+            entropy=num_tokens[0] * math.log(n + 1) + routed.entropy * part,
             importance=routed.importance,
             mask=mask,
             temperature=self.temperature,
@@ -786,8 +799,11 @@ class _SharedOutput(RouterOutput):
 
     @cached_property
     def probs(self) -> Tensor:
-        routed = _probabilities(self.logits, self.temperature, self.mask) / 2
-        return torch.cat([routed.sum(-1, keepdim=True), routed], -1)
+        num_shared = len(self.load) - self.logits.shape[-1]
+        part = 1 / (num_shared + 1)
+        routed = _probabilities(self.logits, self.temperature, self.mask) * part
+        shared = routed.sum(-1, keepdim=True).expand(*routed.shape[:-1], num_shared)
+        return torch.cat([shared, routed], -1)
 
 
 ROUTERS: dict[str, type[BaseMoERouter]] = {

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from kvpress.utils import get_prerope_query_states
 from torch import Tensor, nn
+from torch.nn import functional
 
 from moekv import ops
+from moekv.expected import expected_attention
 from moekv.ops import ScoreKind
 
 POOL = 5
@@ -133,14 +135,39 @@ class LayerView:
                 self.queries,
                 self.start,
                 kinds=self.kinds,
-                scaling=self.module.scaling,  # type: ignore[arg-type]
-                softcap=getattr(self.module.config, "attn_logit_softcapping", None) or 0.0,
+                **self._logits,
                 pool=POOL,
                 lag=LAG,
                 backend=self.backend,
             )
             self._scores = dict(zip(self.kinds, scores.unbind(), strict=True))
         return self._scores[kind]
+
+    def expected(self) -> Tensor:
+        """Attention that the pairs can expect, row by row; the view has to be ``aligned``.
+
+        Returns
+        -------
+        Tensor [B, H, T], float32
+            See ``moekv.expected``; 0 at padding.
+        """
+        cos, sin = _rotations(self.module, self.hidden_states, self.kwargs, range(1, 2))
+        rows = []
+        for row, length in enumerate(self.lengths):
+            real = slice(self.keys.shape[2] - length, None)
+            queries = get_prerope_query_states(self.module, self.hidden_states[row : row + 1, real])
+            queries = rotate(queries, *(x[row % len(x)][None] for x in (cos, sin)))
+            scores = expected_attention(
+                queries[0].to(self.keys.dtype), self.keys[row, :, real], **self._logits
+            )
+            rows.append(functional.pad(scores, (self.keys.shape[2] - length, 0)))
+        return torch.stack(rows)
+
+    @property
+    def _logits(self) -> dict[str, float]:
+        """How the layer makes logits of products."""
+        softcap = getattr(self.module.config, "attn_logit_softcapping", None)
+        return {"scaling": self.module.scaling, "softcap": softcap or 0.0}  # type: ignore[dict-item]
 
 
 class ViewBuilder:
@@ -309,7 +336,7 @@ def _window_queries(
     queries = get_prerope_query_states(module, hidden_states[:, -window:])
     num_queries = queries.shape[2]
     if offset is None:
-        cos, sin = _last_rotations(module, hidden_states, kwargs, num_queries)
+        cos, sin = _rotations(module, hidden_states, kwargs, range(1 - num_queries, 1))
     else:
         end = offset + hidden_states.shape[1]
         cos, sin = (x[:, end - num_queries : end] for x in kwargs["position_embeddings"])
@@ -332,19 +359,21 @@ def recent_queries(module: nn.Module, hidden_states: Tensor, kwargs: Mapping[str
     -------
     Tensor [B, Hq, N, D]
     """
-    cos, sin = _last_rotations(module, hidden_states, kwargs, hidden_states.shape[1])
+    back = range(1 - hidden_states.shape[1], 1)
+    cos, sin = _rotations(module, hidden_states, kwargs, back)
     return rotate(get_prerope_query_states(module, hidden_states), cos, sin)
 
 
-def _last_rotations(
-    module: nn.Module, hidden_states: Tensor, kwargs: Mapping[str, Any], num_queries: int
+def _rotations(
+    module: nn.Module, hidden_states: Tensor, kwargs: Mapping[str, Any], steps: range
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B or 1, W, dim] of the last tokens, which were fed one after another."""
+    """Cosines and sines [B or 1, steps, dim] so many positions from that of the last token."""
     position_ids = kwargs.get("position_ids")
     if position_ids is None:
         position_ids = kwargs["cache_position"][None]
-    back = torch.arange(1 - num_queries, 1, device=position_ids.device)
-    positions = position_ids[:, -1:] + back
+    positions = position_ids[:, -1:] + torch.arange(
+        steps.start, steps.stop, device=position_ids.device
+    )
     rotary: nn.Module = module.rotary_emb  # type: ignore[assignment]
     options = {}
     if "layer_type" in inspect.signature(rotary.forward).parameters:

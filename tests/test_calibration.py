@@ -287,7 +287,8 @@ def test_a_press_scores_what_calibration_fitted(monkeypatch: pytest.MonkeyPatch)
     def spy(self: Any, experts: Any, scores: Tensor, routed: Any, view: Any) -> Any:
         mixed = mix(self, experts, scores, routed, view)
         index = view.module.layer_idx
-        got[index], seen[index] = mixed[0], (view.hidden_states, scores[1:])
+        got[index] = mixed[0] - scores[1]  # `expected`, which is not fitted
+        seen[index] = (view.hidden_states, scores[2:])
         return mixed
 
     monkeypatch.setattr(MoERouterPress, "_mix", spy)
@@ -317,8 +318,8 @@ def test_one_threshold_over_the_model_by_default() -> None:
     stats = press.get_stats()
     assert stats["router"] == "calibrated for a tiny model"
     usage = stats["layer_stats"][0]["expert_compression_stats"]["expert_usage"]
-    assert list(usage) == ["learned", "selective", "semantic", "temporal"]
-    assert usage["learned"] == pytest.approx(0.5)
+    assert list(usage) == ["learned", "expected", "selective", "semantic", "temporal"]
+    assert usage["learned"] == usage["expected"] == pytest.approx(1 / 3)
     static = StaticCache(config=model.config, max_cache_len=64)
     with press(model), torch.no_grad():
         model(tokens(1, 60), past_key_values=static)
@@ -378,7 +379,7 @@ def test_a_router_finds_its_model_by_itself(
         names[each] = press.get_stats()["router"]
     assert capsys.readouterr().out == ""
     assert names[model] == "calibrated for a tiny model"
-    assert names[other] == "pikv, not calibrated"
+    assert names[other] == "shared expert, not calibrated"
     for options in ({"num_experts": 4}, {"router_type": "base"}, {"policy": "dominant"}):
         press = MoERouterPress(0.5, **options)
         with press(model):
@@ -387,7 +388,7 @@ def test_a_router_finds_its_model_by_itself(
     press = MoERouterPress(0.5, router=None)
     with press(model):
         prefill(model, tokens(1, 60))
-    assert press.get_stats()["router"] == "pikv, not calibrated"
+    assert press.get_stats()["router"] == "shared expert, not calibrated"
 
 
 def test_saving_and_loading(tmp_path: Path) -> None:

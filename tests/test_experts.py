@@ -51,15 +51,16 @@ class Fixed(Expert):
 
 def test_registry_has_the_documented_order_and_priors() -> None:
     names = expert_names()
-    assert names[:6] == (
+    assert names[:7] == (
         "aggressive",
         "moderate",
         "conservative",
         "selective",
         "semantic",
         "temporal",
+        "expected",
     )
-    for name, expert in zip(names[:6], build_experts(names[:6]), strict=True):
+    for name, expert in zip(names[:7], build_experts(names[:7]), strict=True):
         assert expert.name == name
         row = next(line for line in experts_module.__doc__.splitlines() if f"``{name}``" in line)
         assert float(row.split()[-1]) == expert.prior

@@ -21,6 +21,7 @@ from moekv import Expert, LayerView, MoERouterPress, RouterOutput, expert_names
 from moekv.experts import build_experts
 from moekv.hooks import find_layers
 from moekv.ops import ScoreKind
+from moekv.press import ROUTED_EXPERTS, SHARED_EXPERT
 from moekv.routers import ROUTERS
 
 LENGTH = 80
@@ -262,7 +263,7 @@ def test_dominant_layers_of_different_lengths_generate() -> None:
 
 
 def test_decoding_compresses_nothing() -> None:
-    model, press = tiny_model(), make_press()
+    model, press = tiny_model(), make_press(budget="uniform")
     with press(model):
         out = model.generate(
             tokens(1, LENGTH), max_new_tokens=11, do_sample=False, return_dict_in_generate=True
@@ -369,7 +370,9 @@ def test_stats_of_two_prefills_and_a_reset() -> None:
     for layer in stats["layer_stats"].values():
         assert layer["router_stats"]["total_tokens"] == LENGTH + 40
         usage = layer["expert_compression_stats"]["expert_usage"]
-        assert list(usage) == list(ALL[:4]) and sum(usage.values()) == pytest.approx(1)
+        assert list(usage) == [SHARED_EXPERT, *ROUTED_EXPERTS] and sum(
+            usage.values()
+        ) == pytest.approx(1)
     press.reset_stats()
     empty = press.get_stats()
     assert empty["forward_count"] == empty["total_aux_loss"] == empty["avg_aux_loss"] == 0
@@ -553,7 +556,7 @@ def test_routers_live_where_their_layers_do() -> None:
 def test_prefill_that_records_gradients() -> None:
     model = tiny_model()
     cache = DynamicCache()
-    with make_press()(model):
+    with make_press(budget="uniform")(model):
         logits = model(tokens(1, LENGTH), past_key_values=cache).logits
     assert cache.get_seq_length() == LENGTH // 2
     logits.sum().backward()  # what backward saved is whole
@@ -573,6 +576,6 @@ def test_priors_reach_the_routers() -> None:
 def test_with_or_without_a_head(make: Callable[[Any], Any]) -> None:
     model = make(tiny_model())
     cache = DynamicCache()
-    with make_press()(model), torch.no_grad():
+    with make_press(budget="uniform")(model), torch.no_grad():
         model(tokens(1, 20), past_key_values=cache)
     assert cache.get_seq_length() == 10

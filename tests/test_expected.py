@@ -1,0 +1,148 @@
+"""The attention that pairs can expect."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import prefill, tiny_model, tokens
+from torch import Tensor
+
+import moekv.expected as module
+from moekv import LayerView, MoERouterPress
+from moekv.expected import REACH, SAMPLES, SINKS, expected_attention
+from moekv.experts import ExpectedExpert
+
+
+def reference(queries: Tensor, keys: Tensor, *, scaling: float, softcap: float = 0.0) -> Tensor:
+    """Score pair by pair, in fp64."""
+    queries, keys = queries.double(), keys.double()
+    num_heads, num_keys, _ = keys.shape
+    num_queries, groups = queries.shape[1], queries.shape[0] // num_heads
+    sampled = num_keys > SINKS + SAMPLES
+    scores = torch.zeros(num_heads, num_queries, dtype=torch.float64)
+    for head in range(num_heads):
+        sample, weight = module._sample(keys[head : head + 1])
+        for group in range(groups):
+            for i in range(num_queries):
+                query = queries[head * groups + group, i]
+
+                def logits(some: Tensor, query: Tensor = query) -> Tensor:
+                    product = some @ query * scaling
+                    return softcap * torch.tanh(product / softcap) if softcap else product
+
+                place = num_keys - num_queries + i
+                near = logits(keys[head, place : place + REACH + 1])
+                all_keys = logits(sample[0]) + weight
+                total = torch.cat([all_keys, near]) if sampled else all_keys
+                share = (near - total.logsumexp(0)).exp()
+                for step in range(min(REACH + 1, num_queries - i)):
+                    scores[head, i + step] += share[step] ** 2 / groups
+    return scores.log() / 2
+
+
+@pytest.mark.parametrize(
+    "num_queries, num_keys", [(1, 1), (3, 3), (33, 33), (68, 68), (69, 69), (150, 150), (7, 140)]
+)
+@pytest.mark.parametrize("groups, dim, softcap", [(1, 64, 0.0), (3, 80, 0.0), (2, 16, 5.0)])
+def test_as_the_reference(
+    num_queries: int, num_keys: int, groups: int, dim: int, softcap: float
+) -> None:
+    queries = 2 * torch.randn(2 * groups, num_queries, dim)
+    keys = torch.randn(2, num_keys, dim)
+    options = {"scaling": dim**-0.5, "softcap": softcap}
+    scores = expected_attention(queries, keys, **options)
+    wanted = reference(queries, keys, **options)
+    torch.testing.assert_close(scores.double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    queries, keys = torch.randn(6, 90, 32).to(dtype), torch.randn(2, 90, 32).to(dtype)
+    scores = expected_attention(queries, keys, scaling=32**-0.5)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(
+        scores.double(), reference(queries, keys, scaling=32**-0.5), atol=0.05, rtol=0
+    )
+
+
+@pytest.mark.parametrize("tile", [16, 40, 96])
+def test_tiles_leave_no_trace(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, keys = torch.randn(6, 150, 32), torch.randn(2, 150, 32)
+    whole = expected_attention(queries, keys, scaling=0.2)
+    monkeypatch.setattr(module, "_TILE", tile)
+    torch.testing.assert_close(expected_attention(queries, keys, scaling=0.2), whole)
+
+
+def test_a_sample_stands_for_all_keys() -> None:
+    """Each key once in its part, the weights those of all of them together."""
+    for num_keys in (69, 100, 1000, 4097):
+        keys = torch.arange(num_keys, dtype=torch.float32)[None, :, None]
+        sample, weight = module._sample(keys)
+        places = sample.flatten().long()
+        assert weight.exp().sum().item() == pytest.approx(num_keys, rel=1e-4)
+        assert places[:SINKS].tolist() == list(range(SINKS))
+        assert (places.diff() >= 0).all() and places[-1] < num_keys
+        part = (places[SINKS:] - SINKS) * SAMPLES / (num_keys - SINKS)
+        assert (part.long() - torch.arange(SAMPLES)).abs().max() <= 1
+
+
+def test_what_a_token_asked_for_ranks_first() -> None:
+    """A query that looks at the key behind its own raises that pair above all others."""
+    keys = torch.nn.functional.normalize(torch.randn(1, 200, 64), dim=-1)
+    queries = torch.zeros(1, 200, 64)
+    queries[0, 120] = 300 * keys[0, 121]
+    assert expected_attention(queries, keys, scaling=0.1).argmax() == 121
+
+
+def rate(model: Any, input_ids: Tensor, **inputs: Any) -> list[tuple[LayerView, Tensor, Tensor]]:
+    """For each layer what the expert sees, the attention it expects, and its scores."""
+    seen = []
+
+    class Look(ExpectedExpert):
+        def scores(self, view: LayerView) -> Tensor:
+            scores = super().scores(view)
+            seen.append((view, view.expected(), scores))
+            return scores
+
+    with MoERouterPress(0.5, experts=[Look()], top_k=1)(model):
+        prefill(model, input_ids, **inputs)
+    return seen
+
+
+def test_queries_stand_behind_the_last_token() -> None:
+    """As a forward of the same hidden states at the position behind the text rotates them."""
+    model = tiny_model()
+    view, scores, _ = rate(model, tokens(1, 90))[1]
+    layer = model.model.layers[1].self_attn
+    queries = layer.q_proj(view.hidden_states).view(1, 90, -1, layer.head_dim).transpose(1, 2)
+    cos, sin = model.model.rotary_emb(view.hidden_states, torch.tensor([[90]]))
+    left, right = queries.chunk(2, -1)
+    queries = queries * cos + torch.cat([-right, left], -1) * sin
+    wanted = reference(queries[0], view.keys[0], scaling=layer.scaling)
+    torch.testing.assert_close(scores[0].double(), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_padded_rows_are_rated_one_by_one() -> None:
+    model, padding = tiny_model(), torch.tensor([0, 7, 80])
+    ids = tokens(3, 120)
+    mask = (torch.arange(120) >= padding[:, None]).long()
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    batch = rate(model, ids, attention_mask=mask, position_ids=position_ids)
+    for row, start in enumerate(padding.tolist()):
+        alone = rate(model, ids[row : row + 1, start:])
+        for together, single in zip(batch, alone, strict=True):
+            scores = together.expected()[row]
+            assert not scores[:, :start].any()
+            torch.testing.assert_close(
+                scores[:, start:], single.expected()[0], atol=1e-4, rtol=1e-4
+            )
+
+
+def test_values_of_no_size_are_finite() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.zero_()
+    _, attention, scores = rate(model, tokens(1, 40))[0]
+    assert scores.isfinite().all()
+    torch.testing.assert_close(scores, attention + 0.5 * math.log(1e-6))
