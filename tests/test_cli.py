@@ -133,7 +133,7 @@ def test_demo_on_a_local_folder(
     assert f"of the full cache's bytes │ {shares}" in out
     assert re.search(r"of it in the press │ - │ \d\.\d{3} s", out)
     assert "What the router chose at 75 % removed" in out
-    assert re.search(r"aggressive +┃ ?moderate +┃ ?conservative +┃ ?selective", out)
+    assert re.search(r"expected +┃ ?selective +┃ ?semantic +┃ ?temporal", out)
     assert re.search(r"│ 1 ?│ +\d+ %", out)
 
 

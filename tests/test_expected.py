@@ -131,12 +131,9 @@ def test_padded_rows_are_rated_one_by_one() -> None:
     batch = rate(model, ids, attention_mask=mask, position_ids=position_ids)
     for row, start in enumerate(padding.tolist()):
         alone = rate(model, ids[row : row + 1, start:])
-        for together, single in zip(batch, alone, strict=True):
-            scores = together.expected()[row]
-            assert not scores[:, :start].any()
-            torch.testing.assert_close(
-                scores[:, start:], single.expected()[0], atol=1e-4, rtol=1e-4
-            )
+        for (_, together, _), (_, single, _) in zip(batch, alone, strict=True):
+            assert not together[row, :, :start].any()
+            torch.testing.assert_close(together[row, :, start:], single[0], atol=1e-4, rtol=1e-4)
 
 
 def test_values_of_no_size_are_finite() -> None:

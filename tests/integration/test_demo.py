@@ -89,5 +89,5 @@ def test_usage_in_the_readme(
     for block in blocks:
         exec(block, names)
     stats = names["stats"]
-    assert stats["compression"]["ratio"] == pytest.approx(0.5, abs=0.02)
+    assert stats["compression"]["ratio"] == pytest.approx(0.75, abs=0.02)
     assert 0 < stats["compression"]["bytes_after"] < stats["compression"]["bytes_before"]
