@@ -322,7 +322,7 @@ class MoERouterPress(ScorerPress):
         self._stream: StreamingBudget | None = None
 
     def _check_router(self) -> tuple[bool, bool]:
-        """Say whether options exclude a calibrated router, and whether they make one of their own."""
+        """Say whether options exclude a calibrated router, and whether they make their own."""
         names = ("num_experts", "top_k", "router_type", "experts")
         given = [name for name in names if getattr(self, name) is not None]
         given += ["policy"] if self.policy == "dominant" else []
