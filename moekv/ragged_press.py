@@ -4,7 +4,7 @@ kvpress masks the keys that a head-wise press evicts, and frees none of them. ``
 the press decide as it always did, then stores what it keeps, and nothing else.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ def ragged(press: BasePress, *, backend: str = "auto") -> "RaggedPress":
     ----------
     press : kvpress.BasePress
         Any press that sets ``masked_key_indices``: ``AdaKVPress``, ``CriticalAdaKVPress``,
-        ``DuoAttentionPress``, ``KVzipPress``, ...
+        ``DMSPress``, ``DuoAttentionPress``, ``KVgradPress``, ``KVzipPress``, ...
     backend : str
         Which implementation of the ops to use.
 
@@ -121,14 +121,12 @@ class RaggedPress(BasePress):
                 "ragged() is for head-wise presses such as AdaKVPress"
             )
 
-    def _compress(
-        self, layer: CacheLayerMixin, masked: tuple[Tensor, Tensor, Tensor]
-    ) -> RaggedLayer:
+    def _compress(self, layer: CacheLayerMixin, masked: Sequence[Tensor]) -> RaggedLayer:
         keys, values = layer.keys, layer.values
         if type(layer) is not DynamicLayer or keys is None or values is None:
             raise TypeError(
                 f"expected a DynamicCache with dense layers, got a {type(layer).__name__}"
             )
         kept = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
-        kept[masked] = False
+        kept[tuple(masked)] = False  # of some presses it is a list
         return RaggedLayer.compress(keys, values, Kept.from_mask(kept), backend=self.backend)

@@ -11,9 +11,11 @@ import torch
 from kvpress import (
     AdaKVPress,
     CriticalAdaKVPress,
+    DMSPress,
     DuoAttentionPress,
     KeyDiffPress,
     KnormPress,
+    KVgradPress,
     KVzipPress,
     SnapKVPress,
 )
@@ -138,8 +140,9 @@ def test_padding_is_neither_stored_nor_counted() -> None:
         lambda: CriticalAdaKVPress(KnormPress(0.3)),
         lambda: CriticalAdaKVPress(SnapKVPress(0.8, window_size=16), alpha_safeguard=0.0),
         lambda: AdaKVPress(given_press(0.7)),
+        lambda: DMSPress(KnormPress(), threshold=-5.0, sliding_window_size=20),
     ],
-    ids=["KeyDiff", "SnapKV", "Critical", "CriticalSnapKV", "moekv"],
+    ids=["KeyDiff", "SnapKV", "Critical", "CriticalSnapKV", "moekv", "DMS"],
 )
 def test_head_wise_presses_of_kvpress_give_the_same_tokens_in_less_memory(make: Any) -> None:
     model, input_ids = tiny_model(), tokens(1, LENGTH)
@@ -189,8 +192,9 @@ def tokenizer_folder(tmp_path: Any) -> str:
 
 @pytest.mark.parametrize("ratio", [0.3, 0.8])
 @pytest.mark.parametrize("layerwise", [False, True])
-def test_kvzip_decides_after_the_prefill(
-    ratio: float, layerwise: bool, tokenizer_folder: str
+@pytest.mark.parametrize("kind", [KVzipPress, KVgradPress])
+def test_presses_that_decide_after_the_prefill(
+    kind: Any, ratio: float, layerwise: bool, tokenizer_folder: str
 ) -> None:
     """Heads and layers of any length, some of them without a single pair."""
     model, input_ids = tiny_model(), tokens(1, LENGTH)
@@ -198,7 +202,7 @@ def test_kvzip_decides_after_the_prefill(
     masked, freed = DynamicCache(), DynamicCache()
     expected = None
     for cache, wrap in ((masked, lambda press: press), (freed, ragged)):
-        press = KVzipPress(ratio, layerwise=layerwise, chunk_size=50)
+        press = kind(ratio, layerwise=layerwise, chunk_size=50)
         with torch.no_grad(), wrap(press)(model):
             model(input_ids, past_key_values=cache)
         logits = decode_by_hand(model, cache)
