@@ -2,11 +2,11 @@
 
 The scores of a calibrated router estimate, for every pair of every head and layer, the log of the
 attention that later tokens will pay to it. All are on this one scale, so that one threshold over
-the model sets each head's length. Every token has three estimates of equal say. Two experts are
-shared: ``learned``, which reads a pair's hidden state and its place in the text, and ``expected``,
-which was not fitted to anything and holds where the texts of the calibration do not reach. The
-third part is routed, token by token, to experts that look at what the prefill itself shows; what
-they say corrects ``learned``, with which they were fitted.
+the model sets each head's length. Two experts are shared by all tokens: ``learned``, which reads a
+pair's hidden state and its place in the text, and ``expected``, which was not fitted to anything
+and holds where the texts of the calibration do not reach. As much say is routed, token by token, to
+experts that look at what the prefill itself shows; they correct ``learned``, with which they were
+fitted.
 """
 
 from __future__ import annotations
@@ -119,6 +119,9 @@ class CalibratedRouter(nn.Module, PyTorchModelHubMixin, library_name="moekv"):
         Names of the routed experts.
     top_k : int
         Routed experts per token.
+    shared : sequence of str
+        Names of comparable experts whose scores all tokens consult beside ``learned``; together
+        they have as much say as what was fitted.
     recipe : dict, optional
         How it was fitted, for people to read.
 
@@ -137,6 +140,7 @@ class CalibratedRouter(nn.Module, PyTorchModelHubMixin, library_name="moekv"):
         num_kv_heads: int,
         experts: Sequence[str],
         top_k: int = 2,
+        shared: Sequence[str] = ("expected",),
         recipe: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -148,6 +152,9 @@ class CalibratedRouter(nn.Module, PyTorchModelHubMixin, library_name="moekv"):
         self.top_k = top_k
         self.recipe = recipe or {}
         self.routed = build_experts(list(experts))
+        self.shared = build_experts(list(shared)) if shared else []
+        if odd := [expert.name for expert in self.shared if not expert.comparable]:
+            raise ValueError(f"expected shared experts with comparable scores, got {odd}")
         num_layers, num_experts = len(self.layers), len(self.routed)
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -171,7 +178,7 @@ class CalibratedRouter(nn.Module, PyTorchModelHubMixin, library_name="moekv"):
     @property
     def experts(self) -> list[Expert]:
         """All experts: the shared ones, then the routed ones."""
-        return [LearnedExpert(self), *build_experts(["expected"]), *self.routed]
+        return [LearnedExpert(self), *self.shared, *self.routed]
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ``ValueError`` naming both models unless the router was fitted to this one."""
@@ -216,20 +223,20 @@ class CalibratedRouter(nn.Module, PyTorchModelHubMixin, library_name="moekv"):
         return functional.linear(hidden_states, weight).transpose(1, 2) + bias[:, None]
 
     def scale(self, index: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Affine maps of all experts of a layer to the common scale: gain, offset [E + 2, H].
+        """Affine maps of all experts of a layer to the common scale: gain, offset [experts, H].
 
-        The shared experts and the routed ones have a third of the weight each. What is fitted is
-        the sum of ``learned`` and the routed ones, so that each of them is tripled, and with it
-        ``expected``: the score is three halves of the mean of the fitted sum and ``expected``, or
-        of the fitted sum alone where hidden states are gone.
+        Each shared expert has one part of the weight, and the routed ones share another. Multiplied
+        by the number of parts the mixture is the sum of what was fitted, ``learned`` and the routed
+        ones, and of the mean of the other shared experts.
         """
         key = (index, device)
         if key not in self._local:
-            row = self.layers.index(index)
-            self._local[key] = (
-                functional.pad(3 * self.gain[row].float(), (0, 0, 2, 0), value=3.0).to(device),
-                functional.pad(3 * self.offset[row].float(), (0, 0, 2, 0)).to(device),
-            )
+            row, others = self.layers.index(index), len(self.shared)
+            fitted = functional.pad(self.gain[row].float(), (0, 0, 1 + others, 0), value=1.0)
+            fitted[1 : 1 + others] /= max(others, 1)
+            offset = functional.pad(self.offset[row].float(), (0, 0, 1 + others, 0))
+            parts = 2 + others
+            self._local[key] = (parts * fitted).to(device), (parts * offset).to(device)
         gain, offset = self._local[key]
         return gain, offset
 
@@ -242,7 +249,11 @@ class CalibratedRouter(nn.Module, PyTorchModelHubMixin, library_name="moekv"):
         if key not in self._gates:
             row = self.layers.index(index)
             router = SharedExpertRouter(
-                self.hidden_size, len(self.routed), self.top_k, num_shared=2, backend=backend
+                self.hidden_size,
+                len(self.routed),
+                self.top_k,
+                num_shared=1 + len(self.shared),
+                backend=backend,
             )
             router.gate.weight.data.copy_(self.gate_weight[row])
             router.gate.bias.data.copy_(self.gate_bias[row])

@@ -308,6 +308,31 @@ def test_a_press_scores_what_calibration_fitted(monkeypatch: pytest.MonkeyPatch)
             )
 
 
+@pytest.mark.parametrize("shared", [(), ("expected",)])
+def test_what_is_shared_has_as_much_say_as_what_was_fitted(shared: tuple[str, ...]) -> None:
+    router = random_router(tiny_model(), experts=("semantic", "temporal"), top_k=2, shared=shared)
+    assert [expert.name for expert in router.experts] == [
+        "learned",
+        *shared,
+        "semantic",
+        "temporal",
+    ]
+    gain, offset = router.scale(1, torch.device("cpu"))
+    routed = router.gate(1, torch.zeros(1, 1, 64))(torch.randn(1, 5, 64))
+    say = routed.shares[0, :, :, None] * gain  # [T, E, H]
+    torch.testing.assert_close(say[:, : 1 + len(shared)], torch.ones(5, 1 + len(shared), 2))
+    # The weights of the routed ones, which sum to 1, times what was fitted.
+    weights = routed.shares[0, :, -2:, None] * (2 + len(shared))
+    torch.testing.assert_close(weights.sum(1), torch.ones(5, 1))
+    torch.testing.assert_close(say[:, -2:], weights * router.gain[1])
+    assert not offset[: 1 + len(shared)].any()
+
+
+def test_shared_experts_have_comparable_scores() -> None:
+    with pytest.raises(ValueError, match=r"comparable scores, got \['semantic'\]"):
+        random_router(tiny_model(), shared=["expected", "semantic"])
+
+
 def test_one_threshold_over_the_model_by_default() -> None:
     model = tiny_model()
     press = MoERouterPress(0.5, router=random_router(model))

@@ -48,7 +48,7 @@ def main() -> None:
     nothing = torch.tensor([], dtype=torch.long)
     every = torch.cat(list(scores.values()))
 
-    def make(top_k: int = len(names)) -> CalibratedRouter:
+    def make(top_k: int = len(names), shared: tuple[str, ...] = ("expected",)) -> CalibratedRouter:
         return CalibratedRouter(
             model=model,
             layers=shipped.layers,
@@ -56,6 +56,7 @@ def main() -> None:
             num_kv_heads=heads,
             experts=names,
             top_k=top_k,
+            shared=shared,
             recipe={"model_name": shipped.recipe["model_name"]},
         )
 
@@ -63,13 +64,15 @@ def main() -> None:
         "all parts, even gates": lambda: nothing,
         "hidden states alone": lambda: torch.cat([place, every]),
         "learned alone": lambda: every,
+        "no expected": lambda: nothing,
         "no hidden states": lambda: torch.arange(hidden),
         "no places": lambda: place,
         **{f"no {name}": lambda name=name: scores[name] for name in names},
     }
     losses = {}
     for variant, dropped in variants.items():
-        router = make()
+        fitted_alone = variant in ("hidden states alone", "learned alone", "no expected")
+        router = make(shared=() if fitted_alone else ("expected",))
         fit_ridge(without(sums, dropped()), router, config.ridge)
         (judged,) = train_gates(sums, router, dataclasses.replace(config, epochs=0))
         losses[variant] = judged["ranking_loss"]
