@@ -48,6 +48,9 @@ class Expert(ABC):
         the log of the attention that a key will receive), so that they are taken as they are.
     finite : bool
         Whether real pairs never score infinitely (NaN aside), so that nobody has to look.
+    needs_hidden_states : bool
+        Whether it rates only where the hidden states of all pairs are at hand, as after a prefill.
+        Where a cache goes on growing its say goes to the others.
     """
 
     name: str
@@ -55,10 +58,11 @@ class Expert(ABC):
     prior: float = 1.0
     comparable: bool = False
     finite: bool = False
+    needs_hidden_states: bool = False
 
     def can_rate(self, view: LayerView) -> bool:
-        """Say whether the view has what it takes; the say of those who lack it goes to others."""
-        return True
+        """Say whether a view has what the expert needs."""
+        return view.aligned or not self.needs_hidden_states
 
     @abstractmethod
     def scores(self, view: LayerView) -> Tensor:
@@ -204,18 +208,14 @@ class TemporalExpert(Expert):
 class ExpectedExpert(Expert):
     """Rates by the attention that a pair can expect, and by the size of what it then gives.
 
-    ``log attention + 1/2 log |value|``: see ``moekv.expected`` for the first. It needs the
-    hidden states of all pairs, so that it rates prefills alone.
+    ``log attention + 1/2 log |value|``: see ``moekv.expected`` for the first.
     """
 
     name = "expected"
     prior = 3.0
     comparable = True
     finite = True
-
-    def can_rate(self, view: LayerView) -> bool:
-        """Say whether all hidden states are there."""
-        return view.aligned
+    needs_hidden_states = True
 
     def scores(self, view: LayerView) -> Tensor:
         """Rate by attention and value, see the class."""

@@ -162,8 +162,9 @@ class MoERouterPress(ScorerPress):
         move between the heads of a layer; ``"model"``: between the heads of all layers. Both give
         ragged layers, which need scores that are comparable across heads (see
         ``Expert.comparable``). ``"auto"``: ``"model"`` where no experts or routers are asked for,
-        or a calibrated one is, unless static caches or eager attention need dense layers;
-        ``"uniform"`` otherwise, and where a cache goes on growing without a calibrated router.
+        or comparable ones are, or a calibrated router is, unless static caches or eager attention
+        need dense layers; ``"uniform"`` otherwise, and where a cache goes on growing without a
+        calibrated router.
     backend : str
         ``"auto"`` (by the device of the tensors), ``"cpu"``, ``"cuda"`` or ``"torch"``.
     experts : sequence, optional
@@ -307,6 +308,8 @@ class MoERouterPress(ScorerPress):
         most = len(expert_names() if self._experts is None else self._experts)
         if self.top_k > most:
             raise ValueError(f"expected top_k <= num_experts = {most}, got {self.top_k}")
+        if self._goes_on and self._experts is not None:
+            _check_able(self._experts, not all(e.needs_hidden_states for e in self._experts))
         self._own_experts = self._experts
         self._calibrated: CalibratedRouter | None = None
         self._layers: dict[int, _Layer] = {}
@@ -543,9 +546,11 @@ class MoERouterPress(ScorerPress):
         if not view.aligned:
             # Not every pair's token is known: all are mixed as the known ones are on average.
             able = [expert.can_rate(view) for expert in experts]
+            _check_able(experts, any(able))
             total = shares.sum(1, keepdim=True).repeat_interleave(view.folded, 0)
-            total = total * torch.tensor(able, device=total.device)
-            shares = total / total.sum(-1, keepdim=True).clamp(min=1e-20)
+            # A little for all that can rate, in case that tokens chose none of them.
+            total = (total + 1e-6) * torch.tensor(able, device=total.device)
+            shares = total / total.sum(-1, keepdim=True)
             shares = shares * view.real[..., None]
             weights = shares.contiguous()
             chosen = torch.arange(num_experts, dtype=torch.int32, device=scores.device)
@@ -936,9 +941,17 @@ class MoERouterPress(ScorerPress):
 
     def _resolve_budget(self, cache: Any) -> None:
         if self.budget == "auto":
-            comparable = self._calibrated is not None or not (self._own_choice or self._goes_on)
-            dense = not comparable or is_static(cache) or is_eager(self._hooked[0])
-            self._budget = "uniform" if dense else "model"
+            dense = is_static(cache) or is_eager(self._hooked[0])
+            self._budget = "uniform" if dense or not self._is_comparable() else "model"
+
+    def _is_comparable(self) -> bool:
+        """Say whether mixed scores are on one scale over all heads and layers."""
+        if self._calibrated is not None:
+            return True
+        if self._goes_on or self.policy == "dominant":
+            return False
+        experts = self._experts_for(self._hooked[0])
+        return not self._own_choice or all(expert.comparable for expert in experts)
 
     def _not_for_static(self, padded: bool) -> str | None:
         """Name what keeps the press from compressing a static cache."""
@@ -1141,6 +1154,14 @@ class MoERouterPress(ScorerPress):
 
 def _attentions(output: Any) -> Tensor | None:
     return output[1] if isinstance(output, tuple) and len(output) > 1 else None
+
+
+def _check_able(experts: Sequence[Expert], able: bool) -> None:
+    if not able:
+        raise ValueError(
+            "expected an expert that can do without hidden states, which are gone where a cache is "
+            f"compressed again, got {', '.join(expert.name for expert in experts)}"
+        )
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

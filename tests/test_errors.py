@@ -882,6 +882,32 @@ def test_context_of_one_token(policy: str) -> None:
     assert press.get_stats()["compression"]["ratio"] == 0
 
 
+def test_experts_that_need_hidden_states_in_growing_caches() -> None:
+    message = "can do without hidden states.*got expected"
+    for options in ({"decoding": DecodingConfig(20, 5)}, {"context_length": 100}):
+        with pytest.raises(ValueError, match=message):
+            MoERouterPress(experts=["expected"], top_k=1, **options)
+    model = tiny_model()
+    press = DecodingPress(
+        MoERouterPress(experts=["expected"], top_k=1), compression_interval=4, target_size=12
+    )
+    with pytest.raises(ValueError, match=message), press(model):
+        model.generate(tokens(1, LENGTH), max_new_tokens=8, do_sample=False)
+    # Beside another, that one has all the say.
+    both = MoERouterPress(experts=["expected", "semantic"], top_k=1, decoding=DecodingConfig(20, 5))
+    alone = MoERouterPress(experts=["semantic"], top_k=1, decoding=DecodingConfig(20, 5))
+    caches = []
+    for press in (both, alone):
+        press.compression_ratio = 0.0
+        caches.append(DynamicCache())
+        with press(model), torch.no_grad():
+            model(tokens(1, 20), past_key_values=caches[-1])
+            for step in range(5):
+                model(tokens(1, 1, seed=step), past_key_values=caches[-1])
+    for one, other in zip(*(cache.layers for cache in caches), strict=True):
+        assert one.keys.shape[2] == 20 and torch.equal(one.keys, other.keys)
+
+
 # --- Calibrated routers ---------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import moekv.expected as module
 from moekv import LayerView, MoERouterPress
 from moekv.expected import REACH, SAMPLES, SINKS, expected_attention
 from moekv.experts import ExpectedExpert
+from moekv.layers import RaggedLayer
 
 
 def reference(queries: Tensor, keys: Tensor, *, scaling: float, softcap: float = 0.0) -> Tensor:
@@ -143,3 +144,23 @@ def test_values_of_no_size_are_finite() -> None:
     _, attention, scores = rate(model, tokens(1, 40))[0]
     assert scores.isfinite().all()
     torch.testing.assert_close(scores, attention + 0.5 * math.log(1e-6))
+
+
+def test_one_threshold_over_the_model_where_scores_are_comparable() -> None:
+    def budget_of(**options: Any) -> str:
+        model, press = (
+            tiny_model(attention=options.pop("attention", "sdpa")),
+            MoERouterPress(0.5, **options),
+        )
+        with press(model):
+            layers = prefill(model, tokens(1, 60)).layers
+        ragged = [isinstance(layer, RaggedLayer) for layer in layers]
+        assert press.get_stats()["compression"]["ratio"] == 0.5
+        return {(True, True): "model", (False, False): "uniform"}[tuple(ragged)]
+
+    assert budget_of() == "model"
+    assert budget_of(experts=["expected"], top_k=1) == "model"
+    assert budget_of(experts=["expected", "semantic"]) == "uniform"
+    assert budget_of(experts=["expected"], top_k=1, policy="dominant") == "uniform"
+    assert budget_of(num_experts=4) == "uniform"
+    assert budget_of(attention="eager") == "uniform"
