@@ -5,6 +5,7 @@ from typing import Any
 
 import kvpress
 import torch
+from test_calibration import random_router
 from tiny_models import tokens
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
@@ -64,7 +65,16 @@ def beams(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
 def in_chunks(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     growing = DecodingConfig(target=24, interval=4)
-    press = press_for(input_ids, budget="model", decoding=growing)
+    return chunks_by(press_for(input_ids, budget="model", decoding=growing), model, input_ids)
+
+
+def calibrated(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    growing, backend = DecodingConfig(target=24, interval=4), input_ids.device.type
+    press = MoERouterPress(router=random_router(model), decoding=growing, backend=backend)
+    return chunks_by(press, model, input_ids)
+
+
+def chunks_by(press: MoERouterPress, model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     filled = prefill_in_chunks(press, model, input_ids[:, :-1], chunk_size=32)
     with press(model):
         return generate(model, input_ids, filled.past_key_values)
@@ -101,6 +111,7 @@ CASES = {
     "left padding": padded,
     "beams": beams,
     "in chunks": in_chunks,
+    "a calibrated router, in chunks": calibrated,
     "a static cache": static,
     "a second prompt": second_prompt,
     "a press of kvpress": another_press,
