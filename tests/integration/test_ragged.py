@@ -119,7 +119,7 @@ def test_padded_rows_equal_rows_alone(name: str, budget: str) -> None:
 
 
 def test_padding_is_neither_stored_nor_counted() -> None:
-    model, press, cache = tiny_model(), given_press(0.5), DynamicCache()
+    model, press, cache = tiny_model(), given_press(0.5, budget="uniform"), DynamicCache()
     input_ids = tokens(2, LENGTH)
     mask = torch.ones_like(input_ids)
     mask[1, :100] = 0
