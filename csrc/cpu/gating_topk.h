@@ -16,9 +16,17 @@ constexpr int kTileTokens = Vec::kLanes;
 constexpr int kRoundExperts = 4;  // chosen in one pass over the experts
 constexpr float kMaxFloat = 3.4028234663852886e38f;
 
-// e^x for x <= 0, down to the smallest subnormal and then 0. Cody-Waite reduction to
-// [-ln2/2, ln2/2] and a degree-6 polynomial (Cephes expf).
+// e^x for x <= 0, down to the smallest subnormal and then 0.
 inline Vec exp_of_shifted(Vec x) {
+#if defined(__AVX512F__)
+  // 2^(x log2 e): the product in two parts, as its rounding would count |x| times.
+  const Vec log2_e = Vec::set(1.44269504088896341f);
+  const Vec power = x * log2_e;
+  const Vec rest = fma(x, log2_e, Vec::set(0.0f) - power);
+  const Vec f = {_mm512_reduce_ps(power.v, 0x09)};  // power - floor(power)
+  return {_mm512_scalef_ps(exp2_polynomial(f + rest).v, power.v)};
+#else
+  // Cody-Waite reduction to [-ln2/2, ln2/2] and a degree-6 polynomial (Cephes expf).
   const Vec n = round(x * Vec::set(1.44269504088896341f));
   Vec r = fma(n, Vec::set(-0.693359375f), x);
   r = fma(n, Vec::set(2.12194440e-4f), r);
@@ -30,6 +38,7 @@ inline Vec exp_of_shifted(Vec x) {
   p = fma(p, r, Vec::set(5.0000001201e-1f));
   p = fma(p, r * r, r + Vec::set(1.0f));
   return scale2(p, n);
+#endif
 }
 
 // Loads and transposes logits[kTileTokens, num_experts] into z[num_experts, kTileTokens], divided
@@ -170,20 +179,19 @@ inline void gating_block(const GatingTopkParams& p, int64_t begin, int64_t end, 
     // -sum of p log p, with log p = z - log(total).
     entropies = entropies + (Vec::load(share) * log(total) - moment * scale);
     for (int64_t e = 0; e < num_experts; ++e) {
-      float* prob = probs + e * kTileTokens;
       float* sum = sums + e * kTileTokens;
-      const Vec value = Vec::load(prob) * scale;
-      value.store(prob);
-      (Vec::load(sum) + value).store(sum);
+      fma(Vec::load(probs + e * kTileTokens), scale, Vec::load(sum)).store(sum);
     }
 
+    // Without a bias the order of the exponentials is that of the probabilities.
     float* ratings = probs;
     if (separate_ratings) {
       ratings = biased;
       const Vec lowest = Vec::set(-kMaxFloat);  // above -inf, which marks the chosen
       for (int64_t e = 0; e < num_experts; ++e) {
         const Vec bias = Vec::set(p.bias ? p.bias[e] : 0.0f);
-        max(Vec::load(probs + e * kTileTokens) + bias, lowest).store(biased + e * kTileTokens);
+        const Vec rating = fma(Vec::load(probs + e * kTileTokens), scale, bias);
+        max(rating, lowest).store(biased + e * kTileTokens);
       }
     }
     choose(ratings, num_experts, k, chosen, weights);
@@ -209,7 +217,8 @@ inline void gating_block(const GatingTopkParams& p, int64_t begin, int64_t end, 
     for (int64_t j = 0; j < k; ++j) {
       const Vec weight = Vec::load(weights + j * kTileTokens);
       const Vec part = Vec::load(parts + j * kTileTokens);
-      select(sum > zero, weight / sum, uniform * part).store(weights + j * kTileTokens);
+      const Vec chosen_share = weight / sum * Vec::load(share);
+      select(sum > zero, chosen_share, uniform * part).store(weights + j * kTileTokens);
     }
 
     for (int64_t i = 0; i < count; ++i) {

@@ -449,8 +449,18 @@ inline Vec exp(Vec x) {
   return p * pow2(n);
 }
 
+// 2^f for f in [0, 1], with a relative error below 2e-7: a minimax polynomial.
+inline Vec exp2_polynomial(Vec f) {
+  Vec p = Vec::set(1.8775767657e-3f);
+  p = fma(p, f, Vec::set(8.9893398766e-3f));
+  p = fma(p, f, Vec::set(5.5826318232e-2f));
+  p = fma(p, f, Vec::set(2.4015361698e-1f));
+  p = fma(p, f, Vec::set(6.9315307321e-1f));
+  return fma(p, f, Vec::set(9.9999992506e-1f));
+}
+
 // 2^x with a relative error below 2e-7; 0 or 2^-126 far below -126, inf or 2^127 far above 127. NaN
-// stays NaN. A minimax polynomial of 2^f on [0, 1] times 2^floor(x).
+// stays NaN. A polynomial of the fraction times 2^floor(x).
 inline Vec exp2(Vec x) {
 #if defined(__AVX512F__)
   const Vec f = {_mm512_reduce_ps(x.v, 0x09)};  // x - floor(x)
@@ -459,12 +469,7 @@ inline Vec exp2(Vec x) {
   const Vec n = round(x - Vec::set(0.5f));  // floor(x); x - 1 for some integers, where f is 1
   const Vec f = x - n;
 #endif
-  Vec p = Vec::set(1.8775767657e-3f);
-  p = fma(p, f, Vec::set(8.9893398766e-3f));
-  p = fma(p, f, Vec::set(5.5826318232e-2f));
-  p = fma(p, f, Vec::set(2.4015361698e-1f));
-  p = fma(p, f, Vec::set(6.9315307321e-1f));
-  p = fma(p, f, Vec::set(9.9999992506e-1f));
+  const Vec p = exp2_polynomial(f);
 #if defined(__AVX512F__)
   return {_mm512_scalef_ps(p.v, x.v)};  // multiplies by 2^floor(x)
 #else
