@@ -410,9 +410,20 @@ def test_report_averages_ranks_and_tells_of_failures(few_methods, tmp_path):
     assert cell["kl_interval"] == pytest.approx([0.1, 0.3])
     assert cell["kept"] == cell["bytes"] == 0.5
     assert summary["errors"] == {"Failing": {"error": "Broken", "answers": 1}}
-    regret = report.regrets(summary["cells"])
-    assert regret["KnormPress", 0.5] == pytest.approx(0.5 * math.log(4))
-    assert regret["KeyDiffPress", 0.5] == pytest.approx(0.5 * math.log(4))
+    knorm, keydiff = summary["overall"]
+    assert (knorm["method"], keydiff["method"]) == ("KnormPress", "KeyDiffPress")
+    assert knorm["regret"] == pytest.approx(0.5 * math.log(4))
+    assert keydiff["regret"] == pytest.approx(0.5 * math.log(4))
+    assert knorm["kl"] == pytest.approx(math.sqrt(0.2 * 0.4)) and knorm["samples"] == 2
+    # Task a on one of its samples, twice.
+    assert knorm["kl_interval"] == pytest.approx([math.sqrt(x * 0.4) for x in (0.1, 0.3)])
+    assert knorm["regret_interval"] == pytest.approx([math.log(2), math.log(2)])
+
+    page = tmp_path / "docs.md"
+    report.write_report(path, tmp_path / "out", page)
+    assert "![regret-500-50](quality-regret-500-50.png)" in page.read_text()
+    assert (tmp_path / "quality-regret-500-50.png").stat().st_size > 0
+    assert report.NOTES.read_text().splitlines()[0] in page.read_text()
 
     page = written[1].read_text()
     assert "| KnormPress | **0.200** | 0.400 |" in page

@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = commands.add_parser("report", help="write JSON, markdown and plots of results so far")
     for command in (runner, report):
         command.add_argument("--out", type=Path, default=Path("benchmarks/results/quality"))
+        command.add_argument("--page", type=Path, help="write tables and plots there, too")
     args = parser.parse_args(argv)
 
     results = args.out / "answers.jsonl"
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             forget(results, methods)
         wanted = list(cells(args.tasks, args.lengths, args.samples, methods, args.ratios))
         run(model, tokenizer, wanted, results, seed=args.seed, live=args.live)
-    for path in write_report(results, args.out):
+    for path in write_report(results, args.out, args.page):
         print(path)
 
 

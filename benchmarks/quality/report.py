@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .metrics import bootstrap
 from .presses import ANCHORS, EXCLUDED, EXPERTS, METHODS, PEERS
 from .run import FULL, read_results
 
+NOTES = Path(__file__).with_name("results-notes.md")
 LEAST_KL = 1e-3  # nats: regrets below it would compare rounding
 
 
@@ -60,30 +65,78 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"cells": cells, "errors": errors}
 
 
-def regrets(cells: Sequence[dict[str, Any]]) -> dict[tuple[str, float], float]:
-    """Mean over tasks of log(KL / KL of the task's best peer), for each method and ratio.
+def overall(rows: Sequence[dict[str, Any]], *, resamples: int = 500) -> list[dict[str, Any]]:
+    """Compare methods over all tasks of a length.
 
-    0 is as good as the best single-prefill peer of every task. Methods that lack a task have none.
+    Returns
+    -------
+    list of dict
+        For each length, method and ratio that has all tasks: `kl`, the geometric mean over tasks of
+        the mean KL; `regret`, the mean over tasks of log(KL / KL of the task's best peer), 0 being
+        as good as the best peer of every task, on the same samples; their 95 % intervals, of
+        resampled samples of each task; and `samples`, the least of a task.
     """
-    table = {(c["task"], c["length"], c["method"], c["ratio"]): c["kl"] for c in cells}
-    columns = sorted({(task, length) for task, length, _, _ in table})
-    result = {}
-    for method, ratio in sorted({(m, r) for _, _, m, r in table if m != FULL}):
-        logs = []
-        for task, length in columns:
-            peers = [
-                table[task, length, p, ratio] for p in PEERS if (task, length, p, ratio) in table
-            ]
-            own = table.get((task, length, method, ratio))
-            if peers and own is not None:
-                logs.append(math.log(max(own, LEAST_KL) / max(min(peers), LEAST_KL)))
-        if logs and len(logs) == len(columns):
-            result[method, ratio] = sum(logs) / len(logs)
+    answers: dict[tuple[int, float], dict[str, dict[str, dict[int, float]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(dict))
+    )
+    for row in rows:
+        cell = row["cell"]
+        if "error" not in row and cell["method"] != FULL:
+            table = answers[cell["length"], cell["ratio"]]
+            table[cell["task"]][cell["method"]][cell["index"]] = row["kl"]
+    result = []
+    for (length, ratio), tasks in sorted(answers.items()):
+        methods = {m for own in tasks.values() for m in own}
+        for method in [m for m in [*METHODS, *sorted(methods - set(METHODS))] if m in methods]:
+            if any(method not in own for own in tasks.values()):
+                continue
+            compared = [_compare(own, method, resamples) for own in tasks.values()]
+            logs = torch.stack([own for own, _, _ in compared]).mean(0)
+            entry: dict[str, Any] = {
+                "length": length,
+                "ratio": ratio,
+                "method": method,
+                "samples": min(count for _, _, count in compared),
+                "kl": math.exp(logs[0]),
+                "kl_interval": [math.exp(x) for x in _middle(logs[1:])],
+            }
+            if all(best is not None for _, best, _ in compared):
+                regret = torch.stack([own - best for own, best, _ in compared]).mean(0)
+                entry |= {"regret": regret[0].item(), "regret_interval": _middle(regret[1:])}
+            result.append(entry)
     return result
 
 
-def markdown(summary: dict[str, Any]) -> str:
-    """Write the tables."""
+def _compare(
+    task: dict[str, dict[int, float]], method: str, resamples: int
+) -> tuple[Tensor, Tensor | None, int]:
+    """Logs [1 + resamples] of a method's mean KL, and of the best peer's, on the same samples."""
+    own = task[method]
+    peers = [task[p] for p in PEERS if p in task]
+    shared = [sorted(own.keys() & peer.keys()) for peer in peers]
+    most = max(map(len, shared), default=0)  # a peer with fewer samples is no match
+    indices = next((s for s in shared if len(s) == most), []) or sorted(own)
+    matched = [peer for peer, s in zip(peers, shared, strict=True) if s == indices]
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(indices), (resamples, len(indices)), generator=generator)
+    drawn = torch.cat([torch.arange(len(indices))[None], drawn])
+
+    def logs(values: dict[int, float]) -> Tensor:
+        kls = torch.tensor([values[i] for i in indices], dtype=torch.float64)
+        return kls[drawn].mean(1).clamp(min=LEAST_KL).log()
+
+    best = torch.stack([logs(peer) for peer in matched]).amin(0) if matched else None
+    return logs(own), best, len(indices)
+
+
+def _middle(draws: Tensor) -> list[float]:
+    """95 % percentile interval."""
+    low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
+    return [low, high]
+
+
+def markdown(summary: dict[str, Any], notes: str = "") -> str:
+    """Write the tables, below notes."""
     cells, meta = summary["cells"], summary["meta"]
     ratios = sorted({c["ratio"] for c in cells} - {0.0})
     methods = [m for m in METHODS if any(c["method"] == m for c in cells)]
@@ -91,6 +144,7 @@ def markdown(summary: dict[str, Any]) -> str:
     lines = [
         "# Quality of compressed caches",
         "",
+        *notes.splitlines(),
         f"{meta['model']}, {meta['dtype']}, seed {meta['seed']}; {meta['machine']}; "
         f"{', '.join(f'{k} {v}' for k, v in meta['versions'].items())}; commit {meta['commit']}.",
         "",
@@ -100,6 +154,7 @@ def markdown(summary: dict[str, Any]) -> str:
     ]
     for length in sorted({c["length"] for c in cells}):
         here = [c for c in cells if c["length"] == length]
+        lines += _over_tasks([o for o in summary["overall"] if o["length"] == length], length)
         tasks = list(dict.fromkeys(c["task"] for c in here))
         found = {(c["task"], c["method"], c["ratio"]): c for c in here}
         samples = {c["samples"] for c in here}
@@ -127,13 +182,6 @@ def markdown(summary: dict[str, Any]) -> str:
                     else "–"
                 )
             lines.append(f"| {method} | " + " | ".join(row) + " |")
-    lines += ["", "## Regret: mean over tasks of log(KL / KL of the best peer)", ""]
-    regret = regrets(cells)
-    lines += ["| method | " + " | ".join(f"{r:.0%} removed" for r in ratios) + " |"]
-    lines += ["|---" * (len(ratios) + 1) + "|"]
-    for method in methods:
-        row = [f"{regret[method, r]:.2f}" if (method, r) in regret else "–" for r in ratios]
-        lines.append(f"| {method} | " + " | ".join(row) + " |")
     if summary["errors"]:
         lines += ["", "## Methods that failed", ""]
         lines += [
@@ -143,6 +191,43 @@ def markdown(summary: dict[str, Any]) -> str:
     lines += ["", "## Not in the table", ""]
     lines += [f"- {name}: {why}" for name, why in EXCLUDED.items()]
     return "\n".join(lines) + "\n"
+
+
+def _over_tasks(overall: Sequence[dict[str, Any]], length: int) -> list[str]:
+    """One line for each method, those that lose least first."""
+    ratios = sorted({o["ratio"] for o in overall})
+    found = {(o["method"], o["ratio"]): o for o in overall}
+    last = math.inf
+
+    def order(method: str) -> float:
+        regrets = [found[method, r].get("regret", last) for r in ratios if (method, r) in found]
+        return sum(regrets) / len(regrets)
+
+    head = " | ".join(f"{ratio:.0%} removed" for ratio in ratios)
+    lines = [
+        "",
+        f"## Over all tasks, contexts of about {length} tokens",
+        "",
+        "KL divergence from the full cache, nats per answer token, geometric mean over tasks, as a "
+        "multiple of each task's best peer, with 95 % intervals over samples (one sample has "
+        "none); in brackets by itself. Below 1: better than to pick the best peer for every task.",
+        "",
+        f"| method | samples | {head} |",
+        "|---" * (len(ratios) + 2) + "|",
+    ]
+    for method in sorted({o["method"] for o in overall}, key=order):
+        own = [found[method, r] for r in ratios if (method, r) in found]
+        row = [_multiple(found.get((method, r))) for r in ratios]
+        lines.append(f"| {method} | {min(o['samples'] for o in own)} | {' | '.join(row)} |")
+    return lines
+
+
+def _multiple(entry: dict[str, Any] | None) -> str:
+    if entry is None or "regret" not in entry:
+        return "–"
+    low, high = (math.exp(x) for x in entry["regret_interval"])
+    interval = f", {low:.2f} to {high:.2f}" if entry["samples"] > 1 else ""
+    return f"**{math.exp(entry['regret']):.2f}**{interval} ({entry['kl']:.4f})"
 
 
 def _table(
@@ -220,16 +305,25 @@ def plot(summary: dict[str, Any], folder: Path) -> list[Path]:
         figure.savefig(paths[-1], dpi=120)
         plt.close(figure)
 
-    regret = regrets(cells)
-    for ratio in sorted({r for _, r in regret}):
-        ranked = sorted(((v, m) for (m, r), v in regret.items() if r == ratio), reverse=True)
+    for length, ratio in sorted({(o["length"], o["ratio"]) for o in summary["overall"]}):
+        ranked = sorted(
+            (
+                (o["regret"], o["method"])
+                for o in summary["overall"]
+                if (o["length"], o["ratio"]) == (length, ratio) and "regret" in o
+            ),
+            reverse=True,
+        )
+        if not ranked:
+            continue
         figure, axis = plt.subplots(figsize=(7, 0.28 * len(ranked) + 1))
         axis.barh([m for _, m in ranked], [v for v, _ in ranked], color="0.7")
         for bar, (_, method) in zip(axis.patches, ranked, strict=True):
             bar.set_color(_style(method)[1])
-        axis.set(xlabel=f"mean log(KL / best peer's KL), {ratio:.0%} removed")
+        axis.set(xlabel=f"mean log(KL / best peer's KL), {ratio:.0%} of {length} tokens removed")
+        axis.margins(y=0.01)
         figure.tight_layout()
-        paths.append(folder / f"regret-{round(100 * ratio)}.png")
+        paths.append(folder / f"regret-{length}-{round(100 * ratio)}.png")
         figure.savefig(paths[-1], dpi=120)
         plt.close(figure)
     return paths
@@ -244,12 +338,25 @@ def _style(method: str) -> tuple[str, str, int]:
     return ("anchors", "C0", 2) if method in ANCHORS else ("peers", "0.7", 1)
 
 
-def write_report(results: Path, folder: Path) -> list[Path]:
-    """Read `results` and its `.meta.json`; write summary.json, results.md and plots to `folder`."""
-    summary = summarise(read_results(results))
+def write_report(results: Path, folder: Path, page: Path | None = None) -> list[Path]:
+    """Read `results` and its `.meta.json`; write summary.json, results.md and plots to `folder`.
+
+    With `page` the tables are written there, too, below what `results-notes.md` says, and the plots
+    beside it.
+    """
+    rows = read_results(results)
+    summary = summarise(rows) | {"overall": overall(rows)}
     summary["meta"] = json.loads(results.with_suffix(".meta.json").read_text())
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "summary.json", folder / "results.md"]
     paths[0].write_text(json.dumps(summary, indent=1) + "\n")
     paths[1].write_text(markdown(summary))
-    return paths + plot(summary, folder)
+    paths += plot(summary, folder)
+    if page is not None:
+        images = [path for path in paths if path.suffix == ".png"]
+        for path in images:
+            shutil.copyfile(path, page.with_name(f"quality-{path.name}"))
+        shown = "\n".join(f"![{path.stem}](quality-{path.name})" for path in images)
+        page.write_text(markdown(summary, f"{NOTES.read_text()}\n{shown}\n"))
+        paths.append(page)
+    return paths
