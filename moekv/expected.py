@@ -25,7 +25,7 @@ SAMPLES = 64
 SINKS = 4
 """First keys, which take much of every attention, and are not sampled."""
 
-_TILE = 1024  # queries in memory at a time
+_TILE = 512  # queries in memory at a time: their logits fit the caches
 _BLOCK = 32  # queries of one matrix product with the keys near them
 _LEAST = 1e-36  # square of an attention that nothing looks at; its root is a normal number
 
@@ -62,14 +62,16 @@ def expected_attention(
     seen = keys.new_zeros(num_heads, num_queries + REACH, dtype=torch.float32)
 
     def logits(products: Tensor) -> Tensor:
-        scaled = products.float() * scaling
-        return softcap * torch.tanh(scaled / softcap) if softcap else scaled
+        scaled = products.float().mul_(scaling)
+        return scaled.div_(softcap).tanh_().mul_(softcap) if softcap else scaled
 
     for begin in range(0, num_queries, _TILE):
         tile = queries[:, :, begin : begin + _TILE]
         count = tile.shape[2]
-        total = logits(torch.matmul(tile.flatten(1, 2), sample.mT))
-        total = (total + weight).logsumexp(-1).view(num_heads, -1, count)
+        total = logits(torch.matmul(tile.flatten(1, 2), sample.mT)).add_(weight)
+        top = total.amax(-1)
+        total = total.sub_(top[..., None]).exp_().sum(-1).log_().add_(top)
+        total = total.view(num_heads, -1, count)
         band = logits(_band(tile, near[:, begin:]))
         # Keys beyond the end are not there.
         left = num_queries - begin - torch.arange(count, device=keys.device)

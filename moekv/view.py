@@ -156,9 +156,12 @@ class LayerView:
         for row, length in enumerate(self.lengths):
             real = slice(self.keys.shape[2] - length, None)
             queries = get_prerope_query_states(self.module, self.hidden_states[row : row + 1, real])
-            queries = rotate(queries, *(x[row % len(x)][None] for x in (cos, sin)))
+            # All queries turn by one angle, and products stay if the keys turn back by it instead:
+            # there are fewer of these.
+            turn, back = (x[row % len(x)][None] for x in (cos, -sin))
+            keys = rotate(self.keys[row : row + 1, :, real], turn, back)
             scores = expected_attention(
-                queries[0].to(self.keys.dtype), self.keys[row, :, real], **self._logits
+                queries[0].to(self.keys.dtype), keys[0].to(self.keys.dtype), **self._logits
             )
             rows.append(functional.pad(scores, (self.keys.shape[2] - length, 0)))
         return torch.stack(rows)
