@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.quality import presses, report, tasks, texts
+from benchmarks.quality import presses, report, suites, tasks, texts
 from benchmarks.quality import run as runner
 from benchmarks.quality.metrics import bootstrap, compare
 from benchmarks.quality.replay import (
@@ -378,6 +378,48 @@ def test_a_run_goes_on_where_it_stopped(model, tokenizer, few_methods, tmp_path)
     assert all(row["kl"] == 0 and row["kept"] == row["pairs"] for row in full)
     halves = [row for row in rows if row["cell"]["ratio"] == 0.5 and "error" not in row]
     assert all(row["kl"] > 0 and 0.49 < row["kept"] / row["pairs"] <= 0.5 for row in halves)
+
+
+ROWS = [
+    {
+        "context": f"The magic number of {name} is {number}. " * 20,
+        "question": f"What is the magic number of {name}?",
+        "answer_prefix": f"The magic number of {name} is",
+        "answer": [str(number)],
+        "task": task,
+        "max_new_tokens": 4,
+    }
+    for name, number, task in (("ash", 12, "niah_1"), ("oak", 34, "niah_1"), ("fir", 56, "vt"))
+]
+
+
+def test_suites_are_answered_in_their_own_format(model, tokenizer, few_methods, tmp_path):
+    data = tmp_path / "ruler.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    suite = suites.load_suite("ruler", None, data)
+    assert {task: len(samples) for task, samples in suite.items()} == {"niah_1": 2, "vt": 1}
+    sample = suite["niah_1"][1]
+    assert sample == tasks.Sample(
+        ROWS[1]["context"], ROWS[1]["question"], ROWS[1]["answer_prefix"], " 34"
+    )
+    wanted = [
+        runner.Cell("niah_1", 4096, 1, m, r) for m, r in ((runner.FULL, 0), ("KnormPress", 0.5))
+    ]
+    path = tmp_path / "answers.jsonl"
+    runner.run(model, tokenizer, wanted, path, suite=suite)
+    full, half = runner.read_results(path)
+    assert full["kl"] == 0 < half["kl"] and half["kept"] / half["pairs"] == pytest.approx(
+        0.5, abs=0.01
+    )
+
+    longbench = [{k: v for k, v in ROWS[0].items() if k not in ("answer", "task")}]
+    longbench[0]["answers"] = ["twelve", "12"]
+    data.write_text(json.dumps(longbench[0]))
+    assert suites.load_suite("longbench", None, data)["longbench"][0].answer == " twelve"
+    del longbench[0]["question"]
+    data.write_text(json.dumps(longbench[0]))
+    with pytest.raises(ValueError, match="a row with question, got answer_prefix, answers"):
+        suites.load_suite("longbench", None, data)
 
 
 def row(task, index, method, ratio, kl, exact=False, kept=1, size=10):

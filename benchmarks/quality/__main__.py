@@ -28,6 +28,7 @@ from .presses import (
 )
 from .report import write_report
 from .run import cells, forget, run
+from .suites import SUITES, load_suite
 from .tasks import TASKS
 
 SETS = {
@@ -46,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run", help="answer what the results file lacks, then report")
     runner.add_argument("--model", default=DEFAULT_MODEL, help="hub id or folder")
-    runner.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    runner.add_argument("--tasks", nargs="+", metavar="TASK", help=f"of {', '.join(TASKS)}")
+    runner.add_argument("--suite", choices=SUITES, help="an official benchmark's tasks instead")
+    runner.add_argument("--subset", help="of the suite on the hub, such as 4096 of ruler")
+    runner.add_argument("--data", type=Path, help="the suite as JSON lines instead of the hub")
     runner.add_argument("--lengths", nargs="+", type=int, default=[1000], help="tokens")
     runner.add_argument("--samples", type=int, default=8, help="of each task and length")
     runner.add_argument(
@@ -71,6 +75,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = args.out / "answers.jsonl"
     if args.command == "run":
         logging.getLogger("kvpress").setLevel(logging.ERROR)  # KVzip warns of its cost every time
+        suite = None if args.suite is None else load_suite(args.suite, args.subset, args.data)
+        names, lengths = list(TASKS), args.lengths
+        if suite is not None:  # of the length that it has
+            names, lengths = list(suite), [int(args.subset) if (args.subset or "").isdigit() else 0]
+        tasks = args.tasks or names
+        if unknown := [task for task in tasks if task not in names]:
+            parser.error(f"expected tasks of {', '.join(names)}, got {', '.join(unknown)}")
         model, tokenizer = load_model(args.model)
         _write_meta(results.with_suffix(".meta.json"), model, args)
         methods = list(dict.fromkeys(m for name in args.methods for m in SETS.get(name, [name])))
@@ -78,8 +89,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             methods += add_routers(args.routers)
         if args.redo:
             forget(results, methods)
-        wanted = list(cells(args.tasks, args.lengths, args.samples, methods, args.ratios))
-        run(model, tokenizer, wanted, results, seed=args.seed, live=args.live)
+        wanted = list(cells(tasks, lengths, args.samples, methods, args.ratios))
+        if suite is not None:
+            wanted = [cell for cell in wanted if cell.index < len(suite[cell.task])]
+        run(model, tokenizer, wanted, results, seed=args.seed, live=args.live, suite=suite)
     for path in write_report(results, args.out, args.page):
         print(path)
 
@@ -96,12 +109,13 @@ def _write_meta(path: Path, model: Any, args: argparse.Namespace) -> None:
         "model": args.model,
         "dtype": str(model.dtype).removeprefix("torch."),
         "seed": args.seed,
+        "suite": args.suite,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, device {model.device}",
         "threads": torch.get_num_threads(),
     }
     if path.exists():
         before = json.loads(path.read_text())
-        for key in ("model", "dtype", "seed"):
+        for key in ("model", "dtype", "seed", "suite"):
             if before[key] != meta[key]:
                 raise SystemExit(
                     f"{path} is of {key} {before[key]}, not {meta[key]}: choose another --out"

@@ -159,7 +159,7 @@ def markdown(summary: dict[str, Any], notes: str = "") -> str:
         found = {(c["task"], c["method"], c["ratio"]): c for c in here}
         samples = {c["samples"] for c in here}
         count = f"{min(samples)}" if len(samples) == 1 else f"{min(samples)} to {max(samples)}"
-        lines += ["", f"## Contexts of about {length} tokens, {count} samples a task", ""]
+        lines += ["", f"## Task by task, {_contexts(length)}, {count} samples each", ""]
         for metric, title, digits in (
             ("kl", "KL divergence from the full cache, nats per answer token", 3),
             ("exact", "Exact match", 2),
@@ -193,6 +193,10 @@ def markdown(summary: dict[str, Any], notes: str = "") -> str:
     return "\n".join(lines) + "\n"
 
 
+def _contexts(length: int) -> str:
+    return f"contexts of about {length} tokens" if length else "contexts of their own lengths"
+
+
 def _over_tasks(overall: Sequence[dict[str, Any]], length: int) -> list[str]:
     """One line for each method, those that lose least first."""
     ratios = sorted({o["ratio"] for o in overall})
@@ -206,7 +210,7 @@ def _over_tasks(overall: Sequence[dict[str, Any]], length: int) -> list[str]:
     head = " | ".join(f"{ratio:.0%} removed" for ratio in ratios)
     lines = [
         "",
-        f"## Over all tasks, contexts of about {length} tokens",
+        f"## Over all tasks, {_contexts(length)}",
         "",
         "KL divergence from the full cache, nats per answer token, geometric mean over tasks, as a "
         "multiple of each task's best peer, with 95 % intervals over samples (one sample has "

@@ -6,7 +6,7 @@ import gc
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .metrics import compare
 from .presses import METHODS
 from .replay import Recording, answer_logits, footprint, prefill, record, replay
-from .tasks import encode, make_sample
+from .tasks import Sample, encode, make_sample
 
 FULL = "full cache"
 
@@ -88,6 +88,7 @@ def run(
     *,
     seed: int = 0,
     live: bool = False,
+    suite: Mapping[str, Sequence[Sample]] | None = None,
 ) -> None:
     """Answer all wanted cells that `path` does not hold yet, and append them.
 
@@ -104,6 +105,8 @@ def run(
         Of the samples.
     live : bool
         Prefill with the whole model for every cell instead of replaying.
+    suite : mapping, optional
+        Samples of each task, by index, instead of those that are made from the seed.
     """
     done = {Cell(**row["cell"]) for row in read_results(path)}
     todo = [cell for cell in wanted if cell not in done]
@@ -122,7 +125,14 @@ def run(
         for cell in todo:
             progress.update(bar, description=f"{cell.task} {cell.method} {cell.ratio:.0%}")
             if bench is None or bench.sample != cell.sample:
-                bench = _Bench(model, tokenizer, cell, seed, live)
+                sample = (
+                    make_sample(
+                        cell.task, tokenizer, length=cell.length, index=cell.index, seed=seed
+                    )
+                    if suite is None
+                    else suite[cell.task][cell.index]
+                )
+                bench = _Bench(model, tokenizer, cell, sample, live)
             row = {"cell": asdict(cell)} | bench.measure(cell)
             file.write(json.dumps(row) + "\n")
             file.flush()
@@ -137,11 +147,10 @@ class _Bench:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         cell: Cell,
-        seed: int,
+        sample: Sample,
         live: bool,
     ) -> None:
         self.model, self.sample, self.live = model, cell.sample, live
-        sample = make_sample(cell.task, tokenizer, length=cell.length, index=cell.index, seed=seed)
         ids = (torch.tensor([part], device=model.device) for part in encode(sample, tokenizer))
         self.context, self.question, self.answer = ids
         self.recording: Recording = record(model, self.context)
