@@ -10,7 +10,7 @@ KVzip (Kim et al., 2025) reads the context again to see these looks; expected at
 al., 2025) takes the distribution of the queries for the queries themselves.
 """
 
-import math
+import functools
 
 import torch
 from torch import Tensor
@@ -25,24 +25,25 @@ SAMPLES = 64
 SINKS = 4
 """First keys, which take much of every attention, and are not sampled."""
 
-_TILE = 512  # queries in memory at a time: their logits fit the caches
 _BLOCK = 32  # queries of one matrix product with the keys near them
+_TILE = 32 * _BLOCK  # queries at a time: what they give stays in the caches of a core
 _LEAST = 1e-36  # square of an attention that nothing looks at; its root is a normal number
 
 
 def expected_attention(
-    queries: Tensor, keys: Tensor, *, scaling: float, softcap: float = 0.0
+    queries: Tensor, keys: Tensor, *, scaling: float = 1.0, softcap: float = 0.0
 ) -> Tensor:
     """Rate the pairs of the last tokens by what their neighbours' queries would look at.
 
     Parameters
     ----------
     queries : Tensor [Hq, N, D]
-        Of the last N tokens of one row, all rotated to the position behind the last token.
+        Of the last N tokens of one row, in any layout; all rotated to the position behind the last
+        token, or none, where the keys are turned back by that position: products alone count.
     keys : Tensor [H, T, D]
         Rotated, of the whole row.
     scaling : float
-        Of the attention's logits.
+        Of the attention's logits, as far as it is not in the keys.
     softcap : float
         ``softcap * tanh(logits / softcap)``; 0: none.
 
@@ -55,72 +56,90 @@ def expected_attention(
     """
     num_heads, num_keys, _ = keys.shape
     num_queries = queries.shape[1]
-    queries = queries.view(num_heads, -1, num_queries, queries.shape[2])
-    sample, weight = _sample(keys)
-    sampled = sample is not keys
-    near = functional.pad(keys[:, num_keys - num_queries :], (0, 0, 0, REACH + _BLOCK))
-    seen = keys.new_zeros(num_heads, num_queries + REACH, dtype=torch.float32)
+    queries = queries.view(num_heads, -1, *queries.shape[1:])
+    index, weight = _sample(num_keys, keys.device)
+    sample = keys.index_select(1, index)
+    near = keys[:, num_keys - num_queries :]
+    seen = keys.new_zeros(num_heads, num_queries + _TILE + REACH, dtype=torch.float32)
 
     def logits(products: Tensor) -> Tensor:
-        scaled = products.float().mul_(scaling)
+        scaled = products if scaling == 1 else products.mul_(scaling)
         return scaled.div_(softcap).tanh_().mul_(softcap) if softcap else scaled
 
     for begin in range(0, num_queries, _TILE):
-        tile = queries[:, :, begin : begin + _TILE]
-        count = tile.shape[2]
-        total = logits(torch.matmul(tile.flatten(1, 2), sample.mT)).add_(weight)
-        top = total.amax(-1)
-        total = total.sub_(top[..., None]).exp_().sum(-1).log_().add_(top)
-        total = total.view(num_heads, -1, count)
+        tile = _blocks(queries[:, :, begin : begin + _TILE])
+        blocks = tile.shape[1:4]  # the order in which the last dimension below has the queries
+        # Over the sample first: sums of whole rows are faster than sums within them.
+        total = logits(torch.matmul(sample, tile.flatten(1, 3).mT).float())
+        most = total.amax(1)
+        total = torch.matmul(weight, total.sub_(most[:, None]).exp_()).log_().add_(most)
         band = logits(_band(tile, near[:, begin:]))
-        # Keys beyond the end are not there.
-        left = num_queries - begin - torch.arange(count, device=keys.device)
-        beyond = torch.arange(REACH + 1, device=keys.device) >= left[:, None]
-        band.masked_fill_(beyond, -torch.inf)
-        if sampled:  # which may have missed just these
-            total = torch.logaddexp(total, band.logsumexp(-1))
-        square = (band - total[..., None]).mul_(2).exp_().mean(1)
+        if begin + _TILE + REACH > num_queries:  # keys beyond the end are not there
+            place = torch.arange(begin, begin + blocks[0] * _BLOCK, device=keys.device)
+            place = place + torch.arange(REACH + 1, device=keys.device)[:, None]
+            beyond = (place >= num_queries).view(REACH + 1, 1, -1, 1, _BLOCK)
+            band.view(REACH + 1, num_heads, *blocks).masked_fill_(beyond, -torch.inf)
+        if len(index) < num_keys:  # which may have missed just these
+            total = torch.logaddexp(total, band.logsumexp(0))
+        square = band.sub_(total).mul_(2).exp_().view(REACH + 1, num_heads, *blocks)
+        square = square.mean(3).flatten(2)
         for step in range(REACH + 1):
-            seen[:, begin + step : begin + step + count] += square[..., step]
+            seen[:, begin + step : begin + step + square.shape[2]] += square[step]
     return seen[:, :num_queries].clamp_(min=_LEAST).log_().mul_(0.5)
 
 
-def _sample(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys [H, S, D] that stand for all, and the log [S] of how many each stands for.
+@functools.lru_cache(maxsize=8)  # the layers of a forward have the same
+def _sample(num_keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Places of the keys that stand for all, [S], and how many each stands for: [S], float32.
 
     One from every one of ``SAMPLES`` equal parts of the row, at places that repeat nowhere, so that
     no rhythm of the text is in step with them.
     """
-    num_keys, device = keys.shape[1], keys.device
     if num_keys <= SINKS + SAMPLES:
-        return keys, torch.zeros(num_keys, device=device)
+        return torch.arange(num_keys, device=device), torch.ones(num_keys, device=device)
     part = torch.arange(SAMPLES, device=device)
     size = (num_keys - SINKS) / SAMPLES
     golden = part * 0.6180339887498949 % 1
     index = SINKS + ((part + golden) * size).long().clamp(max=num_keys - SINKS - 1)
     index = torch.cat([torch.arange(SINKS, device=device), index])
-    weight = torch.full((len(index),), math.log(size), device=device)
-    weight[:SINKS] = 0
-    return keys.index_select(1, index), weight
+    weight = torch.full((len(index),), size, device=device)
+    weight[:SINKS] = 1
+    return index, weight
+
+
+def _blocks(queries: Tensor) -> Tensor:
+    """Copy [H, G, n, D] to [H, blocks, G, _BLOCK, D], with zeros behind the last query."""
+    rest = -queries.shape[2] % _BLOCK
+    if rest:
+        queries = functional.pad(queries, (0, 0, 0, rest))
+    num_heads, num_groups, _, dim = queries.shape
+    return queries.view(num_heads, num_groups, -1, _BLOCK, dim).transpose(1, 2).contiguous()
 
 
 def _band(queries: Tensor, keys: Tensor) -> Tensor:
-    """Products [H, G, n, REACH + 1] of each query with the key at its place and those behind it.
+    """Products of each query with the key at its place and those behind it.
 
     Parameters
     ----------
-    queries : Tensor [H, G, n, D]
-    keys : Tensor [H, at least n + REACH + _BLOCK, D]
+    queries : Tensor [H, blocks, G, _BLOCK, D]
+    keys : Tensor [H, any number, D]
+        Those beyond the end are 0.
+
+    Returns
+    -------
+    Tensor [REACH + 1, H, blocks * G * _BLOCK], float32
     """
-    num_heads, num_groups, count, dim = queries.shape
-    num_blocks = -(-count // _BLOCK)
+    num_heads, num_blocks, num_groups = queries.shape[:3]
     width = _BLOCK + REACH
-    queries = functional.pad(queries, (0, 0, 0, num_blocks * _BLOCK - count))
-    queries = queries.view(num_heads, num_groups, num_blocks, _BLOCK, dim).transpose(1, 2)
-    keys = keys[:, : num_blocks * _BLOCK + REACH].unfold(1, width, _BLOCK)  # [H, blocks, D, width]
-    products = torch.matmul(queries.flatten(2, 3), keys)  # [H, blocks, G * _BLOCK, width]
-    products = products.contiguous().view(num_heads, num_blocks, num_groups, _BLOCK, width)
+    missing = num_blocks * _BLOCK + REACH - keys.shape[1]
+    if missing > 0:
+        keys = functional.pad(keys, (0, 0, 0, missing))
+    keys = keys.unfold(1, width, _BLOCK)[:, :num_blocks]  # [H, blocks, D, width]
+    keys = keys.mT.flatten(0, 1).mT
+    products = torch.bmm(queries.flatten(2, 3).flatten(0, 1), keys)
     # Row i of a block begins at its column i.
-    strides = (*products.stride()[:3], width + 1, 1)
-    band = products.as_strided((*products.shape[:4], REACH + 1), strides)
-    return band.transpose(1, 2).flatten(2, 3)[:, :, :count]
+    rows = num_heads * num_blocks * num_groups
+    band = products.as_strided(
+        (REACH + 1, rows, _BLOCK), (1, _BLOCK * width, width + 1), products.storage_offset()
+    )
+    return band.contiguous().float().view(REACH + 1, num_heads, -1)

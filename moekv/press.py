@@ -29,7 +29,7 @@ from moekv.budget import (
 from moekv.cache import cached_pairs, check_cache, empty_cache, evict, is_static
 from moekv.calibrated import CalibratedRouter, load_router, shipped_router
 from moekv.decoding import DecodingConfig
-from moekv.experts import Expert, PressExpert, build_experts, expert_names
+from moekv.experts import ExpectedExpert, Expert, PressExpert, build_experts, expert_names
 from moekv.hooks import (
     check_attention,
     find_layers,
@@ -53,7 +53,7 @@ from moekv.routers import (
 from moekv.static import compact
 from moekv.stats import LayerStats, Observation
 from moekv.streaming import StreamingBudget
-from moekv.view import LayerView, ViewBuilder, read_starts
+from moekv.view import LayerView, ViewBuilder, projected_queries, read_starts
 
 POLICIES = ("mixture", "dominant")
 
@@ -319,6 +319,7 @@ class MoERouterPress(ScorerPress):
         self._hooked: list[nn.Module] = []
         self._rated: list[_Rated] = []
         self._queries: dict[nn.Module, Tensor] = {}
+        self._projected: dict[nn.Module, Tensor] = {}
         self._static = False
         self._keeper = Keeper(self)
         self._num_cached = self._num_forwards = self._num_commits = self._num_grown = 0
@@ -478,6 +479,7 @@ class MoERouterPress(ScorerPress):
         attentions: Tensor | None,
         kwargs: dict[str, Any],
         queries: Tensor | None = None,
+        projected: Tensor | None = None,
     ) -> _Unmeasured:
         if hidden_states.shape[1] < keys.shape[2]:
             self._see_unknown_tokens()
@@ -494,8 +496,12 @@ class MoERouterPress(ScorerPress):
                     kinds=self._kinds(module),
                     backend=self.backend,
                     queries=queries,
+                    projected=projected,
                 )
             )
+
+    def _expects(self, module: nn.Module) -> bool:
+        return any(isinstance(expert, ExpectedExpert) for expert in self._experts_for(module))
 
     def _kinds(self, module: nn.Module) -> list[ScoreKind]:
         experts = self._experts_for(module)
@@ -824,7 +830,12 @@ class MoERouterPress(ScorerPress):
             ]
             if self.streaming:
                 handles.append(decoder.register_forward_hook(self._abort_stream, always_call=True))
-            with last_queries(hooked, self.window) as self._queries:
+            # Kernels that replace the model's own may rotate queries in place.
+            kept = () if model.use_kernels or not self._expects(hooked[0]) else hooked
+            with (
+                last_queries(hooked, self.window) as self._queries,
+                projected_queries(kept) as self._projected,
+            ):
                 yield
             acted = self._num_commits or self._num_grown
             if self._num_forwards and not acted and self._evicts:
@@ -841,7 +852,7 @@ class MoERouterPress(ScorerPress):
             for layer in bare:
                 layer._modules.pop("rotary_emb", None)
             _busy.discard(decoder)
-            self._hooked, self._rated, self._queries = [], [], {}
+            self._hooked, self._rated, self._queries, self._projected = [], [], {}, {}
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
         """Get ready for a model: kvpress calls this when a block begins.
@@ -912,6 +923,7 @@ class MoERouterPress(ScorerPress):
         self._abort_stream()
         self._rated = []
         self._queries.clear()
+        self._projected.clear()
         self._num_forwards += 1
         try:
             given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
@@ -970,6 +982,7 @@ class MoERouterPress(ScorerPress):
         if torch.compiler.is_compiling():
             return  # a step over a static cache, which is compressed after its prefill alone
         hidden_states, cache = hook_arguments(kwargs, "hidden_states", "past_key_values")
+        projected = self._projected.pop(module, None)
         if self._num_cached:
             if self._goes_on:
                 self._num_grown += module is self._hooked[0]
@@ -997,7 +1010,10 @@ class MoERouterPress(ScorerPress):
             )
         attentions = _attentions(output)
         queries = self._queries.pop(module, None)
-        unmeasured = self._rate(module, hidden_states, keys, values, attentions, kwargs, queries)
+        unmeasured = self._rate(
+            module, hidden_states, keys, values, attentions, kwargs, queries, projected
+        )
+        del projected
         rating = unmeasured.rating
         index: int = module.layer_idx  # type: ignore[assignment]
         states = self._keeper.last_states(hidden_states, rating)

@@ -2,14 +2,19 @@
 
 import inspect
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from kvpress.utils import get_prerope_query_states
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
+from transformers.models.phi3.modeling_phi3 import Phi3Attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from moekv import ops
 from moekv.expected import expected_attention
@@ -20,6 +25,8 @@ POOL = 5
 
 LAG = 128
 """Tokens in a partition of ``ScoreKind.LAG``, as in LagKV."""
+
+_BACK = "_moekv_back"  # attribute of a forward's cosines: what turns keys back from its end
 
 
 @dataclass
@@ -60,6 +67,8 @@ class LayerView:
     notes : tuple of two Tensor [B, H, T], float32, or None
         For a calibrated router, of a cache that is compressed again: what it read of each pair's
         hidden state when the token came, and the token's position in its row.
+    projected : Tensor [B, Hq, N, D] or None
+        What the layer asks before queries are rotated, where it is at hand.
     """
 
     module: nn.Module
@@ -76,6 +85,7 @@ class LayerView:
     kinds: Sequence[ScoreKind] = tuple(ScoreKind)
     backend: str = "auto"
     notes: tuple[Tensor, Tensor] | None = None
+    projected: Tensor | None = None
     _scores: dict[ScoreKind, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -151,20 +161,39 @@ class LayerView:
         Tensor [B, H, T], float32
             See ``moekv.expected``; 0 at padding.
         """
-        cos, sin = _rotations(self.module, self.hidden_states, self.kwargs, range(1, 2))
+        projected = self.projected
+        if projected is None:
+            projected = get_prerope_query_states(self.module, self.hidden_states)
+        back = self._turned_back()
         rows = []
         for row, length in enumerate(self.lengths):
             real = slice(self.keys.shape[2] - length, None)
-            queries = get_prerope_query_states(self.module, self.hidden_states[row : row + 1, real])
-            # All queries turn by one angle, and products stay if the keys turn back by it instead:
-            # there are fewer of these.
-            turn, back = (x[row % len(x)][None] for x in (cos, -sin))
-            keys = rotate(self.keys[row : row + 1, :, real], turn, back)
             scores = expected_attention(
-                queries[0].to(self.keys.dtype), keys[0].to(self.keys.dtype), **self._logits
+                projected[row, :, real].to(self.keys.dtype),
+                torch.matmul(self.keys[row, :, real], back[row % len(back)]),
+                softcap=self._logits["softcap"],
             )
             rows.append(functional.pad(scores, (self.keys.shape[2] - length, 0)))
         return torch.stack(rows)
+
+    def _turned_back(self) -> Tensor:
+        """Matrices [B or 1, D, D] that turn keys back by the position behind the last token.
+
+        Their products with queries that nobody has rotated are then the logits of queries that
+        stand there: a query turned forward is many numbers more.
+        """
+        scaling, dtype, device = self.module.scaling, self.keys.dtype, self.keys.device
+        # The layers of a forward share their rotations, and most likely this as well.
+        shared = self.kwargs["position_embeddings"][0]
+        known: dict[Any, Tensor] = shared.__dict__.setdefault(_BACK, {})
+        back = known.get((scaling, dtype, device))
+        if back is None:
+            eye = torch.eye(self.keys.shape[3], device=device)
+            cos, sin = _rotations(self.module, eye, self.kwargs, range(1, 2))
+            forward = rotate(eye[None, None], cos, sin)[:, 0]
+            back = (forward.mT * scaling).to(dtype)  # type: ignore[operator]
+            known[scaling, dtype, device] = back
+        return back
 
     @property
     def _logits(self) -> dict[str, float]:
@@ -193,6 +222,7 @@ class ViewBuilder:
         kinds: Sequence[ScoreKind],
         backend: str,
         queries: Tensor | None = None,
+        projected: Tensor | None = None,
     ) -> LayerView:
         """Look at one layer.
 
@@ -211,6 +241,9 @@ class ViewBuilder:
         queries : Tensor [B, Hq, W, D], optional
             The last rotated queries of a whole prefill, where they are at hand. None, or another
             number than `window` asks for: they are computed from the hidden states.
+        projected : Tensor, optional
+            What the layer's query projection gave for the hidden states, see
+            :func:`projected_queries`.
 
         Returns
         -------
@@ -263,6 +296,7 @@ class ViewBuilder:
             kwargs=kwargs,
             kinds=kinds,
             backend=backend,
+            projected=_as_queries(module, projected, num_tokens),
         )
 
     def row_starts(self, mask: Any, batch: int) -> tuple[int, ...]:
@@ -326,6 +360,74 @@ def _offset_in(part: Tensor, fed: Tensor) -> int | None:
     offset, rest = divmod(int(part.storage_offset() - fed.storage_offset()), fed.stride(1))
     inside = rest == 0 and 0 <= offset <= fed.shape[1] - part.shape[1]
     return offset if inside else None
+
+
+@contextmanager
+def projected_queries(
+    layers: Iterable[nn.Module],
+) -> Generator[dict[nn.Module, Tensor], None, None]:
+    """Hold what the running layers' queries are before their rotation, to project only once.
+
+    Parameters
+    ----------
+    layers : iterable of nn.Module
+        Attention layers.
+
+    Yields
+    ------
+    dict
+        For each layer what its query projection, or the norm behind it, gave in its last forward.
+        Whoever takes it out gives the memory back. Compiled graphs go unseen.
+    """
+    held: dict[nn.Module, Tensor] = {}
+    begun: set[nn.Module] = set()  # whoever projects beside the layer's forward is not meant
+    handles = []
+
+    def begin(layer: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            begun.add(layer)
+
+    def hold(layer: nn.Module, _: nn.Module, args: Any, output: Tensor) -> None:
+        if not torch.compiler.is_compiling() and layer in begun:
+            begun.discard(layer)
+            held[layer] = output.detach()
+
+    for layer in layers:
+        last = _last_before_rotation(layer)
+        if last is not None:
+            handles.append(layer.register_forward_pre_hook(begin))
+            handles.append(last.register_forward_hook(partial(hold, layer)))
+    try:
+        yield held
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _last_before_rotation(module: nn.Module) -> nn.Module | None:
+    """Find what gives an attention layer's queries, in models that kvpress can project."""
+    if isinstance(module, Phi3Attention):
+        return module.qkv_proj
+    normed = isinstance(module, (Qwen3Attention, Gemma3Attention))
+    return getattr(module, "q_norm" if normed else "q_proj", None)
+
+
+def _as_queries(module: nn.Module, projected: Tensor | None, num_tokens: int) -> Tensor | None:
+    """Cut [B, Hq, N, D] out of what :func:`projected_queries` held; None if that is unfit."""
+    if projected is None:
+        return None
+    num_heads: int = module.config.num_attention_heads  # type: ignore[assignment, union-attr]
+    dim: int = module.head_dim  # type: ignore[assignment]
+    if isinstance(module, Gemma3Attention):  # whose norm comes behind the transposition
+        queries = projected
+    else:
+        queries = projected.flatten(2)
+        if isinstance(module, Phi3Attention):
+            queries = queries[..., : num_heads * dim]
+        if queries.shape[2] != num_heads * dim:
+            return None
+        queries = queries.view(*queries.shape[:2], num_heads, dim).transpose(1, 2)
+    return queries if queries.shape[1:] == (num_heads, num_tokens, dim) else None
 
 
 def _window_queries(

@@ -1,17 +1,21 @@
 """The attention that pairs can expect."""
 
+import copy
 import math
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import prefill, tiny_model, tokens
+from kvpress.utils import get_prerope_query_states
+from tiny_models import TINY_MODELS, prefill, tiny_model, tokens
 from torch import Tensor
+from transformers import DynamicCache
 
 import moekv.expected as module
 from moekv import LayerView, MoERouterPress
 from moekv.expected import REACH, SAMPLES, SINKS, expected_attention
 from moekv.experts import ExpectedExpert
+from moekv.hooks import find_layers
 from moekv.layers import RaggedLayer
 
 
@@ -23,7 +27,7 @@ def reference(queries: Tensor, keys: Tensor, *, scaling: float, softcap: float =
     sampled = num_keys > SINKS + SAMPLES
     scores = torch.zeros(num_heads, num_queries, dtype=torch.float64)
     for head in range(num_heads):
-        sample, weight = module._sample(keys[head : head + 1])
+        index, weight = module._sample(num_keys, keys.device)
         for group in range(groups):
             for i in range(num_queries):
                 query = queries[head * groups + group, i]
@@ -34,7 +38,7 @@ def reference(queries: Tensor, keys: Tensor, *, scaling: float, softcap: float =
 
                 place = num_keys - num_queries + i
                 near = logits(keys[head, place : place + REACH + 1])
-                all_keys = logits(sample[0]) + weight
+                all_keys = logits(keys[head, index]) + weight.log()
                 total = torch.cat([all_keys, near]) if sampled else all_keys
                 share = (near - total.logsumexp(0)).exp()
                 for step in range(min(REACH + 1, num_queries - i)):
@@ -67,7 +71,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
     )
 
 
-@pytest.mark.parametrize("tile", [16, 40, 96])
+@pytest.mark.parametrize("tile", [32, 64, 96])
 def test_tiles_leave_no_trace(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     queries, keys = torch.randn(6, 150, 32), torch.randn(2, 150, 32)
     whole = expected_attention(queries, keys, scaling=0.2)
@@ -78,10 +82,8 @@ def test_tiles_leave_no_trace(tile: int, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_sample_stands_for_all_keys() -> None:
     """Each key once in its part, the weights those of all of them together."""
     for num_keys in (69, 100, 1000, 4097):
-        keys = torch.arange(num_keys, dtype=torch.float32)[None, :, None]
-        sample, weight = module._sample(keys)
-        places = sample.flatten().long()
-        assert weight.exp().sum().item() == pytest.approx(num_keys, rel=1e-4)
+        places, weight = module._sample(num_keys, torch.device("cpu"))
+        assert weight.sum().item() == pytest.approx(num_keys, rel=1e-4)
         assert places[:SINKS].tolist() == list(range(SINKS))
         assert (places.diff() >= 0).all() and places[-1] < num_keys
         part = (places[SINKS:] - SINKS) * SAMPLES / (num_keys - SINKS)
@@ -111,17 +113,67 @@ def rate(model: Any, input_ids: Tensor, **inputs: Any) -> list[tuple[LayerView, 
     return seen
 
 
-def test_queries_stand_behind_the_last_token() -> None:
+@pytest.mark.parametrize("name", ["llama", "phi3", "yarn"])
+def test_queries_stand_behind_the_last_token(name: str) -> None:
     """As a forward of the same hidden states at the position behind the text rotates them."""
-    model = tiny_model()
+    model = tiny_model("llama" if name == "yarn" else name)
+    if name == "yarn":  # which makes its rotations longer
+        config = copy.deepcopy(model.config)
+        config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0}
+        config.rope_parameters["original_max_position_embeddings"] = 32
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+        assert model.model.rotary_emb.attention_scaling > 1.2
     view, scores, _ = rate(model, tokens(1, 90))[1]
     layer = model.model.layers[1].self_attn
-    queries = layer.q_proj(view.hidden_states).view(1, 90, -1, layer.head_dim).transpose(1, 2)
+    queries = get_prerope_query_states(layer, view.hidden_states)
     cos, sin = model.model.rotary_emb(view.hidden_states, torch.tensor([[90]]))
-    left, right = queries.chunk(2, -1)
-    queries = queries * cos + torch.cat([-right, left], -1) * sin
+    turning, rest = queries.split([cos.shape[-1], queries.shape[-1] - cos.shape[-1]], -1)
+    left, right = turning.chunk(2, -1)
+    turned = turning * cos + torch.cat([-right, left], -1) * sin
+    queries = torch.cat([turned, rest], -1)
     wanted = reference(queries[0], view.keys[0], scaling=layer.scaling)
     torch.testing.assert_close(scores[0].double(), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_queries_are_projected_once(name: str) -> None:
+    """By the model; what was seen there is what would be projected, and is not held for long."""
+    model = tiny_model(name)
+    _, layers = find_layers(model)
+    projections = [getattr(layer, "q_proj", None) or layer.qkv_proj for layer in layers]
+    calls = []
+    for projection in projections:
+        projection.register_forward_hook(lambda *_: calls.append(1))
+    press = MoERouterPress(0.5, experts=[ExpectedExpert()], top_k=1)
+    with press(model):
+        prefill(model, tokens(2, 40))
+        assert len(calls) == len(layers)
+        assert not press._projected
+    for view, _, _ in rate(model, tokens(2, 40)):
+        assert view.projected is not None
+        wanted = get_prerope_query_states(view.module, view.hidden_states)
+        torch.testing.assert_close(view.projected, wanted, atol=0, rtol=0)
+        seen, view.projected = view.expected(), None
+        torch.testing.assert_close(view.expected(), seen)
+
+
+def test_queries_are_projected_again_where_kernels_may_have_turned_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model()
+    monkeypatch.setattr(model, "_use_kernels", True, raising=False)
+    assert all(view.projected is None for view, _, _ in rate(model, tokens(1, 40)))
+
+
+def test_chunks_leave_no_queries_behind() -> None:
+    """Chunks behind the first are not rated, and what their layers projected goes at once."""
+    model = tiny_model()
+    press = MoERouterPress(0.5, experts=["expected", "selective"], context_length=60)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad(), press(model):
+        for chunk in tokens(1, 60).split(30, 1):
+            model(chunk, past_key_values=cache)
+            assert not press._projected
 
 
 def test_padded_rows_are_rated_one_by_one() -> None:

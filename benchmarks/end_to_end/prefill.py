@@ -35,6 +35,7 @@ import moekv.press
 from benchmarks.measure import Times, peak_extra_bytes, quartiles, timed
 from benchmarks.quality.presses import PEERS
 from moekv import MoERouterPress
+from moekv.experts import ExpectedExpert
 from moekv.routers import BaseMoERouter
 from moekv.view import ViewBuilder
 
@@ -54,7 +55,8 @@ METHODS: dict[str, Callable[[], Any]] = {
 STAGES: dict[str, Sequence[tuple[Any, str]]] = {
     "view": [(ViewBuilder, "__call__"), (moekv.attention, "_note")],
     "gate": [(BaseMoERouter, "__call__")],
-    "score": [(moekv.press, "stack_scores"), (moekv.ops, "expert_scores")],
+    "score": [(moekv.ops, "expert_scores")],
+    "expected": [(ExpectedExpert, "scores")],
     "mix": [(MoERouterPress, "_mix")],
     "statistics": [(MoERouterPress, "_measure"), (MoERouterPress, "_record")],
     "select": [(MoERouterPress, "_choose")],
