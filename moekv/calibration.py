@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kvpress.utils import get_prerope_query_states
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -45,7 +44,7 @@ from moekv.hooks import find_layers, is_sliding
 from moekv.mixing import stack_scores
 from moekv.ops import ScoreKind
 from moekv.routers import entropy_loss
-from moekv.view import LayerView, ViewBuilder, rotate
+from moekv.view import LayerView, ViewBuilder, project_queries, rotate
 
 REPEAT = "\n\nRepeat the previous context exactly."
 """What the oracle says between the text and its second reading."""
@@ -273,7 +272,7 @@ class Oracle:
         keys, _ = cached_pairs(cache.layers[layer.layer_idx])  # type: ignore[index]
         keys = keys[0]
         num_heads, total, dim = keys.shape
-        queries = rotate(get_prerope_query_states(layer, hidden), *kwargs["position_embeddings"])
+        queries = rotate(layer, project_queries(layer, hidden), *kwargs["position_embeddings"])
         queries = queries[0].to(keys.dtype)
         num_queries = queries.shape[1]
         softcap = getattr(layer.config, "attn_logit_softcapping", None)

@@ -1,15 +1,16 @@
 """What the experts see of one layer: its cached pairs, the queries on them, the padding."""
 
+import functools
 import inspect
+import sys
 import weakref
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from kvpress.utils import get_prerope_query_states
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
@@ -27,6 +28,9 @@ LAG = 128
 """Tokens in a partition of ``ScoreKind.LAG``, as in LagKV."""
 
 _BACK = "_moekv_back"  # attribute of a forward's cosines: what turns keys back from its end
+
+_rotates: weakref.WeakKeyDictionary[nn.Module, bool | None] = weakref.WeakKeyDictionary()
+"""Whether an attention layer rotates its queries; None: they are none that can be formed here."""
 
 
 @dataclass
@@ -160,10 +164,21 @@ class LayerView:
         -------
         Tensor [B, H, T], float32
             See ``moekv.expected``; 0 at padding.
+
+        Raises
+        ------
+        ValueError
+            The layer forms its queries in a way of its own.
         """
+        if _rotates.get(self.module, True) is None:
+            raise ValueError(
+                "expected an attention layer whose queries are its projected inputs, normed or "
+                f"not, and rotated or not, got {type(self.module).__name__} whose are others; "
+                "choose experts that need no queries but the last, as MoERouterPress(num_experts=4)"
+            )
         projected = self.projected
         if projected is None:
-            projected = get_prerope_query_states(self.module, self.hidden_states)
+            projected = project_queries(self.module, self.hidden_states)
         back = self._turned_back()
         rows = []
         for row, length in enumerate(self.lengths):
@@ -186,13 +201,14 @@ class LayerView:
         # The layers of a forward share their rotations, and most likely this as well.
         shared = self.kwargs["position_embeddings"][0]
         known: dict[Any, Tensor] = shared.__dict__.setdefault(_BACK, {})
-        back = known.get((scaling, dtype, device))
+        key = scaling, dtype, device, _rotates.get(self.module)
+        back = known.get(key)
         if back is None:
             eye = torch.eye(self.keys.shape[3], device=device)
             cos, sin = _rotations(self.module, eye, self.kwargs, range(1, 2))
-            forward = rotate(eye[None, None], cos, sin)[:, 0]
+            forward = rotate(self.module, eye.expand(len(cos), 1, -1, -1), cos, sin)[:, 0]
             back = (forward.mT * scaling).to(dtype)  # type: ignore[operator]
-            known[scaling, dtype, device] = back
+            known[key] = back
         return back
 
     @property
@@ -277,6 +293,9 @@ class ViewBuilder:
             min(max(start - first, 0), num_keys)
             for start in self.row_starts(kwargs.get("attention_mask"), len(keys))
         ]
+        projected = _as_queries(module, projected, num_tokens)
+        if queries is not None and whole and offset is not None:
+            _learn_rotation(module, hidden_states, kwargs, queries, projected)
         if queries is None or queries.shape[2] != min(window, num_tokens):
             queries = _window_queries(module, hidden_states, kwargs, window, offset)
         start = None
@@ -296,7 +315,7 @@ class ViewBuilder:
             kwargs=kwargs,
             kinds=kinds,
             backend=backend,
-            projected=_as_queries(module, projected, num_tokens),
+            projected=projected,
         )
 
     def row_starts(self, mask: Any, batch: int) -> tuple[int, ...]:
@@ -405,10 +424,12 @@ def projected_queries(
 
 
 def _last_before_rotation(module: nn.Module) -> nn.Module | None:
-    """Find what gives an attention layer's queries, in models that kvpress can project."""
+    """Find what gives an attention layer's queries in a layout that is known."""
     if isinstance(module, Phi3Attention):
         return module.qkv_proj
     normed = isinstance(module, (Qwen3Attention, Gemma3Attention))
+    if hasattr(module, "q_norm") and not normed:
+        return None
     return getattr(module, "q_norm" if normed else "q_proj", None)
 
 
@@ -438,14 +459,14 @@ def _window_queries(
     offset: int | None,
 ) -> Tensor:
     """Form the rotated queries of the last tokens, whose hidden states begin at an offset."""
-    queries = get_prerope_query_states(module, hidden_states[:, -window:])
+    queries = project_queries(module, hidden_states[:, -window:])
     num_queries = queries.shape[2]
     if offset is None:
         cos, sin = _rotations(module, hidden_states, kwargs, range(1 - num_queries, 1))
     else:
         end = offset + hidden_states.shape[1]
         cos, sin = (x[:, end - num_queries : end] for x in kwargs["position_embeddings"])
-    return rotate(queries, cos, sin)
+    return rotate(module, queries, cos, sin)
 
 
 def recent_queries(module: nn.Module, hidden_states: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
@@ -466,7 +487,7 @@ def recent_queries(module: nn.Module, hidden_states: Tensor, kwargs: Mapping[str
     """
     back = range(1 - hidden_states.shape[1], 1)
     cos, sin = _rotations(module, hidden_states, kwargs, back)
-    return rotate(get_prerope_query_states(module, hidden_states), cos, sin)
+    return rotate(module, project_queries(module, hidden_states), cos, sin)
 
 
 def _rotations(
@@ -487,12 +508,91 @@ def _rotations(
     return cos, sin
 
 
-def rotate(queries: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of the first channels, as many as the cosines have (Phi3: not all)."""
+def project_queries(module: nn.Module, hidden_states: Tensor) -> Tensor:
+    """Form the queries [B, Hq, N, D] of tokens [B, N, hidden], normed if they are, not rotated.
+
+    Raises
+    ------
+    NotImplementedError
+        The layer has neither ``q_proj`` nor ``qkv_proj``.
+    """
+    layer: Any = module
+    num_channels = layer.config.num_attention_heads * layer.head_dim
+    if hasattr(layer, "q_proj"):
+        queries = layer.q_proj(hidden_states)
+    elif hasattr(layer, "qkv_proj"):
+        queries = layer.qkv_proj(hidden_states)[..., :num_channels]
+    else:
+        raise NotImplementedError(
+            f"expected an attention layer with q_proj or qkv_proj, got {type(module).__name__}"
+        )
+    norm = getattr(layer, "q_norm", None)
+    heads = (*hidden_states.shape[:2], -1, layer.head_dim)
+    if norm is None:
+        return queries.view(heads).transpose(1, 2)  # type: ignore[no-any-return]
+    # Over all channels at once (OLMo 2), or head by head (Qwen3, Gemma 3).
+    together = getattr(norm, "weight", queries[:0]).shape[-1] == num_channels
+    queries = norm(queries).view(heads) if together else norm(queries.view(heads))
+    return queries.transpose(1, 2)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _learn_rotation(
+    module: nn.Module,
+    hidden_states: Tensor,
+    kwargs: Mapping[str, Any],
+    queries: Tensor,
+    projected: Tensor | None,
+) -> None:
+    """Find out from a layer's own last query how it forms it. Waits for the device, once."""
+    asked = queries[:, :, -1:].float()
+    if module in _rotates or not hasattr(module, "head_dim") or not asked.isfinite().all():
+        return
+    if projected is None:
+        projected = project_queries(module, hidden_states[:, -1:])
+    plain = projected[:, :, -1:]
+    turned = rotate(module, plain, *(x[:, -1:] for x in kwargs["position_embeddings"]))
+    near = [(x.float() - asked).abs().amax() <= 0.05 * asked.abs().amax() for x in (turned, plain)]
+    is_turned, is_plain = torch.stack(near).tolist()
+    if not (is_turned and is_plain):  # as at position 0, which says nothing
+        _rotates[module] = is_turned if is_turned or is_plain else None
+
+
+@functools.cache
+def _own_rotation(name: str) -> Callable[..., Any] | None:
+    """Find the rotation in a model's file, if it turns neighbours and not halves of a head."""
+    file = sys.modules[name]
+    half, apply = (getattr(file, name, None) for name in ("rotate_half", "apply_rotary_pos_emb"))
+    if half is None or apply is None or half(torch.arange(4)).tolist() == [-2, -3, 0, 1]:
+        return None
+    return apply  # type: ignore[no-any-return]
+
+
+def rotate(module: nn.Module, queries: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of the first channels, as many as the cosines have (Phi3: not all).
+
+    Parameters
+    ----------
+    module : nn.Module
+        The attention layer.
+    queries : Tensor [B, Hq, N, D]
+    cos, sin : Tensor [B or 1, N or 1, dim]
+
+    Returns
+    -------
+    Tensor [B, Hq, N, D]
+        As they are where the layer rotates nothing (as some of SmolLM3).
+    """
+    if _rotates.get(module) is False:
+        return queries
     # In the layout that projections have, [B, W, Hq, D]: several times faster than across it.
     source = queries.transpose(1, 2)
-    cos, sin = cos[:, :, None], sin[:, :, None]
     dim = cos.shape[-1]
+    if (own := _own_rotation(type(module).__module__)) is not None:
+        part = source[..., :dim]
+        rotated, _ = own(part, part, cos, sin, unsqueeze_dim=2)
+        return torch.cat([rotated, source[..., dim:]], dim=-1).transpose(1, 2)
+    cos, sin = cos[:, :, None], sin[:, :, None]
     half = dim // 2
     left, right = source[..., :half], source[..., half:dim]
     rotated = source[..., :dim] * cos

@@ -16,6 +16,7 @@ from test_calibration import random_router
 from tiny_models import prefill, tiny_model, tokens
 from torch import Tensor, nn
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
+from transformers.cache_utils import DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from moekv import (
@@ -568,6 +569,15 @@ def test_sliding_windows_in_all_layers() -> None:
     with pytest.raises(ValueError, match="sliding windows in all"), MoERouterPress()(model):
         pass
     assert not any(layer._forward_hooks for layer in find_layers(model)[1])
+
+
+def test_queries_that_cannot_be_formed() -> None:
+    model, cache = tiny_model("stablelm"), DynamicCache()
+    with pytest.raises(ValueError, match="StableLmAttention"), MoERouterPress(0.5)(model):
+        model(tokens(1, 40), past_key_values=cache)
+    assert type(cache.layers[0]) is DynamicLayer
+    with MoERouterPress(0.5, num_experts=4)(model):  # as the error says
+        prefill(model, tokens(1, 40))
 
 
 def test_model_of_another_structure() -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from kvpress.utils import get_prerope_query_states
 from tiny_models import TINY_MODELS, prefill, tiny_model, tokens
 from torch import Tensor
 from transformers import DynamicCache
@@ -17,6 +16,7 @@ from moekv.expected import REACH, SAMPLES, SINKS, expected_attention
 from moekv.experts import ExpectedExpert
 from moekv.hooks import find_layers
 from moekv.layers import RaggedLayer
+from moekv.view import _rotations, project_queries, recent_queries, rotate
 
 
 def reference(queries: Tensor, keys: Tensor, *, scaling: float, softcap: float = 0.0) -> Tensor:
@@ -125,7 +125,7 @@ def test_queries_stand_behind_the_last_token(name: str) -> None:
         assert model.model.rotary_emb.attention_scaling > 1.2
     view, scores, _ = rate(model, tokens(1, 90))[1]
     layer = model.model.layers[1].self_attn
-    queries = get_prerope_query_states(layer, view.hidden_states)
+    queries = project_queries(layer, view.hidden_states)
     cos, sin = model.model.rotary_emb(view.hidden_states, torch.tensor([[90]]))
     turning, rest = queries.split([cos.shape[-1], queries.shape[-1] - cos.shape[-1]], -1)
     left, right = turning.chunk(2, -1)
@@ -151,7 +151,7 @@ def test_queries_are_projected_once(name: str) -> None:
         assert not press._projected
     for view, _, _ in rate(model, tokens(2, 40)):
         assert view.projected is not None
-        wanted = get_prerope_query_states(view.module, view.hidden_states)
+        wanted = project_queries(view.module, view.hidden_states)
         torch.testing.assert_close(view.projected, wanted, atol=0, rtol=0)
         seen, view.projected = view.expected(), None
         torch.testing.assert_close(view.expected(), seen)
@@ -174,6 +174,40 @@ def test_chunks_leave_no_queries_behind() -> None:
         for chunk in tokens(1, 60).split(30, 1):
             model(chunk, past_key_values=cache)
             assert not press._projected
+
+
+@pytest.mark.parametrize("name", ["cohere", "glm", "olmo2", "qwen3_moe", "smollm3", "phi3"])
+def test_queries_are_the_layers_own(name: str) -> None:
+    """Those of all tokens, at their true positions, are what attention has asked; also behind."""
+    seen = []
+
+    class Look(ExpectedExpert):
+        def scores(self, view: LayerView) -> Tensor:
+            formed = recent_queries(view.module, view.hidden_states, view.kwargs)
+            seen.append((formed[:, :, 7:], view.queries[:, :, 7:]))  # behind the padding
+            turn = _rotations(view.module, view.hidden_states, view.kwargs, range(1, 2))
+            behind = rotate(view.module, project_queries(view.module, view.hidden_states), *turn)
+            wanted = expected_attention(behind[0], view.keys[0], **view._logits)
+            torch.testing.assert_close(view.expected()[0], wanted, atol=1e-4, rtol=1e-4)
+            return super().scores(view)
+
+    model = tiny_model(name)
+    with MoERouterPress(0.5, experts=[Look()], top_k=1, window=40)(model):
+        mask = (torch.arange(40) >= torch.tensor([[0], [7]])).long()
+        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+        prefill(model, tokens(2, 40), attention_mask=mask, position_ids=position_ids)
+    assert len(seen) == model.config.num_hidden_layers
+    for formed, asked in seen:
+        torch.testing.assert_close(formed, asked, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cohere", "glm", "olmo2", "qwen3_moe"])
+def test_queries_that_nobody_has_seen_asked(name: str) -> None:
+    """Eager attention shows no queries."""
+    asked = rate(tiny_model(name), tokens(2, 40))
+    formed = rate(tiny_model(name, attention="eager"), tokens(2, 40))
+    for (view, _, _), (other, _, _) in zip(asked, formed, strict=True):
+        torch.testing.assert_close(other.queries, view.queries, atol=1e-4, rtol=1e-4)
 
 
 def test_padded_rows_are_rated_one_by_one() -> None:

@@ -411,6 +411,8 @@ class NoSync(TorchDispatchMode):
 @pytest.mark.parametrize("router_type", list(ROUTERS))
 def test_nothing_waits_for_the_device(router_type: str) -> None:
     model = tiny_model()
+    with make_press()(model):
+        prefill(model, tokens(1, LENGTH))  # in which layers show how they form their queries
     press = make_press(experts=ALL, router_type=router_type)
     with press(model), NoSync():
         prefill(model, tokens(1, LENGTH))

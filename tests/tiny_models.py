@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
     DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -11,10 +13,14 @@ from transformers import (
     Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    GlmConfig,
+    GlmForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
@@ -22,6 +28,12 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
 )
 
 VOCABULARY = 128
@@ -92,12 +104,28 @@ _MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 }
 TINY_MODELS = tuple(_MODELS)
 
+_PARTICULAR: dict[str, Callable[[], PreTrainedModel]] = {
+    # Neighbours are turned together, with cosines for each channel and for each half of a head.
+    "cohere": lambda: CohereForCausalLM(CohereConfig(**_SHAPE, use_qk_norm=True)),
+    "glm": lambda: GlmForCausalLM(GlmConfig(**_SHAPE, head_dim=16)),
+    # Normed before they become heads, and after, by a class of its own.
+    "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**_SHAPE)),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**_SHAPE, num_experts=4, num_experts_per_tok=2, head_dim=24)
+    ),
+    # Every fourth layer turns nothing.
+    "smollm3": lambda: SmolLM3ForCausalLM(SmolLM3Config(**_SHAPE | {"num_hidden_layers": 4})),
+    # Normed in a way that nobody knows.
+    "stablelm": lambda: StableLmForCausalLM(StableLmConfig(**_SHAPE, qk_layernorm=True)),
+}
+"""Models that form queries in ways of their own."""
+
 
 def tiny_model(name: str = "llama", attention: str = "sdpa") -> PreTrainedModel:
     """Build a model whose weights depend on its name alone."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = _MODELS[name]()
+        model = (_MODELS | _PARTICULAR)[name]()
     model.set_attn_implementation(attention)
     model.generation_config.eos_token_id = None
     return model.eval()
