@@ -56,7 +56,7 @@ def expected_attention(
     """
     num_heads, num_keys, _ = keys.shape
     num_queries = queries.shape[1]
-    queries = queries.view(num_heads, -1, *queries.shape[1:])
+    queries = queries.view(num_heads, len(queries) // num_heads, *queries.shape[1:])
     index, weight = _sample(num_keys, keys.device)
     sample = keys.index_select(1, index)
     near = keys[:, num_keys - num_queries :]

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import moekv.expected as module
-from moekv import LayerView, MoERouterPress
+from moekv import LayerView, MoERouterPress, prefill_in_chunks
 from moekv.expected import REACH, SAMPLES, SINKS, expected_attention
 from moekv.experts import ExpectedExpert
 from moekv.hooks import find_layers
@@ -221,6 +221,19 @@ def test_padded_rows_are_rated_one_by_one() -> None:
         for (_, together, _), (_, single, _) in zip(batch, alone, strict=True):
             assert not together[row, :, :start].any()
             torch.testing.assert_close(together[row, :, start:], single[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_row_without_tokens() -> None:
+    """As in the first chunk of a batch in which one prompt is much longer."""
+    nothing = expected_attention(torch.randn(6, 0, 16), torch.randn(2, 0, 16))
+    assert nothing.shape == (2, 0)
+    model, ids = tiny_model(), tokens(2, 40)
+    mask = (torch.arange(40) >= torch.tensor([[0], [25]])).long()
+    press = MoERouterPress(0.5)
+    filled = prefill_in_chunks(press, model, ids, attention_mask=mask, chunk_size=10)
+    for layer in filled.past_key_values.layers:
+        assert isinstance(layer, RaggedLayer)
+        assert layer.stored_pairs == [2 * 20, 2 * 7]
 
 
 def test_values_of_no_size_are_finite() -> None:
