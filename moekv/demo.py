@@ -473,12 +473,13 @@ def costs_table(questions: Sequence[Question], results: Sequence[Result]) -> Tab
 
 
 def router_table(result: Result) -> Table:
-    """Show which experts the router chose in each layer, as shares of its choices."""
+    """Show the say of the experts in each layer, and what each alone would have kept."""
     layers = result.stats["layer_stats"]
     names = list(layers[min(layers)]["router_stats"]["expert_usage_ratios"])
     table = Table(
-        title=f"What the router chose at {_title(result.ratio)} (share of its choices); "
-        f"it is {result.stats['router']}",
+        title=f"Experts at {_title(result.ratio)}: their share of the weight, and the share of the "
+        "last tokens' attention on what each alone would keep (hit rate); the router is "
+        f"{result.stats['router']}",
         title_justify="left",
         title_style="bold",
         padding=0,
@@ -487,15 +488,17 @@ def router_table(result: Result) -> Table:
     for name in names:
         table.add_column(name, min_width=_HEAT_WIDTH)
     for index, stats in layers.items():
-        shares = stats["router_stats"]["expert_usage_ratios"]
-        table.add_row(str(index), *(_heat(shares[name]) for name in names))
+        measured = stats["expert_compression_stats"]
+        say, hits = measured["expert_usage"], measured["cache_hit_rates"]
+        table.add_row(str(index), *(_heat(say[name], hits[name]) for name in names))
     return table
 
 
 _HEAT_WIDTH = 13
 
 
-def _heat(share: float) -> Text:
-    """Return a share as a percentage on a ground that is the bluer the more it is."""
-    red, green, blue = (round(20 + share * (top - 20)) for top in (40, 110, 255))
-    return Text(f"{100 * share:.0f} %".center(_HEAT_WIDTH), f"white on rgb({red},{green},{blue})")
+def _heat(share: float, hits: float) -> Text:
+    """Weight and hit rate in percent, on a ground that is the bluer the more it hits."""
+    red, green, blue = (round(20 + hits * (top - 20)) for top in (40, 110, 255))
+    text = f"{100 * share:.0f} %, {100 * hits:.0f} %"
+    return Text(text.center(_HEAT_WIDTH), f"white on rgb({red},{green},{blue})")

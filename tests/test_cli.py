@@ -132,9 +132,9 @@ def test_demo_on_a_local_folder(
     shares = " │ ".join(f"{100 * n / length:.1f} %" for n in sizes)
     assert f"of the full cache's bytes │ {shares}" in out
     assert re.search(r"of it in the press │ - │ \d\.\d{3} s", out)
-    assert "What the router chose at 75 % removed" in out
+    assert "Experts at 75 % removed: their share of the weight" in out
     assert re.search(r"expected +┃ ?selective +┃ ?semantic +┃ ?temporal", out)
-    assert re.search(r"│ 1 ?│ +\d+ %", out)
+    assert re.search(r"│ 1 ?│ +50 %, \d+ %", out)
 
 
 def test_demo_fails_where_the_press_does_nothing(

@@ -74,7 +74,7 @@ def test_demo(real_model: Loaded) -> None:
     assert f"KV cache │ {full:.2f} MiB │ {half:.2f} MiB" in out
     right = re.search(rf"Right answers │ (\d) of {asked} │ \d of {asked}", out)
     assert right is not None and int(right[1]) > 0
-    assert re.search(r"│ 29 ?│ +\d+ %", out.split("What the router chose at 50 % removed")[1])
+    assert re.search(r"│ 29 ?│ +33 %, \d+ %", out.split("Experts at 50 % removed")[1])
 
 
 def test_usage_in_the_readme(
