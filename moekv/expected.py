@@ -26,7 +26,7 @@ SINKS = 4
 """First keys, which take much of every attention, and are not sampled."""
 
 _BLOCK = 32  # queries of one matrix product with the keys near them
-_TILE = 32 * _BLOCK  # queries at a time: what they give stays in the caches of a core
+_TILE = 32 * _BLOCK  # queries at a time: their logits are near the size of a cache
 _LEAST = 1e-36  # square of an attention that nothing looks at; its root is a normal number
 
 
@@ -60,7 +60,12 @@ def expected_attention(
     index, weight = _sample(num_keys, keys.device)
     sample = keys.index_select(1, index)
     near = keys[:, num_keys - num_queries :]
-    seen = keys.new_zeros(num_heads, num_queries + _TILE + REACH, dtype=torch.float32)
+    # What each step behind a query sees has a row; a view of them, each begun one place later.
+    length = num_queries + _BLOCK + REACH
+    seen = keys.new_zeros((REACH + 1, num_heads, length), dtype=torch.float32)
+    shifted = seen.as_strided(
+        (REACH + 1, num_heads, length - REACH), (num_heads * length + 1, length, 1)
+    )
 
     def logits(products: Tensor) -> Tensor:
         scaled = products if scaling == 1 else products.mul_(scaling)
@@ -69,23 +74,23 @@ def expected_attention(
     for begin in range(0, num_queries, _TILE):
         tile = _blocks(queries[:, :, begin : begin + _TILE])
         blocks = tile.shape[1:4]  # the order in which the last dimension below has the queries
-        # Over the sample first: sums of whole rows are faster than sums within them.
-        total = logits(torch.matmul(sample, tile.flatten(1, 3).mT).float())
-        most = total.amax(1)
-        total = torch.matmul(weight, total.sub_(most[:, None]).exp_()).log_().add_(most)
+        # The sample comes before the queries: sums over rows are faster than sums within them.
+        all_keys = logits(torch.matmul(sample, tile.flatten(1, 3).mT).float())
         band = logits(_band(tile, near[:, begin:]))
         if begin + _TILE + REACH > num_queries:  # keys beyond the end are not there
             place = torch.arange(begin, begin + blocks[0] * _BLOCK, device=keys.device)
             place = place + torch.arange(REACH + 1, device=keys.device)[:, None]
             beyond = (place >= num_queries).view(REACH + 1, 1, -1, 1, _BLOCK)
             band.view(REACH + 1, num_heads, *blocks).masked_fill_(beyond, -torch.inf)
-        if len(index) < num_keys:  # which may have missed just these
-            total = torch.logaddexp(total, band.logsumexp(0))
-        square = band.sub_(total).mul_(2).exp_().view(REACH + 1, num_heads, *blocks)
+        most = functools.reduce(torch.maximum, band, all_keys.amax(1))
+        band.sub_(most).exp_()
+        total = torch.matmul(weight, all_keys.sub_(most[:, None]).exp_())
+        if len(index) < num_keys:  # the sample may have missed just those of the band
+            total += band.sum(0)
+        square = band.div_(total).square_().view(REACH + 1, num_heads, *blocks)
         square = square.mean(3).flatten(2)
-        for step in range(REACH + 1):
-            seen[:, begin + step : begin + step + square.shape[2]] += square[step]
-    return seen[:, :num_queries].clamp_(min=_LEAST).log_().mul_(0.5)
+        shifted[:, :, begin : begin + square.shape[2]] = square
+    return seen.sum(0)[:, :num_queries].clamp_(min=_LEAST).log_().mul_(0.5)
 
 
 @functools.lru_cache(maxsize=8)  # the layers of a forward have the same
