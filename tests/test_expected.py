@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import moekv.expected as module
+import moekv.press as press_module
 from moekv import LayerView, MoERouterPress, prefill_in_chunks
 from moekv.expected import REACH, SAMPLES, SINKS, expected_attention
 from moekv.experts import ExpectedExpert
@@ -243,6 +244,27 @@ def test_values_of_no_size_are_finite() -> None:
     _, attention, scores = rate(model, tokens(1, 40))[0]
     assert scores.isfinite().all()
     torch.testing.assert_close(scores, attention + 0.5 * math.log(1e-6))
+
+
+def test_routed_experts_say_a_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their standard deviation weighs ROUTED_SAY; without it the shared expert's scores decide."""
+    model, ids = tiny_model(), tokens(1, 60)
+
+    def mixed(say: float) -> Tensor:
+        seen = []
+        with monkeypatch.context() as patch:
+            patch.setattr(press_module, "ROUTED_SAY", say)
+            patch.setattr(MoERouterPress, "_commit", lambda _, rated: seen.extend(rated))
+            with MoERouterPress(0.5)(model):
+                prefill(model, ids)
+        return torch.stack([each.rating.scores[0] for each in seen])
+
+    shared = torch.stack([scores[0] for _, _, scores in rate(model, ids)])
+    alone, default = mixed(0.0), mixed(press_module.ROUTED_SAY)
+    weight = (alone / shared).mean()  # of the shared expert in the mixture
+    torch.testing.assert_close(alone, weight * shared)
+    said = (default - alone) / (1 - weight) / press_module.ROUTED_SAY
+    assert 0.5 < said.std() < 1.5 and said.mean().abs() < 0.2
 
 
 def test_one_threshold_over_the_model_where_scores_are_comparable() -> None:
