@@ -222,6 +222,29 @@ def test_masks_of_every_kind_mean_the_same():
     assert isinstance(pairs, RaggedPairs)
 
 
+@pytest.mark.parametrize("scaling", [None, 0.7])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_scaling_and_softcap_are_the_models(scaling, softcap):
+    """Over a ragged layer that has lost nothing, as over all pairs."""
+    keys, values = torch.randn(2, 2, HEADS, 20, DIM)
+    kept = Kept.from_mask(torch.ones(2, HEADS, 20, dtype=torch.bool))
+    layer = RaggedLayer.compress(keys, values, kept)
+    new = torch.randn(2, 2, HEADS, 1, DIM)
+    pairs, _ = layer.update(*new)
+    query = torch.randn(2, HEADS * GROUP, 1, DIM)
+    got = attention.attend(
+        nn.Identity(), query, pairs, None, scaling=scaling, softcap=softcap
+    ).transpose(1, 2)
+    keys, values = (
+        torch.cat([old, last], 2).repeat_interleave(GROUP, 1)
+        for old, last in zip((keys, values), new, strict=True)
+    )
+    logits = query @ keys.mT * (DIM**-0.5 if scaling is None else scaling)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    torch.testing.assert_close(got, logits.softmax(-1) @ values, atol=1e-5, rtol=1e-5)
+
+
 def test_functions_of_transformers_are_wrapped_once_and_still_serve_dense_layers():
     attention.install()
     first = dict(ALL_ATTENTION_FUNCTIONS)
