@@ -20,8 +20,8 @@ def resolve_budget(name: str) -> str:
     ----------
     name : str
         ``"uniform"``: every head keeps the same number. ``"head"``: pairs move between the heads of
-        a layer. ``"model"``: between those of all layers. ``"auto"``: ``"uniform"``, as without
-        calibration scores of different heads say little about each other.
+        a layer. ``"model"``: between those of all layers. ``"auto"``: ``"uniform"``, until a press
+        knows that its scores are comparable and its cache can be ragged.
 
     Returns
     -------
