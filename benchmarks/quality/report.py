@@ -138,9 +138,6 @@ def _middle(draws: Tensor) -> list[float]:
 def markdown(summary: dict[str, Any], notes: str = "") -> str:
     """Write the tables, below notes."""
     cells, meta = summary["cells"], summary["meta"]
-    ratios = sorted({c["ratio"] for c in cells} - {0.0})
-    methods = [m for m in METHODS if any(c["method"] == m for c in cells)]
-    removed = " / ".join(f"{ratio:.0%}" for ratio in ratios)
     lines = [
         "# Quality of compressed caches",
         "",
@@ -156,6 +153,9 @@ def markdown(summary: dict[str, Any], notes: str = "") -> str:
         here = [c for c in cells if c["length"] == length]
         lines += _over_tasks([o for o in summary["overall"] if o["length"] == length], length)
         tasks = list(dict.fromkeys(c["task"] for c in here))
+        ratios = sorted({c["ratio"] for c in here} - {0.0})
+        removed = " / ".join(f"{ratio:.0%}" for ratio in ratios)
+        methods = [m for m in METHODS if any(c["method"] == m for c in here) and m != FULL]
         found = {(c["task"], c["method"], c["ratio"]): c for c in here}
         samples = {c["samples"] for c in here}
         count = f"{min(samples)}" if len(samples) == 1 else f"{min(samples)} to {max(samples)}"
@@ -290,7 +290,8 @@ def plot(summary: dict[str, Any], folder: Path) -> list[Path]:
             squeeze=False,
         )
         for task, axis in zip(tasks, axes.flat, strict=False):
-            for method in dict.fromkeys(c["method"] for c in here):
+            shown = dict.fromkeys(c["method"] for c in here)
+            for method in sorted(shown, key=lambda m: _style(m)[2]):  # thick lines on top
                 line = sorted(
                     (c["ratio"], c["kl"])
                     for c in here
@@ -303,8 +304,8 @@ def plot(summary: dict[str, Any], folder: Path) -> list[Path]:
             axis.set_axis_off()
         handles, labels = axes.flat[0].get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
-        figure.legend(unique.values(), unique.keys(), loc="upper right")
-        figure.tight_layout()
+        figure.legend(unique.values(), unique.keys(), loc="lower center", ncols=len(unique))
+        figure.tight_layout(rect=(0, 0.06, 1, 1))
         paths.append(folder / f"kl-{length}.png")
         figure.savefig(paths[-1], dpi=120)
         plt.close(figure)
@@ -335,8 +336,10 @@ def plot(summary: dict[str, Any], folder: Path) -> list[Path]:
 
 def _style(method: str) -> tuple[str, str, int]:
     """Label, colour and width of a method's line."""
+    if method in ("moekv", "moekv training-free"):
+        return method, {"moekv": "C3", "moekv training-free": "C2"}[method], 2
     if method.startswith("moekv"):
-        return "moekv", "C3", 2
+        return "moekv, otherwise", "#f2b8b5", 1
     if method in EXPERTS:
         return "single experts", "C1", 1
     return ("anchors", "C0", 2) if method in ANCHORS else ("peers", "0.7", 1)
