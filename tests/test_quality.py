@@ -491,7 +491,7 @@ def test_moekv_bench_runs_the_benchmark(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["bench", "run", "--tasks", "no_such_task"])
     assert stop.value.code == 2
-    assert "invalid choice: 'no_such_task'" in capsys.readouterr().err
+    assert "got no_such_task" in capsys.readouterr().err
 
 
 def test_bench_needs_a_source_tree(monkeypatch, capsys, tmp_path):
