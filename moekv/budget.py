@@ -1,6 +1,6 @@
 """How many pairs stay, and which."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -310,19 +310,23 @@ def split_layers(
     return layers
 
 
-def without_padding(kept: Kept, start: Tensor) -> Kept:
-    """Take padding out of what heads of nothing else have kept. Waits for the device.
+def without_padding(kept: Kept, start: Tensor | None, lengths: Iterable[int]) -> Kept:
+    """Take padding out, which only heads of nothing else keep. Waits for the device if any do.
 
     Parameters
     ----------
     kept : Kept
-    start : Tensor [B] or [B, H], int32
+    start : Tensor [B] or [B, H], int32, or None
         Padding at the left of each row or head.
+    lengths : iterable of int
+        Real pairs of each row or head.
 
     Returns
     -------
     Kept
     """
+    if start is None or all(lengths):
+        return kept
     device = kept.indices.device
     start = start.to(device).view(len(start), -1, 1)
     return Kept.from_mask(kept.mask() & (torch.arange(kept.shape[2], device=device) >= start))

@@ -25,6 +25,7 @@ that means for the experts of moekv:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -414,7 +415,7 @@ def choose(
             per_head = totals[0] if start is None and len(set(totals)) == 1 else None
             scores = each.scores.reshape(-1, 1, longest)
             kept = Kept(*select(scores, start, totals), (batch, num_heads, longest), per_head)
-        chosen.append(_real(kept, each))
+        chosen.append(without_padding(kept, each.start, chain.from_iterable(each.lengths)))
     return chosen
 
 
@@ -440,15 +441,8 @@ def _choose_over_layers(regrown: Sequence[Regrown], keep: Sequence[int], select:
         length, device = each.scores.shape[2], each.scores.device
         indices = (indices - (longest - length)).to(device)
         kept = Kept(indices, offsets.to(device), (batch, num_heads, length))
-        chosen.append(_real(kept, each))
+        chosen.append(without_padding(kept, each.start, chain.from_iterable(each.lengths)))
     return chosen
-
-
-def _real(kept: Kept, each: Regrown) -> Kept:
-    """Leave padding out, which only heads without a single pair keep."""
-    if each.start is None or all(n for row in each.lengths for n in row):
-        return kept
-    return without_padding(kept, each.start)
 
 
 def recompress(cache: Cache, each: Regrown, kept: Kept, *, backend: str) -> Grown:

@@ -125,8 +125,9 @@ class MoERouterPress(ScorerPress):
     """Compress KV caches with a router over experts.
 
     Every token is routed to a few experts. Each expert scores the cached pairs; scores are brought
-    to one scale (mean 0, standard deviation 1 in every head) and mixed with the tokens' gate
-    weights. The pairs that rank last leave, and their memory is freed.
+    to one scale (mean 0, standard deviation 1 in every head, unless they are comparable as they
+    are) and mixed with the tokens' gate weights. The pairs that rank last leave, and their memory
+    is freed.
 
     Inside ``with press(model):`` each prefill is compressed once, when its last layer has run: an
     exception anywhere leaves the cache whole. Until then the full cache is held, so the peak is
@@ -667,9 +668,8 @@ class MoERouterPress(ScorerPress):
             if first.start is None and totals[0] == num_keys:
                 return [None] * len(ratings)
             chosen = self._select([r.scores for r in ratings], first, totals, budget=self._budget)
-            if first.start is not None and not all(first.lengths):
-                # Rows that are all padding, so far.
-                chosen = [without_padding(kept, first.start) for kept in chosen]
+            # Rows may be all padding, so far.
+            chosen = [without_padding(kept, first.start, first.lengths) for kept in chosen]
             if self.context_length is not None:
                 chosen = [replace(kept, per_head=None) for kept in chosen]
             return list(chosen)

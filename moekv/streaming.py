@@ -132,7 +132,7 @@ class StreamingBudget:
             backend=self._backend,
             **self._protected,
         )
-        self._trim(self.layers[-1], self._real(kept))
+        self._trim(self.layers[-1], without_padding(kept, self._start, self._lengths))
 
     def _trim_all(self) -> None:
         """Leave of all layers so far what the model's budget can still keep."""
@@ -150,7 +150,7 @@ class StreamingBudget:
             backend=self._backend,
             **self._protected,
         )
-        chosen = [self._real(kept) for kept in chosen]
+        chosen = [without_padding(kept, self._start, self._lengths) for kept in chosen]
         self._trim(self.layers[-1], chosen[-1])
         if last or sum(layer.size for layer in self.layers) > (1 + SLACK) * sum(budget):
             for trimmed, kept in zip(self.layers, chosen, strict=True):
@@ -160,12 +160,6 @@ class StreamingBudget:
                     # last selection keeps is sure to be among those of all before.
                     kept = Kept.from_mask(kept.mask() & trimmed.kept.mask())
                 self._trim(trimmed, kept)
-
-    def _real(self, kept: Kept) -> Kept:
-        """Leave padding out, which only rows of nothing else keep."""
-        if self._start is None or all(self._lengths):
-            return kept
-        return without_padding(kept, self._start)
 
     def abort(self) -> None:
         """Empty the cache: part of a prefill is of no use."""

@@ -101,7 +101,7 @@ def test_any_stream_ends_where_one_selection_does(
     expected = DynamicCache()
     chosen = select(scores, start, totals, budget="model", **protected)
     if start is not None:
-        chosen = [without_padding(kept, start) for kept in chosen]
+        chosen = [without_padding(kept, start, [0]) for kept in chosen]  # as if rows were empty
     cache = DynamicCache()
     stream = StreamingBudget(
         cache,
