@@ -506,7 +506,7 @@ class MoERouterPress(ScorerPress):
 
     def _kinds(self, module: nn.Module) -> list[ScoreKind]:
         experts = self._experts_for(module)
-        return sorted({ScoreKind.MASS}.union(*(expert.kinds for expert in experts)))
+        return sorted(set().union(*(expert.kinds for expert in experts)))
 
     def _rate_view(self, view: LayerView, alone: Sequence[int] | None = None) -> _Rating:
         """Rate a view, in each row of which an expert alone would keep so many pairs."""
@@ -542,7 +542,7 @@ class MoERouterPress(ScorerPress):
         rating = _Rating(
             layer, decisive, ruling, view.start, view.lengths, view.begins, view.ends, seen
         )
-        return _Unmeasured(rating, scores, view.scores_of(ScoreKind.MASS))
+        return _Unmeasured(rating, scores, view.observed())
 
     def _mix(
         self, experts: Sequence[Expert], scores: Tensor, routed: RouterOutput, view: LayerView
@@ -1130,8 +1130,9 @@ class MoERouterPress(ScorerPress):
             - ``expert_compression_stats``: ``expert_usage`` (share of the positions' weight that
               the expert had), ``compression_ratios`` (share removed of the pairs that it rated,
               by weight; NaN if it rated none, or if a wrapper evicted), ``cache_hit_rates``
-              (share of the attention of the last ``window`` queries that falls on what the
-              expert alone would keep, in [0, 1]: moving average over calls),
+              (share of the attention of the last ``window`` queries, of 8 where no expert rates by
+              them, that falls on what the expert alone would keep, in [0, 1]: moving average over
+              calls),
 
             each by the expert's name.
         """

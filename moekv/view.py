@@ -6,7 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,9 @@ POOL = 5
 
 LAG = 128
 """Tokens in a partition of ``ScoreKind.LAG``, as in LagKV."""
+
+OBSERVED = 8
+"""Last queries whose attention is observed where no expert rates by it: enough for statistics."""
 
 _BACK = "_moekv_back"  # attribute of a forward's cosines: what turns keys back from its end
 
@@ -65,7 +68,7 @@ class LayerView:
     kwargs : mapping
         Keyword arguments of the layer's forward.
     kinds : sequence of ScoreKind
-        What :meth:`scores_of` can give.
+        What the experts ask of :meth:`scores_of`.
     backend : str
         Of the ops, see ``moekv.ops.BACKENDS``.
     notes : tuple of two Tensor [B, H, T], float32, or None
@@ -90,7 +93,6 @@ class LayerView:
     backend: str = "auto"
     notes: tuple[Tensor, Tensor] | None = None
     projected: Tensor | None = None
-    _scores: dict[ScoreKind, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def folded(self) -> int:
@@ -142,20 +144,38 @@ class LayerView:
         Tensor [B, H, T], float32
             See ``moekv.ops.expert_scores``. Not to be written to.
         """
-        if not self._scores:
-            scores = ops.expert_scores(
-                self.keys,
-                self.values,
-                self.queries,
-                self.start,
-                kinds=self.kinds,
-                **self._logits,
-                pool=POOL,
-                lag=LAG,
-                backend=self.backend,
-            )
-            self._scores = dict(zip(self.kinds, scores.unbind(), strict=True))
-        return self._scores[kind]
+        return self._all_scores[kind]
+
+    def observed(self) -> Tensor:
+        """Attention that pairs are seen to get: of all W queries, or of ``OBSERVED`` of them.
+
+        The latter where no expert rates by the queries' attention, whose price is by the query.
+
+        Returns
+        -------
+        Tensor [B, H, T], float32
+            ``ScoreKind.MASS`` of the last queries.
+        """
+        return self._all_scores[ScoreKind.MASS]
+
+    @functools.cached_property
+    def _all_scores(self) -> dict[ScoreKind, Tensor]:
+        kinds = sorted({ScoreKind.MASS, *self.kinds})
+        queries = self.queries
+        if {ScoreKind.MASS, ScoreKind.ATTENTION}.isdisjoint(self.kinds):
+            queries = queries[:, :, -OBSERVED:]
+        scores = ops.expert_scores(
+            self.keys,
+            self.values,
+            queries,
+            self.start,
+            kinds=kinds,
+            **self._logits,
+            pool=POOL,
+            lag=LAG,
+            backend=self.backend,
+        )
+        return dict(zip(kinds, scores.unbind(), strict=True))
 
     def expected(self) -> Tensor:
         """Attention that the pairs can expect, row by row; the view has to be ``aligned``.

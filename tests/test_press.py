@@ -337,6 +337,20 @@ def test_hit_rate_is_the_attention_on_what_the_expert_alone_keeps() -> None:
             assert 0 < rate < 1
 
 
+def test_hit_rates_without_an_expert_of_attention_are_of_eight_queries() -> None:
+    model, input_ids = tiny_model(), tokens(2, LENGTH)
+
+    def rate(*experts: Any, window: int) -> float:
+        press = make_press(0.7, experts=["semantic", *experts], top_k=1, window=window)
+        compress(press, model, input_ids)
+        layer: dict[str, Any] = press.get_stats()["layer_stats"][1]
+        return layer["expert_compression_stats"]["cache_hit_rates"]["semantic"]
+
+    assert rate("temporal", window=20) == rate("temporal", window=8) == rate(Spy(), window=8)
+    assert rate("temporal", window=20) != rate(Spy(), window=20)
+    assert rate("temporal", window=5) == rate(Spy(), window=5)
+
+
 def test_hit_rate_of_a_dominant_policy_is_for_what_each_would_keep() -> None:
     model, input_ids, spy = tiny_model(), tokens(1, LENGTH), Spy()
     press = make_press(0.7, experts=["aggressive", "conservative", spy], policy="dominant")
