@@ -41,21 +41,24 @@ inline Vec exp_of_shifted(Vec x) {
 #endif
 }
 
-// Loads and transposes logits[kTileTokens, num_experts] into z[num_experts, kTileTokens], divided
-// by the temperature, with NaN as -inf and +inf as the largest finite number. Reads whole vectors,
-// past the end of a row. Returns the highest z of each token.
+// logits / temperature, with NaN as -inf and +inf as the largest finite number.
+inline Vec tempered(Vec logits, float inv_temperature) {
+  const Vec lowest = Vec::set(-__builtin_inff()), largest = Vec::set(kMaxFloat);
+  // In this order of operands max gives -inf for NaN.
+  return min(max(logits * Vec::set(inv_temperature), lowest), largest);
+}
+
+// Loads and transposes logits[kTileTokens, num_experts] into z[num_experts, kTileTokens]. Reads
+// whole vectors, past the end of a row. Returns the highest z of each token.
 template <typename T>
 inline Vec load_tile(const T* logits, int64_t stride, int64_t num_experts, float inv_temperature,
                      float* z) {
-  const Vec scale = Vec::set(inv_temperature);
-  const Vec lowest = Vec::set(-__builtin_inff()), largest = Vec::set(kMaxFloat);
-  Vec highest = lowest;
+  Vec highest = Vec::set(-__builtin_inff());
   for (int64_t e = 0; e < num_experts; e += Vec::kLanes) {
     Vec rows[kTileTokens];
     for (int i = 0; i < kTileTokens; ++i) {
       __builtin_prefetch(logits + (i + kTileTokens) * stride + e);  // of the next tile
-      // In this order of operands max gives -inf for NaN.
-      rows[i] = min(max(Vec::load(logits + i * stride + e) * scale, lowest), largest);
+      rows[i] = tempered(Vec::load(logits + i * stride + e), inv_temperature);
     }
     transpose(rows);
     const int64_t count = num_experts - e < Vec::kLanes ? num_experts - e : Vec::kLanes;
@@ -63,6 +66,22 @@ inline Vec load_tile(const T* logits, int64_t stride, int64_t num_experts, float
       highest = max(highest, rows[i]);
       rows[i].store(z + (e + i) * kTileTokens);
     }
+  }
+  return highest;
+}
+
+// The same for few experts, whose rows lie one behind the other: no more is read than there is.
+template <int N, typename T>
+inline Vec load_dense_tile(const T* logits, float inv_temperature, float* z) {
+  Vec rows[N];
+  for (int i = 0; i < N; ++i) {
+    rows[i] = tempered(Vec::load(logits + i * Vec::kLanes), inv_temperature);
+  }
+  transpose(rows);
+  Vec highest = Vec::set(-__builtin_inff());
+  for (int i = 0; i < N; ++i) {
+    highest = max(highest, rows[i]);
+    rows[i].store(z + i * kTileTokens);
   }
   return highest;
 }
@@ -120,6 +139,20 @@ inline void choose(float* ratings, int64_t num_experts, int64_t k, float* chosen
   }
 }
 
+// Transposes [k, kTileTokens] to [count, k].
+template <typename T>
+inline void store_choice(const float* choice, int64_t k, int64_t count, T* out) {
+  if (k == 2 && count == kTileTokens) {
+    Vec low, high;
+    interleave(Vec::load(choice), Vec::load(choice + kTileTokens), low, high);
+    low.store(out);
+    return high.store(out + Vec::kLanes);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t j = 0; j < k; ++j) out[i * k + j] = static_cast<T>(choice[j * kTileTokens + i]);
+  }
+}
+
 template <typename T>
 inline void gating_block(const GatingTopkParams& p, int64_t begin, int64_t end, float* prob_sum,
                          float* entropy, int32_t* load) {
@@ -132,6 +165,9 @@ inline void gating_block(const GatingTopkParams& p, int64_t begin, int64_t end, 
   alignas(64) T padded[kMaxExperts * kTileTokens];
   const int64_t num_experts = p.num_experts, k = p.k;
   const bool separate_ratings = p.bias || k > kRoundExperts;
+  // Counted in lanes; many, one by one.
+  const bool few_experts = num_experts <= kTileTokens;
+  alignas(64) float loads[kTileTokens * kTileTokens] = {};
   for (int64_t i = 0; i < num_experts * kTileTokens; ++i) sums[i] = 0.0f;
   for (int64_t e = 0; e < num_experts; ++e) load[e] = 0;
   Vec entropies = Vec::set(0.0f);
@@ -143,15 +179,25 @@ inline void gating_block(const GatingTopkParams& p, int64_t begin, int64_t end, 
     const int64_t count = end - token < kTileTokens ? end - token : kTileTokens;
     const T* tile = logits + token * p.logits_stride;
     int64_t stride = p.logits_stride;
-    if (count < kTileTokens || tile + (count - 1) * stride + padded_experts > logits_end) {
-      std::memset(padded, 0, sizeof padded);
-      for (int64_t i = 0; i < count; ++i) {
-        std::memcpy(padded + i * padded_experts, tile + i * stride, num_experts * sizeof(T));
+    const bool dense = count == kTileTokens && stride == num_experts;
+    Vec highest;
+    if (dense && num_experts == 2) {
+      highest = load_dense_tile<2>(tile, p.inv_temperature, probs);
+    } else if (dense && num_experts == 4) {
+      highest = load_dense_tile<4>(tile, p.inv_temperature, probs);
+    } else if (dense && num_experts == 8) {
+      highest = load_dense_tile<8>(tile, p.inv_temperature, probs);
+    } else {
+      if (count < kTileTokens || tile + (count - 1) * stride + padded_experts > logits_end) {
+        std::memset(padded, 0, sizeof padded);
+        for (int64_t i = 0; i < count; ++i) {
+          std::memcpy(padded + i * padded_experts, tile + i * stride, num_experts * sizeof(T));
+        }
+        tile = padded;
+        stride = padded_experts;
       }
-      tile = padded;
-      stride = padded_experts;
+      highest = load_tile(tile, stride, num_experts, p.inv_temperature, probs);
     }
-    const Vec highest = load_tile(tile, stride, num_experts, p.inv_temperature, probs);
 
     bool real[kTileTokens];
     float share[kTileTokens];  // 1 for a real token, else 0
@@ -221,15 +267,32 @@ inline void gating_block(const GatingTopkParams& p, int64_t begin, int64_t end, 
       select(sum > zero, chosen_share, uniform * part).store(weights + j * kTileTokens);
     }
 
-    for (int64_t i = 0; i < count; ++i) {
-      float* token_weights = p.weights + (token + i) * k;
-      int32_t* token_experts = p.experts + (token + i) * k;
-      for (int64_t j = 0; j < k; ++j) {
-        const auto expert = static_cast<int32_t>(real[i] ? chosen[j * kTileTokens + i] : j);
-        token_experts[j] = expert;
-        token_weights[j] = weights[j * kTileTokens + i];
-        load[expert] += real[i] && parts[j * kTileTokens + i] > 0.0f;
+    const Mask is_real = Vec::load(share) > zero;
+    for (int64_t j = 0; j < k; ++j) {
+      const Vec expert = Vec::load(chosen + j * kTileTokens);
+      select(is_real, expert, Vec::set(static_cast<float>(j))).store(chosen + j * kTileTokens);
+      const Vec part = Vec::load(parts + j * kTileTokens);
+      const Vec counted = select(part > zero, Vec::load(share), zero);
+      if (few_experts) {
+        for (int64_t e = 0; e < num_experts; ++e) {
+          const Vec other = select(expert != Vec::set(static_cast<float>(e)), zero, counted);
+          (Vec::load(loads + e * kTileTokens) + other).store(loads + e * kTileTokens);
+        }
+      } else {
+        counted.store(parts + j * kTileTokens);
       }
+    }
+    if (!few_experts) {
+      for (int64_t i = 0; i < k * kTileTokens; ++i) {
+        load[static_cast<int64_t>(chosen[i])] += static_cast<int32_t>(parts[i]);
+      }
+    }
+    store_choice(weights, k, count, p.weights + token * k);
+    store_choice(chosen, k, count, p.experts + token * k);
+  }
+  if (few_experts) {
+    for (int64_t e = 0; e < num_experts; ++e) {
+      load[e] = static_cast<int32_t>(Vec::load(loads + e * kTileTokens).sum());
     }
   }
   for (int64_t e = 0; e < num_experts; ++e) prob_sum[e] = Vec::load(sums + e * kTileTokens).sum();

@@ -95,6 +95,7 @@ struct Vec {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void store(int32_t* p) const { _mm512_storeu_si512(p, _mm512_cvtps_epi32(v)); }  // of integers
 
   friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -155,6 +156,9 @@ struct Vec {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
   }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
+  void store(int32_t* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvtps_epi32(v));
+  }
 
   friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -226,6 +230,9 @@ struct Vec {
     return map([=](int i) { return to_float(p[i]); });
   }
   void store(float* p) const { std::memcpy(p, v, sizeof v); }
+  void store(int32_t* p) const {
+    for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int32_t>(v[i]);
+  }
 
   friend Vec operator+(Vec a, Vec b) {
     return map([&](int i) { return a.v[i] + b.v[i]; });
@@ -390,15 +397,16 @@ inline void store_lanes(Vec a, float* p, int64_t count) {
   std::memcpy(p, lanes, count * sizeof(float));
 }
 
-// Row i of the square matrix becomes column i: interleaving the two halves of the rows, once per
-// bit of the row number.
-inline void transpose(Vec (&rows)[Vec::kLanes]) {
+// The numbers of N vectors, as a matrix [kLanes, N] in memory has them, become its columns:
+// interleaving the two halves of the vectors, once per bit of the row number.
+template <int N>
+inline void transpose(Vec (&rows)[N]) {
+  static_assert(N % 2 == 0);
   for (int step = 1; step < Vec::kLanes; step *= 2) {
-    Vec next[Vec::kLanes];
-    for (int i = 0; i < Vec::kLanes / 2; ++i) {
-      interleave(rows[i], rows[i + Vec::kLanes / 2], next[2 * i], next[2 * i + 1]);
-    }
-    for (int i = 0; i < Vec::kLanes; ++i) rows[i] = next[i];
+    Vec next[N];
+    for (int i = 0; i < N / 2; ++i)
+      interleave(rows[i], rows[i + N / 2], next[2 * i], next[2 * i + 1]);
+    for (int i = 0; i < N; ++i) rows[i] = next[i];
   }
 }
 
