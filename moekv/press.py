@@ -169,8 +169,8 @@ class MoERouterPress(ScorerPress):
     backend : str
         ``"auto"`` (by the device of the tensors), ``"cpu"``, ``"cuda"`` or ``"torch"``.
     experts : sequence, optional
-        Names, ``Expert`` instances or kvpress scorers, instead of the registry's first; sets
-        ``num_experts``.
+        Names, ``Expert`` instances or kvpress scorers, instead of the registry's first
+        `num_experts`.
     balance_mode : str
         Auxiliary loss of the ``"topk_balanced"`` router: ``entropy``, ``variance`` or ``gini``.
     cache_update_interval : int
@@ -248,12 +248,13 @@ class MoERouterPress(ScorerPress):
     def __post_init__(self) -> None:
         """Check every option before a model is at hand."""
         self._training_free, self._own_choice = self._check_router()
-        self.num_experts = 4 if self.num_experts is None else self.num_experts
-        self.top_k = 2 if self.top_k is None else self.top_k
-        self.router_type = self.router_type or "pikv"
+        # The options stay as they were given: dataclasses.replace() makes a press of the same ones.
+        num_experts = 4 if self.num_experts is None else self.num_experts
+        self._top_k = 2 if self.top_k is None else self.top_k
+        self._router_type = "pikv" if self.router_type is None else self.router_type
         check_ratio(self.compression_ratio)
         _check_choice("policy", self.policy, POLICIES)
-        _check_choice("router_type", self.router_type, tuple(ROUTERS))
+        _check_choice("router_type", self._router_type, tuple(ROUTERS))
         _check_choice("balance_mode", self.balance_mode, tuple(BALANCE_LOSSES))
         self._budget = resolve_budget(self.budget)
         if self.policy == "dominant" and self._budget != "uniform":
@@ -272,7 +273,7 @@ class MoERouterPress(ScorerPress):
                 "all layers leave after each chunk, and its peak is bounded by that"
             )
         ops.check_backend(self.backend)
-        _check_count("top_k", self.top_k, 1)
+        _check_count("top_k", self._top_k, 1)
         _check_count("cache_update_interval", self.cache_update_interval, 1)
         _check_count("sinks", self.sinks, 0)
         _check_count("recent", self.recent, 0)
@@ -289,26 +290,22 @@ class MoERouterPress(ScorerPress):
         self._experts: list[Expert] | None = None
         if not self._own_choice:
             self._experts = build_experts([SHARED_EXPERT, *ROUTED_EXPERTS])
-            self.num_experts = len(self._experts)
         elif self.experts is not None:
             self._experts = build_experts(self.experts)
-            self.num_experts = len(self._experts)
-        elif self.num_experts != "auto":
+        elif num_experts != "auto":
             names = expert_names()
-            if isinstance(self.num_experts, str):
-                raise ValueError(
-                    f'expected num_experts a number or "auto", got {self.num_experts!r}'
-                )
-            _check_count("num_experts", self.num_experts, 1)
-            if self.num_experts > len(names):
+            if isinstance(num_experts, str):
+                raise ValueError(f'expected num_experts a number or "auto", got {num_experts!r}')
+            _check_count("num_experts", num_experts, 1)
+            if num_experts > len(names):
                 raise ValueError(
                     f"expected num_experts <= {len(names)} ({', '.join(names)}), "
-                    f"got {self.num_experts}; register_expert adds more"
+                    f"got {num_experts}; register_expert adds more"
                 )
-            self._experts = build_experts(names[: self.num_experts])
+            self._experts = build_experts(names[:num_experts])
         most = len(expert_names() if self._experts is None else self._experts)
-        if self.top_k > most:
-            raise ValueError(f"expected top_k <= num_experts = {most}, got {self.top_k}")
+        if self._top_k > most:
+            raise ValueError(f"expected top_k <= num_experts = {most}, got {self._top_k}")
         if self._goes_on and self._experts is not None:
             _check_able(self._experts, not all(e.needs_hidden_states for e in self._experts))
         self._own_experts = self._experts
@@ -1048,8 +1045,7 @@ class MoERouterPress(ScorerPress):
             heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
             wanted = int(config.num_hidden_layers * heads).bit_length() - 1
             names = expert_names()
-            assert self.top_k is not None
-            self._experts = build_experts(names[: max(wanted, self.top_k)])
+            self._experts = build_experts(names[: max(wanted, self._top_k)])
         return self._experts
 
     def _check_known(self, module: nn.Module) -> None:
@@ -1077,25 +1073,24 @@ class MoERouterPress(ScorerPress):
         return self._layers[index]
 
     def _make_router(self, hidden_size: int, experts: Sequence[Expert]) -> BaseMoERouter:
-        assert self.router_type is not None and self.top_k is not None
         if not self._own_choice:
             prior = [expert.prior for expert in experts[1:]]
             router = SharedExpertRouter(
-                hidden_size, len(prior), self.top_k, prior=prior, backend=self.backend
+                hidden_size, len(prior), self._top_k, prior=prior, backend=self.backend
             )
             router.freeze()
             return router
         options: dict[str, Any] = {}
-        if self.router_type == "topk_balanced":
+        if self._router_type == "topk_balanced":
             options["balance_mode"] = self.balance_mode
-        if self.router_type == "pikv":
+        if self._router_type == "pikv":
             options["cache_aware"] = self.cache_aware
             options["cache_update_interval"] = self.cache_update_interval
         return make_router(
-            self.router_type,
+            self._router_type,
             hidden_size,
             len(experts),
-            self.top_k,
+            self._top_k,
             prior=[expert.prior for expert in experts],
             backend=self.backend,
             **options,
@@ -1159,7 +1154,7 @@ class MoERouterPress(ScorerPress):
 
     def _router_name(self) -> str:
         if self._calibrated is None:
-            kind = self.router_type if self._own_choice else "shared expert"
+            kind = self._router_type if self._own_choice else "shared expert"
             return f"{kind}, not calibrated"
         return f"calibrated for {self._calibrated.recipe.get('model_name', self._calibrated.model)}"
 
