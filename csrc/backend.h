@@ -25,6 +25,7 @@ void check_row_ranges(const RaggedAttentionParams& params);
 // Workspaces are allocated by the op as byte tensors and need no initialisation unless said so.
 size_t gating_topk_workspace_bytes(const GatingTopkParams& params);
 size_t expert_scores_workspace_bytes(const ExpertScoresParams& params);
+size_t expected_attention_workspace_bytes(const ExpectedAttentionParams& params);
 size_t project_tokens_workspace_bytes(const ProjectTokensParams& params);
 size_t select_kept_workspace_bytes(const SelectKeptParams& params);
 size_t kv_compact_workspace_bytes(const KvCompactParams& params);
@@ -32,6 +33,7 @@ size_t ragged_attention_workspace_bytes(const RaggedAttentionParams& params);
 
 void gating_topk(const GatingTopkParams& params, Stream stream);
 void expert_scores(const ExpertScoresParams& params, Stream stream);
+void expected_attention(const ExpectedAttentionParams& params, Stream stream);
 void project_tokens(const ProjectTokensParams& params, Stream stream);
 void mix_scores(const MixScoresParams& params, Stream stream);
 void select_kept(const SelectKeptParams& params, Stream stream);

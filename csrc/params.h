@@ -57,6 +57,18 @@ struct ProjectTokensParams {
   DType dtype;
 };
 
+struct ExpectedAttentionParams {
+  const void* queries;   // [B, Hq, T, D], dtype
+  const void* keys;      // [B, H, T, D], dtype
+  const int32_t* start;  // [B] or null
+  float* scores;         // [B, H, T]
+  void* workspace;       // expected_attention_workspace_bytes()
+  int64_t batch, num_kv_heads, num_query_heads, num_keys, head_dim;
+  int64_t query_stride[3], key_stride[3];  // batch, head, position; dim is dense
+  float scaling, softcap;
+  DType dtype;
+};
+
 struct MixScoresParams {
   const float* scores;     // [E, B, H, T]
   const float* weights;    // [B, H or 1, T, k]
@@ -120,6 +132,7 @@ struct RaggedAttentionParams {
 struct Kernels {
   void (*gating_topk)(const GatingTopkParams&);
   void (*expert_scores)(const ExpertScoresParams&);
+  void (*expected_attention)(const ExpectedAttentionParams&);
   void (*project_tokens)(const ProjectTokensParams&);
   void (*mix_scores)(const MixScoresParams&);
   void (*select_kept)(const SelectKeptParams&);

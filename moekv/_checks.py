@@ -146,6 +146,28 @@ def expert_scores(
         )
 
 
+def expected_attention(
+    queries: Tensor, keys: Tensor, start: Tensor | None, scaling: float, softcap: float
+) -> None:
+    expect = _Expect("expected_attention", queries)
+    expect.rank("queries", queries, 4, "[batch, num_query_heads, num_keys, head_dim]")
+    expect.rank("keys", keys, 4, "[batch, num_kv_heads, num_keys, head_dim]")
+    expect.floating("queries", queries)
+    batch, num_query_heads, num_keys, head_dim = queries.shape
+    num_kv_heads = keys.shape[1]
+    expect.tensor("keys", keys, queries.dtype, [batch, "num_kv_heads", num_keys, head_dim])
+    expect(
+        num_kv_heads >= 1 and num_query_heads >= 1 and num_query_heads % num_kv_heads == 0,
+        "num_query_heads to be a multiple of num_kv_heads = {}, got {}",
+        num_kv_heads,
+        num_query_heads,
+    )
+    expect(1 <= head_dim <= _MAX_HEAD_DIM, "a head dim of 1 to {}, got {}", _MAX_HEAD_DIM, head_dim)
+    expect.tensor("start", start, torch.int32, [batch])
+    expect(0 < scaling < math.inf, "scaling > 0, got {}", scaling)
+    expect(0 <= softcap < math.inf, "softcap >= 0, got {}", softcap)
+
+
 def project_tokens(hidden_states: Tensor, weight: Tensor, mask: Tensor | None) -> None:
     expect = _Expect("project_tokens", hidden_states)
     expect.rank("hidden_states", hidden_states, 3, "[batch, num_tokens, hidden_size]")

@@ -208,7 +208,7 @@ class TemporalExpert(Expert):
 class ExpectedExpert(Expert):
     """Rates by the attention that a pair can expect, and by the size of what it then gives.
 
-    ``log attention + 1/2 log |value|``: see ``moekv.expected`` for the first.
+    ``log attention + 1/2 log |value|``: see ``moekv.ops.expected_attention`` for the first.
     """
 
     name = "expected"

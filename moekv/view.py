@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 from transformers.models.phi3.modeling_phi3 import Phi3Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from moekv import ops
-from moekv.expected import expected_attention
 from moekv.ops import ScoreKind
 
 POOL = 5
@@ -178,12 +176,12 @@ class LayerView:
         return dict(zip(kinds, scores.unbind(), strict=True))
 
     def expected(self) -> Tensor:
-        """Attention that the pairs can expect, row by row; the view has to be ``aligned``.
+        """Attention that the pairs can expect; the view has to be ``aligned``.
 
         Returns
         -------
         Tensor [B, H, T], float32
-            See ``moekv.expected``; 0 at padding.
+            See ``moekv.ops.expected_attention``.
 
         Raises
         ------
@@ -199,17 +197,14 @@ class LayerView:
         projected = self.projected
         if projected is None:
             projected = project_queries(self.module, self.hidden_states)
-        back = self._turned_back()
-        rows = []
-        for row, length in enumerate(self.lengths):
-            real = slice(self.keys.shape[2] - length, None)
-            scores = expected_attention(
-                projected[row, :, real].to(self.keys.dtype),
-                torch.matmul(self.keys[row, :, real], back[row % len(back)]),
-                softcap=self._logits["softcap"],
-            )
-            rows.append(functional.pad(scores, (self.keys.shape[2] - length, 0)))
-        return torch.stack(rows)
+        keys = torch.matmul(self.keys, self._turned_back()[:, None])
+        return ops.expected_attention(
+            projected.to(keys.dtype),
+            keys,
+            self.start,
+            softcap=self._logits["softcap"],
+            backend=self.backend,
+        )
 
     def _turned_back(self) -> Tensor:
         """Matrices [B or 1, D, D] that turn keys back by the position behind the last token.

@@ -247,6 +247,70 @@ def check_expert_scores(op: Op, case: ExpertScores, device: str = "cpu") -> None
         assert (error <= allowed).all(), f"kind {kind}: error {error.max()}, allowed {allowed}"
 
 
+# --- expected_attention ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpectedAttention(Case):
+    shape: tuple[int, int, int, int]  # B, H, T, D
+    group: int = 2
+    start: tuple[int, ...] | None = None
+    softcap: float = 0.0
+    scaling: float | None = None  # D ** -0.5
+    dtype: torch.dtype = FP32
+    layout: str = "dense"  # "bthd": [B, T, H, D] in memory, "gaps": also between channels
+
+    def inputs(self, device: str = "cpu") -> tuple[list[Tensor | None], dict[str, Any]]:
+        generator = self.generator()
+        batch, num_kv_heads, num_keys, head_dim = self.shape
+
+        def random(heads: int) -> Tensor:
+            x = torch.randn(batch, heads, num_keys, head_dim, generator=generator)
+            x = (1.5 * x).to(device, self.dtype)
+            if self.layout == "bthd":
+                x = x.transpose(1, 2).contiguous().transpose(1, 2)
+            return with_gaps(x, 1, 2, 3) if self.layout == "gaps" else x
+
+        start = None
+        if self.start is not None:
+            start = torch.tensor(self.start, dtype=torch.int32, device=device)
+        return [random(num_kv_heads * self.group), random(num_kv_heads), start], {
+            "scaling": self.scaling or head_dim**-0.5,
+            "softcap": self.softcap,
+        }
+
+
+EXPECTED_ATTENTION = [
+    *(ExpectedAttention((1, 2, 75, d)) for d in (1, 7, 8, 33, 64, 80, 96, 128, 256)),
+    *(ExpectedAttention((1, 2, 140, d), dtype=BF16) for d in (1, 31, 64, 80, 128, 256)),
+    *(ExpectedAttention((1, 1, 90, d), dtype=FP16) for d in (20, 96)),
+    *(ExpectedAttention((2, 1, t, 16), 1) for t in (1, 2, 4, 5, 6, 16, 47, 48, 49, 63, 64, 65, 66)),
+    *(ExpectedAttention((1, 2, t, 64), 3, dtype=BF16) for t in (1, 4, 17, 64, 65, 252, 253, 257)),
+    *(ExpectedAttention((1, 2, 70, 32), group, layout="bthd") for group in (1, 3, 4, 8)),
+    ExpectedAttention((1, 2, 0, 16)),
+    ExpectedAttention((0, 2, 9, 16)),
+    ExpectedAttention((1, 2, 1100, 64), 3, dtype=BF16, layout="bthd"),
+    ExpectedAttention((2, 1, 515, 128), 4, (0, 333), dtype=BF16, layout="bthd"),
+    ExpectedAttention((4, 1, 120, 24), 2, (0, 13, 119, 120)),
+    ExpectedAttention((3, 2, 300, 16), 2, (-4, 40, 400), dtype=FP16),
+    ExpectedAttention((1, 2, 99, 20), 3, softcap=5.0),
+    ExpectedAttention((2, 1, 280, 64), 2, (7, 0), softcap=2.0, dtype=BF16),
+    ExpectedAttention((1, 2, 130, 10), layout="gaps", dtype=FP16),
+    ExpectedAttention((2, 2, 70, 40), 2, (1, 6), layout="gaps"),
+    ExpectedAttention((1, 1, 200, 16), scaling=3.0),
+]
+
+
+def check_expected_attention(op: Op, case: ExpectedAttention, device: str = "cpu") -> None:
+    inputs, options = case.inputs(device)
+    scores = op(*inputs, **options)
+    assert scores.dtype == torch.float32
+    exact = reference.expected_attention(*map(double, inputs), **options)
+    plain = reference.expected_attention(*inputs, **options)
+    slack = 4 * float((plain.double() - exact).abs().max()) if plain.numel() else 0.0
+    torch.testing.assert_close(scores.double(), exact, rtol=1e-6, atol=1e-5 + slack)
+
+
 # --- project_tokens -------------------------------------------------------------------------------
 
 
@@ -530,6 +594,7 @@ def check_kv_compact_(op: Op, case: KvCompact, device: str = "cpu") -> None:
 CHECKS: dict[str, tuple[Callable[..., None], Sequence[Any]]] = {
     "gating_topk": (check_gating_topk, GATING_TOPK),
     "expert_scores": (check_expert_scores, EXPERT_SCORES),
+    "expected_attention": (check_expected_attention, EXPECTED_ATTENTION),
     "project_tokens": (check_project_tokens, PROJECT_TOKENS),
     "mix_scores": (check_mix_scores, MIX_SCORES),
     "select_kept": (check_select_kept, SELECT_KEPT),

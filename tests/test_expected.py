@@ -10,93 +10,12 @@ from tiny_models import TINY_MODELS, prefill, tiny_model, tokens
 from torch import Tensor
 from transformers import DynamicCache
 
-import moekv.expected as module
 import moekv.press as press_module
-from moekv import LayerView, MoERouterPress, prefill_in_chunks
-from moekv.expected import REACH, SAMPLES, SINKS, expected_attention
+from moekv import LayerView, MoERouterPress, prefill_in_chunks, reference
 from moekv.experts import ExpectedExpert
 from moekv.hooks import find_layers
 from moekv.layers import RaggedLayer
 from moekv.view import _rotations, project_queries, recent_queries, rotate
-
-
-def reference(queries: Tensor, keys: Tensor, *, scaling: float, softcap: float = 0.0) -> Tensor:
-    """Score pair by pair, in fp64."""
-    queries, keys = queries.double(), keys.double()
-    num_heads, num_keys, _ = keys.shape
-    num_queries, groups = queries.shape[1], queries.shape[0] // num_heads
-    sampled = num_keys > SINKS + SAMPLES
-    scores = torch.zeros(num_heads, num_queries, dtype=torch.float64)
-    for head in range(num_heads):
-        index, weight = module._sample(num_keys, keys.device)
-        for group in range(groups):
-            for i in range(num_queries):
-                query = queries[head * groups + group, i]
-
-                def logits(some: Tensor, query: Tensor = query) -> Tensor:
-                    product = some @ query * scaling
-                    return softcap * torch.tanh(product / softcap) if softcap else product
-
-                place = num_keys - num_queries + i
-                near = logits(keys[head, place : place + REACH + 1])
-                all_keys = logits(keys[head, index]) + weight.log()
-                total = torch.cat([all_keys, near]) if sampled else all_keys
-                share = (near - total.logsumexp(0)).exp()
-                for step in range(min(REACH + 1, num_queries - i)):
-                    scores[head, i + step] += share[step] ** 2 / groups
-    return scores.log() / 2
-
-
-@pytest.mark.parametrize(
-    "num_queries, num_keys", [(1, 1), (3, 3), (33, 33), (68, 68), (69, 69), (150, 150), (7, 140)]
-)
-@pytest.mark.parametrize("groups, dim, softcap", [(1, 64, 0.0), (3, 80, 0.0), (2, 16, 5.0)])
-def test_as_the_reference(
-    num_queries: int, num_keys: int, groups: int, dim: int, softcap: float
-) -> None:
-    queries = 2 * torch.randn(2 * groups, num_queries, dim)
-    keys = torch.randn(2, num_keys, dim)
-    options = {"scaling": dim**-0.5, "softcap": softcap}
-    scores = expected_attention(queries, keys, **options)
-    wanted = reference(queries, keys, **options)
-    torch.testing.assert_close(scores.double(), wanted, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype: torch.dtype) -> None:
-    queries, keys = torch.randn(6, 90, 32).to(dtype), torch.randn(2, 90, 32).to(dtype)
-    scores = expected_attention(queries, keys, scaling=32**-0.5)
-    assert scores.dtype == torch.float32
-    torch.testing.assert_close(
-        scores.double(), reference(queries, keys, scaling=32**-0.5), atol=0.05, rtol=0
-    )
-
-
-@pytest.mark.parametrize("tile", [32, 64, 96])
-def test_tiles_leave_no_trace(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    queries, keys = torch.randn(6, 150, 32), torch.randn(2, 150, 32)
-    whole = expected_attention(queries, keys, scaling=0.2)
-    monkeypatch.setattr(module, "_TILE", tile)
-    torch.testing.assert_close(expected_attention(queries, keys, scaling=0.2), whole)
-
-
-def test_a_sample_stands_for_all_keys() -> None:
-    """Each key once in its part, the weights those of all of them together."""
-    for num_keys in (69, 100, 1000, 4097):
-        places, weight = module._sample(num_keys, torch.device("cpu"))
-        assert weight.sum().item() == pytest.approx(num_keys, rel=1e-4)
-        assert places[:SINKS].tolist() == list(range(SINKS))
-        assert (places.diff() >= 0).all() and places[-1] < num_keys
-        part = (places[SINKS:] - SINKS) * SAMPLES / (num_keys - SINKS)
-        assert (part.long() - torch.arange(SAMPLES)).abs().max() <= 1
-
-
-def test_what_a_token_asked_for_ranks_first() -> None:
-    """A query that looks at the key behind its own raises that pair above all others."""
-    keys = torch.nn.functional.normalize(torch.randn(1, 200, 64), dim=-1)
-    queries = torch.zeros(1, 200, 64)
-    queries[0, 120] = 300 * keys[0, 121]
-    assert expected_attention(queries, keys, scaling=0.1).argmax() == 121
 
 
 def rate(model: Any, input_ids: Tensor, **inputs: Any) -> list[tuple[LayerView, Tensor, Tensor]]:
@@ -132,8 +51,8 @@ def test_queries_stand_behind_the_last_token(name: str) -> None:
     left, right = turning.chunk(2, -1)
     turned = turning * cos + torch.cat([-right, left], -1) * sin
     queries = torch.cat([turned, rest], -1)
-    wanted = reference(queries[0], view.keys[0], scaling=layer.scaling)
-    torch.testing.assert_close(scores[0].double(), wanted, atol=1e-4, rtol=1e-4)
+    wanted = reference.expected_attention(queries, view.keys, scaling=layer.scaling)
+    torch.testing.assert_close(scores, wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
@@ -188,8 +107,8 @@ def test_queries_are_the_layers_own(name: str) -> None:
             seen.append((formed[:, :, 7:], view.queries[:, :, 7:]))  # behind the padding
             turn = _rotations(view.module, view.hidden_states, view.kwargs, range(1, 2))
             behind = rotate(view.module, project_queries(view.module, view.hidden_states), *turn)
-            wanted = expected_attention(behind[0], view.keys[0], **view._logits)
-            torch.testing.assert_close(view.expected()[0], wanted, atol=1e-4, rtol=1e-4)
+            wanted = reference.expected_attention(behind, view.keys, view.start, **view._logits)
+            torch.testing.assert_close(view.expected()[0], wanted[0], atol=1e-4, rtol=1e-4)
             return super().scores(view)
 
     model = tiny_model(name)
@@ -226,8 +145,6 @@ def test_padded_rows_are_rated_one_by_one() -> None:
 
 def test_a_row_without_tokens() -> None:
     """As in the first chunk of a batch in which one prompt is much longer."""
-    nothing = expected_attention(torch.randn(6, 0, 16), torch.randn(2, 0, 16))
-    assert nothing.shape == (2, 0)
     model, ids = tiny_model(), tokens(2, 40)
     mask = (torch.arange(40) >= torch.tensor([[0], [25]])).long()
     press = MoERouterPress(0.5)

@@ -321,6 +321,7 @@ def test_kv_compact_(case):
 ONE_OF_EACH = [
     ("gating_topk", op_cases.GatingTopk(9, 8, 2, bias=True, mask=True)),
     ("expert_scores", op_cases.ExpertScores((2, 2, 40, 8), start=(0, 3), pool=3)),
+    ("expected_attention", op_cases.ExpectedAttention((2, 2, 90, 8), start=(0, 3))),
     ("project_tokens", op_cases.ProjectTokens((2, 9, 8), mask=True)),
     ("mix_scores", op_cases.MixScores((4, 2, 2, 9), 2)),
     ("select_kept", op_cases.SelectKept((2, 2, 9), (7, 9), 1, 1, padding=True)),

@@ -77,14 +77,15 @@ struct AmxProducts {
     }
   }
 
-  static void pack(const HeadView<T>& head, int64_t first, char* panel) {
-    std::memset(panel, 0, panel_bytes(head.key_dim));
+  template <typename RowOf>
+  static void pack(const RowOf& row_of, int64_t count, int64_t dim, char* panel) {
+    std::memset(panel, 0, panel_bytes(dim));
     alignas(64) bfloat16_t planes[kPlanes<T>][kMaxDim];
-    for (int64_t lane = 0; lane < 32 && first + lane < head.query_rows(); ++lane) {
-      cut(head.query_row(first + lane), head.key_dim, planes[0], kMaxDim);
+    for (int64_t lane = 0; lane < 32 && lane < count; ++lane) {
+      cut(row_of(lane), dim, planes[0], kMaxDim);
       char* out = panel + lane / 16 * 1024 + lane % 16 * 4;
       for (const auto& plane : planes) {
-        for (int64_t step = 0; step < steps(head.key_dim); ++step, out += 2048) {
+        for (int64_t step = 0; step < steps(dim); ++step, out += 2048) {
           for (int pair = 0; pair < 16; ++pair) {
             std::memcpy(out + pair * 64, plane + step * kStep + pair * 2, 4);
           }
@@ -93,11 +94,11 @@ struct AmxProducts {
     }
   }
 
-  static void stage(const HeadView<T>& head, int64_t begin, int count, Keys& keys) {
-    const int64_t stride = steps(head.key_dim) * kStep;
+  template <typename RowOf>
+  static void stage(const RowOf& row_of, int count, int64_t dim, Keys& keys) {
+    const int64_t stride = steps(dim) * kStep;
     for (int i = 0; i < count; ++i) {
-      cut(head.keys + (begin + i) * head.key_stride, head.key_dim, keys.rows[0] + i * stride,
-          kTile * kMaxDim);
+      cut(row_of(i), dim, keys.rows[0] + i * stride, kTile * kMaxDim);
     }
     const int padded = (count + kBlock - 1) / kBlock * kBlock;
     for (auto& rows : keys.rows) {

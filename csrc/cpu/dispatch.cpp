@@ -92,6 +92,9 @@ std::span<const Isa> isas() {
 
 void gating_topk(const GatingTopkParams& params, Stream) { kernels().gating_topk(params); }
 void expert_scores(const ExpertScoresParams& params, Stream) { kernels().expert_scores(params); }
+void expected_attention(const ExpectedAttentionParams& params, Stream) {
+  kernels().expected_attention(params);
+}
 void project_tokens(const ProjectTokensParams& params, Stream) { kernels().project_tokens(params); }
 void mix_scores(const MixScoresParams& params, Stream) { kernels().mix_scores(params); }
 void select_kept(const SelectKeptParams& params, Stream) { kernels().select_kept(params); }

@@ -1,4 +1,5 @@
 // All CPU kernels as one translation unit per instruction set; see kernels.h.
+#include "expected_attention.h"
 #include "expert_scores.h"
 #include "gating_topk.h"
 #include "kernels.h"
@@ -13,6 +14,7 @@ namespace moekv::cpu::MOEKV_ISA {
 extern const Kernels kernels{
     .gating_topk = gating_topk_kernel,
     .expert_scores = expert_scores_kernel,
+    .expected_attention = expected_attention_kernel,
     .project_tokens = project_tokens_kernel,
     .mix_scores = mix_scores_kernel,
     .select_kept = select_kept_kernel,

@@ -1,9 +1,10 @@
-// Dot products of a tile of keys with a panel of queries, the inner loop of window attention.
+// Dot products of a tile of keys with a panel of queries, the inner loop of window attention; in
+// expected attention the two change places.
 //
 // Queries are packed once per head into panels of kPanel rows, keys are staged tile by tile; lanes
-// run over queries, so that per-query numbers of the softmax are vectors. multiply() writes
-// products [key][query], kPanel floats a key; in between it calls work(from, to) until the ranges
-// cover [0, kTile).
+// run over queries, so that per-query numbers of the softmax are vectors. Both come as functions
+// from a row's number to its address. multiply() writes products [key][query], kPanel floats a key;
+// in between it calls work(from, to) until the ranges cover [0, kTile).
 #pragma once
 
 #include "amx_products.h"
@@ -14,6 +15,9 @@ namespace moekv::cpu::MOEKV_ISA {
 namespace {
 
 constexpr int kPanel = 2 * Vec::kLanes;
+
+// The logit of a key that the query does not see: finite, so that no difference of two is NaN.
+constexpr float kHiddenLogit = -3e38f;
 
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunknown-pragmas"
@@ -37,26 +41,25 @@ struct FmaProducts {
 
   static int64_t panel_bytes(int64_t dim) { return dim * kPanel * sizeof(float); }
 
-  // panel [dim][query]
-  static void pack(const HeadView<T>& head, int64_t first, char* panel) {
+  // panel [dim][lane], with zeros in lanes >= count
+  template <typename RowOf>
+  static void pack(const RowOf& row_of, int64_t count, int64_t dim, char* panel) {
     float* out = reinterpret_cast<float*>(panel);
     for (int64_t lane = 0; lane < kPanel; ++lane) {
-      const bool real = first + lane < head.query_rows();
-      const T* query = real ? head.query_row(first + lane) : nullptr;
-      for (int64_t d = 0; d < head.key_dim; ++d) {
-        out[d * kPanel + lane] = real ? to_float(query[d]) : 0.0f;
-      }
+      const T* row = lane < count ? row_of(lane) : nullptr;
+      for (int64_t d = 0; d < dim; ++d) out[d * kPanel + lane] = row ? to_float(row[d]) : 0.0f;
     }
   }
 
-  static void stage(const HeadView<T>& head, int64_t begin, int count, Keys& keys) {
-    keys.stride = (head.key_dim + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes;
+  template <typename RowOf>
+  static void stage(const RowOf& row_of, int count, int64_t dim, Keys& keys) {
+    keys.stride = (dim + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes;
     for (int i = 0; i < count; ++i) {
-      const T* key = head.keys + (begin + i) * head.key_stride;
+      const T* from = row_of(i);
       float* row = keys.rows + i * keys.stride;
       int64_t d = 0;
-      for (; d + Vec::kLanes <= head.key_dim; d += Vec::kLanes) Vec::load(key + d).store(row + d);
-      if (d < head.key_dim) load_partial(key + d, head.key_dim - d).store(row + d);
+      for (; d + Vec::kLanes <= dim; d += Vec::kLanes) Vec::load(from + d).store(row + d);
+      if (d < dim) load_partial(from + d, dim - d).store(row + d);
     }
     const int padded = (count + kBlock - 1) / kBlock * kBlock;
     std::memset(keys.rows + count * keys.stride, 0, (padded - count) * keys.stride * sizeof(float));

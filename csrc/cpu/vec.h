@@ -410,32 +410,39 @@ inline void transpose(Vec (&rows)[N]) {
   }
 }
 
-// The 16 sums over lanes of 16 vectors.
+// The 16 sums, or largest lanes (of those without NaN), of 16 vectors.
 #if defined(__AVX512F__)
-inline void sum16(const Vec* vectors, float* sums) {
-  // Pairs of vectors are interleaved and added until each lane holds the sum of one vector.
-  __m512 quad[4];
+template <typename Combine>
+inline void reduce16(const Vec* vectors, float* results, const Combine& combine) {
+  // Pairs of vectors are interleaved and combined until each lane holds the result of one vector.
+  Vec quad[4];
   for (int i = 0; i < 4; ++i) {
     const __m512 a = vectors[4 * i].v, b = vectors[4 * i + 1].v;
     const __m512 c = vectors[4 * i + 2].v, d = vectors[4 * i + 3].v;
-    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    const __m512 low =
-        _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
-    const __m512 high =
-        _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
-    quad[i] = _mm512_add_ps(low, high);  // per 128-bit lane: parts of the sums of a, b, c, d
+    const Vec ab = combine({_mm512_unpacklo_ps(a, b)}, {_mm512_unpackhi_ps(a, b)});
+    const Vec cd = combine({_mm512_unpacklo_ps(c, d)}, {_mm512_unpackhi_ps(c, d)});
+    const __m512d x = _mm512_castps_pd(ab.v), y = _mm512_castps_pd(cd.v);
+    // Per 128-bit lane: parts of the results of a, b, c, d.
+    quad[i] = combine({_mm512_castpd_ps(_mm512_unpacklo_pd(x, y))},
+                      {_mm512_castpd_ps(_mm512_unpackhi_pd(x, y))});
   }
-  const __m512 x = _mm512_add_ps(_mm512_shuffle_f32x4(quad[0], quad[1], 0x88),
-                                 _mm512_shuffle_f32x4(quad[0], quad[1], 0xdd));
-  const __m512 y = _mm512_add_ps(_mm512_shuffle_f32x4(quad[2], quad[3], 0x88),
-                                 _mm512_shuffle_f32x4(quad[2], quad[3], 0xdd));
-  _mm512_storeu_ps(
-      sums, _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd)));
+  const auto halves = [&](Vec a, Vec b) {
+    return combine({_mm512_shuffle_f32x4(a.v, b.v, 0x88)}, {_mm512_shuffle_f32x4(a.v, b.v, 0xdd)});
+  };
+  halves(halves(quad[0], quad[1]), halves(quad[2], quad[3])).store(results);
+}
+inline void sum16(const Vec* vectors, float* sums) {
+  reduce16(vectors, sums, [](Vec a, Vec b) { return a + b; });
+}
+inline void highest16(const Vec* vectors, float* highest) {
+  reduce16(vectors, highest, [](Vec a, Vec b) { return max(a, b); });
 }
 #else
 inline void sum16(const Vec* vectors, float* sums) {
   for (int i = 0; i < 16; ++i) sums[i] = vectors[i].sum();
+}
+inline void highest16(const Vec* vectors, float* highest) {
+  for (int i = 0; i < 16; ++i) highest[i] = vectors[i].highest();
 }
 #endif
 

@@ -10,9 +10,7 @@
 namespace moekv::cpu::MOEKV_ISA {
 namespace {
 
-// Below every logit, and the logit of a key that the query cannot see yet: finite, so that no
-// difference of two of them is NaN.
-constexpr float kLeastPeak = -1e30f, kHiddenLogit = -3e38f;
+constexpr float kLeastPeak = -1e30f;  // below every logit
 
 template <typename Products, typename T>
 class WindowAttention {
@@ -26,7 +24,8 @@ class WindowAttention {
 
   void pack_queries() const {
     for (int64_t m = 0; m < head_.query_rows(); m += kPanel) {
-      Products::pack(head_, m, packed_ + m / kPanel * panel_bytes_);
+      Products::pack([&](int64_t lane) { return head_.query_row(m + lane); },
+                     head_.query_rows() - m, head_.key_dim, packed_ + m / kPanel * panel_bytes_);
     }
   }
 
@@ -172,7 +171,8 @@ class WindowAttention {
     for (int64_t tile = begin; tile < end; tile += Products::kTile) {
       const int count =
           static_cast<int>(end - tile < Products::kTile ? end - tile : Products::kTile);
-      Products::stage(head_, tile, count, keys);
+      Products::stage([&](int64_t i) { return head_.keys + (tile + i) * head_.key_stride; }, count,
+                      head_.key_dim, keys);
       for (int64_t m = first_seeing(tile) / kPanel * kPanel; m < head_.query_rows(); m += kPanel) {
         const char* panel = packed_ + m / kPanel * panel_bytes_;
         next.tile = tile;

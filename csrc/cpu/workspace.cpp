@@ -1,5 +1,6 @@
 // How much scratch memory each CPU kernel asks of its caller.
 #include "../backend.h"
+#include "../sample_places.h"
 #include "expert_scores_layout.h"
 #include "gating_plan.h"
 #include "ragged_plan.h"
@@ -15,6 +16,11 @@ size_t gating_topk_workspace_bytes(const GatingTopkParams& params) {
 
 size_t expert_scores_workspace_bytes(const ExpertScoresParams& params) {
   return expert_scores_layout(params).bytes;
+}
+
+size_t expected_attention_workspace_bytes(const ExpectedAttentionParams& params) {
+  const int64_t dim = round_up(params.head_dim, kDimMultiple);
+  return params.batch * params.num_kv_heads * kPlaces * dim * kPackedBytes;
 }
 
 size_t project_tokens_workspace_bytes(const ProjectTokensParams& params) {

@@ -1,0 +1,293 @@
+// The attention that pairs can expect: what the query of each token pays to the pair of its own
+// token and to the kReach behind it, in a softmax whose sum a sample of all keys stands for.
+//
+// Queries come in tiles, one query head after another. Lanes run over the sampled keys, which are
+// packed once per head; of 16 queries at a time the maxima and sums are then taken across lanes,
+// and lanes run over these queries for the few keys near them. All logits are in units of log2.
+#pragma once
+
+#include "../params.h"
+#include "../sample_places.h"
+#include "expert_scores_layout.h"
+#include "parallel.h"
+#include "tile_products.h"
+#include "vec.h"
+
+namespace moekv::cpu::MOEKV_ISA {
+namespace {
+
+// Pairs per unit of work, counted from the first real one of a row: a left-padded row is computed
+// as it would be alone. With the queries before them that look at them: whole tiles.
+constexpr int64_t kChunkPairs = 256 - kReach;
+constexpr int kGroup = 16;  // queries whose sums are taken together
+
+// Square of an attention that nothing looks at; its root is a normal number.
+constexpr float kLeastSquare = 1e-36f;
+
+template <typename Products, typename T>
+class ExpectedAttention {
+ public:
+  explicit ExpectedAttention(const ExpectedAttentionParams& params) : p(params) {
+    constexpr float kLog2E = 1.4426950408889634f;
+    to_log2_ = (p.softcap > 0 ? p.softcap : p.scaling) * kLog2E;
+    to_softcap_ = p.softcap > 0 ? 2 * kLog2E * p.scaling / p.softcap : 0.0f;
+  }
+
+  void run() const {
+    const int64_t rows = p.batch * p.num_kv_heads;
+    const int64_t chunks = (p.num_keys + kChunkPairs - 1) / kChunkPairs;
+    parallel_for(0, rows, 4, [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row) begin_row(Row(p, row));
+    });
+    parallel_for(0, rows * chunks, 1, [&](int64_t first, int64_t last) {
+      for (int64_t unit = first; unit < last; ++unit) {
+        const Row row(p, unit / chunks);
+        const int64_t begin = unit % chunks * kChunkPairs, left = row.length - begin;
+        if (left > 0) score(row, begin, begin + (left < kChunkPairs ? left : kChunkPairs));
+      }
+    });
+  }
+
+ private:
+  static constexpr int kTile = Products::kTile, kPanels = kPlaces / kPanel;
+  static constexpr int kVecs = kPlaces / Vec::kLanes;
+
+  // One KV head of one batch row; positions count from the first real one.
+  struct Row {
+    const T *queries, *keys;
+    float* scores;
+    int64_t number, length, group, start;
+
+    Row(const ExpectedAttentionParams& p, int64_t row) : number(row) {
+      const int64_t b = row / p.num_kv_heads, h = row % p.num_kv_heads;
+      start = p.start ? p.start[b] : 0;
+      if (start < 0) start = 0;
+      if (start > p.num_keys) start = p.num_keys;
+      length = p.num_keys - start;
+      group = p.num_query_heads / p.num_kv_heads;
+      queries = static_cast<const T*>(p.queries) + b * p.query_stride[0] +
+                h * group * p.query_stride[1] + start * p.query_stride[2];
+      keys = static_cast<const T*>(p.keys) + b * p.key_stride[0] + h * p.key_stride[1] +
+             start * p.key_stride[2];
+      scores = p.scores + row * p.num_keys + start;
+    }
+  };
+
+  // Logits of a tile of queries of one head, before to_log2_.
+  struct Block {
+    int64_t tile = 0;                           // the first query
+    int count = 0;                              // queries
+    float* sampled;                             // [panel][query][key of the panel]
+    alignas(64) float band[kReach + 1][kTile];  // of the key at the query's place, and behind it
+
+    float* panel(int panel) const { return sampled + panel * kTile * kPanel; }
+  };
+
+  // Squares of the attention that queries pay, summed over the heads of the group.
+  struct Squares {
+    alignas(64) float sums[kReach + 1][kChunkPairs + kReach + kTile];
+    int64_t first;  // query
+  };
+
+  const T* key(const Row& row, int64_t place) const { return row.keys + place * p.key_stride[2]; }
+  char* packed(const Row& row) const {
+    return static_cast<char*>(p.workspace) +
+           row.number * kPlaces * round_up(p.head_dim, kDimMultiple) * kPackedBytes;
+  }
+
+  void begin_row(const Row& row) const {
+    for (int64_t i = 1; i <= row.start; ++i) row.scores[-i] = 0.0f;
+    if (row.length == 0) return;
+    for (int panel = 0; panel < kPanels; ++panel) {
+      Products::pack(
+          [&](int64_t i) {
+            return key(row, sample_place(static_cast<int>(panel * kPanel + i), row.length));
+          },
+          kPanel, p.head_dim, packed(row) + panel * Products::panel_bytes(p.head_dim));
+    }
+  }
+
+  // The pairs [begin, end). The exponentials of one tile are interleaved with the products of the
+  // next: they keep different units of the processor busy.
+  void score(const Row& row, int64_t begin, int64_t end) const {
+    [[maybe_unused]] const typename Products::Session session{};
+    typename Products::Keys staged;
+    // Not a multiple of 4 KiB apart, or loads from one would wait for stores to the other.
+    alignas(64) float logits[2][kTile * kPlaces + 512];
+    alignas(64) float weights[kPlaces];
+    for (int i = 0; i < kPlaces; ++i) weights[i] = sample_weight(i, row.length);
+    Squares squares{{}, begin - kReach};
+    Block blocks[2];
+    blocks[0].sampled = logits[0];
+    blocks[1].sampled = logits[1];
+    Softmax softmax{this, &row, weights, &squares, {}, {}};
+    int now = 0;
+    for (int64_t tile = begin < kReach ? 0 : begin - kReach; tile < end; tile += kTile) {
+      for (int64_t head = 0; head < row.group; ++head) {
+        Block& next = blocks[now];
+        const Block& done = blocks[1 - now];
+        next.tile = tile;
+        next.count = static_cast<int>(end - tile < kTile ? end - tile : kTile);
+        const T* queries = row.queries + head * p.query_stride[1] + tile * p.query_stride[2];
+        const auto query = [&](int64_t i) { return queries + i * p.query_stride[2]; };
+        Products::stage(query, next.count, p.head_dim, staged);
+        for (int panel = 0; panel < kPanels; ++panel) {
+          Products::multiply(staged, next.count,
+                             packed(row) + panel * Products::panel_bytes(p.head_dim), p.head_dim,
+                             next.panel(panel), [&](int from, int to) {
+                               softmax.rows(done, part(done, panel, from), part(done, panel, to));
+                             });
+        }
+        for (int i = 0; i < next.count; i += kGroup) multiply_band(row, query, next, i);
+        if (to_softcap_ > 0) softcap(next);
+        hide_what_is_not_there(row, next);
+        now = 1 - now;
+      }
+    }
+    softmax.rows(blocks[1 - now], 0, groups(blocks[1 - now]) * kGroup);
+    for (int64_t pair = begin; pair < end; pair += Vec::kLanes) {
+      Vec sum = Vec::set(0.0f);
+      for (int step = 0; step <= kReach; ++step) {
+        sum = sum + Vec::load(squares.sums[step] + (pair - step - squares.first));
+      }
+      const Vec mean = sum * Vec::set(1.0f / static_cast<float>(row.group));
+      // max(constant, x) is x where x is NaN.
+      const Vec log_root = Vec::set(0.5f) * log(max(Vec::set(kLeastSquare), mean));
+      store_lanes(log_root, row.scores + pair, end - pair);
+    }
+  }
+
+  static int groups(const Block& block) { return (block.count + kGroup - 1) / kGroup; }
+
+  // How many of the block's queries are to be done when `rows` of kTile of a panel are.
+  static int part(const Block& block, int panel, int rows) {
+    const int done = panel * kTile + (rows < kTile ? rows : kTile);
+    return done * groups(block) * kGroup / (kPanels * kTile);
+  }
+
+  // Products of kGroup queries with the keys near them.
+  template <typename QueryOf>
+  void multiply_band(const Row& row, const QueryOf& query, Block& block, int first) const {
+    constexpr int kPairLanes = 2 * Vec::kLanes;
+    Vec sums[kReach + 1][kGroup];
+    for (int i = 0; i < kGroup; ++i) {
+      Vec sum[kReach + 1][2];
+      for (auto& s : sum) s[0] = s[1] = Vec::set(0.0f);
+      const int64_t place = block.tile + first + i;
+      for (int64_t d = 0; first + i < block.count && d < p.head_dim; d += kPairLanes) {
+        const int64_t left = p.head_dim - d;
+        const VecPair q = load_pair(query(first + i) + d, left);
+        for (int step = 0; step <= kReach; ++step) {
+          const int64_t at = place + step < row.length ? place + step : row.length - 1;
+          const VecPair k = load_pair(key(row, at) + d, left);
+          sum[step][0] = fma(q.a, k.a, sum[step][0]);
+          sum[step][1] = fma(q.b, k.b, sum[step][1]);
+        }
+      }
+      for (int step = 0; step <= kReach; ++step) sums[step][i] = sum[step][0] + sum[step][1];
+    }
+    for (int step = 0; step <= kReach; ++step) sum16(sums[step], block.band[step] + first);
+  }
+
+  // tanh(s / softcap)
+  void softcap(Block& block) const {
+    const Vec one = Vec::set(1.0f), two = Vec::set(2.0f), factor = Vec::set(to_softcap_);
+    const auto cap = [&](float* logits, int count) {
+      for (int i = 0; i < count; i += Vec::kLanes) {
+        (one - two / (one + exp2(Vec::load(logits + i) * factor))).store(logits + i);
+      }
+    };
+    for (int panel = 0; panel < kPanels; ++panel) cap(block.panel(panel), block.count * kPanel);
+    for (auto& logits : block.band) cap(logits, groups(block) * kGroup);
+  }
+
+  void hide_what_is_not_there(const Row& row, Block& block) const {
+    for (int step = 1; step <= kReach; ++step) {
+      int64_t i = row.length - step - block.tile;
+      for (i = i < 0 ? 0 : i; i < block.count; ++i) block.band[step][i] = kHiddenLogit;
+    }
+  }
+
+  // What becomes of a block. rows() may come in any number of pieces.
+  struct Softmax {
+    const ExpectedAttention* self;
+    const Row* row;
+    const float* weights;
+    Squares* squares;
+    alignas(64) float shift[kGroup];  // minus the highest logit of each query
+    Vec sums[kGroup];
+
+    void rows(const Block& block, int from, int to) {
+      const Vec scale = Vec::set(self->to_log2_);
+      for (int i = from; i < to; ++i) {
+        const int lane = i % kGroup;
+        if (lane == 0) begin(block, i);
+        const Vec peak = Vec::set(shift[lane]);
+        Vec sum = Vec::set(0.0f);
+        for (int v = 0; v < kVecs; ++v) {
+          const Vec logit = Vec::load(logits(block, i, v));
+          sum = fma(exp2(fma(logit, scale, peak)), Vec::load(weights + v * Vec::kLanes), sum);
+        }
+        sums[lane] = sum;
+        if (lane == kGroup - 1) end(block, i - lane);
+      }
+    }
+
+    static const float* logits(const Block& block, int i, int vec) {
+      return block.panel(vec / 2) + i * kPanel + vec % 2 * Vec::kLanes;
+    }
+
+    void begin(const Block& block, int first) {
+      Vec top[kGroup];
+      for (int i = 0; i < kGroup; ++i) {
+        top[i] = Vec::load(logits(block, first + i, 0));
+        for (int v = 1; v < kVecs; ++v)
+          top[i] = max(top[i], Vec::load(logits(block, first + i, v)));
+      }
+      highest16(top, shift);
+      for (int i = 0; i < kGroup; i += Vec::kLanes) {
+        Vec highest = Vec::load(shift + i);
+        for (const auto& band : block.band) highest = max(highest, Vec::load(band + first + i));
+        (Vec::set(0.0f) - highest * Vec::set(self->to_log2_)).store(shift + i);
+      }
+    }
+
+    void end(const Block& block, int first) {
+      float totals[kGroup];
+      sum16(sums, totals);
+      for (int i = 0; i < kGroup; i += Vec::kLanes) {
+        const Vec scale = Vec::set(self->to_log2_), peak = Vec::load(shift + i);
+        Vec total = Vec::load(totals + i), near[kReach + 1];
+        for (int step = 0; step <= kReach; ++step) {
+          near[step] = exp2(fma(Vec::load(block.band[step] + first + i), scale, peak));
+        }
+        if (row->length > kPlaces) {  // the sample may have missed just those
+          for (const Vec& one : near) total = total + one;
+        }
+        const Vec inverse = Vec::set(1.0f) / total;
+        for (int step = 0; step <= kReach; ++step) {
+          const Vec share = near[step] * inverse;
+          float* sum = squares->sums[step] + (block.tile + first + i - squares->first);
+          fma(share, share, Vec::load(sum)).store(sum);
+        }
+      }
+    }
+  };
+
+  const ExpectedAttentionParams& p;
+  float to_log2_, to_softcap_;
+};
+
+inline void expected_attention_kernel(const ExpectedAttentionParams& params) {
+  switch (params.dtype) {
+    case DType::kFloat:
+      return ExpectedAttention<TileProducts<float>, float>(params).run();
+    case DType::kHalf:
+      return ExpectedAttention<TileProducts<half_t>, half_t>(params).run();
+    case DType::kBFloat16:
+      return ExpectedAttention<TileProducts<bfloat16_t>, bfloat16_t>(params).run();
+  }
+}
+
+}  // namespace
+}  // namespace moekv::cpu::MOEKV_ISA
