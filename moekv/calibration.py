@@ -43,8 +43,9 @@ from moekv.files import whole_file
 from moekv.hooks import find_layers, is_sliding
 from moekv.mixing import stack_scores
 from moekv.ops import ScoreKind
+from moekv.queries import project_queries, rotate
 from moekv.routers import entropy_loss
-from moekv.view import LayerView, ViewBuilder, project_queries, rotate
+from moekv.view import LayerView, ViewBuilder
 
 REPEAT = "\n\nRepeat the previous context exactly."
 """What the oracle says between the text and its second reading."""

@@ -39,8 +39,9 @@ from moekv.budget import Kept, split_layers, without_padding
 from moekv.cache import cached_pairs
 from moekv.layers import GrowingLayer, RaggedLayer, compressed, notes_of
 from moekv.ops import ScoreKind
+from moekv.queries import recent_queries
 from moekv.recent import RecentStates
-from moekv.view import LayerView, recent_queries
+from moekv.view import LayerView
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from moekv.keeper import Keeper
 from moekv.layers import GrowingLayer, storage_bytes
 from moekv.mixing import common_scale, stack_scores
 from moekv.ops import ScoreKind
+from moekv.queries import projected_queries
 from moekv.routers import (
     BALANCE_LOSSES,
     ROUTERS,
@@ -53,7 +54,7 @@ from moekv.routers import (
 from moekv.static import compact
 from moekv.stats import LayerStats, Observation
 from moekv.streaming import StreamingBudget
-from moekv.view import LayerView, ViewBuilder, projected_queries, read_starts
+from moekv.view import LayerView, ViewBuilder, read_starts
 
 POLICIES = ("mixture", "dominant")
 

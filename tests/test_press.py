@@ -104,7 +104,7 @@ def test_window_queries_are_those_of_the_model(
     name: str, attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Taken from the attention where it can be watched, the same as computed again elsewhere."""
-    compute, computed = view_module._window_queries, []
+    compute, computed = view_module.window_queries, []
 
     def count(*args: Any) -> Tensor:
         computed.append(args)
@@ -119,7 +119,7 @@ def test_window_queries_are_those_of_the_model(
             torch.testing.assert_close(view.queries, expected)
             return torch.zeros(view.keys.shape[:3])
 
-    monkeypatch.setattr(view_module, "_window_queries", count)
+    monkeypatch.setattr(view_module, "window_queries", count)
     model = tiny_model(name, attention)
     press = make_press(experts=[Ask()], window=9, top_k=1)
     with press(model):
