@@ -236,8 +236,10 @@ def learn_rotation(
     projected : Tensor [B, Hq, N, D] or None
         Before their rotation, where they are at hand.
     """
+    if module in _rotates or not hasattr(module, "head_dim"):
+        return
     asked = queries[:, :, -1:].float()
-    if module in _rotates or not hasattr(module, "head_dim") or not asked.isfinite().all():
+    if not asked.isfinite().all():
         return
     if projected is None:
         projected = project_queries(module, hidden_states[:, -1:])
