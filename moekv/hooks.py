@@ -61,10 +61,14 @@ def is_sliding(layer: Any) -> bool:
     return getattr(config, "sliding_window", None) is not None
 
 
-def is_eager(layer: Any) -> bool:
-    """Say whether an attention layer runs its model file's own, eager attention."""
-    eager: bool = layer.config._attn_implementation == "eager"
-    return eager
+def has_own_attention(layer: Any) -> bool:
+    """Say whether an attention layer runs attention of its model's own file.
+
+    So does eager attention, and every implementation of models that have a class for each
+    (Nemotron, DiffLlama).
+    """
+    of_class = type(layer).__name__.endswith(("SdpaAttention", "FlashAttention2"))
+    return of_class or layer.config._attn_implementation == "eager"
 
 
 def check_attention(layer: nn.Module, what: str) -> None:
@@ -80,12 +84,18 @@ def check_attention(layer: nn.Module, what: str) -> None:
     Raises
     ------
     ValueError
-        The implementation is eager: it is a function of each model's own file, out of reach.
+        It is of the model's own file, out of reach.
     """
-    if is_eager(layer):
+    if layer.config._attn_implementation == "eager":  # type: ignore[union-attr]
         raise ValueError(
             f"expected an attention implementation such as 'sdpa' for {what}, got 'eager', which "
             'reads dense caches only; load the model with attn_implementation="sdpa"'
+        )
+    if has_own_attention(layer):
+        raise ValueError(
+            f"expected a model whose attention can be replaced for {what}, got "
+            f"{type(layer).__name__}, which reads dense caches only; use budget='uniform' and rows "
+            "without padding"
         )
 
 

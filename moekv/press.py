@@ -33,8 +33,8 @@ from moekv.experts import ExpectedExpert, Expert, PressExpert, build_experts, ex
 from moekv.hooks import (
     check_attention,
     find_layers,
+    has_own_attention,
     hook_arguments,
-    is_eager,
     is_pressed,
     is_sliding,
 )
@@ -951,7 +951,7 @@ class MoERouterPress(ScorerPress):
 
     def _resolve_budget(self, cache: Any) -> None:
         if self.budget == "auto":
-            dense = is_static(cache) or is_eager(self._hooked[0])
+            dense = is_static(cache) or has_own_attention(self._hooked[0])
             self._budget = "uniform" if dense or not self._is_comparable() else "model"
 
     def _is_comparable(self) -> bool:

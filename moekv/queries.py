@@ -261,6 +261,12 @@ def _own_rotation(name: str) -> Callable[..., Any] | None:
     return apply  # type: ignore[no-any-return]
 
 
+def logit_scaling(module: nn.Module) -> float:
+    """Give a layer's factor of the products of queries and keys; SDPA's, if it names none."""
+    scaling: float | None = getattr(module, "scaling", None)
+    return float(module.head_dim) ** -0.5 if scaling is None else scaling  # type: ignore[arg-type]
+
+
 def rotates(module: nn.Module) -> bool | None:
     """Say whether a layer rotates its queries, as far as is known; None: they are of its own."""
     return _rotates.get(module, True)

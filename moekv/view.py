@@ -14,6 +14,7 @@ from moekv.ops import ScoreKind
 from moekv.queries import (
     as_queries,
     learn_rotation,
+    logit_scaling,
     project_queries,
     rotate,
     rotates,
@@ -211,7 +212,8 @@ class LayerView:
         Their products with queries that nobody has rotated are then the logits of queries that
         stand there: a query turned forward is many numbers more.
         """
-        scaling, dtype, device = self.module.scaling, self.keys.dtype, self.keys.device
+        scaling, dtype = logit_scaling(self.module), self.keys.dtype
+        device = self.keys.device
         # The layers of a forward share their rotations, and most likely this as well.
         shared = self.kwargs["position_embeddings"][0]
         known: dict[Any, Tensor] = shared.__dict__.setdefault(_BACK, {})
@@ -221,7 +223,7 @@ class LayerView:
             eye = torch.eye(self.keys.shape[3], device=device)
             cos, sin = rotations(self.module, eye, self.kwargs, range(1, 2))
             forward = rotate(self.module, eye.expand(len(cos), 1, -1, -1), cos, sin)[:, 0]
-            back = (forward.mT * scaling).to(dtype)  # type: ignore[operator]
+            back = (forward.mT * scaling).to(dtype)
             known[key] = back
         return back
 
@@ -229,7 +231,7 @@ class LayerView:
     def _logits(self) -> dict[str, float]:
         """How the layer makes logits of products."""
         softcap = getattr(self.module.config, "attn_logit_softcapping", None)
-        return {"scaling": self.module.scaling, "softcap": softcap or 0.0}  # type: ignore[dict-item]
+        return {"scaling": logit_scaling(self.module), "softcap": softcap or 0.0}
 
 
 class ViewBuilder:

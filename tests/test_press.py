@@ -607,3 +607,14 @@ def test_with_or_without_a_head(make: Callable[[Any], Any]) -> None:
     with make_press(budget="uniform")(model), torch.no_grad():
         model(tokens(1, 20), past_key_values=cache)
     assert cache.get_seq_length() == 10
+
+
+def test_model_with_attention_of_its_own_keeps_dense_layers() -> None:
+    model, input_ids = tiny_model("nemotron"), tokens(1, LENGTH)
+    cache = compress(MoERouterPress(0.5), model, input_ids)
+    assert [layer.keys.shape[2] for layer in cache.layers] == [LENGTH // 2] * 2
+    with torch.no_grad():
+        model(input_ids[:, :1], past_key_values=cache)
+    for options in ({"budget": "model"}, {"budget": "head"}):
+        with pytest.raises(ValueError, match="NemotronSdpaAttention, which reads dense caches"):
+            compress(MoERouterPress(0.5, **options), model, input_ids)

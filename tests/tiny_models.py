@@ -19,6 +19,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    NemotronConfig,
+    NemotronForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     Phi3Config,
@@ -108,6 +110,8 @@ _PARTICULAR: dict[str, Callable[[], PreTrainedModel]] = {
     # Neighbours are turned together, with cosines for each channel and for each half of a head.
     "cohere": lambda: CohereForCausalLM(CohereConfig(**_SHAPE, use_qk_norm=True)),
     "glm": lambda: GlmForCausalLM(GlmConfig(**_SHAPE, head_dim=16)),
+    # Rotated in half of a head, and attended to by a class for each implementation.
+    "nemotron": lambda: NemotronForCausalLM(NemotronConfig(**_SHAPE, head_dim=16)),
     # Normed before they become heads, and after, by a class of its own.
     "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**_SHAPE)),
     "qwen3_moe": lambda: Qwen3MoeForCausalLM(
