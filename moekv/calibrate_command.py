@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=default.length, help="[%(default)s]")
     parser.add_argument("--top-k", type=int, default=default.top_k, help="[%(default)s]")
     parser.add_argument(
-        "--experts", nargs="+", default=list(default.experts), help="routed [%(default)s]"
+        "--experts", nargs="+", default=list(default.experts), help="beside learned [%(default)s]"
     )
     parser.add_argument("--exponent", type=float, default=default.exponent, help="[%(default)s]")
     parser.add_argument("--seed", type=int, default=default.seed, help="[%(default)s]")

@@ -1,12 +1,11 @@
 """Calibrated routers: what `moekv.calibrate` fits to a model, and what a press does with it.
 
-The scores of a calibrated router estimate, for every pair of every head and layer, the log of the
-attention that later tokens will pay to it. All are on this one scale, so that one threshold over
-the model sets each head's length. Two experts are shared by all tokens: ``learned``, which reads a
-pair's hidden state and its place in the text, and ``expected``, which was not fitted to anything
-and holds where the texts of the calibration do not reach. As much say is routed, token by token, to
-experts that look at what the prefill itself shows; they correct ``learned``, with which they were
-fitted.
+Every expert of a calibrated router estimates, for every pair of every head and layer, the log of
+the attention that later tokens will pay to it. All are on this one scale, so that one threshold
+over the model sets each head's length. ``learned`` reads a pair's hidden state, its place in the
+text and its key, and was fitted; ``expected`` was not fitted to anything and holds where the texts
+of the calibration do not reach. How far each is to be trusted the gate decides, for every token and
+layer.
 """
 
 from __future__ import annotations
@@ -28,8 +27,14 @@ from transformers import PreTrainedModel
 
 from moekv.experts import Expert, build_experts
 from moekv.fingerprint import fingerprint
-from moekv.routers import SharedExpertRouter
+from moekv.ops import ScoreKind
+from moekv.routers import BaseMoERouter
 from moekv.view import LayerView
+
+FORMAT = 2
+"""Of what is saved: 2 has a gate over all experts, 1 had one over those beside ``learned``."""
+
+_READ = "_moekv_read"  # attribute of hidden states: who has read them, in which layer, and what
 
 SHIPPED = Path(__file__).parent / "data" / "routers"
 """Routers that come with the package, a folder for each model."""
@@ -68,11 +73,12 @@ def _describe(age: Tensor, position: Tensor) -> Tensor:
 
 
 class LearnedExpert(Expert):
-    """Estimates the log of the attention that a pair will receive from its hidden state and place.
+    """Estimates the log of the attention that a pair will receive from what it is and where.
 
     A linear surrogate for each KV head, as in KVzap (Jegou and Jeblick, 2026), of the scores that
-    reading the context again would give (KVzip, Kim et al., 2025); with the place beside the hidden
-    state, since some heads look back a few tokens only, whatever these say.
+    reading the context again would give (KVzip, Kim et al., 2025). Beside the hidden state it takes
+    the place, since some heads look back a few tokens only, whatever these say; and how unlike the
+    other keys a pair's is (KeyDiff, Park et al., 2025), of which one token knows nothing.
 
     Parameters
     ----------
@@ -81,6 +87,7 @@ class LearnedExpert(Expert):
     """
 
     name = "learned"
+    kinds = (ScoreKind.DIVERSITY,)
     comparable = True
     finite = True
 
@@ -90,19 +97,52 @@ class LearnedExpert(Expert):
     def scores(self, view: LayerView) -> Tensor:
         """Rate the pairs: from their hidden states, or from what was noted of these."""
         index: int = view.module.layer_idx  # type: ignore[assignment]
-        _, place, _ = self.router.surrogate(index, view.hidden_states)
+        place, novelty, _ = self.router.surrogate(index, view.hidden_states.device)
+        unlike = novelty[view.heads][..., None] * view.scores_of(ScoreKind.DIVERSITY)
         if view.notes is not None:
             read, position = view.notes
             where = _describe(position[..., -1:] - position, position)
-            return read + torch.einsum("bhp,pbht->bht", place[view.heads], where)
+            return read + torch.einsum("bhp,pbht->bht", place[view.heads], where) + unlike
         assert view.aligned
         where = places(view.lengths, view.keys.shape[2], view.keys.device)
         read = self.router.read(index, view.hidden_states)
-        return torch.baddbmm(read, place.expand(len(where), -1, -1), where)
+        return torch.baddbmm(read + unlike, place.expand(len(where), -1, -1), where)
+
+
+def _check_format(found: int) -> None:
+    if found != FORMAT:
+        raise ValueError(
+            f"expected a calibrated router of format {FORMAT}, got one of format {found}, which "
+            "another version of moekv has made; `moekv calibrate` makes a new one"
+        )
+
+
+class CalibratedGate(BaseMoERouter):
+    """Gate of one layer, over all experts of a calibrated router, which owns the weights.
+
+    Parameters
+    ----------
+    router : CalibratedRouter
+    index : int
+        Of the layer in the model.
+    backend : str
+    """
+
+    def __init__(self, router: CalibratedRouter, index: int, *, backend: str) -> None:
+        num_experts = len(router.experts)
+        super().__init__(router.hidden_size, num_experts, router.top_k, backend=backend)
+        row = router.layers.index(index)
+        self.gate.weight.data.copy_(router.gate_weight[row])
+        self.gate.bias.data.copy_(router.gate_bias[row])
+        self._project = functools.partial(router.project, index)
+
+    def _rate(self, hidden_states: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        logits = self._project(hidden_states)[..., -self.num_experts :]
+        return logits + self.gate.bias, None
 
 
 class CalibratedRouter(nn.Module, PyTorchModelHubMixin, library_name="moekv"):
-    """Routers, experts' scales and the ``learned`` expert of every layer of one model.
+    """Gates, experts' scales and the ``learned`` expert of every layer of one model.
 
     Made by ``moekv.calibrate``; saved and loaded by ``save_pretrained``, ``from_pretrained`` and
     ``push_to_hub``.
@@ -115,20 +155,19 @@ class CalibratedRouter(nn.Module, PyTorchModelHubMixin, library_name="moekv"):
         Indices of the model's attention layers that it serves.
     hidden_size, num_kv_heads : int
         Of these layers.
-    experts : sequence of E str
-        Names of the routed experts.
+    experts : sequence of str
+        Names of the experts beside ``learned``, which comes first: E in all.
     top_k : int
-        Routed experts per token.
-    shared : sequence of str
-        Names of comparable experts whose scores all tokens consult beside ``learned``; together
-        they have as much say as what was fitted.
+        Experts per token, 1 to E.
     recipe : dict, optional
         How it was fitted, for people to read.
+    format : int
+        Of the saved router.
 
     Raises
     ------
     ValueError
-        An option is out of range, or an expert unknown.
+        An option is out of range, an expert unknown, or the router of another format.
     """
 
     def __init__(
@@ -139,46 +178,50 @@ class CalibratedRouter(nn.Module, PyTorchModelHubMixin, library_name="moekv"):
         hidden_size: int,
         num_kv_heads: int,
         experts: Sequence[str],
-        top_k: int = 2,
-        shared: Sequence[str] = ("expected",),
+        top_k: int,
         recipe: dict[str, Any] | None = None,
+        format: int = FORMAT,
     ) -> None:
         super().__init__()
-        if not 1 <= top_k <= len(experts):
-            raise ValueError(f"expected top_k between 1 and {len(experts)} experts, got {top_k}")
+        _check_format(format)
+        if not 1 <= top_k <= 1 + len(experts):
+            raise ValueError(
+                f"expected top_k between 1 and {1 + len(experts)} experts, got {top_k}"
+            )
         self.model = model
         self.layers = list(layers)
         self.hidden_size, self.num_kv_heads = hidden_size, num_kv_heads
         self.top_k = top_k
         self.recipe = recipe or {}
-        self.routed = build_experts(list(experts))
-        self.shared = build_experts(list(shared)) if shared else []
-        if odd := [expert.name for expert in self.shared if not expert.comparable]:
-            raise ValueError(f"expected shared experts with comparable scores, got {odd}")
-        num_layers, num_experts = len(self.layers), len(self.routed)
+        #: All experts, ``learned`` first.
+        self.experts = [LearnedExpert(self), *(build_experts(list(experts)) if experts else ())]
+        num_layers, num_experts = len(self.layers), len(self.experts)
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(num_layers, *shape), requires_grad=False)
 
         self.surrogate_weight = parameter(num_kv_heads, hidden_size)
         self.surrogate_place = parameter(num_kv_heads, 3)
+        self.surrogate_novelty = parameter(num_kv_heads)
         self.surrogate_bias = parameter(num_kv_heads)
         self.gate_weight = parameter(num_experts, hidden_size)
         self.gate_bias = parameter(num_experts)
         self.gain = parameter(num_experts, num_kv_heads)
         self.offset = parameter(num_experts, num_kv_heads)
+        self.gain.data[:, 0] = 1  # `learned` is on the common scale
         self._local: dict[Any, tuple[Tensor, ...]] = {}
-        self._gates: dict[Any, SharedExpertRouter] = {}
+        self._gates: dict[Any, CalibratedGate] = {}
+
+    @classmethod
+    def _from_pretrained(cls, **options: Any) -> CalibratedRouter:
+        _check_format(options.get("format", 1))  # the first one was not written down
+        router: CalibratedRouter = super()._from_pretrained(**{"strict": True} | options)
+        return router
 
     def _apply(self, *args: Any, **kwargs: Any) -> CalibratedRouter:
         self._local, self._gates = {}, {}
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self
-
-    @property
-    def experts(self) -> list[Expert]:
-        """All experts: the shared ones, then the routed ones."""
-        return [LearnedExpert(self), *self.shared, *self.routed]
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ``ValueError`` naming both models unless the router was fitted to this one."""
@@ -190,75 +233,75 @@ class CalibratedRouter(nn.Module, PyTorchModelHubMixin, library_name="moekv"):
                 "`moekv calibrate` makes a router for it"
             )
 
-    def surrogate(self, index: int, like: Tensor) -> tuple[Tensor, ...]:
-        """Weights of the ``learned`` expert of a layer, beside some hidden states.
+    def surrogate(self, index: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Say what the ``learned`` expert of a layer adds to what it reads of hidden states.
 
         Parameters
         ----------
         index : int
             Of the layer in the model.
-        like : Tensor
-            Gives the device, and the dtype of the weight.
+        device : torch.device
 
         Returns
         -------
-        weight [H, hidden], place [H, 3], bias [H] : Tensor
+        place [H, 3], novelty [H], bias [H] : Tensor, float32
         """
-        key = (index, like.device, like.dtype)
+        key = (index, device, "surrogate")
         if key not in self._local:
             row = self.layers.index(index)
-            self._local[key] = (
-                self.surrogate_weight[row].to(like.device, like.dtype),
-                self.surrogate_place[row].to(like.device, torch.float32),
-                self.surrogate_bias[row].to(like.device, torch.float32),
-            )
-        return self._local[key]
+            parts = (self.surrogate_place, self.surrogate_novelty, self.surrogate_bias)
+            self._local[key] = tuple(part[row].to(device, torch.float32) for part in parts)
+        place, novelty, bias = self._local[key]
+        return place, novelty, bias
+
+    def project(self, index: int, hidden_states: Tensor) -> Tensor:
+        """Read hidden states [B, N, hidden] for ``learned`` and for the gate: [B, N, H + E].
+
+        Once for both: what was read of a tensor is remembered with it.
+        """
+        known: tuple[CalibratedRouter, int, Tensor] | None = getattr(hidden_states, _READ, None)
+        if known is not None and known[0] is self and known[1] == index:
+            return known[2]
+        key = (index, hidden_states.device, hidden_states.dtype)
+        if key not in self._local:
+            row = self.layers.index(index)
+            weight = torch.cat([self.surrogate_weight[row], self.gate_weight[row]])
+            self._local[key] = (weight.to(hidden_states.device, hidden_states.dtype),)
+        (weight,) = self._local[key]
+        read = functional.linear(hidden_states, weight)
+        setattr(hidden_states, _READ, (self, index, read))
+        return read
 
     def read(self, index: int, hidden_states: Tensor) -> Tensor:
-        """Read hidden states [B, N, hidden]: the ``learned`` scores but for the place, [B, H, N].
+        """Read hidden states [B, N, hidden]: the part of the ``learned`` scores that is theirs.
 
-        In float32. Where the cache is compressed more than once these are noted when a token comes.
+        [B, H, N], float32. Where the cache is compressed more than once it is noted when a token
+        comes.
         """
-        weight, _, bias = self.surrogate(index, hidden_states)
-        return functional.linear(hidden_states, weight).transpose(1, 2) + bias[:, None]
+        *_, bias = self.surrogate(index, hidden_states.device)
+        read = self.project(index, hidden_states)[..., : self.num_kv_heads]
+        return read.transpose(1, 2) + bias[:, None]
 
     def scale(self, index: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Affine maps of all experts of a layer to the common scale: gain, offset [experts, H].
-
-        Each shared expert has one part of the weight, and the routed ones share another. Multiplied
-        by the number of parts the mixture is the sum of what was fitted, ``learned`` and the routed
-        ones, and of the mean of the other shared experts.
-        """
-        key = (index, device)
+        """Affine maps of all experts of a layer to the common scale: gain, offset [E, H]."""
+        key = (index, device, "scale")
         if key not in self._local:
-            row, others = self.layers.index(index), len(self.shared)
-            fitted = functional.pad(self.gain[row].float(), (0, 0, 1 + others, 0), value=1.0)
-            fitted[1 : 1 + others] /= max(others, 1)
-            offset = functional.pad(self.offset[row].float(), (0, 0, 1 + others, 0))
-            parts = 2 + others
-            self._local[key] = (parts * fitted).to(device), (parts * offset).to(device)
+            row = self.layers.index(index)
+            parts = self.gain[row], self.offset[row]
+            self._local[key] = tuple(part.to(device, torch.float32) for part in parts)
         gain, offset = self._local[key]
         return gain, offset
 
-    def gate(self, index: int, like: Tensor, *, backend: str = "auto") -> SharedExpertRouter:
+    def gate(self, index: int, like: Tensor, *, backend: str = "auto") -> CalibratedGate:
         """Give the gate of a layer, for the device and the dtype of some hidden states. Frozen.
 
         It keeps no history, so that whoever asks for the same one shares it.
         """
         key = (index, like.device, like.dtype, backend)
         if key not in self._gates:
-            row = self.layers.index(index)
-            router = SharedExpertRouter(
-                self.hidden_size,
-                len(self.routed),
-                self.top_k,
-                num_shared=1 + len(self.shared),
-                backend=backend,
-            )
-            router.gate.weight.data.copy_(self.gate_weight[row])
-            router.gate.bias.data.copy_(self.gate_bias[row])
-            self._gates[key] = router.to(like.device, like.dtype)
-            router.freeze()
+            gate = CalibratedGate(self, index, backend=backend)
+            self._gates[key] = gate.to(like.device, like.dtype)
+            gate.freeze()
         return self._gates[key]
 
 

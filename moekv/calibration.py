@@ -8,11 +8,13 @@ query needed, a mean those that many need; an exponent between follows both.
 
 For each layer
 
-1. the shared expert ``learned`` and the gains of the routed experts come from one ridge regression
-   on the log of the oracle's scores, over all tokens, in closed form;
+1. the expert ``learned`` comes from a ridge regression on the log of the oracle's scores, over all
+   tokens, in closed form; the other experts are brought to its scale;
 2. the gates are trained by gradient descent, through ``gating_topk``, on a sample of the tokens,
    with a load-balancing loss that keeps experts alive, until the ranking of held-out texts no
-   longer improves.
+   longer improves. A fit is best where it was fitted, and gates that saw it there would trust it
+   everywhere. So the texts are put into groups that are alike, and on a group's tokens the gates
+   are trained with what ``learned`` would be without that group: they see it out of its domain.
 """
 
 from __future__ import annotations
@@ -35,12 +37,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from moekv import ops
+from moekv.attention import last_queries
 from moekv.cache import cached_pairs
 from moekv.calibrated import CalibratedRouter, model_fingerprint, places
 from moekv.chat import user_turn
 from moekv.experts import build_experts
 from moekv.files import whole_file
-from moekv.hooks import find_layers, is_sliding
+from moekv.hooks import find_layers, is_sliding, lent_rotary
 from moekv.mixing import stack_scores
 from moekv.ops import ScoreKind
 from moekv.queries import project_queries, rotate
@@ -53,6 +56,16 @@ REPEAT = "\n\nRepeat the previous context exactly."
 _TILE = 128  # queries whose attention is in memory at a time
 _JUDGED = 512  # tokens of a held-out text, at most
 _FLOOR = 1e-6  # attention below which a pair is as good as not attended
+_SOFT = 0.4  # log-attention from a threshold at which the training's choice is rather sure
+
+PLACES = 3
+"""Numbers of ``places``."""
+
+SHARES = (0.5, 0.25, 0.1)
+"""Shares of the pairs that a budget may keep, by which a ranking is judged."""
+
+SAY = 0.5
+"""Weight of comparable experts in what the gates are to rank by, beside the oracle."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +75,23 @@ class CalibrationConfig:
     Parameters
     ----------
     experts : tuple of str
-        The routed experts.
+        Those beside ``learned``.
     top_k : int
-        Routed experts per token.
+        Experts per token.
     length : int
         Tokens of each text, at most.
     exponent : float
         Of the power mean over the oracle's queries: 1 the mean, infinity KVzip's maximum.
     held_out : float
         Share of the texts that only judge.
+    domains : int
+        Groups of texts, each of which ``learned`` is fitted without, for the gates' training.
     samples : int
         Tokens of the gates' training, drawn from all texts; they bound its memory.
     ridge : float
         Strength of the regression's penalty, in units of the features' mean squares.
     epochs, batch : int
-        Passes over the sample, at most, and tokens of a step in each layer.
+        Passes over the sample, at most, and texts of a step.
     learning_rate : float
         Its peak, for AdamW.
     aux_loss_weight : float
@@ -94,16 +109,17 @@ class CalibrationConfig:
         A number is out of range.
     """
 
-    experts: tuple[str, ...] = ("selective", "semantic", "temporal")
-    top_k: int = 3
+    experts: tuple[str, ...] = ("expected",)
+    top_k: int = 2
     length: int = 1024
     exponent: float = 2.0
     held_out: float = 0.1
+    domains: int = 4
     samples: int = 8192
     ridge: float = 1e-3
-    epochs: int = 16
-    batch: int = 256
-    learning_rate: float = 3e-4
+    epochs: int = 12
+    batch: int = 4
+    learning_rate: float = 1e-4
     aux_loss_weight: float = 0.01
     sinks: int = 4
     recent: int = 16
@@ -114,7 +130,7 @@ class CalibrationConfig:
         """Check the numbers."""
         for name, least in (
             *(("top_k", 1), ("length", 64), ("samples", 1), ("epochs", 0), ("batch", 1)),
-            *(("sinks", 0), ("recent", 0), ("window", 1), ("seed", 0)),
+            *(("domains", 2), ("sinks", 0), ("recent", 0), ("window", 1), ("seed", 0)),
         ):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise ValueError(
@@ -135,11 +151,12 @@ class CalibrationConfig:
 
 @dataclass
 class Reading:
-    """What one text gave. L layers, H KV heads, T tokens, E routed experts."""
+    """What one text gave. L layers, H KV heads, T tokens, E experts beside ``learned``."""
 
     hidden: Tensor  # [L, T, hidden], inputs of the attention layers
     where: Tensor  # [T, 3], see places()
-    scores: Tensor  # [L, E, H, T] of the routed experts
+    novelty: Tensor  # [L, H, T], how unlike the other keys each is
+    scores: Tensor  # [L, E, H, T] of these experts
     target: Tensor  # [L, H, T], log of the attention that the oracle saw
 
     def at(self, tokens: slice | Tensor) -> Reading:
@@ -147,18 +164,9 @@ class Reading:
         return Reading(
             self.hidden[:, tokens],
             self.where[tokens],
+            self.novelty[..., tokens],
             self.scores[..., tokens],
             self.target[..., tokens],
-        )
-
-    @classmethod
-    def join(cls, readings: Sequence[Reading]) -> Reading:
-        """Put readings one behind the other."""
-        return cls(
-            torch.cat([r.hidden for r in readings], dim=1),
-            torch.cat([r.where for r in readings]),
-            torch.cat([r.scores for r in readings], dim=-1),
-            torch.cat([r.target for r in readings], dim=-1),
         )
 
 
@@ -199,6 +207,16 @@ class Oracle:
         return ids
 
     @torch.no_grad()
+    def describe(self, texts: Sequence[str]) -> Tensor:
+        """Mean embeddings [N, hidden] of the tokens of texts: what they are about, at no cost."""
+        embed = self.model.get_input_embeddings()
+        rows = []
+        for text in texts:
+            ids = torch.tensor(self.encode(text)[: self.config.length], device=self.model.device)
+            rows.append(embed(ids).float().mean(0).cpu())
+        return torch.stack(rows)
+
+    @torch.no_grad()
     def read(self, text: str, *, as_turn: bool) -> Reading:
         """Read a text twice.
 
@@ -212,18 +230,23 @@ class Oracle:
         body = self.encode(text)[: self.config.length]
         prompt = [*(self.before if as_turn else ()), *body]
         cache = DynamicCache()
-        first = self._run(prompt, cache)
-        scores = [
-            stack_scores(self.experts, self._look(layer, cache, *first[layer]))[:, 0]
-            for layer in self.layers
-        ]
+        with lent_rotary(self.decoder, self.layers):
+            with last_queries(self.layers, self.config.window) as queries:
+                first = self._run(prompt, cache)
+            scores, novelty = [], []
+            for layer in self.layers:
+                view = self._look(layer, cache, *first[layer], queries.get(layer))
+                scores.append(stack_scores(self.experts, view)[:, 0])
+                novelty.append(view.scores_of(ScoreKind.DIVERSITY)[0])
         second = self._run([*self.repeat, *body], cache)
         target = [
             self._attention(layer, cache, *second[layer], len(prompt)) for layer in self.layers
         ]
         hidden = torch.stack([first[layer][0][0].cpu() for layer in self.layers])
         where = places((len(prompt),), len(prompt), hidden.device)[0].t()
-        return Reading(hidden, where, torch.stack(scores).cpu(), torch.stack(target).cpu())
+        return Reading(
+            hidden, where, *(torch.stack(parts).cpu() for parts in (novelty, scores, target))
+        )
 
     def _run(
         self, ids: Sequence[int], cache: DynamicCache
@@ -245,9 +268,14 @@ class Oracle:
         return inputs
 
     def _look(
-        self, layer: nn.Module, cache: DynamicCache, hidden: Tensor, kwargs: dict[str, Any]
+        self,
+        layer: nn.Module,
+        cache: DynamicCache,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
+        queries: Tensor | None,
     ) -> LayerView:
-        kinds = sorted({ScoreKind.MASS}.union(*(expert.kinds for expert in self.experts)))
+        kinds = sorted({ScoreKind.DIVERSITY}.union(*(expert.kinds for expert in self.experts)))
         keys, values = cached_pairs(cache.layers[layer.layer_idx])  # type: ignore[index]
         return self.view(
             layer,
@@ -259,6 +287,7 @@ class Oracle:
             window=self.config.window,
             kinds=kinds,
             backend="auto",
+            queries=queries,
         )
 
     def _attention(
@@ -306,91 +335,189 @@ class Oracle:
 
 
 def features(reading: Reading, layer: int) -> Tensor:
-    """Regression's features [T, F] of a layer: hidden state, place, scores of all heads, 1."""
+    """Regression's features [T, F] of a layer: hidden state, place, then novelty and scores, 1.
+
+    The latter of all heads.
+    """
     hidden = reading.hidden[layer].float()
-    scores = reading.scores[layer].flatten(0, 1).t()
-    return torch.cat([hidden, reading.where, scores, hidden.new_ones(len(hidden), 1)], dim=1)
+    heads = torch.cat([reading.novelty[layer], *reading.scores[layer]]).t()
+    return torch.cat([hidden, reading.where, heads, hidden.new_ones(len(hidden), 1)], dim=1)
 
 
 @dataclass
 class Sums:
-    """Normal equations of all layers, and a sample of the tokens: all that outlives a text."""
+    """Normal equations of all layers, and a sample of the tokens: all that outlives a text.
 
-    gram: Tensor  # [L, F, F] float64
-    moment: Tensor  # [L, F, H] float64
+    The equations are those of each of D domains. ``domains`` says of which each sample is.
+    """
+
+    gram: Tensor  # [D, L, F, F] float32
+    moment: Tensor  # [D, L, F, H] float32
     num_texts: int = 0
     sample: list[Reading] = field(default_factory=list)
+    domains: list[int] = field(default_factory=list)
     held_out: list[Reading] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, router: CalibratedRouter, num_domains: int) -> Sums:
+        """Begin with nothing."""
+        num_layers, num_heads = len(router.layers), router.num_kv_heads
+        width = router.hidden_size + PLACES + len(router.experts) * num_heads + 1
+        gram = torch.zeros(num_domains, num_layers, width, width)
+        return cls(gram, torch.zeros(num_domains, num_layers, width, num_heads))
+
+    def add(self, reading: Reading, domain: int) -> None:
+        """Add a reading to the normal equations of its domain."""
+        for row in range(self.gram.shape[1]):
+            x = features(reading, row)
+            self.gram[domain, row] += x.t() @ x
+            self.moment[domain, row] += x.t() @ reading.target[row].t()
+
+    def total(self, without: int | None = None) -> tuple[Tensor, Tensor]:
+        """Sum the equations of all domains but one, in float64: gram [L, F, F], moment [L, F, H].
+
+        All of them where there is no other.
+        """
+        kept = [i for i in range(len(self.gram)) if i != without and self.gram[i, 0, -1, -1] > 0]
+        if not kept:
+            return self.total()
+        return self.gram[kept].double().sum(0), self.moment[kept].double().sum(0)
+
+
+Fit = tuple[Tensor, Tensor, Tensor, Tensor]
+"""What ``learned`` is: weight [L, H, hidden], place [L, H, 3], novelty and bias [L, H]."""
+
+
+def solve_ridge(gram: Tensor, moment: Tensor, hidden_size: int, strength: float) -> Fit:
+    """Fit ``learned``: ridge regression of the targets, head by head.
+
+    Parameters
+    ----------
+    gram, moment : Tensor
+        See :meth:`Sums.total`.
+    hidden_size : int
+    strength : float
+
+    Returns
+    -------
+    Fit
+        In float32.
+    """
+    end = hidden_size + PLACES
+    rows = []
+    for head in range(moment.shape[2]):
+        index = torch.tensor([*range(end), end + head, gram.shape[1] - 1])
+        own = gram[:, index][:, :, index]
+        penalty = strength * own.diagonal(dim1=1, dim2=2)
+        penalty[:, hidden_size:-1] *= 1e-3  # a few numbers, known well; rotations do not mix them
+        penalty[:, -1] = 0
+        wanted = moment[:, index, head : head + 1]
+        rows.append(torch.linalg.solve(own + torch.diag_embed(penalty), wanted)[..., 0])
+    solved = torch.stack(rows, dim=1).float()
+    return solved[..., :hidden_size], solved[..., hidden_size:end], solved[..., -2], solved[..., -1]
+
+
+def fit_of(router: CalibratedRouter) -> Fit:
+    """Give what a router has of :func:`solve_ridge`."""
+    return (
+        router.surrogate_weight,
+        router.surrogate_place,
+        router.surrogate_novelty,
+        router.surrogate_bias,
+    )
 
 
 def fit_ridge(sums: Sums, router: CalibratedRouter, strength: float) -> None:
-    """Set the shared expert and the routed experts' gains: ridge regression, head by head.
+    """Set the experts: ``learned`` by ridge regression, and the maps of the others to its scale.
 
-    A head's features are the hidden state, the place and its own experts' scores.
+    Comparable scores are moved by one number for the whole model. Of others each head's are brought
+    to the scale by least squares.
     """
-    num_layers, _, num_heads = sums.moment.shape
-    num_experts, hidden = len(router.routed), router.hidden_size
-    for row in range(num_layers):
-        for head in range(num_heads):
-            own = hidden + 3 + head + num_heads * torch.arange(num_experts)
-            index = torch.cat([torch.arange(hidden + 3), own, torch.tensor([-1])])
-            gram = sums.gram[row][index][:, index]
-            penalty = strength * gram.diagonal().clone()
-            penalty[hidden:-1] *= 1e-3  # a few numbers, known well; rotations do not mix them
-            penalty[-1] = 0
-            solved = torch.linalg.solve(
-                gram + torch.diag(penalty), sums.moment[row][index, head]
-            ).float()
-            router.surrogate_weight[row, head] = solved[:hidden]
-            router.surrogate_place[row, head] = solved[hidden : hidden + 3]
-            # Half of the experts' weight is shared out among those that a token chooses; a gate
-            # that knows nothing gives each of them the same.
-            router.gain[row, :, head] = solved[hidden + 3 : -1] * num_experts
-            router.surrogate_bias[row, head] = solved[-1]
+    gram, moment = sums.total()
+    fit = solve_ridge(gram, moment, router.hidden_size, strength)
+    for parameter, found in zip(fit_of(router), fit, strict=True):
+        parameter.copy_(found)
+    count, heads = gram[0, -1, -1], router.num_kv_heads
+    wanted = moment[:, -1] / count  # [L, H], means
+    for number, expert in enumerate(router.experts[1:], 1):
+        own = router.hidden_size + PLACES + number * heads + torch.arange(heads)
+        mean = gram[:, own, -1] / count
+        if expert.comparable:
+            gain, offset = torch.ones_like(mean), (wanted - mean).mean().expand_as(mean)
+        else:
+            square = gram[:, own, own] / count - mean.square()
+            product = moment[:, own, torch.arange(heads)] / count - mean * wanted
+            gain = product / square.clamp(min=1e-12)
+            offset = wanted - gain * mean
+        router.gain[:, number] = gain.float()
+        router.offset[:, number] = offset.float()
 
 
 # --- Gates ----------------------------------------------------------------------------------------
 
 
-class Mixture(nn.Module):
-    """All layers' routers at once, differentiable: what the press computes from the same numbers.
+@dataclass
+class Estimates:
+    """What the gates are trained on: some tokens of one text. E experts, ``learned`` first."""
 
-    Inside, hidden states and scores have mean square 1 in every channel, so that one learning rate
-    fits all.
+    hidden: Tensor  # [L, N, hidden]
+    scores: Tensor  # [L, E, H, N], on the common scale
+    target: Tensor  # [L, H, N], see estimate()
+
+
+def estimate(router: CalibratedRouter, reading: Reading, fit: Fit | None = None) -> Estimates:
+    """Let the experts of a router estimate what a reading has found.
+
+    Parameters
+    ----------
+    router : CalibratedRouter
+    reading : Reading
+    fit : Fit, optional
+        Instead of the router's.
+
+    Returns
+    -------
+    Estimates
+        Their target is the oracle's, and of comparable experts ``SAY`` times their scores: the
+        oracle reads the text once, in order, and what is asked later may be something else.
+    """
+    weight, place, novelty, bias = fit or fit_of(router)
+    learned = weight @ reading.hidden.float().mT + place @ reading.where.t()
+    learned += novelty[..., None] * reading.novelty + bias[..., None]
+    scores = torch.cat([learned[:, None], reading.scores], dim=1)
+    scores = router.gain[..., None] * scores + router.offset[..., None]
+    target = reading.target.clone()
+    for number, expert in enumerate(router.experts[1:], 1):
+        if expert.comparable:
+            target += SAY * scores[:, number]
+    return Estimates(reading.hidden, scores, target)
+
+
+class Mixture(nn.Module):
+    """All layers' gates at once, differentiable: what the press computes from the same numbers.
+
+    Inside, hidden states have mean square 1 in every channel, so that one learning rate fits all.
 
     Parameters
     ----------
     router : CalibratedRouter
         Where training begins.
-    sample : Reading
-        For its spread.
+    spread : Tensor [L, hidden]
+        Of the hidden states.
     """
 
-    def __init__(self, router: CalibratedRouter, sample: Reading) -> None:
+    def __init__(self, router: CalibratedRouter, spread: Tensor) -> None:
         super().__init__()
-        self.top_k = router.top_k
-        self.hidden_scale = sample.hidden.float().square().mean(1).sqrt().clamp(min=1e-6)
-        self.score_mean = sample.scores.mean(-1)
-        self.score_scale = sample.scores.std(-1, correction=0).clamp(min=1e-6)
+        self.top_k, self.spread = router.top_k, spread
+        self.weight = nn.Parameter(router.gate_weight * spread[:, None])
+        self.bias = nn.Parameter(router.gate_bias.clone())
 
-        def trained(tensor: Tensor) -> nn.Parameter:
-            return nn.Parameter(tensor.detach().clone())
-
-        self.gate_weight = trained(router.gate_weight * self.hidden_scale[:, None])
-        self.gate_bias = trained(router.gate_bias)
-        self.gain = trained(router.gain * self.score_scale)
-        self.offset = trained(router.offset + router.gain * self.score_mean)
-        self.place_scale = torch.tensor([6.0, 2.0, 6.0])  # near their spread in texts of any length
-        self.place = trained(router.surrogate_place * self.place_scale)
-        self.bias = trained(router.surrogate_bias)
-        self.weight = router.surrogate_weight.detach().clone()
-
-    def forward(self, reading: Reading) -> tuple[Tensor, Tensor]:
+    def forward(self, given: Estimates) -> tuple[Tensor, Tensor]:
         """Mix the scores of N tokens.
 
         Parameters
         ----------
-        reading : Reading
+        given : Estimates
 
         Returns
         -------
@@ -398,29 +525,44 @@ class Mixture(nn.Module):
         balance_loss : Tensor, scalar
             Mean over layers.
         """
-        hidden = reading.hidden.float()
-        where, scores = reading.where / self.place_scale, reading.scores.permute(0, 3, 1, 2)
-        base = hidden @ self.weight.transpose(1, 2) + where @ self.place.transpose(1, 2)
-        scaled = hidden / self.hidden_scale[:, None]
-        logits = scaled @ self.gate_weight.transpose(1, 2) + self.gate_bias[:, None]
-        routed = ops.gating_topk(logits, k=self.top_k)
-        gates = torch.zeros_like(logits).scatter(-1, routed.experts.long(), routed.weights)
-        standard = (scores - self.score_mean[:, None]) / self.score_scale[:, None]
-        mapped = standard * self.gain[:, None] + self.offset[:, None]
-        mixed = base + self.bias[:, None] + torch.einsum("lne,lneh->lnh", gates, mapped)
+        logits = (given.hidden.float() / self.spread[:, None]) @ self.weight.mT
+        logits = logits + self.bias[:, None]
+        routed = ops.gating_topk(logits.flatten(0, 1), k=self.top_k)
+        gates = torch.zeros_like(logits.flatten(0, 1))
+        gates = gates.scatter(-1, routed.experts.long(), routed.weights).view_as(logits)
+        mixed = torch.einsum("lne,lehn->lhn", gates, given.scores)
         balance = torch.stack([entropy_loss(p) for p in logits.softmax(-1).mean(1)]).mean()
-        return mixed.transpose(1, 2), balance
+        return mixed, balance
 
     @torch.no_grad()
     def hand_over(self, router: CalibratedRouter) -> None:
         """Copy what was trained into a router."""
-        gain = self.gain / self.score_scale
-        router.gate_weight.copy_(self.gate_weight / self.hidden_scale[:, None])
-        router.gate_bias.copy_(self.gate_bias)
-        router.gain.copy_(gain)
-        router.offset.copy_(self.offset - gain * self.score_mean)
-        router.surrogate_place.copy_(self.place / self.place_scale)
-        router.surrogate_bias.copy_(self.bias)
+        router.gate_weight.copy_(self.weight / self.spread[:, None])
+        router.gate_bias.copy_(self.bias)
+
+
+def choice_loss(mixed: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of the choices that a budget makes: the loss that training can follow.
+
+    Parameters
+    ----------
+    mixed, target : Tensor
+        Of one shape.
+
+    Returns
+    -------
+    Tensor, scalar
+        Mean over the pairs, and over the shares of :func:`ranking_loss`: how surely a threshold
+        that keeps so many tells those that the target would keep.
+    """
+    mixed, target = mixed.flatten(), target.flatten()
+    losses = []
+    for share in SHARES:
+        rank = max(int(len(target) * (1 - share)), 1)
+        wanted = (target > target.kthvalue(rank).values).float()
+        margin = (mixed - mixed.detach().kthvalue(rank).values) / _SOFT
+        losses.append(nn.functional.binary_cross_entropy_with_logits(margin, wanted))
+    return torch.stack(losses).mean()
 
 
 def ranking_loss(predicted: Tensor, target: Tensor) -> float:
@@ -434,11 +576,11 @@ def ranking_loss(predicted: Tensor, target: Tensor) -> float:
     Returns
     -------
     float
-        Mean over the shares 1/2, 1/4 and 1/10 of the pairs that a budget may keep; in [0, 1].
+        Mean over the ``SHARES`` of the pairs that a budget may keep; in [0, 1].
     """
     predicted, target = predicted.flatten(), target.flatten()
     missed = []
-    for share in (0.5, 0.25, 0.1):
+    for share in SHARES:
         count = max(int(len(target) * share), 1)
         wanted = torch.zeros_like(target, dtype=torch.bool)
         wanted[target.topk(count).indices] = True
@@ -471,41 +613,49 @@ def train_gates(
     -------
     list of dict
         For each epoch, from 0 (before training): ``ranking_loss`` of the held-out texts, and
-        ``error``, the mean squared error of the log-attention on the sample.
+        ``choice_loss``, what training follows, on the sample.
     """
-    sample = Reading.join(sums.sample)
-    mixture = Mixture(router, sample)
+    fits = [
+        solve_ridge(*sums.total(without=domain), router.hidden_size, config.ridge)
+        for domain in range(len(sums.gram))
+    ]
+    sample = [
+        estimate(router, reading, fits[domain])
+        for reading, domain in zip(sums.sample, sums.domains, strict=True)
+    ]
+    judged = [estimate(router, reading) for reading in sums.held_out or sums.sample]
+    square = sum(given.hidden.float().square().sum(1) for given in sample)
+    count = sum(given.hidden.shape[1] for given in sample)
+    mixture = Mixture(router, (square / count).sqrt().clamp(min=1e-6))  # type: ignore[union-attr]
     optimiser = torch.optim.AdamW(mixture.parameters(), lr=config.learning_rate, weight_decay=0.01)
-    num_tokens = len(sample.where)
-    steps = max(num_tokens // config.batch, 1)
+    steps = math.ceil(len(sample) / config.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(config.epochs * steps, 1))
     generator = torch.Generator().manual_seed(config.seed)
-    judged = sums.held_out or sums.sample
 
+    @torch.no_grad()
     def judge() -> float:
-        with torch.no_grad():
-            losses = [ranking_loss(mixture(reading)[0], reading.target) for reading in judged]
+        losses = [ranking_loss(mixture(given)[0], given.target) for given in judged]
         return sum(losses) / len(losses)
 
     with torch.no_grad():
-        start = (mixture(sample)[0] - sample.target).square().mean()
-    curve = [{"epoch": 0.0, "ranking_loss": judge(), "error": float(start)}]
+        start = sum(float(choice_loss(mixture(x)[0], x.target)) for x in sample) / len(sample)
+    curve = [{"epoch": 0.0, "ranking_loss": judge(), "choice_loss": start}]
     best, since = curve[0]["ranking_loss"], 0
     report(0, best)
     for epoch in range(1, config.epochs + 1):
-        order = torch.randperm(num_tokens, generator=generator)
+        order = torch.randperm(len(sample), generator=generator).tolist()
         total = 0.0
         for step in range(steps):
-            tokens = sample.at(order[step * config.batch : (step + 1) * config.batch])
-            mixed, balance = mixture(tokens)
-            error = (mixed - tokens.target).square().mean()
-            loss = error + config.aux_loss_weight * balance
+            batch = order[step * config.batch : (step + 1) * config.batch]
             optimiser.zero_grad()
-            loss.backward()
+            for number in batch:
+                mixed, balance = mixture(sample[number])
+                missed = choice_loss(mixed, sample[number].target)
+                ((missed + config.aux_loss_weight * balance) / len(batch)).backward()
+                total += float(missed.detach()) / len(sample)
             optimiser.step()
             schedule.step()
-            total += float(error.detach()) / steps
-        curve.append({"epoch": float(epoch), "ranking_loss": judge(), "error": total})
+        curve.append({"epoch": float(epoch), "ranking_loss": judge(), "choice_loss": total})
         report(epoch, curve[-1]["ranking_loss"])
         if curve[-1]["ranking_loss"] < best:
             best, since = curve[-1]["ranking_loss"], 0
@@ -515,6 +665,35 @@ def train_gates(
             if since == patience:
                 break
     return curve
+
+
+def find_domains(vectors: Tensor, count: int) -> list[int]:
+    """Put texts into groups that are alike: k-means on directions.
+
+    Parameters
+    ----------
+    vectors : Tensor [N, hidden]
+        Of each text the mean of its tokens' embeddings.
+    count : int
+        Groups, at most.
+
+    Returns
+    -------
+    list of N int
+        Group of each, from 0.
+    """
+    vectors = vectors.double() - vectors.double().mean(0)
+    vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    chosen = [0]  # then always the one that is the least like those before
+    while len(chosen) < min(count, len(vectors)):
+        chosen.append(int((vectors @ vectors[chosen].t()).amax(1).argmin()))
+    centres = vectors[chosen]
+    for _ in range(20):
+        groups = (vectors @ centres.t()).argmax(1)
+        one_hot = nn.functional.one_hot(groups, len(centres)).double()
+        centres = one_hot.t() @ vectors
+        centres = centres / centres.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    return [int(group) for group in groups]
 
 
 # --- All of it ------------------------------------------------------------------------------------
@@ -611,12 +790,8 @@ def _read_all(
     drawn = random.Random(config.seed)
     order = drawn.sample(range(len(texts)), len(texts))
     held_out = set(order[:num_held_out])
-    width = router.hidden_size + 3 + len(config.experts) * router.num_kv_heads + 1
-    shape = (len(router.layers), width)
-    sums = Sums(
-        torch.zeros(*shape, width, dtype=torch.float64),
-        torch.zeros(*shape, router.num_kv_heads, dtype=torch.float64),
-    )
+    domains = find_domains(oracle.describe(texts), config.domains)
+    sums = Sums.empty(router, config.domains)
     first = 0
     if checkpoint is not None and checkpoint.exists():
         sums, found = read_checkpoint(checkpoint)
@@ -638,7 +813,8 @@ def _read_all(
             keep = torch.randperm(config.length, generator=generator)[:_JUDGED]
             sums.held_out.append(reading.at(keep[keep < len(reading.where)].sort().values))
         else:
-            _add(sums, reading)
+            sums.add(reading, domains[number])
+            sums.domains.append(domains[number])
             keep = torch.randperm(len(reading.where), generator=generator)[:share]
             sums.sample.append(reading.at(keep.sort().values))
         bars.advance(bar)
@@ -646,14 +822,6 @@ def _read_all(
         if checkpoint is not None and ((number + 1) % 8 == 0 or number + 1 == len(texts)):
             _save(checkpoint, sums, identity)
     return sums
-
-
-def _add(sums: Sums, reading: Reading) -> None:
-    """Add a reading to the normal equations."""
-    for row in range(len(sums.gram)):
-        x = features(reading, row)
-        sums.gram[row] += (x.t() @ x).double()
-        sums.moment[row] += (x.t() @ reading.target[row].t()).double()
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Sums, list[Any]]:
@@ -682,6 +850,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Sums, list[Any]]:
             saved["moment"],
             saved["num_texts"],
             [Reading(**parts) for parts in saved["sample"]],
+            saved["domains"],
             [Reading(**parts) for parts in saved["held_out"]],
         )
         return sums, json.loads(saved["identity"])
@@ -696,6 +865,7 @@ def _save(path: Path, sums: Sums, identity: str) -> None:
         "num_texts": sums.num_texts,
         "gram": sums.gram,
         "moment": sums.moment,
+        "domains": sums.domains,
         "sample": [vars(reading) for reading in sums.sample],
         "held_out": [vars(reading) for reading in sums.held_out],
     }

@@ -1,5 +1,7 @@
 """What the press takes for granted about transformers models, checked."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -97,6 +99,27 @@ def check_attention(layer: nn.Module, what: str) -> None:
             f"{type(layer).__name__}, which reads dense caches only; use budget='uniform' and rows "
             "without padding"
         )
+
+
+@contextmanager
+def lent_rotary(decoder: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Give attention layers the decoder's rotary embedding, where kvpress's scorers look for it.
+
+    Parameters
+    ----------
+    decoder : nn.Module
+    layers : iterable of nn.Module
+        Its attention layers; those that have one of their own keep it.
+    """
+    rotary: Any = getattr(decoder, "rotary_emb", None)
+    bare = [layer for layer in layers if not hasattr(layer, "rotary_emb")]
+    try:
+        for layer in bare:
+            layer.rotary_emb = rotary
+        yield
+    finally:
+        for layer in bare:
+            layer._modules.pop("rotary_emb", None)
 
 
 def is_pressed(layer: nn.Module) -> bool:

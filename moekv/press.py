@@ -37,6 +37,7 @@ from moekv.hooks import (
     hook_arguments,
     is_pressed,
     is_sliding,
+    lent_rotary,
 )
 from moekv.keeper import Keeper
 from moekv.layers import GrowingLayer, storage_bytes
@@ -811,14 +812,10 @@ class MoERouterPress(ScorerPress):
         if self._budget != "uniform" and self._evicts:
             check_attention(hooked[0], f"budget {self.budget!r}")
         handles = []
-        rotary: Any = getattr(decoder, "rotary_emb", None)
-        bare = [layer for layer in layers if not hasattr(layer, "rotary_emb")]
         self._hooked, self._rated = hooked, []
         self._num_cached = self._num_forwards = self._num_commits = self._num_grown = 0
         _busy.add(decoder)
         try:
-            for layer in bare:  # where kvpress's scorers look for it
-                layer.rotary_emb = rotary
             handles.append(
                 decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)
             )
@@ -831,6 +828,7 @@ class MoERouterPress(ScorerPress):
             # Kernels that replace the model's own may rotate queries in place.
             kept = () if model.use_kernels or not self._expects(hooked[0]) else hooked
             with (
+                lent_rotary(decoder, layers),
                 last_queries(hooked, self.window) as self._queries,
                 projected_queries(kept) as self._projected,
             ):
@@ -847,8 +845,6 @@ class MoERouterPress(ScorerPress):
             self._abort_stream()  # after an interrupt, for which no hook is called
             for handle in handles:
                 handle.remove()
-            for layer in bare:
-                layer._modules.pop("rotary_emb", None)
             _busy.discard(decoder)
             self._hooked, self._rated, self._queries, self._projected = [], [], {}, {}
 

@@ -22,13 +22,13 @@ from moekv import (
     prefill_in_chunks,
     save_cache,
 )
-from moekv.experts import ExpectedExpert
 from moekv.layers import RaggedLayer, notes_of
+from moekv.ops import ScoreKind
 
 
-def even_router(model: Any) -> CalibratedRouter:
-    """All routed experts have the same say, whatever the token: a mean of gates is the gate."""
-    router = random_router(model, top_k=3)
+def even_router(model: Any, **options: Any) -> CalibratedRouter:
+    """All experts have the same say, whatever the token: a mean of gates is the gate."""
+    router = random_router(model, top_k=3, **options)
     router.gate_weight.zero_()
     router.gate_bias.zero_()
     return router
@@ -183,10 +183,8 @@ def test_what_stays_of_a_prompt_in_chunks_is_noted(budget: str, padding: tuple[i
     assert_average(both.pairs(), kept, budget)
 
 
-@pytest.fixture
-def nothing_expected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take `expected` from whole prefills, too, which growing caches have to do without."""
-    monkeypatch.setattr(ExpectedExpert, "can_rate", lambda *args: False)
+LASTING = ("semantic", "temporal")
+"""Experts that need no hidden states: growing caches have to do without the others."""
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -195,12 +193,11 @@ def test_one_chunk_keeps_what_one_forward_keeps(budget: str, padding: tuple[int,
     check_chunks(random_router(tiny_model()), 60, budget, padding)
 
 
-@pytest.mark.usefixtures("nothing_expected")
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("padding", [(0,), (0, 12)])
 def test_two_chunks_keep_what_one_forward_keeps(budget: str, padding: tuple[int, ...]) -> None:
     """Of which half stays, with gates that are even."""
-    check_chunks(even_router(tiny_model()), 30, budget, padding)
+    check_chunks(even_router(tiny_model(), experts=LASTING), 30, budget, padding)
 
 
 def check_chunks(
@@ -221,12 +218,11 @@ def check_chunks(
         torch.testing.assert_close(other.stored_keys, keys, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.usefixtures("nothing_expected")
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_decoding_keeps_what_a_prefill_of_all_tokens_keeps(budget: str) -> None:
     """Nothing has left before: 40 tokens and 5, of which 20 stay."""
     model, ids = tiny_model(), tokens(2, 45)
-    router = even_router(model)
+    router = even_router(model, experts=LASTING)
     with make_press(router, 25 / 45, budget=budget)(model):
         whole = prefill(model, ids)
     press, cache = make_press(router, budget=budget, decoding=DecodingConfig(40, 5)), DynamicCache()
@@ -253,7 +249,7 @@ def test_each_head_has_its_own_weights_where_heads_differ_in_length(
     def spy(self: Any, experts: Any, scores: Tensor, routed: Any, view: Any) -> Any:
         mixed = mix(self, experts, scores, routed, view)
         notes = None if view.notes is None else [x.clone() for x in view.notes]
-        seen.append((view, notes, scores, mixed[0]))
+        seen.append((view, notes, scores, mixed[0], view.scores_of(ScoreKind.DIVERSITY)))
         return mixed
 
     monkeypatch.setattr(MoERouterPress, "_mix", spy)
@@ -268,10 +264,13 @@ def test_each_head_has_its_own_weights_where_heads_differ_in_length(
                 break
     assert len(seen) == 2
     folded = 1 if budget == "uniform" else 2
-    for layer, (view, notes, scores, mixed) in enumerate(seen):
+    for layer, (view, notes, scores, mixed, unlike) in enumerate(seen):
         assert view.folded == folded
         reads, positions = (x.view(2, 2, -1) for x in notes)
-        scores, mixed = scores.view(5, 2, 2, -1), mixed.view(2, 2, -1)
+        scores, mixed, unlike = (
+            scores.view(3, 2, 2, -1),
+            *(x.view(2, 2, -1) for x in (mixed, unlike)),
+        )
         assert (positions[..., -1] == positions.max()).all()
         for head in range(2):
             position, read = positions[:, head], reads[:, head]
@@ -279,15 +278,15 @@ def test_each_head_has_its_own_weights_where_heads_differ_in_length(
             where = (1 + age).log(), (1 + age / 128).log(), (1 + position).log()
             place = router.surrogate_place[layer, head]
             learned = read + sum(p * x for p, x in zip(place, where, strict=True))
-            expected = learned.clone()
-            for expert in range(3):
-                gain, offset = (x[layer, expert, head] for x in (router.gain, router.offset))
-                expected += (gain * scores[expert + 2, :, head] + offset) / 3
+            learned += router.surrogate_novelty[layer, head] * unlike[:, head]
+            # Hidden states are gone, and with them the say of `expected`.
+            gain, offset = (x[layer, :, head] for x in (router.gain, router.offset))
+            wanted = gain[0] * learned + offset[0]
+            wanted = (wanted + gain[2] * scores[2, :, head] + offset[2]) / 2
             for b in range(2):
                 real = slice(mixed.shape[2] - view.lengths[b * folded + head * (folded - 1)], None)
                 torch.testing.assert_close(scores[0, b, head, real], learned[b, real])
-                # Hidden states are gone, and with them the say of `expected`.
-                torch.testing.assert_close(mixed[b, head, real], 1.5 * expected[b, real])
+                torch.testing.assert_close(mixed[b, head, real], wanted[b, real])
 
 
 def test_generate_by_the_defaults() -> None:

@@ -1,6 +1,7 @@
 """Calibration: does it see what later tokens attend to, and find what there is to find?"""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,22 @@ import moekv.calibration as calibration
 from moekv import CalibratedRouter, CalibrationConfig, MoERouterPress, calibrate
 from moekv.calibrated import model_fingerprint, places
 from moekv.calibration import (
+    SAY,
     Mixture,
     Oracle,
     Reading,
     Sums,
+    choice_loss,
+    estimate,
+    find_domains,
+    fit_of,
     fit_ridge,
     ranking_loss,
+    solve_ridge,
     train_gates,
 )
 from moekv.layers import RaggedLayer
+from moekv.ops import ScoreKind
 from moekv.routers import SharedExpertRouter
 from moekv.static import CompactStaticLayer
 
@@ -51,7 +59,7 @@ def texts(count: int) -> list[str]:
 
 def random_router(model: Any, seed: int = 0, **options: Any) -> CalibratedRouter:
     """Build a router for a tiny model whose every number matters."""
-    options = {"experts": ["selective", "semantic", "temporal"], "top_k": 2} | options
+    options = {"experts": ["expected", "semantic"], "top_k": 2} | options
     router = CalibratedRouter(
         model=model_fingerprint(model),
         layers=list(range(model.config.num_hidden_layers)),
@@ -115,68 +123,169 @@ def planted(router: CalibratedRouter, count: int, length: int = 120) -> list[Rea
     """Make readings whose targets are what `router` would say."""
     generator = torch.Generator().manual_seed(3)
     layers, hidden = len(router.layers), router.hidden_size
-    shape = (layers, len(router.routed), router.num_kv_heads, length)
+    shape = (layers, len(router.experts) - 1, router.num_kv_heads, length)
     where = places((length,), length, torch.device("cpu"))[0].t()
     readings = []
     for _ in range(count):
         states = torch.randn(layers, length, hidden, generator=generator)
-        reading = Reading(states, where, torch.randn(shape, generator=generator), torch.empty(0))
-        with torch.no_grad():
-            reading.target, _ = Mixture(router, reading)(reading)
+        reading = Reading(
+            states,
+            where,
+            torch.randn(layers, router.num_kv_heads, length, generator=generator),
+            torch.randn(shape, generator=generator),
+            torch.zeros(layers, router.num_kv_heads, length),
+        )
+        reading.target = mixed_by(router, reading)
         readings.append(reading)
     return readings
 
 
-def gather(router: CalibratedRouter, readings: list[Reading], held_out: int = 0) -> Sums:
-    width = router.hidden_size + 3 + len(router.routed) * router.num_kv_heads + 1
-    sums = Sums(
-        torch.zeros(len(router.layers), width, width, dtype=torch.float64),
-        torch.zeros(len(router.layers), width, router.num_kv_heads, dtype=torch.float64),
-    )
-    for reading in readings[held_out:]:
-        calibration._add(sums, reading)
+def mixed_by(router: CalibratedRouter, reading: Reading) -> Tensor:
+    with torch.no_grad():
+        mixed, _ = Mixture(router, torch.ones(1, router.hidden_size))(estimate(router, reading))
+    return mixed
+
+
+def gather(
+    router: CalibratedRouter, readings: list[Reading], held_out: int = 0, domains: int = 2
+) -> Sums:
+    sums = Sums.empty(router, domains)
+    for number, reading in enumerate(readings[held_out:]):
+        sums.add(reading, number % domains)
+        sums.domains.append(number % domains)
     sums.sample, sums.held_out = readings[held_out:], readings[:held_out]
     return sums
 
 
 def test_ridge_finds_a_planted_linear_rule() -> None:
     model = tiny_model()
-    planter = random_router(model, top_k=3)
-    planter.gate_weight.zero_()
-    planter.gate_bias.zero_()  # even gates: all is linear
+    planter = random_router(model, experts=(), top_k=1)
+    planter.gain.fill_(1)
     planter.offset.zero_()
-    found = random_router(model, seed=1, top_k=3)
-    found.gate_weight.zero_()
-    found.gate_bias.zero_()
-    found.offset.zero_()
+    found = random_router(model, seed=1, experts=(), top_k=1)
     fit_ridge(gather(planter, planted(planter, 12)), found, 1e-8)
-    for name in ("surrogate_weight", "surrogate_place", "gain"):
+    for name in ("surrogate_weight", "surrogate_place", "surrogate_novelty", "surrogate_bias"):
         torch.testing.assert_close(
             getattr(found, name), getattr(planter, name), atol=5e-3, rtol=5e-3
         )
 
 
+def test_experts_are_brought_to_the_scale_of_the_targets() -> None:
+    """What is comparable by one number for all heads, others by their heads' lines."""
+    model = tiny_model()
+    router = random_router(model)
+    readings = planted(router, 6)
+    for reading in readings:
+        slope, level = torch.tensor([[2.0, -3.0], [0.5, 4.0]]), torch.tensor([[1.0, 2], [3, -6]])
+        reading.target = slope[..., None] * reading.scores[:, 1] + level[..., None]
+        reading.scores[:, 0] += 7
+    fit_ridge(gather(router, readings), router, 1e-3)
+    torch.testing.assert_close(router.gain[:, 2], slope, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(router.offset[:, 2], level, atol=1e-3, rtol=1e-3)
+    assert (router.gain[:, 1] == 1).all()
+    targets, scores = (
+        torch.cat([x.flatten() for x in parts]).mean()
+        for parts in ([r.target for r in readings], [r.scores[:, 0] for r in readings])
+    )
+    torch.testing.assert_close(
+        router.offset[:, 1], (targets - scores).expand(2, 2), atol=1e-3, rtol=1e-3
+    )
+
+
+def test_gates_follow_the_oracle_and_what_needs_no_fit() -> None:
+    router = random_router(tiny_model(), experts=["semantic", "expected"])
+    (reading,) = planted(router, 1)
+    given = estimate(router, reading)
+    expected = router.gain[:, 2, :, None] * reading.scores[:, 1] + router.offset[:, 2, :, None]
+    torch.testing.assert_close(given.scores[:, 2], expected)
+    torch.testing.assert_close(given.target, reading.target + SAY * expected)
+    weight, place, novelty, bias = other = [torch.randn_like(x) for x in fit_of(router)]
+    given = estimate(router, reading, tuple(other))
+    learned = weight @ reading.hidden.mT + place @ reading.where.t() + bias[..., None]
+    learned = learned + novelty[..., None] * reading.novelty
+    wanted = router.gain[:, 0, :, None] * learned + router.offset[:, 0, :, None]
+    torch.testing.assert_close(given.scores[:, 0], wanted)
+
+
 def test_gates_learn_to_route_where_no_even_mix_fits() -> None:
     model = tiny_model()
-    planter = random_router(model)
-    planter.surrogate_weight.zero_()
+    planter = random_router(model, experts=("semantic", "temporal"))
     planter.gate_weight.mul_(2)
-    readings = planted(planter, 24)
-    sums = gather(planter, readings, held_out=4)
-    found = random_router(model, seed=1)
+    planter.gain[:, 1:].mul_(3)
+    found = random_router(model, experts=("semantic", "temporal"))
+    sums = gather(planter, planted(planter, 24), held_out=4)
+    found.gain.copy_(planter.gain)
     found.gate_weight.zero_()
     found.gate_bias.zero_()
-    found.offset.zero_()
-    fit_ridge(sums, found, 1e-4)
     config = dataclasses.replace(SMALL, epochs=20, learning_rate=0.02, aux_loss_weight=0.001)
-    curve = train_gates(sums, found, config)
+    fit = fit_of(found)
+    with pytest.MonkeyPatch.context() as patch:  # the experts are those that were planted
+        patch.setattr(calibration, "solve_ridge", lambda *args: fit)
+        curve = train_gates(sums, found, config)
     losses = [row["ranking_loss"] for row in curve]
     assert min(losses) < 0.7 * losses[0]
     # The best epoch's numbers were kept, whatever came after.
     judged = sums.held_out[0]
-    with torch.no_grad():
-        mixed, _ = Mixture(found, judged)(judged)
-    assert ranking_loss(mixed, judged.target) < 0.75 * losses[0]
+    assert ranking_loss(mixed_by(found, judged), judged.target) < 0.75 * losses[0]
+
+
+def test_gates_are_trained_on_what_the_fit_is_out_of_its_domain() -> None:
+    """In each of two domains a rule of its own holds, so that a fit knows only where it was."""
+    model = tiny_model()
+    rules = [random_router(model, seed=seed, experts=("expected",)) for seed in (0, 1)]
+    readings = [planted(rules[i % 2], 1)[0] for i in range(12)]
+    for reading in readings:
+        reading.scores[:, 0] = reading.target  # who needs no fit is right everywhere
+    sums = gather(rules[0], readings)
+    found = random_router(model, seed=2, experts=("expected",))
+    found.gate_weight.zero_()
+    found.gate_bias.zero_()
+    fit_ridge(sums, found, 1e-3)
+    gram, moment = sums.total(without=0)
+    torch.testing.assert_close(gram, sums.gram[1].double())
+    torch.testing.assert_close(moment, sums.moment[1].double())
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            calibration, "estimate", lambda *args: seen.append(args[2:]) or estimate(*args)
+        )
+        curve = train_gates(sums, found, dataclasses.replace(SMALL, epochs=8, learning_rate=0.02))
+    for number in range(12):
+        own = solve_ridge(*sums.total(without=number % 2), 64, SMALL.ridge)
+        for part, wanted in zip(seen[number][0], own, strict=True):
+            torch.testing.assert_close(part, wanted)
+    assert min(row["ranking_loss"] for row in curve) < curve[0]["ranking_loss"]
+    trust = [
+        found.gate(layer, torch.empty(0))(readings[0].hidden[layer][None]).shares.mean((0, 1))
+        for layer in range(2)
+    ]
+    assert all(share[1] > 0.6 for share in trust)
+
+
+def test_a_domain_alone_is_fitted_with_itself() -> None:
+    router = random_router(tiny_model())
+    sums = gather(router, planted(router, 3), domains=1)
+    torch.testing.assert_close(sums.total(without=0), sums.total())
+
+
+def test_texts_that_are_alike_are_one_domain() -> None:
+    centres = torch.eye(3, 16)
+    noise = 0.1 * torch.randn(30, 16, generator=torch.Generator().manual_seed(0))
+    kinds = [i % 3 for i in range(30)]
+    found = find_domains(5 + centres[kinds] + noise, 3)
+    assert len(set(zip(kinds, found, strict=True))) == 3
+    assert set(find_domains(torch.ones(2, 4), 3)) == {0}
+
+
+def test_choice_loss_is_least_where_the_choices_are_the_targets() -> None:
+    target = torch.randn(400, generator=torch.Generator().manual_seed(1))
+    losses = [float(choice_loss(x, target)) for x in (3 * target, target, 0 * target, -target)]
+    assert losses == sorted(losses)
+    # By hand: thresholds at the 200th, 300th and 360th of 400, one unit apart from their next.
+    target = torch.arange(400.0)
+    margins = [(target - rank) / calibration._SOFT for rank in (199, 299, 359)]
+    wanted = sum(torch.nn.functional.softplus(torch.where(m > 0, -m, m)).mean() for m in margins)
+    torch.testing.assert_close(choice_loss(target, target), wanted / 3)
 
 
 def test_ranking_loss_by_hand() -> None:
@@ -276,61 +385,78 @@ def test_the_shared_expert_has_half_of_the_weight() -> None:
     torch.testing.assert_close(out.entropy, torch.special.entr(out.probs).sum())
 
 
-def test_a_press_scores_what_calibration_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_press_scores_what_calibration_fitted(
+    padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_model()
     router = random_router(model)
     ids = tokens(2, 60)
+    padding = [0, 9 * padded]
+    mask = (torch.arange(60) >= torch.tensor(padding)[:, None]).long()
     got: dict[int, Tensor] = {}
     seen: dict[int, tuple[Tensor, Tensor]] = {}
+    unlike: dict[int, Tensor] = {}
     mix = MoERouterPress._mix
 
     def spy(self: Any, experts: Any, scores: Tensor, routed: Any, view: Any) -> Any:
         mixed = mix(self, experts, scores, routed, view)
         index = view.module.layer_idx
-        got[index] = mixed[0] - scores[1]  # `expected`, which is not fitted
-        seen[index] = (view.hidden_states, scores[2:])
+        got[index], seen[index] = mixed[0], (view.hidden_states, scores[1:])
+        unlike[index] = view.scores_of(ScoreKind.DIVERSITY)
         return mixed
 
     monkeypatch.setattr(MoERouterPress, "_mix", spy)
     press = MoERouterPress(0.5, router=router)
     with press(model):
-        prefill(model, ids)
-    where = places((60,), 60, torch.device("cpu"))[0].t()
+        prefill(model, ids, attention_mask=mask)
     for index in range(2):
         hidden, scores = seen[index]
         for row in range(2):
-            states, pieces = (x.expand(2, *x.shape) for x in (hidden[row], scores[:, row]))
-            reading = Reading(states, where, pieces, torch.empty(0))
-            with torch.no_grad():
-                wanted, _ = Mixture(router, reading)(reading)
+            length = 60 - padding[row]
+            real = slice(padding[row], None)
+            where = places((length,), length, torch.device("cpu"))[0].t()
+            states, pieces = hidden[row, real], scores[:, row, :, real]
+            reading = Reading(
+                states.expand(2, *states.shape),
+                where,
+                unlike[index][row, :, real].expand(2, -1, -1),
+                pieces.expand(2, *pieces.shape),
+                torch.zeros(2, 2, length),
+            )
             torch.testing.assert_close(
-                got[index][row], wanted[index], atol=1e-3, rtol=1e-4, msg=f"layer {index}"
+                got[index][row][:, real],
+                mixed_by(router, reading)[index],
+                atol=1e-3,
+                rtol=1e-4,
+                msg=f"layer {index}",
             )
 
 
-@pytest.mark.parametrize("shared", [(), ("expected",)])
-def test_what_is_shared_has_as_much_say_as_what_was_fitted(shared: tuple[str, ...]) -> None:
-    router = random_router(tiny_model(), experts=("semantic", "temporal"), top_k=2, shared=shared)
-    assert [expert.name for expert in router.experts] == [
-        "learned",
-        *shared,
-        "semantic",
-        "temporal",
-    ]
-    gain, offset = router.scale(1, torch.device("cpu"))
-    routed = router.gate(1, torch.zeros(1, 1, 64))(torch.randn(1, 5, 64))
-    say = routed.shares[0, :, :, None] * gain  # [T, E, H]
-    torch.testing.assert_close(say[:, : 1 + len(shared)], torch.ones(5, 1 + len(shared), 2))
-    # The weights of the routed ones, which sum to 1, times what was fitted.
-    weights = routed.shares[0, :, -2:, None] * (2 + len(shared))
-    torch.testing.assert_close(weights.sum(1), torch.ones(5, 1))
-    torch.testing.assert_close(say[:, -2:], weights * router.gain[1])
-    assert not offset[: 1 + len(shared)].any()
+def test_hidden_states_are_read_once_for_the_gate_and_for_learned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, counted = tiny_model(), []
+    router, other = random_router(model), random_router(model, seed=5)
+    linear = torch.nn.functional.linear
 
+    def count(hidden: Tensor, weight: Tensor) -> Tensor:
+        counted.append(weight.shape)
+        return linear(hidden, weight)
 
-def test_shared_experts_have_comparable_scores() -> None:
-    with pytest.raises(ValueError, match=r"comparable scores, got \['semantic'\]"):
-        random_router(tiny_model(), shared=["expected", "semantic"])
+    monkeypatch.setattr(calibrated_module.functional, "linear", count)
+    hidden = torch.randn(2, 9, 64)
+    wanted = linear(hidden, torch.cat([router.surrogate_weight[1], router.gate_weight[1]]))
+    logits = router.gate(1, hidden)(hidden).logits
+    read = router.read(1, hidden)
+    assert counted == [(2 + 3, 64)]
+    torch.testing.assert_close(logits, wanted[..., 2:] + router.gate_bias[1])
+    torch.testing.assert_close(read, (wanted[..., :2] + router.surrogate_bias[1]).transpose(1, 2))
+    # What somebody else, or another layer, reads of them is something else.
+    for reader, index in ((other, 1), (router, 0)):
+        weight, bias = reader.surrogate_weight[index], reader.surrogate_bias[index]
+        wanted = (linear(hidden, weight) + bias).transpose(1, 2)
+        torch.testing.assert_close(reader.read(index, hidden), wanted)
 
 
 def test_one_threshold_over_the_model_by_default() -> None:
@@ -343,8 +469,10 @@ def test_one_threshold_over_the_model_by_default() -> None:
     stats = press.get_stats()
     assert stats["router"] == "calibrated for a tiny model"
     usage = stats["layer_stats"][0]["expert_compression_stats"]["expert_usage"]
-    assert list(usage) == ["learned", "expected", "selective", "semantic", "temporal"]
-    assert usage["learned"] == usage["expected"] == pytest.approx(1 / 3)
+    assert list(usage) == ["learned", "expected", "semantic"]
+    assert sum(usage.values()) == pytest.approx(1)
+    choices = stats["layer_stats"][0]["router_stats"]["expert_usage_count"]
+    assert sum(choices.values()) == 2 * 60 and max(choices.values()) <= 60
     static = StaticCache(config=model.config, max_cache_len=64)
     with press(model), torch.no_grad():
         model(tokens(1, 60), past_key_values=static)
@@ -414,6 +542,18 @@ def test_a_router_finds_its_model_by_itself(
     with press(model):
         prefill(model, tokens(1, 60))
     assert press.get_stats()["router"] == "shared expert, not calibrated"
+
+
+def test_a_router_of_an_earlier_format(tmp_path: Path) -> None:
+    random_router(tiny_model()).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("format") == 2
+    for found in ({}, {"format": 3}):
+        file.write_text(json.dumps(config | found))
+        message = f"format 2, got one of format {found.get('format', 1)}.*`moekv calibrate`"
+        with pytest.raises(ValueError, match=message):
+            MoERouterPress(router=str(tmp_path))
 
 
 def test_saving_and_loading(tmp_path: Path) -> None:
