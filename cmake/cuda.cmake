@@ -55,7 +55,7 @@ foreach(architecture ${MOEKV_CUDA_ARCHITECTURES})
 endforeach()
 
 set(cuda_objects)
-foreach(name expert_scores gating_topk key_diversity kv_compact lag mix_scores ragged_attention
+foreach(name expected_attention expert_scores gating_topk key_diversity kv_compact lag mix_scores ragged_attention
              select_kept project_tokens window_attention)
   set(source ${CMAKE_SOURCE_DIR}/csrc/cuda/${name}.cu)
   set(object ${CMAKE_BINARY_DIR}/cuda/${name}.o)

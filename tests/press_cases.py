@@ -21,7 +21,7 @@ def prompt() -> Tensor:
 
 
 def press_for(input_ids: Tensor, **options: Any) -> MoERouterPress:
-    """Every expert that has a kernel of its own, and every statistic."""
+    """Every expert that serves growing caches and has a kernel of its own, and every statistic."""
     options = {"num_experts": 6, "top_k": 2, "router_type": "pikv"} | options
     return MoERouterPress(backend=input_ids.device.type, **options)
 
@@ -104,6 +104,7 @@ CASES = {
     "uniform": compressed(),
     "over heads": compressed(budget="head"),
     "over the model": compressed(budget="model"),
+    "expected attention": compressed(num_experts=7),
     "streaming": compressed(budget="model", streaming=True),
     "one expert rules": compressed(policy="dominant"),
     "grouped experts": compressed(router_type="hierarchical"),

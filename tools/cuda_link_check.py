@@ -24,6 +24,7 @@ sys.modules["moekv"] = package
 ops = __import__("moekv.ops", fromlist=["ops"])
 
 OPS = (
+    "expected_attention",
     "expert_scores",
     "gating_topk",
     "kv_compact_",
@@ -40,6 +41,7 @@ def select(
     """Every op once, as the press calls them."""
     batch, num_kv_heads, num_keys, head_dim = keys.shape
     scores = ops.expert_scores(keys, values, queries, kinds=[1, 2], scaling=head_dim**-0.5)
+    scores = torch.cat([scores, ops.expected_attention(keys, keys)[None]])
     logits, _ = ops.project_tokens(hidden_states, weight)
     gate = ops.gating_topk(logits.view(batch * num_keys, 2), k=2)
     weights, experts = (x.view(batch, num_keys, 2) for x in gate[:2])

@@ -37,9 +37,11 @@ REGISTER_SLACK = 8  # more than recorded: another release of the compiler, not a
 WIDE = re.compile(
     r"gating_topk_kernel|attention_(rows|columns)_kernel|key_diversity_(sum|cosine)_kernel"
     r"|lag\w*_kernel|select_kept_(histogram|count|write)_kernel|kv_compact_kernel<uint4>"
-    r"|ragged_attention_kernel|token_(norms|distances)_kernel"
+    r"|ragged_attention_kernel|expected_attention_kernel|token_(norms|distances)_kernel"
 )
-TENSOR_CORES = re.compile(r"attention_(rows|columns)_kernel<__(half|nv_bfloat16)")
+TENSOR_CORES = re.compile(
+    r"(attention_(rows|columns)|expected_attention)_kernel<__(half|nv_bfloat16)"
+)
 
 
 @dataclasses.dataclass

@@ -78,6 +78,7 @@ def make_ops(num_tokens: int, device: torch.device) -> list[Timed]:
     values = random(1, NUM_KV_HEADS, num_tokens, HEAD_DIM)
     queries = random(1, NUM_QUERY_HEADS, NUM_QUERIES, HEAD_DIM)
     hidden = random(1, num_tokens, HIDDEN_SIZE)
+    all_queries = random(1, num_tokens, NUM_QUERY_HEADS, HEAD_DIM).transpose(1, 2)
     gate_weight = random(NUM_EXPERTS + 1, HIDDEN_SIZE)
     expert_scores = random(NUM_EXPERTS, 1, NUM_KV_HEADS, num_tokens).float()
     gate = reference.gating_topk(logits, k=TOP_K)
@@ -117,6 +118,11 @@ def make_ops(num_tokens: int, device: torch.device) -> list[Timed]:
         Timed("expert_scores LAG", 2 * plane + row, score(ops.ScoreKind.LAG)),
         # The keys twice, the values once.
         Timed("expert_scores, all four", 3 * plane + 4 * row, score(*ops.ScoreKind)),
+        Timed(
+            "expected_attention",
+            plane + NUM_QUERY_HEADS * HEAD_DIM * 2 + row,
+            lambda backend: backend.expected_attention(all_queries, keys, scaling=HEAD_DIM**-0.5),
+        ),
         Timed(
             "project_tokens",
             2 * HIDDEN_SIZE * 2 + (NUM_EXPERTS + 2) * 4,

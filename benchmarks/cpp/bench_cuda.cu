@@ -31,6 +31,7 @@ void on_the_default_stream(const Params& params) {
 constexpr Kernels kKernels = {
     .gating_topk = on_the_default_stream<GatingTopkParams, cuda::gating_topk>,
     .expert_scores = on_the_default_stream<ExpertScoresParams, cuda::expert_scores>,
+    .expected_attention = on_the_default_stream<ExpectedAttentionParams, cuda::expected_attention>,
     .project_tokens = on_the_default_stream<ProjectTokensParams, cuda::project_tokens>,
     .mix_scores = on_the_default_stream<MixScoresParams, cuda::mix_scores>,
     .select_kept = on_the_default_stream<SelectKeptParams, cuda::select_kept>,

@@ -162,6 +162,29 @@ Workload expert_scores(const char* name, int64_t num_keys, std::initializer_list
               memory);
 }
 
+Workload expected_attention(int64_t num_keys) {
+  constexpr int64_t hidden = kQueryHeads * kDim;
+  Memory memory;
+  ExpectedAttentionParams p{};
+  p.queries = memory.bfloats(num_keys * hidden);  // as projected: heads side by side
+  p.keys = memory.bfloats(kHeads * num_keys * kDim);
+  p.scores = memory.take<float>(kHeads * num_keys);
+  p.batch = 1;
+  p.num_kv_heads = kHeads;
+  p.num_query_heads = kQueryHeads;
+  p.num_keys = num_keys;
+  p.head_dim = kDim;
+  p.query_stride[0] = num_keys * hidden;
+  p.query_stride[1] = kDim;
+  p.query_stride[2] = hidden;
+  set_strides(p.key_stride, kHeads, num_keys, kDim);
+  p.scaling = 0.08838834764f;
+  p.dtype = DType::kBFloat16;
+  p.workspace = memory.take<char>(MOEKV_BACKEND::expected_attention_workspace_bytes(p));
+  const int64_t moved = num_keys * (2 * (hidden + kHeads * kDim) + 4 * kHeads);
+  return make("expected_attention", moved, &Kernels::expected_attention, p, memory);
+}
+
 Workload mix_scores(int64_t num_keys) {
   constexpr int64_t num_experts = 4, k = 2;
   Memory memory;
@@ -279,6 +302,7 @@ std::vector<Workload> workloads(int64_t num_keys) {
       expert_scores(
           "expert_scores, all kinds", num_keys,
           {ScoreKind::kMass, ScoreKind::kAttention, ScoreKind::kDiversity, ScoreKind::kLag}),
+      expected_attention(num_keys),
       mix_scores(num_keys),
       select_kept("select_kept, per head", num_keys, 1),
       select_kept("select_kept, over heads", num_keys, kHeads),

@@ -24,6 +24,130 @@ constexpr int kGroup = 16;  // queries whose sums are taken together
 // Square of an attention that nothing looks at; its root is a normal number.
 constexpr float kLeastSquare = 1e-36f;
 
+// Keys of a row; those behind its end are the last one.
+template <typename T>
+struct NearKeys {
+  const T* keys;
+  int64_t stride, length, dim;
+
+  const T* operator()(int64_t place) const {
+    return keys + (place < length ? place : length - 1) * stride;
+  }
+};
+
+// Products of a tile of queries with the keys near them: to the place of query i belong the keys
+// first + i ... first + i + kReach. Dot products, which are few. Writes band[step][query] for
+// `count` queries, rounded up to kGroup.
+template <typename T, int kTile>
+class Band {
+ public:
+  void stage(const NearKeys<T>& keys, int64_t first, int) {
+    keys_ = keys;
+    first_ = first;
+  }
+
+  template <typename RowOf, typename Staged>
+  void multiply(const RowOf& query, const Staged&, int count,
+                float (&band)[kReach + 1][kTile]) const {
+    constexpr int kPairLanes = 2 * Vec::kLanes;
+    for (int begin = 0; begin < count; begin += kGroup) {
+      Vec sums[kReach + 1][kGroup];
+      for (int i = 0; i < kGroup; ++i) {
+        Vec sum[kReach + 1][2];
+        for (auto& s : sum) s[0] = s[1] = Vec::set(0.0f);
+        for (int64_t d = 0; begin + i < count && d < keys_.dim; d += kPairLanes) {
+          const VecPair q = load_pair(query(begin + i) + d, keys_.dim - d);
+          for (int step = 0; step <= kReach; ++step) {
+            const VecPair k = load_pair(keys_(first_ + begin + i + step) + d, keys_.dim - d);
+            sum[step][0] = fma(q.a, k.a, sum[step][0]);
+            sum[step][1] = fma(q.b, k.b, sum[step][1]);
+          }
+        }
+        for (int step = 0; step <= kReach; ++step) sums[step][i] = sum[step][0] + sum[step][1];
+      }
+      for (int step = 0; step <= kReach; ++step) sum16(sums[step], band[step] + begin);
+    }
+  }
+
+ private:
+  NearKeys<T> keys_;
+  int64_t first_;
+};
+
+#ifdef __AMX_BF16__
+// On tiles: 16 queries with 32 keys, of which kReach + 1 belong to each. The keys are packed once
+// for all heads of the group.
+template <int kTile>
+class Band<bfloat16_t, kTile> {
+ public:
+  void stage(const NearKeys<bfloat16_t>& keys, int64_t first, int count) {
+    dim_ = keys.dim;
+    for (int block = 0; block * 16 < count + 16; ++block) {
+      char* tile = tiles_ + block * Products::steps(dim_) * kTileBytes;
+      for (int64_t d = 0; d < dim_; d += Products::kStep, tile += kTileBytes) {
+        Vec rows[16];
+        for (int i = 0; i < 16; ++i) {
+          const bfloat16_t* key = keys(first + block * 16 + i) + d;
+          bfloat16_t numbers[Products::kStep] = {};
+          if (dim_ - d < Products::kStep) {
+            std::memcpy(numbers, key, (dim_ - d) * sizeof *key);
+            key = numbers;
+          }
+          std::memcpy(&rows[i], key, sizeof rows[i]);
+        }
+        transpose(rows);  // pairs of channels
+        std::memcpy(tile, rows, sizeof rows);
+      }
+    }
+  }
+
+  template <typename RowOf>
+  void multiply(const RowOf&, const typename AmxProducts<bfloat16_t>::Keys& queries, int count,
+                float (&band)[kReach + 1][kTile]) const {
+    alignas(64) float products[kTile][32];
+    const int64_t steps = Products::steps(dim_), stride = steps * Products::kStep;
+    order_tile_loads();
+    for (int begin = 0; begin < count; begin += 16) {
+      const bfloat16_t* query = queries.rows[0] + begin * stride;
+      const char* key = tiles_ + begin / 16 * steps * kTileBytes;
+      _tile_zero(0);
+      _tile_zero(1);
+      for (int64_t step = 0; step < steps; ++step, key += kTileBytes) {
+        _tile_loadd(4, query + step * Products::kStep, stride * 2);
+        _tile_loadd(6, key, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, key + steps * kTileBytes, 64);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      _tile_stored(0, products[begin], 128);
+      _tile_stored(1, products[begin] + 16, 128);
+    }
+    order_tile_loads();
+    for (int begin = 0; begin < count; begin += 16) {
+      __m512 diagonal[kReach + 1] = {};
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        for (int step = 0; step <= kReach; ++step) {
+          diagonal[step] = _mm512_mask_loadu_ps(diagonal[step], static_cast<__mmask16>(1u << i),
+                                                products[begin + i] + step);
+        }
+      }
+      for (int step = 0; step <= kReach; ++step) {
+        _mm512_storeu_ps(band[step] + begin, diagonal[step]);
+      }
+    }
+  }
+
+ private:
+  using Products = AmxProducts<bfloat16_t>;
+  static constexpr int64_t kTileBytes = 1024;
+
+  // [16 keys][step][pair of channels][key][2]
+  alignas(64) char tiles_[(kTile / 16 + 1) * (kMaxDim / Products::kStep) * kTileBytes];
+  int64_t dim_;
+};
+#endif
+
 template <typename Products, typename T>
 class ExpectedAttention {
  public:
@@ -49,7 +173,9 @@ class ExpectedAttention {
   }
 
  private:
-  static constexpr int kTile = Products::kTile, kPanels = kPlaces / kPanel;
+  // As few queries as make whole blocks of products and whole groups: their logits stay in L1.
+  static constexpr int kTile = Products::kBlock % kGroup == 0 ? Products::kBlock : Products::kTile;
+  static constexpr int kPanels = kPlaces / kPanel;
   static constexpr int kVecs = kPlaces / Vec::kLanes;
 
   // One KV head of one batch row; positions count from the first real one.
@@ -121,24 +247,35 @@ class ExpectedAttention {
     blocks[0].sampled = logits[0];
     blocks[1].sampled = logits[1];
     Softmax softmax{this, &row, weights, &squares, {}, {}};
+    Band<T, kTile> band;
     int now = 0;
     for (int64_t tile = begin < kReach ? 0 : begin - kReach; tile < end; tile += kTile) {
+      const int count = static_cast<int>(end - tile < kTile ? end - tile : kTile);
+      band.stage({row.keys, p.key_stride[2], row.length, p.head_dim}, tile, count);
       for (int64_t head = 0; head < row.group; ++head) {
         Block& next = blocks[now];
         const Block& done = blocks[1 - now];
         next.tile = tile;
-        next.count = static_cast<int>(end - tile < kTile ? end - tile : kTile);
+        next.count = count;
         const T* queries = row.queries + head * p.query_stride[1] + tile * p.query_stride[2];
         const auto query = [&](int64_t i) { return queries + i * p.query_stride[2]; };
         Products::stage(query, next.count, p.head_dim, staged);
+        const bool last = head + 1 == row.group;
+        const T* ahead =
+            last ? row.queries + (tile + kTile) * p.query_stride[2] : queries + p.query_stride[1];
+        const int64_t left = row.length - (last ? tile + kTile : tile);
         for (int panel = 0; panel < kPanels; ++panel) {
+          const auto work = [&](int from, int to) {
+            from = part(panel, from), to = part(panel, to);
+            for (int i = from; i < to && i < left; ++i) prefetch(ahead + i * p.query_stride[2]);
+            const int rows = groups(done) * kGroup;
+            softmax.rows(done, from < rows ? from : rows, to < rows ? to : rows);
+          };
           Products::multiply(staged, next.count,
                              packed(row) + panel * Products::panel_bytes(p.head_dim), p.head_dim,
-                             next.panel(panel), [&](int from, int to) {
-                               softmax.rows(done, part(done, panel, from), part(done, panel, to));
-                             });
+                             next.panel(panel), work);
         }
-        for (int i = 0; i < next.count; i += kGroup) multiply_band(row, query, next, i);
+        band.multiply(query, staged, next.count, next.band);
         if (to_softcap_ > 0) softcap(next);
         hide_what_is_not_there(row, next);
         now = 1 - now;
@@ -159,34 +296,17 @@ class ExpectedAttention {
 
   static int groups(const Block& block) { return (block.count + kGroup - 1) / kGroup; }
 
-  // How many of the block's queries are to be done when `rows` of kTile of a panel are.
-  static int part(const Block& block, int panel, int rows) {
-    const int done = panel * kTile + (rows < kTile ? rows : kTile);
-    return done * groups(block) * kGroup / (kPanels * kTile);
+  // How many queries of a tile are to be done when `rows` of Products::kTile of a panel are.
+  static int part(int panel, int rows) {
+    const int done = panel * Products::kTile + (rows < Products::kTile ? rows : Products::kTile);
+    return done * kTile / (kPanels * Products::kTile);
   }
 
-  // Products of kGroup queries with the keys near them.
-  template <typename QueryOf>
-  void multiply_band(const Row& row, const QueryOf& query, Block& block, int first) const {
-    constexpr int kPairLanes = 2 * Vec::kLanes;
-    Vec sums[kReach + 1][kGroup];
-    for (int i = 0; i < kGroup; ++i) {
-      Vec sum[kReach + 1][2];
-      for (auto& s : sum) s[0] = s[1] = Vec::set(0.0f);
-      const int64_t place = block.tile + first + i;
-      for (int64_t d = 0; first + i < block.count && d < p.head_dim; d += kPairLanes) {
-        const int64_t left = p.head_dim - d;
-        const VecPair q = load_pair(query(first + i) + d, left);
-        for (int step = 0; step <= kReach; ++step) {
-          const int64_t at = place + step < row.length ? place + step : row.length - 1;
-          const VecPair k = load_pair(key(row, at) + d, left);
-          sum[step][0] = fma(q.a, k.a, sum[step][0]);
-          sum[step][1] = fma(q.b, k.b, sum[step][1]);
-        }
-      }
-      for (int step = 0; step <= kReach; ++step) sums[step][i] = sum[step][0] + sum[step][1];
+  void prefetch(const T* row) const {
+    const char* bytes = reinterpret_cast<const char*>(row);
+    for (size_t byte = 0; byte < p.head_dim * sizeof(T); byte += 64) {
+      __builtin_prefetch(bytes + byte, 0, 3);
     }
-    for (int step = 0; step <= kReach; ++step) sum16(sums[step], block.band[step] + first);
   }
 
   // tanh(s / softcap)

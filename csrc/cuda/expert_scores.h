@@ -4,7 +4,7 @@
 #include <bit>
 
 #include "../backend.h"
-#include "device.h"
+#include "rows.h"
 
 namespace moekv::cuda {
 
@@ -51,13 +51,6 @@ struct Rows {
   int lanes;        // of a position, a power of two
   bool vectorized;  // may be read 16 bytes at a time
 };
-
-inline bool is_vectorized(const void* data, const int64_t (&stride)[3], int64_t dim, DType dtype) {
-  const int64_t element = dtype == DType::kFloat ? 4 : 2;
-  const auto bits = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data)) |
-                    (stride[0] | stride[1] | stride[2] | dim) * element;
-  return bits % 16 == 0;
-}
 
 inline Rows rows_of(const void* data, const int64_t (&stride)[3], int64_t dim, DType dtype) {
   const auto lanes = std::bit_ceil(static_cast<uint64_t>(ceil_div<int64_t>(dim, kChannelsPerLane)));

@@ -17,13 +17,13 @@
 
 #include "expert_scores.h"
 #include "logit.h"
+#include "rows.h"
 
 namespace moekv::cuda {
 namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kChunkBytes = 64;          // of a row: 16 bytes for each lane of four
 constexpr int64_t kTargetBlocks = 2048;  // of 64 rows; an SM runs a few at a time
 constexpr int64_t kMinKeysPerSplit = 256;
 
@@ -107,32 +107,6 @@ struct Head {
             arguments.vectorized_queries};
   }
 };
-
-// 16 bytes of a row from `channel` on, zeros beyond its end.
-template <typename T>
-__device__ __forceinline__ uint4 load_16_bytes(const T* row, int channel, int dim,
-                                               bool vectorized) {
-  if (!row || channel >= dim) return make_uint4(0, 0, 0, 0);
-  if (vectorized) return *reinterpret_cast<const uint4*>(row + channel);
-  uint4 bits = make_uint4(0, 0, 0, 0);
-  T elements[kPackSize<T>];
-  memcpy(elements, &bits, sizeof bits);
-#pragma unroll
-  for (int i = 0; i < kPackSize<T>; ++i) {
-    if (channel + i < dim) elements[i] = row[channel + i];
-  }
-  memcpy(&bits, elements, sizeof bits);
-  return bits;
-}
-
-// Bytes between the rows of a tile in shared memory: the eight lanes that are served at once touch
-// two rows of four lanes (16-bit types) or eight rows (fp32), in different banks.
-template <typename T>
-__host__ __device__ constexpr int tile_stride(int dim) {
-  const int bytes = dim * static_cast<int>(sizeof(T));
-  return sizeof(T) == 2 ? (ceil_div(bytes, kChunkBytes) | 1) * kChunkBytes
-                        : ceil_div(bytes, 16) * 16 + 16;
-}
 
 // Starts to copy rows [first, first + num_rows) to shared memory, zeros for those that are null.
 template <typename T, typename Rows>

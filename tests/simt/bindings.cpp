@@ -128,6 +128,14 @@ PYBIND11_MODULE(simt_kernels, m) {
     m.def("expert_scores_workspace_bytes", &cuda::expert_scores_workspace_bytes);
   }
   {
+    using P = ExpectedAttentionParams;
+    Fields<P>(m, "ExpectedAttentionParams") FIELD(queries) FIELD(keys) FIELD(start) FIELD(scores)
+        FIELD(workspace) FIELD(batch) FIELD(num_kv_heads) FIELD(num_query_heads) FIELD(num_keys)
+            FIELD(head_dim) FIELD(query_stride) FIELD(key_stride) FIELD(scaling) FIELD(softcap)
+                FIELD(dtype);
+    m.def("expected_attention", launcher(&cuda::expected_attention));
+  }
+  {
     using P = ProjectTokensParams;
     Fields<P>(m, "ProjectTokensParams") FIELD(hidden_states) FIELD(weight) FIELD(mask)
         FIELD(projected) FIELD(standout) FIELD(workspace) FIELD(batch) FIELD(num_tokens)

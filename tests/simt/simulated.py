@@ -113,6 +113,34 @@ class Device:
             self._launch("expert_scores", params, memory)
         return scores
 
+    def expected_attention(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        start: Tensor | None = None,
+        *,
+        scaling: float = 1.0,
+        softcap: float = 0.0,
+    ) -> Tensor:
+        queries, keys = with_dense_rows(queries), with_dense_rows(keys)
+        scores = torch.empty(keys.shape[:3])
+        if scores.numel() == 0:
+            return scores
+        with self._memory() as memory:
+            params = self.kernels.ExpectedAttentionParams()
+            params.queries = memory.input(queries)
+            params.keys = memory.input(keys)
+            params.start = memory.input(start)
+            params.scores = memory.output(scores)
+            params.batch, params.num_kv_heads, params.num_keys, params.head_dim = keys.shape
+            params.num_query_heads = queries.shape[1]
+            params.query_stride = queries.stride()[:3]
+            params.key_stride = keys.stride()[:3]
+            params.scaling, params.softcap = scaling, softcap
+            params.dtype = DTYPES[keys.dtype]
+            self._launch("expected_attention", params, memory)
+        return scores
+
     def project_tokens(
         self, hidden_states: Tensor, weight: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

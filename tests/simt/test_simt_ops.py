@@ -24,6 +24,8 @@ SCHEDULED: list[tuple[str, Any]] = [
     ("gating_topk", op_cases.GatingTopk(600, 9, 3, mask=True, importance=True)),
     ("expert_scores", op_cases.ExpertScores((1, 2, 75, 80), pool=3, start=(9,), num_queries=5)),
     ("expert_scores", op_cases.ExpertScores((1, 1, 270, 32), dtype=torch.bfloat16, pool=5)),
+    ("expected_attention", op_cases.ExpectedAttention((1, 2, 150, 72), dtype=op_cases.BF16)),
+    ("expected_attention", op_cases.ExpectedAttention((2, 1, 140, 20), 3, (0, 9), softcap=3.0)),
     ("project_tokens", op_cases.ProjectTokens((2, 150, 300), 3, op_cases.BF16, mask=True)),
     ("mix_scores", op_cases.MixScores((4, 2, 5, 300), 2)),
     ("select_kept", op_cases.SelectKept((2, 2, 90), (70,), 2, 3, 4, True, "special")),
@@ -247,6 +249,7 @@ def test_misaligned_storage(kernels: ModuleType, name: str, offset: int) -> None
     case: Any = {
         "gating_topk": op_cases.GatingTopk(40, 16, 2, torch.bfloat16),
         "expert_scores": op_cases.ExpertScores((1, 2, 70, 64), dtype=torch.bfloat16),
+        "expected_attention": op_cases.ExpectedAttention((1, 2, 70, 64), dtype=torch.bfloat16),
         "project_tokens": op_cases.ProjectTokens((2, 30, 64), 3, torch.bfloat16, mask=True),
         "mix_scores": op_cases.MixScores((4, 2, 3, 40), 2),
         "select_kept": op_cases.SelectKept((2, 1, 64), (20,), dtype=torch.bfloat16),

@@ -43,9 +43,10 @@ def test_the_kernels_of_the_gpu_run(
 
     monkeypatch.setattr(gpu.device, "op", noted)
     with gpu:
-        for name in ("over the model", "a static cache"):
+        for name in ("over the model", "expected attention", "a static cache"):
             press_cases.CASES[name](tiny_model().to("cuda"), press_cases.prompt().to("cuda"))
     assert called == {
+        "expected_attention",
         "expert_scores",
         "gating_topk",
         "kv_compact_",

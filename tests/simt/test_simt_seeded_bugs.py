@@ -30,10 +30,12 @@ MASS = op_cases.ExpertScores((1, 1, 150, 32), dtype=op_cases.BF16, num_queries=4
 SELECT = op_cases.SelectKept((1, 2, 2500), (1000,), 4, 16, 8, values="ties")
 COMPACT = op_cases.KvCompact((1, 2, 300, 64), (200,), dtype=op_cases.BF16)
 RAGGED = "decode"
+EXPECTED = op_cases.ExpectedAttention((1, 1, 150, 64), dtype=op_cases.BF16)
 
 # What needs the barriers and fences of a file, in their order where it is not always the same.
 ORDERED = {
     "block.h": [("select_kept", SELECT)] * 2 + [("expert_scores", LAG)] * 2,
+    "expected_attention.cu": ("expected_attention", EXPECTED),
     "gating_topk.cu": ("gating_topk", GATING),
     "key_diversity.cu": ("expert_scores", DIVERSITY),
     "kv_compact.cu": ("kv_compact_", COMPACT),
@@ -173,6 +175,26 @@ BUGS = {
         "expert_scores",
         MASS,
         r"kind 0: error",
+    ),
+    "expected attention, a pair behind the last": Bug(
+        Edit(
+            "expected_attention.cu",
+            "step > kReach || query + step >= length) continue",
+            "step > kReach || query + step >= length - SEEDED) continue",
+        ),
+        "expected_attention",
+        EXPECTED,
+        r"Tensor-likes are not close",
+    ),
+    "expected attention, queries of another head": Bug(
+        Edit(
+            "expected_attention.cu",
+            "head * group * params.query_stride[1]",
+            "(head * group + SEEDED) * params.query_stride[1]",
+        ),
+        "expected_attention",
+        EXPECTED,
+        r"out of the bounds of global memory|Tensor-likes are not close",
     ),
     # Memory.
     "compaction, misaligned accesses": Bug(
