@@ -51,6 +51,7 @@ bench: $(installed)  ## measure a subset in five minutes and render docs/perform
 	$(python) -m benchmarks.kernels --quick
 	$(python) -m benchmarks.end_to_end.prefill --lengths 2048 --rounds 3 \
 	    --methods 'no press' moekv StreamingLLMPress KnormPress TOVAPress KeyDiffPress SnapKVPress
+	$(python) -m benchmarks.end_to_end.imports
 	$(python) -m benchmarks.report
 
 bench-cpp: $(installed)  ## time the C++ kernels by themselves, on every instruction set (needs libbenchmark-dev)
