@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from kvpress import KeyDiffPress, LagKVPress, ScorerPress, SnapKVPress
+from kvpress import ExpectedAttentionPress, KeyDiffPress, LagKVPress, ScorerPress, SnapKVPress
 from torch import Tensor
 from torch.nn import functional
 
@@ -211,6 +211,42 @@ def expert_scores(shape: Shape, length: int, dtype: torch.dtype) -> Iterator[Cas
     )
 
 
+def expected_attention(shape: Shape, length: int, dtype: torch.dtype) -> Iterator[Case]:
+    """What the queries of all tokens, as the layer projected them, pay to the pairs near them."""
+    keys = torch.randn(1, shape.num_kv_heads, length, shape.head_dim).to(dtype)
+    projected = torch.randn(1, length, shape.num_query_heads * shape.head_dim).to(dtype)
+    queries = projected.view(1, length, shape.num_query_heads, shape.head_dim).transpose(1, 2)
+    run, plain = (
+        partial(module.expected_attention, queries, keys, scaling=shape.head_dim**-0.5)
+        for module in (ops, reference)
+    )
+
+    def unrotated(_: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        cos = torch.ones(1, position_ids.shape[1], shape.head_dim, dtype=dtype)
+        return cos, torch.zeros_like(cos)
+
+    module = SimpleNamespace(
+        config=SimpleNamespace(
+            num_attention_heads=shape.num_query_heads, num_key_value_heads=shape.num_kv_heads
+        ),
+        head_dim=shape.head_dim,
+        q_proj=lambda hidden: projected[:, -hidden.shape[1] :],
+        rotary_emb=unrotated,
+    )
+    press = ExpectedAttentionPress(use_vnorm=False)
+    peer = partial(
+        press.score, module, torch.zeros(1, length, 1, dtype=dtype), keys, keys, None, {}
+    )
+    yield Case(
+        "",
+        "all queries",
+        size(queries, keys, run()),
+        {MOEKV: run, REFERENCE: plain, "kvpress ExpectedAttentionPress.score": peer},
+        {REFERENCE: plain},
+        lambda: close("expected_attention", run(), plain(), 1e-4),
+    )
+
+
 def mix_scores(shape: Shape, length: int, dtype: torch.dtype) -> Iterator[Case]:
     """Scores of 4 experts, 2 of them for each token."""
     if dtype != torch.float32:  # scores are fp32 whatever the cache is
@@ -393,7 +429,14 @@ def ragged_attention(shape: Shape, length: int, dtype: torch.dtype) -> Iterator[
 #: Builders of cases by op: (shape, length, dtype) -> cases.
 OPS: dict[str, Builder] = {
     function.__name__: function
-    for function in (expert_scores, mix_scores, select_kept, kv_compact_, ragged_attention)
+    for function in (
+        expert_scores,
+        expected_attention,
+        mix_scores,
+        select_kept,
+        kv_compact_,
+        ragged_attention,
+    )
 }
 
 
