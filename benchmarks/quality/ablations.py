@@ -2,7 +2,9 @@
 
 Fits the shipped router again without one of its parts, from what `moekv calibrate
 --keep-checkpoint` has read, and writes each to a folder of its own for
-`python -m benchmarks.quality run --routers FOLDER`.
+`python -m benchmarks.quality run --routers FOLDER`. Experts that only ablations have, such as
+`selective`, need a checkpoint that has read them: `moekv calibrate --experts expected selective
+semantic temporal --keep-checkpoint`; with the shipped router's own they are left out.
 """
 
 from __future__ import annotations
@@ -10,25 +12,58 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from moekv.calibrated import SHIPPED, CalibratedRouter
-from moekv.calibration import CalibrationConfig, Sums, fit_ridge, read_checkpoint, train_gates
+from moekv.calibration import (
+    PLACES,
+    CalibrationConfig,
+    Reading,
+    Sums,
+    fit_ridge,
+    read_checkpoint,
+    train_gates,
+)
 
-PLACES = 3  # features between the hidden state and the experts' scores
+
+def only(sums: Sums, read: list[str], experts: list[str], hidden: int, heads: int) -> Sums:
+    """Leave those of the experts that were read out that are not named."""
+    chosen = [read.index(name) for name in experts]
+    first = hidden + PLACES + heads
+    own = [first + heads * i + h for i in chosen for h in range(heads)]
+    index = torch.tensor([*range(first), *own, sums.gram.shape[-1] - 1])
+
+    def cut(reading: Reading) -> Reading:
+        return dataclasses.replace(reading, scores=reading.scores[:, chosen])
+
+    return dataclasses.replace(
+        sums,
+        gram=sums.gram[:, :, index][..., index],
+        moment=sums.moment[:, :, index],
+        sample=[cut(reading) for reading in sums.sample],
+        held_out=[cut(reading) for reading in sums.held_out],
+    )
 
 
-def without(sums: Sums, dropped: Tensor) -> Sums:
-    """Take features out of a regression: their coefficients become 0."""
+def without(sums: Sums, dropped: slice) -> Sums:
+    """Take features out of the regression: their coefficients become 0."""
     gram, moment = sums.gram.clone(), sums.moment.clone()
-    gram[:, dropped], gram[:, :, dropped] = 0, 0
-    gram[:, dropped, dropped] = 1
-    moment[:, dropped] = 0
+    gram[:, :, dropped], gram[..., dropped] = 0, 0
+    gram.diagonal(dim1=2, dim2=3)[..., dropped] = 1
+    moment[:, :, dropped] = 0
     return dataclasses.replace(sums, gram=gram, moment=moment)
+
+
+def together(sums: Sums) -> Sums:
+    """Forget the domains: gates then see the fit where it was fitted."""
+    return dataclasses.replace(
+        sums,
+        gram=sums.gram.sum(0, keepdim=True),
+        moment=sums.moment.sum(0, keepdim=True),
+        domains=[0] * len(sums.domains),
+    )
 
 
 def main() -> None:
@@ -36,57 +71,63 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
-    sums, (model, _, options) = read_checkpoint(args.checkpoint)
-    config = CalibrationConfig(**options | {"experts": tuple(options["experts"])})
+    whole, (model, _, options) = read_checkpoint(args.checkpoint)
+    read = list(options["experts"])
+    config = CalibrationConfig(**options | {"experts": tuple(read)})
     shipped: CalibratedRouter = CalibratedRouter.from_pretrained(SHIPPED / model)
     hidden, heads = shipped.hidden_size, shipped.num_kv_heads
-    names = [expert.name for expert in shipped.routed]
-    place = torch.arange(hidden, hidden + PLACES)
-    scores = {
-        name: hidden + PLACES + heads * i + torch.arange(heads) for i, name in enumerate(names)
-    }
-    nothing = torch.tensor([], dtype=torch.long)
-    every = torch.cat(list(scores.values()))
+    own = [expert.name for expert in shipped.experts[1:]]
+    sums = only(whole, read, own, hidden, heads)
+    others = [name for name in read if name not in own]
+    places = slice(hidden, hidden + PLACES)
+    keys = slice(hidden + PLACES, hidden + PLACES + heads)
 
-    def make(top_k: int = len(names), shared: tuple[str, ...] = ("expected",)) -> CalibratedRouter:
-        return CalibratedRouter(
+    def make(
+        variant: str,
+        sums: Sums,
+        experts: list[str] = own,
+        *,
+        top_k: int = 1 + len(own),
+        **changes: float,
+    ) -> None:
+        router = CalibratedRouter(
             model=model,
             layers=shipped.layers,
             hidden_size=hidden,
             num_kv_heads=heads,
-            experts=names,
+            experts=experts,
             top_k=top_k,
-            shared=shared,
             recipe={"model_name": shipped.recipe["model_name"]},
         )
-
-    variants: dict[str, Callable[[], Tensor]] = {
-        "all parts, even gates": lambda: nothing,
-        "hidden states alone": lambda: torch.cat([place, every]),
-        "learned alone": lambda: every,
-        "no expected": lambda: nothing,
-        "no hidden states": lambda: torch.arange(hidden),
-        "no places": lambda: place,
-        **{f"no {name}": lambda name=name: scores[name] for name in names},
-    }
-    losses = {}
-    for variant, dropped in variants.items():
-        fitted_alone = variant in ("hidden states alone", "learned alone", "no expected")
-        router = make(shared=() if fitted_alone else ("expected",))
-        fit_ridge(without(sums, dropped()), router, config.ridge)
-        (judged,) = train_gates(sums, router, dataclasses.replace(config, epochs=0))
-        losses[variant] = judged["ranking_loss"]
+        settings = dataclasses.replace(config, **changes)
+        fit_ridge(sums, router, settings.ridge)
+        curve = train_gates(sums, router, settings)
+        router.recipe["curve"] = curve
+        losses[variant] = min(row["ranking_loss"] for row in curve)
         router.save_pretrained(args.folder / variant)
-        print(f"{variant}: {losses[variant]:.4f}", flush=True)
-    for top_k in range(1, len(names) + 1):
-        router = make(top_k)
-        fit_ridge(sums, router, config.ridge)
-        curve = train_gates(sums, router, config, patience=config.epochs)[1:]
-        best = min(curve, key=lambda row: row["ranking_loss"])
-        losses[f"gates trained, top-k {top_k}"] = best["ranking_loss"]
-        print(f"top-k {top_k}: {best}", flush=True)
-        if top_k < len(names):
-            router.save_pretrained(args.folder / f"gates trained, top-k {top_k}")
+        first = curve[0]["ranking_loss"]
+        print(f"{variant}: {losses[variant]:.4f} (even gates: {first:.4f})", flush=True)
+
+    losses: dict[str, float] = {}
+    make("all parts", sums)
+    make("even gates", sums, epochs=0)
+    make("learned alone", only(whole, read, [], hidden, heads), [], top_k=1)
+    alone = only(whole, read, [], hidden, heads)
+    probe = without(without(alone, places), keys)
+    make("hidden states alone", probe, [], top_k=1)
+    make("learned without hidden states", without(sums, slice(0, hidden)))
+    make("learned without places", without(sums, places))
+    make("learned without keys", without(sums, keys))
+    make("top-k 1", sums, top_k=1)
+    make("no load balancing", sums, aux_loss_weight=0.0)
+    make("one domain", together(sums))
+    for name in others:
+        joined = [*own, name]
+        make(f"and {name}", only(whole, read, joined, hidden, heads), joined, top_k=len(joined) + 1)
+        make(f"and {name}, top-k 2", only(whole, read, joined, hidden, heads), joined, top_k=2)
+    if others:
+        for top_k in range(1, len(read) + 2):
+            make(f"all experts, top-k {top_k}", whole, read, top_k=top_k)
     (args.folder / "ranking_losses.json").write_text(json.dumps(losses, indent=1) + "\n")
 
 
