@@ -736,10 +736,10 @@ class HierarchicalRouter(BaseMoERouter):
 
 
 class SharedExpertRouter(BaseMoERouter):
-    """Gating with experts that every token consults, and others that are routed as usual.
+    """Gating with an expert that every token consults, and others that are routed as usual.
 
-    The shared experts come first. With n of them each has weight 1 / (n + 1); the routed ones share
-    as much between them as in `BaseMoERouter`, whose loss is theirs alone.
+    The shared expert comes first and has half of the weight; the routed ones share the other half
+    between them as in `BaseMoERouter`, whose loss is theirs alone.
 
     Parameters
     ----------
@@ -749,45 +749,31 @@ class SharedExpertRouter(BaseMoERouter):
         E, the routed experts.
     top_k : int
         Routed experts per token.
-    num_shared : int
-        n, the shared experts.
     **options
         As in `BaseMoERouter`.
-
-    Raises
-    ------
-    ValueError
-        If `num_shared` is less than 1.
 
     References
     ----------
     Dai et al., DeepSeekMoE, ACL 2024 (shared expert isolation).
     """
 
-    def __init__(self, *args: Any, num_shared: int = 1, **options: Any) -> None:
-        super().__init__(*args, **options)
-        if num_shared < 1:
-            raise ValueError(f"expected num_shared >= 1, got {num_shared}")
-        self.num_shared = num_shared
-
     def _route(self, hidden_states: Tensor, mask: Tensor | None) -> RouterOutput:
-        # The outputs count n + E experts and n + k slots.
-        routed, n = super()._route(hidden_states, mask), self.num_shared
-        shape, part = routed.weights.shape[:2], 1 / (n + 1)
-        say = routed.weights.new_full((*shape, n), part)
+        # The outputs count 1 + E experts and 1 + k slots.
+        routed = super()._route(hidden_states, mask)
+        shape = routed.weights.shape[:2]
+        say = routed.weights.new_full((*shape, 1), 0.5)
         num_tokens = routed.load.new_full((1,), shape[0] * shape[1])
         if mask is not None:
             say = say * mask[..., None]
             num_tokens = mask.sum().view(1)
-        shared = torch.arange(n, dtype=routed.experts.dtype, device=say.device)
         return _SharedOutput(
             logits=routed.logits,
-            weights=torch.cat([say, routed.weights * part], -1),
-            experts=torch.cat([shared.expand(*shape, n), routed.experts + n], -1),
+            weights=torch.cat([say, routed.weights / 2], -1),
+            experts=F.pad(routed.experts + 1, (1, 0)),
             aux_loss=routed.aux_loss,
-            load=torch.cat([num_tokens.expand(n), routed.load]),
-            # Of n parts, and of p in one part: that of equal parts, and a part of that of p.
-            entropy=num_tokens[0] * math.log(n + 1) + routed.entropy * part,
+            load=torch.cat([num_tokens, routed.load]),
+            # Of two halves, and of p in one of them: that of halves, and half of that of p.
+            entropy=num_tokens[0] * math.log(2) + routed.entropy / 2,
             importance=routed.importance,
             mask=mask,
             temperature=self.temperature,
@@ -799,11 +785,8 @@ class _SharedOutput(RouterOutput):
 
     @cached_property
     def probs(self) -> Tensor:
-        num_shared = len(self.load) - self.logits.shape[-1]
-        part = 1 / (num_shared + 1)
-        routed = _probabilities(self.logits, self.temperature, self.mask) * part
-        shared = routed.sum(-1, keepdim=True).expand(*routed.shape[:-1], num_shared)
-        return torch.cat([shared, routed], -1)
+        routed = _probabilities(self.logits, self.temperature, self.mask) / 2
+        return torch.cat([routed.sum(-1, keepdim=True), routed], -1)
 
 
 ROUTERS: dict[str, type[BaseMoERouter]] = {

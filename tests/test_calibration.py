@@ -1,7 +1,6 @@
 """Calibration: does it see what later tokens attend to, and find what there is to find?"""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -542,18 +541,6 @@ def test_a_router_finds_its_model_by_itself(
     with press(model):
         prefill(model, tokens(1, 60))
     assert press.get_stats()["router"] == "shared expert, not calibrated"
-
-
-def test_a_router_of_an_earlier_format(tmp_path: Path) -> None:
-    random_router(tiny_model()).save_pretrained(tmp_path)
-    file = tmp_path / "config.json"
-    config = json.loads(file.read_text())
-    assert config.pop("format") == 2
-    for found in ({}, {"format": 3}):
-        file.write_text(json.dumps(config | found))
-        message = f"format 2, got one of format {found.get('format', 1)}.*`moekv calibrate`"
-        with pytest.raises(ValueError, match=message):
-            MoERouterPress(router=str(tmp_path))
 
 
 def test_saving_and_loading(tmp_path: Path) -> None:

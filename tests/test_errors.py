@@ -969,6 +969,18 @@ def test_routers_that_cannot_be_read(
     assert capsys.readouterr().out == ""
 
 
+def test_a_router_of_an_earlier_format(tmp_path: Path) -> None:
+    random_router(tiny_model()).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("format") == 2
+    for found in ({}, {"format": 3}):
+        file.write_text(json.dumps(config | found))
+        message = f"format 2, got one of format {found.get('format', 1)}.*`moekv calibrate`"
+        with pytest.raises(ValueError, match=message):
+            MoERouterPress(router=str(tmp_path))
+
+
 def test_router_of_another_model() -> None:
     model, other = tiny_model(), tiny_model("qwen2")
     names = f"a tiny model \\({model_fingerprint(model)}\\).*{model_fingerprint(other)}"
