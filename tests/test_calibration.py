@@ -452,7 +452,7 @@ def test_hidden_states_are_read_once_for_the_gate_and_for_learned(
     torch.testing.assert_close(logits, wanted[..., 2:] + router.gate_bias[1])
     torch.testing.assert_close(read, (wanted[..., :2] + router.surrogate_bias[1]).transpose(1, 2))
     # What somebody else, or another layer, reads of them is something else.
-    for reader, index in ((other, 1), (router, 0)):
+    for reader, index in ((router, 0), (other, 0)):
         weight, bias = reader.surrogate_weight[index], reader.surrogate_bias[index]
         wanted = (linear(hidden, weight) + bias).transpose(1, 2)
         torch.testing.assert_close(reader.read(index, hidden), wanted)
