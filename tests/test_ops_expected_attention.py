@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from targets import NATIVE_TARGETS, on_any_number_of_threads
+from test_ops_expert_scores import peak_mib
 from torch import Tensor
 
 from moekv import ops, reference
@@ -212,6 +213,17 @@ def test_threads_change_nothing(native):
     case = op_cases.ExpectedAttention((2, 2, 3000, 64), 3, (0, 700), dtype=op_cases.BF16)
     inputs, options = case.inputs(native.device)
     on_any_number_of_threads(lambda: native.op("expected_attention")(*inputs, **options))
+
+
+def test_memory_does_not_grow_with_the_keys(native):
+    """The logits of all queries on the sample would take 64 MiB here."""
+    if native.device != "cpu":
+        pytest.skip("measures the memory of the process")
+    queries = torch.ones(1, 8, 32768, 64, dtype=torch.bfloat16)
+    keys = torch.ones(1, 2, 32768, 64, dtype=torch.bfloat16)
+    op = native.op("expected_attention")
+    op(queries[:, :, :100], keys[:, :, :100])
+    assert peak_mib(lambda: op(queries, keys)) < 8
 
 
 @pytest.mark.parametrize("dtype", op_cases.FLOAT_DTYPES, ids=str)

@@ -305,7 +305,7 @@ class ExpectedAttention {
   void prefetch(const T* row) const {
     const char* bytes = reinterpret_cast<const char*>(row);
     for (size_t byte = 0; byte < p.head_dim * sizeof(T); byte += 64) {
-      __builtin_prefetch(bytes + byte, 0, 3);
+      __builtin_prefetch(bytes + byte, 0, 2);  // to L2
     }
   }
 

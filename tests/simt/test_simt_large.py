@@ -9,7 +9,16 @@ from types import ModuleType
 import op_cases
 import pytest
 import simulated
-from op_cases import BF16, FP16, ExpertScores, GatingTopk, KvCompact, ProjectTokens, SelectKept
+from op_cases import (
+    BF16,
+    FP16,
+    ExpectedAttention,
+    ExpertScores,
+    GatingTopk,
+    KvCompact,
+    ProjectTokens,
+    SelectKept,
+)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +51,8 @@ def test_blocks_that_loop(few_blocks: ModuleType, case: op_cases.Case, seed: int
         # Pairs of more units than a block holds.
         KvCompact((1, 2, 20, 5001), (10,), dtype=BF16),
         KvCompact((2, 3, 40, 2500), (20,), packed=True, dtype=FP16, value_dim=4097),
+        ExpectedAttention((2, 2, 700, 256), group=8, start=(0, 333), dtype=BF16),
+        ExpectedAttention((1, 1, 400, 256), group=2),
         # Many query rows and splits of keys, at each depth of fragments.
         ExpertScores((1, 1, 2100, 128), group=4, num_queries=64, dtype=BF16, kinds=(0, 1)),
         ExpertScores((1, 1, 600, 256), group=3, num_queries=50, dtype=FP16, kinds=(0,), start=(5,)),
@@ -60,6 +71,7 @@ def check(kernels: ModuleType, case: op_cases.Case, seed: int) -> None:
         SelectKept: ("select_kept", op_cases.check_select_kept),
         GatingTopk: ("gating_topk", op_cases.check_gating_topk),
         ExpertScores: ("expert_scores", op_cases.check_expert_scores),
+        ExpectedAttention: ("expected_attention", op_cases.check_expected_attention),
         ProjectTokens: ("project_tokens", op_cases.check_project_tokens),
         KvCompact: ("kv_compact_", op_cases.check_kv_compact_),
     }[type(case)]
