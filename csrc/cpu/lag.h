@@ -69,6 +69,8 @@ inline void channel_spread(const Channels<T>& x, const ChannelScale& scale, int6
   const Vec inverse_dim = Vec::set(1.0f / static_cast<float>(x.dim));
   const Vec inverse_rest = Vec::set(x.dim > 1 ? 1.0f / static_cast<float>(x.dim - 1) : 0.0f);
   constexpr int64_t kPair = 2 * Vec::kLanes;
+  // Tokens that share what is loaded of the scale, as many as the registers hold the sums of.
+  constexpr int kTogether = Vec::kLanes == 16 ? 4 : 1;
   // 1 in the lanes of the last pair that are channels.
   const int64_t tail = x.dim % kPair;
   T ones[kPair] = {};
@@ -80,31 +82,42 @@ inline void channel_spread(const Channels<T>& x, const ChannelScale& scale, int6
     // Sums of distances from the first channel instead of from the mean: one sweep over the token,
     // and the variance loses at most a factor of dim in precision, whatever the offset.
     Vec sums[16], squares[16];
-    for (int i = 0; i < 16; ++i) {
-      sums[i] = squares[i] = Vec::set(0.0f);
+    for (int i = 0; i < 16; i += kTogether) {
+      const T* tokens[kTogether];
+      Vec first[kTogether];
+      VecPair sum[kTogether], square[kTogether];
+      for (int j = 0; j < kTogether; ++j) {
+        tokens[j] = x.row(block + (i + j < count ? i + j : 0));
+        first[j] = Vec::set((to_float(tokens[j][0]) - scale.low[0]) * scale.inverse[0]);
+        sum[j] = square[j] = {Vec::set(0.0f), Vec::set(0.0f)};
+      }
       if (i >= count) continue;
-      const T* token = x.row(block + i);
-      const Vec first = Vec::set((to_float(token[0]) - scale.low[0]) * scale.inverse[0]);
-      const auto distance = [&](int64_t d, Vec channels) {
-        return (channels - Vec::load(scale.low + d)) * Vec::load(scale.inverse + d) - first;
-      };
-      VecPair sum{sums[i], sums[i]}, square = sum;
-      const auto add = [&](Vec a, Vec b) {
-        sum = {sum.a + a, sum.b + b};
-        square = {fma(a, a, square.a), fma(b, b, square.b)};
+      const auto add = [&](int64_t d, const auto& load, const auto& weigh) {
+        const VecPair low{Vec::load(scale.low + d), Vec::load(scale.low + d + Vec::kLanes)};
+        const VecPair inverse{Vec::load(scale.inverse + d),
+                              Vec::load(scale.inverse + d + Vec::kLanes)};
+        for (int j = 0; j < kTogether; ++j) {
+          const VecPair channels = load(tokens[j] + d);
+          const VecPair distance = weigh(VecPair{(channels.a - low.a) * inverse.a - first[j],
+                                                 (channels.b - low.b) * inverse.b - first[j]});
+          sum[j] = {sum[j].a + distance.a, sum[j].b + distance.b};
+          square[j] = {fma(distance.a, distance.a, square[j].a),
+                       fma(distance.b, distance.b, square[j].b)};
+        }
       };
       int64_t d = 0;
       for (; d + kPair <= x.dim; d += kPair) {
-        const VecPair channels = load_pair(token + d);
-        add(distance(d, channels.a), distance(d + Vec::kLanes, channels.b));
+        add(d, [](const T* p) { return load_pair(p); }, [](VecPair pair) { return pair; });
       }
       if (tail > 0) {
-        const VecPair channels = load_pair(token + d, tail);
-        add(distance(d, channels.a) * tail_ones.a,
-            distance(d + Vec::kLanes, channels.b) * tail_ones.b);
+        add(
+            d, [&](const T* p) { return load_pair(p, tail); },
+            [&](VecPair pair) { return VecPair{pair.a * tail_ones.a, pair.b * tail_ones.b}; });
       }
-      sums[i] = sum.a + sum.b;
-      squares[i] = square.a + square.b;
+      for (int j = 0; j < kTogether; ++j) {
+        sums[i + j] = sum[j].a + sum[j].b;
+        squares[i + j] = square[j].a + square[j].b;
+      }
     }
     alignas(64) float sum[16], square[16];
     sum16(sums, sum);
