@@ -466,11 +466,39 @@ def test_report_averages_ranks_and_tells_of_failures(few_methods, tmp_path):
     assert "![regret-500-50](quality-regret-500-50.png)" in page.read_text()
     assert (tmp_path / "quality-regret-500-50.png").stat().st_size > 0
     assert report.NOTES.read_text().splitlines()[0] in page.read_text()
+    assert "## Calibration" not in page.read_text()  # the package has no router for this model
 
     page = written[1].read_text()
     assert "| KnormPress | **0.200** | 0.400 |" in page
     assert "| KeyDiffPress | 0.800 | **0.100** |" in page
     assert "- **Failing** (1 answers): `Broken`" in page
+
+
+def test_the_page_has_the_calibration_of_the_packages_router(few_methods, tmp_path, monkeypatch):
+    (config,) = report.SHIPPED.glob("*/config.json")
+    recipe = json.loads(config.read_text())["recipe"]
+    losses = [row["ranking_loss"] for row in recipe["curve"]]
+    assert report.calibration_curve(recipe["model_name"]) == recipe["curve"]
+    assert min(losses) < losses[0]
+
+    curve = [{"epoch": float(i), "ranking_loss": x} for i, x in enumerate((0.3, 0.1, 0.2))]
+    folder = tmp_path / "routers" / "tiny"
+    folder.mkdir(parents=True)
+    recipe = {"model_name": "tiny", "curve": curve}
+    (folder / "config.json").write_text(json.dumps({"recipe": recipe}))
+    monkeypatch.setattr(report, "SHIPPED", tmp_path / "routers")
+    path = tmp_path / "answers.jsonl"
+    rows = [row("a", 0, report.FULL, 0.0, 0.0), row("a", 0, "KnormPress", 0.5, 0.1)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    meta = {"model": "tiny", "dtype": "bfloat16", "seed": 0, "machine": "here", "commit": "abc"}
+    path.with_suffix(".meta.json").write_text(json.dumps(meta | {"versions": {"torch": "2"}}))
+    page = tmp_path / "page.md"
+    written = report.write_report(path, tmp_path / "out", page)
+    image = tmp_path / "quality-calibration.png"
+    assert image in written and image.stat().st_size > 0
+    text = page.read_text()
+    assert "0.3000 with even gates, 0.1000 after epoch 1, which is kept" in text
+    assert text.endswith("![quality-calibration](quality-calibration.png)\n")
 
 
 def test_every_press_of_kvpress_is_measured_or_excused():

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moekv.calibrated import SHIPPED
+
 from .metrics import bootstrap
 from .presses import ANCHORS, EXCLUDED, EXPERTS, METHODS, PEERS
 from .run import FULL, read_results
@@ -345,11 +347,57 @@ def _style(method: str) -> tuple[str, str, int]:
     return ("anchors", "C0", 2) if method in ANCHORS else ("peers", "0.7", 1)
 
 
+def calibration_curve(model: str) -> list[dict[str, float]]:
+    """Epochs of the calibration of the package's router for a model; none where it has none."""
+    for path in sorted(SHIPPED.glob("*/config.json")):
+        recipe = json.loads(path.read_text())["recipe"]
+        if recipe["model_name"] == model:
+            return list(recipe["curve"])
+    return []
+
+
+def _best(curve: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The epoch whose gates a calibration keeps."""
+    return min(curve, key=lambda row: row["ranking_loss"])
+
+
+def plot_calibration(curve: Sequence[dict[str, float]], path: Path) -> Path:
+    """Draw the held-out ranking loss over the epochs of a calibration."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(5, 3))
+    epochs, losses = zip(*((row["epoch"], row["ranking_loss"]) for row in curve), strict=True)
+    axis.plot(epochs, losses, color="C3", marker="o")
+    best = _best(curve)
+    axis.plot(best["epoch"], best["ranking_loss"], "o", color="C3", markersize=10, label="kept")
+    axis.set(xlabel="epoch (0: even gates)", ylabel="held-out ranking loss")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def _calibration(curve: Sequence[dict[str, float]], image: Path) -> str:
+    best = _best(curve)
+    return (
+        "\n## Calibration of the package's router\n\n"
+        "Share of the choice which the gates learn (the oracle's and half of what `expected` says) "
+        f"that is missed on held-out texts: {curve[0]['ranking_loss']:.4f} with even gates, "
+        f"{best['ranking_loss']:.4f} after epoch {best['epoch']:.0f}, which is kept.\n\n"
+        f"![{image.stem}]({image.name})\n"
+    )
+
+
 def write_report(results: Path, folder: Path, page: Path | None = None) -> list[Path]:
     """Read `results` and its `.meta.json`; write summary.json, results.md and plots to `folder`.
 
     With `page` the tables are written there, too, below what `results-notes.md` says, and the plots
-    beside it.
+    beside it, with the curve of the calibration of the package's router for this model, if any.
     """
     rows = read_results(results)
     summary = summarise(rows) | {"overall": overall(rows)}
@@ -364,6 +412,10 @@ def write_report(results: Path, folder: Path, page: Path | None = None) -> list[
         for path in images:
             shutil.copyfile(path, page.with_name(f"quality-{path.name}"))
         shown = "\n".join(f"![{path.stem}](quality-{path.name})" for path in images)
-        page.write_text(markdown(summary, f"{NOTES.read_text()}\n{shown}\n"))
+        text = markdown(summary, f"{NOTES.read_text()}\n{shown}\n")
+        if curve := calibration_curve(summary["meta"]["model"]):
+            paths.append(plot_calibration(curve, page.with_name("quality-calibration.png")))
+            text += _calibration(curve, paths[-1])
+        page.write_text(text)
         paths.append(page)
     return paths
