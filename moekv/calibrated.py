@@ -98,7 +98,8 @@ class LearnedExpert(Expert):
         """Rate the pairs: from their hidden states, or from what was noted of these."""
         index: int = view.module.layer_idx  # type: ignore[assignment]
         place, novelty, _ = self.router.surrogate(index, view.hidden_states.device)
-        unlike = novelty[view.heads][..., None] * view.scores_of(ScoreKind.DIVERSITY)
+        novelty = novelty[view.heads] if view.folded > 1 else novelty  # a row has all heads
+        unlike = novelty[..., None] * view.scores_of(ScoreKind.DIVERSITY)
         if view.notes is not None:
             read, position = view.notes
             where = _describe(position[..., -1:] - position, position)
