@@ -25,7 +25,8 @@ def run(args: argparse.Namespace) -> None:
     Raises
     ------
     CommandError
-        There is no source tree, or something that the benchmark needs is not installed.
+        There is no source tree, or something that the benchmark needs is not installed or not to be
+        had: a file, or the hub.
     """
     root = Path(__file__).parents[1]
     if not (root / "benchmarks" / "quality").is_dir():
@@ -39,3 +40,5 @@ def run(args: argparse.Namespace) -> None:
         benchmark.main(args.arguments)
     except ModuleNotFoundError as error:
         raise CommandError(f"{error}; run `pip install 'moekv[bench]'`") from error
+    except OSError as error:
+        raise CommandError(str(error)) from error

@@ -23,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=default.length, help="[%(default)s]")
     parser.add_argument("--top-k", type=int, default=default.top_k, help="[%(default)s]")
     parser.add_argument(
-        "--experts", nargs="+", default=list(default.experts), help="beside learned [%(default)s]"
+        "--experts",
+        nargs="+",
+        default=list(default.experts),
+        help=f"beside learned [{' '.join(default.experts)}]",
     )
     parser.add_argument("--exponent", type=float, default=default.exponent, help="[%(default)s]")
     parser.add_argument("--seed", type=int, default=default.seed, help="[%(default)s]")
@@ -64,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     curve = [row["ranking_loss"] for row in router.recipe["curve"]]
     console = make_console()
     console.print(
-        f"{len(texts)} texts; share of the oracle's choice that is missed on held-out texts: "
+        f"{len(texts)} texts; share of what should be kept that is missed on held-out texts: "
         f"{curve[0]:.4f} with even gates, {min(curve):.4f} trained"
     )
     console.print(f"router for {router.model} in {args.out}")

@@ -215,6 +215,8 @@ class CalibratedRouter(nn.Module, PyTorchModelHubMixin, library_name="moekv"):
 
     @classmethod
     def _from_pretrained(cls, **options: Any) -> CalibratedRouter:
+        if "model" not in options:
+            raise ValueError("its config.json cannot be found")
         _check_format(options.get("format", 1))  # the first one was not written down
         router: CalibratedRouter = super()._from_pretrained(**{"strict": True} | options)
         return router

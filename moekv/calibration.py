@@ -54,6 +54,7 @@ REPEAT = "\n\nRepeat the previous context exactly."
 """What the oracle says between the text and its second reading."""
 
 _TILE = 128  # queries whose attention is in memory at a time
+_PATIENCE = 4  # epochs without a better loss, after which training stops
 _JUDGED = 512  # tokens of a held-out text, at most
 _FLOOR = 1e-6  # attention below which a pair is as good as not attended
 _SOFT = 0.4  # log-attention from a threshold at which the training's choice is rather sure
@@ -566,7 +567,7 @@ def choice_loss(mixed: Tensor, target: Tensor) -> Tensor:
 
 
 def ranking_loss(predicted: Tensor, target: Tensor) -> float:
-    """Share of the oracle's choice that a prediction misses, under one threshold over all heads.
+    """Share of the target's choice that a prediction misses, under one threshold over all heads.
 
     Parameters
     ----------
@@ -593,8 +594,6 @@ def train_gates(
     router: CalibratedRouter,
     config: CalibrationConfig,
     report: Callable[[int, float], None] = lambda epoch, loss: None,
-    *,
-    patience: int = 4,
 ) -> list[dict[str, float]]:
     """Train the gates, from what :func:`fit_ridge` found, and keep the best epoch's.
 
@@ -606,14 +605,13 @@ def train_gates(
     config : CalibrationConfig
     report : callable, optional
         Gets each epoch and its held-out ranking loss.
-    patience : int
-        Epochs without a better loss before it stops.
 
     Returns
     -------
     list of dict
         For each epoch, from 0 (before training): ``ranking_loss`` of the held-out texts, and
-        ``choice_loss``, what training follows, on the sample.
+        ``choice_loss``, what training follows, on the sample; of the targets of
+        :func:`estimate`, which other experts make others.
     """
     fits = [
         solve_ridge(*sums.total(without=domain), router.hidden_size, config.ridge)
@@ -662,7 +660,7 @@ def train_gates(
             mixture.hand_over(router)
         else:
             since += 1
-            if since == patience:
+            if since == _PATIENCE:
                 break
     return curve
 

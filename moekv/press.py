@@ -280,6 +280,8 @@ class MoERouterPress(ScorerPress):
         _check_count("sinks", self.sinks, 0)
         _check_count("recent", self.recent, 0)
         _check_count("window", self.window, 1)
+        _check_flag("cache_aware", self.cache_aware)
+        _check_flag("streaming", self.streaming)
         if self.decoding is not None and not isinstance(self.decoding, DecodingConfig):
             raise TypeError(f"expected decoding a moekv.DecodingConfig, got {self.decoding!r}")
         if self.context_length is not None:
@@ -1181,3 +1183,8 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 def _check_count(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"expected {name} an integer >= {least}, got {value!r}")
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"expected {name} True or False, got {value!r}")

@@ -932,6 +932,12 @@ def test_options_beside_a_calibrated_router() -> None:
             MoERouterPress(router=router, **options)
 
 
+@pytest.mark.parametrize("name", ["cache_aware", "streaming"])
+def test_flags_that_are_none(name: str) -> None:
+    with pytest.raises(TypeError, match=f"expected {name} True or False, got 'no'"):
+        MoERouterPress(**{name: "no"})
+
+
 def test_what_is_no_calibrated_router() -> None:
     with pytest.raises(TypeError, match="expected router a moekv.CalibratedRouter.*got int"):
         MoERouterPress(router=3)
@@ -953,6 +959,8 @@ def test_routers_that_cannot_be_read(
     refused(tmp_path / "nowhere")
     refused("nobody/nothing")
     refused(tmp_path)  # empty
+    with pytest.raises(ValueError, match="config.json cannot be found"):
+        MoERouterPress(router=str(tmp_path))
     router = random_router(tiny_model())
     router.save_pretrained(tmp_path)
     for name in ("config.json", "model.safetensors"):

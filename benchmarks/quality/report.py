@@ -412,7 +412,7 @@ def write_report(results: Path, folder: Path, page: Path | None = None) -> list[
         for path in images:
             shutil.copyfile(path, page.with_name(f"quality-{path.name}"))
         shown = "\n".join(f"![{path.stem}](quality-{path.name})" for path in images)
-        text = markdown(summary, f"{NOTES.read_text()}\n{shown}\n")
+        text = markdown(summary, f"{NOTES.read_text()}\n{shown}\n\n")
         if curve := calibration_curve(summary["meta"]["model"]):
             paths.append(plot_calibration(curve, page.with_name("quality-calibration.png")))
             text += _calibration(curve, paths[-1])
