@@ -247,6 +247,39 @@ def expected_attention(shape: Shape, length: int, dtype: torch.dtype) -> Iterato
     )
 
 
+def project_tokens(shape: Shape, length: int, dtype: torch.dtype) -> Iterator[Case]:
+    """What a router of 4 experts that weighs tokens reads, of as many channels as the queries."""
+    hidden_size = shape.num_query_heads * shape.head_dim
+    hidden = torch.randn(1, length, hidden_size).to(dtype)
+    weight = (torch.randn(5, hidden_size) * hidden_size**-0.5).to(dtype)
+    run, plain = (partial(module.project_tokens, hidden, weight) for module in (ops, reference))
+
+    def eager() -> tuple[Tensor, Tensor]:
+        direction = functional.normalize(hidden.float(), dim=-1)
+        mean = functional.normalize(direction.sum(1), dim=-1)
+        unlike = 1 - (direction @ mean[..., None])[..., 0]
+        spread = unlike.std(-1, correction=0, keepdim=True)
+        standout = (unlike - unlike.mean(-1, keepdim=True)) / (spread + 1e-4)
+        return functional.linear(hidden, weight), standout
+
+    def check() -> None:
+        rounding = 1e-5 if dtype == torch.float32 else 1e-2  # of eager's projections
+        for name, ours, other, expected, tolerance in zip(
+            ("projected", "standout"), run(), eager(), plain(), (rounding, 1e-3), strict=True
+        ):
+            close(f"project_tokens {name}", ours, expected, 1e-4)
+            close(f"eager {name}", other, expected, tolerance)
+
+    yield Case(
+        "",
+        "5 projections",
+        2 * size(hidden) + size(weight, *run()),
+        {MOEKV: run, REFERENCE: plain, "linear, normalise, standardise": eager},
+        {REFERENCE: plain, "linear, normalise, standardise": eager},
+        check,
+    )
+
+
 def mix_scores(shape: Shape, length: int, dtype: torch.dtype) -> Iterator[Case]:
     """Scores of 4 experts, 2 of them for each token."""
     if dtype != torch.float32:  # scores are fp32 whatever the cache is
@@ -432,6 +465,7 @@ OPS: dict[str, Builder] = {
     for function in (
         expert_scores,
         expected_attention,
+        project_tokens,
         mix_scores,
         select_kept,
         kv_compact_,
