@@ -472,6 +472,9 @@ def test_report_averages_ranks_and_tells_of_failures(few_methods, tmp_path):
     assert "| KnormPress | **0.200** | 0.400 |" in page
     assert "| KeyDiffPress | 0.800 | **0.100** |" in page
     assert "- **Failing** (1 answers): `Broken`" in page
+    (unrun,) = (line for line in page.splitlines() if line.startswith("- not run: "))
+    assert "KVzipPress" in unrun and "SnapKVPress" in unrun and "KnormPress" not in unrun
+    assert "read the context again: none." in page
 
 
 def test_the_page_has_the_calibration_of_the_packages_router(few_methods, tmp_path, monkeypatch):

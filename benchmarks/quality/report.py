@@ -140,6 +140,7 @@ def _middle(draws: Tensor) -> list[float]:
 def markdown(summary: dict[str, Any], notes: str = "") -> str:
     """Write the tables, below notes."""
     cells, meta = summary["cells"], summary["meta"]
+    tried = {c["method"] for c in cells} | set(summary["errors"])
     lines = [
         "# Quality of compressed caches",
         "",
@@ -149,7 +150,7 @@ def markdown(summary: dict[str, Any], notes: str = "") -> str:
         "",
         "The question is unseen when the context is compressed. Bold: the best method that needs "
         "one prefill and is not moekv. Anchors, which read the context again: "
-        f"{', '.join(ANCHORS)}.",
+        f"{', '.join(name for name in ANCHORS if name in tried) or 'none'}.",
     ]
     for length in sorted({c["length"] for c in cells}):
         here = [c for c in cells if c["length"] == length]
@@ -192,6 +193,8 @@ def markdown(summary: dict[str, Any], notes: str = "") -> str:
         ]
     lines += ["", "## Not in the table", ""]
     lines += [f"- {name}: {why}" for name, why in EXCLUDED.items()]
+    if missing := [name for name in PEERS | ANCHORS if name not in tried]:
+        lines.append(f"- not run: {', '.join(missing)}")
     return "\n".join(lines) + "\n"
 
 
