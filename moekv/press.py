@@ -59,7 +59,7 @@ from moekv.view import LayerView, ViewBuilder, read_starts
 
 POLICIES = ("mixture", "dominant")
 
-SHARED_EXPERT, ROUTED_EXPERTS = "expected", ("selective", "semantic", "temporal")
+SHARED_EXPERT, ROUTED_EXPERTS = "expected", ("selective", "semantic")
 """What rates a model that nobody calibrated, unless options choose something else."""
 
 ROUTED_SAY = 0.4
@@ -147,8 +147,8 @@ class MoERouterPress(ScorerPress):
         As many experts from the registry, in its order. ``"auto"``:
         ``floor(log2(layers * KV heads))``, at least `top_k`, at most all: the more heads, the more
         kinds of them. If none of `num_experts`, `top_k`, `router_type` and `experts` is given,
-        ``expected`` is shared by all tokens and two of ``selective``, ``semantic`` and
-        ``temporal`` are routed; if only others of them are, it is 4.
+        ``expected`` is shared by all tokens, and ``selective`` and ``semantic`` move it a little;
+        if only others of them are, it is 4.
     top_k : int, optional
         Experts per token; 2 unless given.
     router_type : str, optional
