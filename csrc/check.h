@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -104,6 +105,12 @@ inline void check_vector(const char* op, const char* name, const Tensor& tensor,
   check_dtype(op, name, tensor, type);
   check_device(op, name, tensor, like);
   MOEKV_CHECK(tensor.is_contiguous(), op, "expected a contiguous ", name);
+}
+
+// What makes logits of products: softcap * tanh(scaling * product / softcap), 0: no softcap.
+inline void check_logits(const char* op, double scaling, double softcap) {
+  MOEKV_CHECK(std::isfinite(scaling) && scaling > 0, op, "expected scaling > 0, got ", scaling);
+  MOEKV_CHECK(std::isfinite(softcap) && softcap >= 0, op, "expected softcap >= 0, got ", softcap);
 }
 
 // The tensor itself if its last dimension is dense, else a contiguous copy.

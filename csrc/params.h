@@ -9,6 +9,7 @@ namespace moekv {
 enum class DType : int8_t { kFloat, kHalf, kBFloat16 };
 
 constexpr int kMaxExperts = 256;
+constexpr int kMaxHeadDim = 256;
 
 struct GatingTopkParams {
   const void* logits;       // [num_tokens, num_experts], dtype

@@ -66,6 +66,10 @@ class _Expect:
             self.dtype(name, tensor, dtype)
             self.device(name, tensor)
 
+    def logits(self, scaling: float, softcap: float) -> None:
+        self(0 < scaling < math.inf, "scaling > 0, got {}", scaling)
+        self(0 <= softcap < math.inf, "softcap >= 0, got {}", softcap)
+
 
 def gating_topk(
     logits: Tensor,
@@ -130,8 +134,7 @@ def expert_scores(
         num_queries,
     )
     expect.tensor("start", start, torch.int32, [batch])
-    expect(0 < scaling < math.inf, "scaling > 0, got {}", scaling)
-    expect(0 <= softcap < math.inf, "softcap >= 0, got {}", softcap)
+    expect.logits(scaling, softcap)
     expect(pool >= 1 and pool % 2 == 1, "an odd pool >= 1, got {}", pool)
     expect(lag >= 1, "lag >= 1, got {}", lag)
     for i, kind in enumerate(kinds):
@@ -164,8 +167,7 @@ def expected_attention(
     )
     expect(1 <= head_dim <= _MAX_HEAD_DIM, "a head dim of 1 to {}, got {}", _MAX_HEAD_DIM, head_dim)
     expect.tensor("start", start, torch.int32, [batch])
-    expect(0 < scaling < math.inf, "scaling > 0, got {}", scaling)
-    expect(0 <= softcap < math.inf, "softcap >= 0, got {}", softcap)
+    expect.logits(scaling, softcap)
 
 
 def project_tokens(hidden_states: Tensor, weight: Tensor, mask: Tensor | None) -> None:

@@ -1,7 +1,5 @@
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
-
 #include "../backend.h"
 #include "../check.h"
 #include "stream.h"
@@ -10,7 +8,6 @@ namespace moekv::MOEKV_BACKEND {
 namespace {
 
 constexpr const char* kOp = "expected_attention";
-constexpr int64_t kMaxHeadDim = 256;
 
 Tensor expected_attention_op(const Tensor& queries_in, const Tensor& keys_in,
                              const std::optional<Tensor>& start, double scaling, double softcap) {
@@ -32,8 +29,7 @@ Tensor expected_attention_op(const Tensor& queries_in, const Tensor& keys_in,
   MOEKV_CHECK(head_dim >= 1 && head_dim <= kMaxHeadDim, kOp, "expected a head dim of 1 to ",
               kMaxHeadDim, ", got ", head_dim);
   if (start) check_vector(kOp, "start", *start, ScalarType::Int, batch, queries_in);
-  MOEKV_CHECK(std::isfinite(scaling) && scaling > 0, kOp, "expected scaling > 0, got ", scaling);
-  MOEKV_CHECK(std::isfinite(softcap) && softcap >= 0, kOp, "expected softcap >= 0, got ", softcap);
+  check_logits(kOp, scaling, softcap);
 
   const DeviceScope scope(queries_in);
   const Tensor queries = with_dense_rows(queries_in), keys = with_dense_rows(keys_in);

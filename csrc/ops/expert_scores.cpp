@@ -1,6 +1,5 @@
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
 #include <vector>
 
 #include "../backend.h"
@@ -11,7 +10,6 @@ namespace moekv::MOEKV_BACKEND {
 namespace {
 
 constexpr const char* kOp = "expert_scores";
-constexpr int64_t kMaxHeadDim = 256;
 
 void copy_strides(const Tensor& tensor, int64_t (&strides)[3]) {
   for (int i = 0; i < 3; ++i) strides[i] = tensor.stride(i);
@@ -48,8 +46,7 @@ Tensor expert_scores_op(const Tensor& keys_in, const Tensor& values_in, const Te
   MOEKV_CHECK(num_queries <= num_keys, kOp, "expected queries of at most num_keys = ", num_keys,
               " positions, got ", num_queries);
   if (start) check_vector(kOp, "start", *start, ScalarType::Int, batch, keys_in);
-  MOEKV_CHECK(std::isfinite(scaling) && scaling > 0, kOp, "expected scaling > 0, got ", scaling);
-  MOEKV_CHECK(std::isfinite(softcap) && softcap >= 0, kOp, "expected softcap >= 0, got ", softcap);
+  check_logits(kOp, scaling, softcap);
   MOEKV_CHECK(pool >= 1 && pool % 2 == 1, kOp, "expected an odd pool >= 1, got ", pool);
   MOEKV_CHECK(lag >= 1, kOp, "expected lag >= 1, got ", lag);
 
