@@ -46,7 +46,7 @@ from moekv.files import whole_file
 from moekv.hooks import find_layers, is_sliding, lent_rotary
 from moekv.mixing import stack_scores
 from moekv.ops import ScoreKind
-from moekv.queries import project_queries, rotate
+from moekv.queries import logit_options, project_queries, rotate
 from moekv.routers import entropy_loss
 from moekv.view import LayerView, ViewBuilder
 
@@ -306,8 +306,7 @@ class Oracle:
         queries = rotate(layer, project_queries(layer, hidden), *kwargs["position_embeddings"])
         queries = queries[0].to(keys.dtype)
         num_queries = queries.shape[1]
-        softcap = getattr(layer.config, "attn_logit_softcapping", None)
-        scaling: float = layer.scaling  # type: ignore[assignment]
+        scaling, softcap = (logit_options(layer)[name] for name in ("scaling", "softcap"))
         exponent = self.config.exponent
         column = torch.arange(total, device=keys.device)
         seen = torch.zeros(num_heads, num_keys, device=keys.device)

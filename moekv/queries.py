@@ -261,10 +261,25 @@ def _own_rotation(name: str) -> Callable[..., Any] | None:
     return apply  # type: ignore[no-any-return]
 
 
-def logit_scaling(module: nn.Module) -> float:
-    """Give a layer's factor of the products of queries and keys; SDPA's, if it names none."""
-    scaling: float | None = getattr(module, "scaling", None)
-    return float(module.head_dim) ** -0.5 if scaling is None else scaling  # type: ignore[arg-type]
+def logit_options(module: nn.Module) -> dict[str, float]:
+    """Say how a layer makes logits of the products of queries and keys.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The attention layer.
+
+    Returns
+    -------
+    dict
+        ``scaling``, that of SDPA if the layer names none, and ``softcap``, 0: none.
+    """
+    layer: Any = module
+    scaling = getattr(layer, "scaling", None)
+    return {
+        "scaling": float(layer.head_dim) ** -0.5 if scaling is None else scaling,
+        "softcap": getattr(layer.config, "attn_logit_softcapping", None) or 0.0,
+    }
 
 
 def rotates(module: nn.Module) -> bool | None:

@@ -14,7 +14,7 @@ from moekv.ops import ScoreKind
 from moekv.queries import (
     as_queries,
     learn_rotation,
-    logit_scaling,
+    logit_options,
     project_queries,
     rotate,
     rotates,
@@ -168,7 +168,7 @@ class LayerView:
             queries,
             self.start,
             kinds=kinds,
-            **self._logits,
+            **logit_options(self.module),
             pool=POOL,
             lag=LAG,
             backend=self.backend,
@@ -202,7 +202,7 @@ class LayerView:
             projected.to(keys.dtype),
             keys,
             self.start,
-            softcap=self._logits["softcap"],
+            softcap=logit_options(self.module)["softcap"],
             backend=self.backend,
         )
 
@@ -212,8 +212,8 @@ class LayerView:
         Their products with queries that nobody has rotated are then the logits of queries that
         stand there: a query turned forward is many numbers more.
         """
-        scaling, dtype = logit_scaling(self.module), self.keys.dtype
-        device = self.keys.device
+        scaling = logit_options(self.module)["scaling"]
+        dtype, device = self.keys.dtype, self.keys.device
         # The layers of a forward share their rotations, and most likely this as well.
         shared = self.kwargs["position_embeddings"][0]
         known: dict[Any, Tensor] = shared.__dict__.setdefault(_BACK, {})
@@ -226,12 +226,6 @@ class LayerView:
             back = (forward.mT * scaling).to(dtype)
             known[key] = back
         return back
-
-    @property
-    def _logits(self) -> dict[str, float]:
-        """How the layer makes logits of products."""
-        softcap = getattr(self.module.config, "attn_logit_softcapping", None)
-        return {"scaling": logit_scaling(self.module), "softcap": softcap or 0.0}
 
 
 class ViewBuilder:

@@ -15,7 +15,13 @@ from moekv import LayerView, MoERouterPress, prefill_in_chunks, reference
 from moekv.experts import ExpectedExpert
 from moekv.hooks import find_layers
 from moekv.layers import RaggedLayer
-from moekv.queries import project_queries, recent_queries, rotate, rotations
+from moekv.queries import (
+    logit_options,
+    project_queries,
+    recent_queries,
+    rotate,
+    rotations,
+)
 
 
 def rate(model: Any, input_ids: Tensor, **inputs: Any) -> list[tuple[LayerView, Tensor, Tensor]]:
@@ -107,7 +113,9 @@ def test_queries_are_the_layers_own(name: str) -> None:
             seen.append((formed[:, :, 7:], view.queries[:, :, 7:]))  # behind the padding
             turn = rotations(view.module, view.hidden_states, view.kwargs, range(1, 2))
             behind = rotate(view.module, project_queries(view.module, view.hidden_states), *turn)
-            wanted = reference.expected_attention(behind, view.keys, view.start, **view._logits)
+            wanted = reference.expected_attention(
+                behind, view.keys, view.start, **logit_options(view.module)
+            )
             torch.testing.assert_close(view.expected()[0], wanted[0], atol=1e-4, rtol=1e-4)
             return super().scores(view)
 
