@@ -18,6 +18,7 @@ from benchmarks.quality import run as runner
 from benchmarks.quality.metrics import bootstrap, compare
 from benchmarks.quality.replay import (
     answer_logits,
+    attending,
     decoder_layers,
     footprint,
     prefill,
@@ -35,8 +36,7 @@ NEED_DOWNLOADS = {
     "LUKVPress",
     "QFilterPress",
 }
-NEED_EAGER = {"KVComposePress", "ObservedAttentionPress"}
-LOCAL = [name for name in presses.METHODS if name not in NEED_DOWNLOADS | NEED_EAGER]
+LOCAL = [name for name in presses.METHODS if name not in NEED_DOWNLOADS | presses.EAGER]
 
 BOOK = " ".join(f"The {a} {b} went to town." for a in tasks.ADJECTIVES for b in tasks.NOUNS[:12])
 
@@ -420,6 +420,67 @@ def test_suites_are_answered_in_their_own_format(model, tokenizer, few_methods, 
     data.write_text(json.dumps(longbench[0]))
     with pytest.raises(ValueError, match="a row with question, got answer_prefix, answers"):
         suites.load_suite("longbench", None, data)
+
+
+@pytest.mark.usefixtures("local_texts")
+@pytest.mark.parametrize("name", presses.EAGER)
+def test_methods_that_read_attention_weights_prefill_under_eager_attention(
+    model, tokenizer, tmp_path, name
+):
+    path = tmp_path / "answers.jsonl"
+    (cell,) = wanted = [runner.Cell("facts", 400, 0, name, 0.5)]
+    runner.run(model, tokenizer, wanted, path)
+    assert model.config._attn_implementation == "sdpa"
+
+    sample = tasks.make_sample(cell.task, tokenizer, length=cell.length, index=cell.index)
+    context, question, answer = (torch.tensor([part]) for part in tasks.encode(sample, tokenizer))
+    with attending(model, "eager"):
+        full = prefill(model, context, None)
+        compressed = prefill(model, context, presses.METHODS[name](cell.ratio))
+    size = footprint(model, compressed, record(model, context))
+    logits = [
+        answer_logits(model, cache, context.shape[1], question, answer)
+        for cache in (compressed, full)
+    ]
+    (measured,) = runner.read_results(path)
+    expected = compare(*logits, answer[0])
+    assert measured["kl"] == expected.kl > 0 and measured["nll"] == expected.nll
+    assert (measured["kept"], measured["bytes"]) == (size.kept, size.bytes)
+    assert size.kept < 0.6 * size.pairs
+
+
+@pytest.mark.usefixtures("local_texts")
+def test_a_press_that_fails_leaves_the_next_ones_their_attention(
+    model, tokenizer, few_methods, tmp_path
+):
+    class Switching(Failing):
+        def post_init_from_model(self, model):
+            model.config._attn_implementation = "eager"
+
+    wanted = list(runner.cells(["facts"], [400], 1, ["KnormPress"], [0.5]))
+    runner.run(model, tokenizer, wanted, tmp_path / "alone.jsonl")
+    few_methods["Switching"] = Switching
+    wanted.insert(1, runner.Cell("facts", 400, 0, "Switching", 0.5))
+    runner.run(model, tokenizer, wanted, tmp_path / "after.jsonl")
+    assert model.config._attn_implementation == "sdpa"
+    alone, after = (
+        runner.read_results(tmp_path / f"{name}.jsonl")[-1] for name in ("alone", "after")
+    )
+    assert alone["kl"] == after["kl"] > 0
+
+
+@pytest.mark.usefixtures("local_texts")
+def test_errors_name_the_model_and_no_folder(model, tokenizer, few_methods, tmp_path, monkeypatch):
+    class Looking(Failing):
+        def post_init_from_model(self, model):
+            raise KeyError(f"nothing for {model.config.name_or_path}!")
+
+    few_methods["Looking"] = Looking
+    monkeypatch.setattr(model.config, "name_or_path", "tiny/model")
+    cells = [runner.Cell("facts", 400, 0, "Looking", 0.5)]
+    runner.run(model, tokenizer, cells, tmp_path / "answers.jsonl")
+    (row,) = runner.read_results(tmp_path / "answers.jsonl")
+    assert row["error"] == "KeyError: 'nothing for tiny/model!'"
 
 
 def row(task, index, method, ratio, kl, exact=False, kept=1, size=10):

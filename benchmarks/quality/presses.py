@@ -1,7 +1,7 @@
 """The methods of the table, each built for a compression ratio.
 
-Peers are all presses of kvpress that compress a prefill, at the settings that kvpress gives them,
-and KVzip, which reads the context two or three times, as the upper anchor.
+Peers are all presses of kvpress that compress a prefill, at the settings that kvpress gives them;
+those that read the context again, as KVzip does two or three times, are the upper anchors.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ _SCORERS = (
 #: Methods that need one prefill and do not see the question.
 PEERS: dict[str, Factory] = {name: _scorer(getattr(kvpress, name)) for name in _SCORERS} | {
     "RandomPress": _scorer(kvpress.RandomPress, seed=0),
-    "KVComposePress": _scorer(kvpress.KVComposePress),
     "LUKVPress": _scorer(kvpress.LUKVPress),
     "FastKVzipPress": _scorer(kvpress.FastKVzipPress),
     "DuoAttentionPress": _duo_attention,
@@ -72,7 +71,11 @@ PEERS |= {
 ANCHORS: dict[str, Factory] = {
     "KVzipPress": _scorer(kvpress.KVzipPress),
     "KVgradPress": _scorer(kvpress.KVgradPress),
+    "KVComposePress": _scorer(kvpress.KVComposePress),
 }
+
+#: Methods that read attention weights, which only eager attention gives.
+EAGER = frozenset({"KVComposePress", "ObservedAttentionPress"})
 
 #: moekv, and the four original experts ruling alone: the baseline that it started from.
 OURS: dict[str, Factory] = {

@@ -104,6 +104,17 @@ def recalling(model: PreTrainedModel, recording: Recording) -> Iterator[None]:
             vars(layer.mlp).pop("forward", None)
 
 
+@contextmanager
+def attending(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """Let the model attend in another way, and as before afterwards, whatever a press has set."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
 @torch.no_grad()
 def prefill(model: PreTrainedModel, input_ids: Tensor, press: BasePress | None) -> Cache:
     """Prefill as a user would: the whole model runs, under the press."""

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kvpress import BasePress
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .metrics import compare
-from .presses import METHODS
-from .replay import Recording, answer_logits, footprint, prefill, record, replay
+from .presses import EAGER, METHODS
+from .replay import Recording, answer_logits, attending, footprint, prefill, record, replay
 from .tasks import Sample, encode, make_sample
 
 FULL = "full cache"
@@ -104,7 +105,8 @@ def run(
     seed : int
         Of the samples.
     live : bool
-        Prefill with the whole model for every cell instead of replaying.
+        Prefill with the whole model for every cell instead of replaying, which methods in ``EAGER``
+        always do, under eager attention.
     suite : mapping, optional
         Samples of each task, by index, instead of those that are made from the seed.
     """
@@ -113,10 +115,11 @@ def run(
     path.parent.mkdir(parents=True, exist_ok=True)
     _drop_cut_line(path)
     bench: _Bench | None = None
+    name = model.config.name_or_path
     columns = ("[progress.description]{task.description}",)
     with (
         path.open("a") as file,
-        _findable_tokenizer(model, tokenizer),
+        _findable_tokenizer(model, tokenizer) as folder,
         Progress(
             *map(TextColumn, columns), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         ) as progress,
@@ -134,6 +137,8 @@ def run(
                 )
                 bench = _Bench(model, tokenizer, cell, sample, live)
             row = {"cell": asdict(cell)} | bench.measure(cell)
+            if "error" in row:
+                row["error"] = row["error"].replace(folder, name)
             file.write(json.dumps(row) + "\n")
             file.flush()
             progress.advance(bar)
@@ -154,25 +159,37 @@ class _Bench:
         ids = (torch.tensor([part], device=model.device) for part in encode(sample, tokenizer))
         self.context, self.question, self.answer = ids
         self.recording: Recording = record(model, self.context)
-        self.full_logits = self._answer(replay(model, self.recording, None))
+        self._full_logits: dict[bool, Tensor] = {}
 
     def measure(self, cell: Cell) -> dict[str, Any]:
+        eager = cell.method in EAGER
         try:
             press = None if cell.method == FULL else METHODS[cell.method](cell.ratio)
             begin = time.perf_counter()
-            if self.live:
-                cache = prefill(self.model, self.context, press)
-            else:
-                cache = replay(self.model, self.recording, press)
+            cache = self._prefill(press, eager)
             seconds = time.perf_counter() - begin
             size = footprint(self.model, cache, self.recording)
-            quality = compare(self._answer(cache), self.full_logits, self.answer[0])
+            quality = compare(self._answer(cache), self._full(eager), self.answer[0])
         except Exception as error:  # a method that fails is a result
             gc.collect()
-            return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"}
+            first = next(iter(str(error).strip().splitlines()), "")
+            return {"error": f"{type(error).__name__}: {first}"}
         return asdict(quality) | asdict(size) | {"seconds": seconds}
 
-    def _answer(self, cache: Any) -> Tensor:
+    def _prefill(self, press: BasePress | None, eager: bool) -> Cache:
+        own = self.model.config._attn_implementation
+        with attending(self.model, "eager" if eager else own):
+            if self.live or eager:
+                return prefill(self.model, self.context, press)
+            return replay(self.model, self.recording, press)
+
+    def _full(self, eager: bool) -> Tensor:
+        """Logits from the full cache that the same kind of attention prefilled."""
+        if eager not in self._full_logits:
+            self._full_logits[eager] = self._answer(self._prefill(None, eager))
+        return self._full_logits[eager]
+
+    def _answer(self, cache: Cache) -> Tensor:
         length = self.context.shape[1]
         return answer_logits(self.model, cache, length, self.question, self.answer)
 
@@ -180,13 +197,13 @@ class _Bench:
 @contextmanager
 def _findable_tokenizer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[None]:
-    """Let presses that load the tokenizer by the model's name find this one."""
+) -> Iterator[str]:
+    """Let presses that load the tokenizer by the model's name find this one, in a folder."""
     name = model.config.name_or_path
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         model.config.name_or_path = folder
         try:
-            yield
+            yield folder
         finally:
             model.config.name_or_path = name
