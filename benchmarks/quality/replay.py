@@ -119,6 +119,8 @@ def attending(model: PreTrainedModel, implementation: str) -> Iterator[None]:
 def prefill(model: PreTrainedModel, input_ids: Tensor, press: BasePress | None) -> Cache:
     """Prefill as a user would: the whole model runs, under the press."""
     cache = DynamicCache()
+    for layer in decoder_layers(model):  # kvpress does so where it wraps attention: not in eager
+        layer.self_attn.masked_key_indices = None
     with press(model) if press is not None else nullcontext():
         model.model(input_ids=input_ids, past_key_values=cache)
     return cache
