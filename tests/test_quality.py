@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.quality import presses, report, suites, tasks, texts
+from benchmarks.quality import history, presses, report, suites, tasks, texts
 from benchmarks.quality import run as runner
 from benchmarks.quality.metrics import bootstrap, compare
 from benchmarks.quality.replay import (
@@ -27,6 +27,7 @@ from benchmarks.quality.replay import (
 )
 from moekv import bench, cli
 from moekv.layers import RaggedLayer
+from moekv.press import MoERouterPress
 
 NEED_DOWNLOADS = {
     "DuoAttentionPress",
@@ -484,6 +485,31 @@ def test_errors_name_the_model_and_no_folder(model, tokenizer, few_methods, tmp_
     assert row["error"] == "KeyError: 'nothing for tiny/model!'"
 
 
+@pytest.mark.usefixtures("local_texts")
+def test_history_is_measured_on_one_press_for_all_contexts(model, tokenizer, tmp_path):
+    def make(aware):  # as likely by themselves; `selective` has more hits, which only one learns
+        options = {"experts": ("semantic", "selective"), "top_k": 1, "cache_update_interval": 2}
+        return MoERouterPress(0.5, cache_aware=aware, **options)
+
+    made = [make(False), make(True)]
+    names = ["facts", "recall", "many_keys"]
+    rows = history.serve(model, tokenizer, made, names, samples=2, length=400)
+    assert [press.get_stats()["forward_count"] for press in made] == [6, 6]
+    off, on = ([r for r in rows if r["cache_aware"] is aware] for aware in (False, True))
+    assert [(r["task"], r["index"]) for r in off] == [(n, i) for i in range(2) for n in names]
+    kls = [(a["kl"], b["kl"]) for a, b in zip(off, on, strict=True)]
+    assert all(a == b > 0 for a, b in kls[:2]) and any(a != b for a, b in kls[2:])
+    # What a press of its own gives, where there is no history.
+    alone = history.serve(model, tokenizer, [make(True)], names[:1], samples=1, length=400)
+    assert alone[0]["kl"] == kls[0][0]
+
+    lines = history.table({"rows": rows, "cache_update_interval": 2})
+    (recall,) = (line for line in lines if line.startswith("| recall"))
+    assert recall == f"| recall | {kls[4][0]:.3f}, {kls[4][1]:.3f} |"
+    mean = math.exp(sum(math.log(b / a) for a, b in kls[2:]) / 4)
+    assert lines[-1].startswith(f"| with / without | **{mean:.3f}**, ")
+
+
 def row(task, index, method, ratio, kl, exact=False, kept=1, size=10):
     cell = runner.Cell(task, 500, index, method, ratio)
     measured = {"kl": kl, "nll": 2 * kl, "exact": exact, "kept": kept, "pairs": 2, "bytes": size}
@@ -558,10 +584,20 @@ def test_the_page_has_the_calibration_of_the_packages_router(few_methods, tmp_pa
     meta = {"model": "tiny", "dtype": "bfloat16", "seed": 0, "machine": "here", "commit": "abc"}
     path.with_suffix(".meta.json").write_text(json.dumps(meta | {"versions": {"torch": "2"}}))
     page = tmp_path / "page.md"
+    rows = [
+        {"task": "a", "index": i, "before": i, "ratio": 0.5, "cache_aware": aware, "kl": kl}
+        for i in range(3)
+        for aware, kl in ((False, 0.2), (True, 0.1 + 0.1 * (i == 0)))
+    ]
+    measured = {"seed": 0, "samples": 3, "num_experts": 4, "cache_update_interval": 1}
+    path.with_name("history.json").write_text(
+        json.dumps(measured | {"commit": "abc", "rows": rows})
+    )
     written = report.write_report(path, tmp_path / "out", page)
     image = tmp_path / "quality-calibration.png"
     assert image in written and image.stat().st_size > 0
     text = page.read_text()
+    assert "| a | 0.200, 0.100 |\n| with / without | **0.500**, 0.500 to 0.500 |\n" in text
     assert "0.3000 with even gates, 0.1000 after epoch 1, which is kept" in text
     assert text.endswith("![quality-calibration](quality-calibration.png)\n")
 

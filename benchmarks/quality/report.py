@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moekv.calibrated import SHIPPED
 
+from .history import table
 from .metrics import bootstrap
 from .presses import ANCHORS, EXCLUDED, EXPERTS, METHODS, PEERS
 from .run import FULL, read_results
@@ -396,11 +397,28 @@ def _calibration(curve: Sequence[dict[str, float]], image: Path) -> str:
     )
 
 
+def _history(path: Path) -> str:
+    results = json.loads(path.read_text())
+    interval = results["cache_update_interval"]
+    lines = [
+        "\n## The history of hit rates\n",
+        f"Mean KL divergence without and with it, `cache_aware` False and True, of a `pikv` router "
+        f"over {results['num_experts']} experts. One press serves the contexts of all tasks in "
+        f"turn, {results['samples']} of each; the first {interval} of them, which find no history "
+        "yet, do not count. Last line: geometric mean over contexts, with 95 % intervals. "
+        f"`python -m benchmarks.quality.history`, seed {results['seed']}, commit "
+        f"{results['commit']}.\n",
+        *table(results),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def write_report(results: Path, folder: Path, page: Path | None = None) -> list[Path]:
     """Read `results` and its `.meta.json`; write summary.json, results.md and plots to `folder`.
 
     With `page` the tables are written there, too, below what `results-notes.md` says, and the plots
-    beside it, with the curve of the calibration of the package's router for this model, if any.
+    beside it, with what `history.json` beside `results` holds, and the curve of the calibration of
+    the package's router for this model, if there are such.
     """
     rows = read_results(results)
     summary = summarise(rows) | {"overall": overall(rows)}
@@ -416,6 +434,8 @@ def write_report(results: Path, folder: Path, page: Path | None = None) -> list[
             shutil.copyfile(path, page.with_name(f"quality-{path.name}"))
         shown = "\n".join(f"![{path.stem}](quality-{path.name})" for path in images)
         text = markdown(summary, f"{NOTES.read_text()}\n{shown}\n\n")
+        if (history := results.with_name("history.json")).exists():
+            text += _history(history)
         if curve := calibration_curve(summary["meta"]["model"]):
             paths.append(plot_calibration(curve, page.with_name("quality-calibration.png")))
             text += _calibration(curve, paths[-1])
