@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from moekv.experts import Expert, build_experts
 from moekv.fingerprint import fingerprint
+from moekv.model_card import TEMPLATE, facts
 from moekv.ops import ScoreKind
 from moekv.routers import BaseMoERouter
 from moekv.view import LayerView
@@ -142,7 +143,9 @@ class CalibratedGate(BaseMoERouter):
         return logits + self.gate.bias, None
 
 
-class CalibratedRouter(nn.Module, PyTorchModelHubMixin, library_name="moekv"):
+class CalibratedRouter(
+    nn.Module, PyTorchModelHubMixin, library_name="moekv", model_card_template=TEMPLATE
+):
     """Gates, experts' scales and the ``learned`` expert of every layer of one model.
 
     Made by ``moekv.calibrate``; saved and loaded by ``save_pretrained``, ``from_pretrained`` and
@@ -220,6 +223,17 @@ class CalibratedRouter(nn.Module, PyTorchModelHubMixin, library_name="moekv"):
         _check_format(options.get("format", 1))  # the first one was not written down
         router: CalibratedRouter = super()._from_pretrained(**{"strict": True} | options)
         return router
+
+    def generate_model_card(self, *args: Any, **options: Any) -> ModelCard:
+        """Describe the router, for the hub and whoever finds its folder."""
+        name = self.recipe.get("model_name", self.model)
+        return super().generate_model_card(*args, **{"name": name, "facts": facts(self)} | options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the router; see huggingface_hub's ``ModelHubMixin.push_to_hub``."""
+        card = {"router_id": repo_id} | (options.pop("model_card_kwargs", None) or {})
+        url: str = super().push_to_hub(repo_id, model_card_kwargs=card, **options)
+        return url
 
     def _apply(self, *args: Any, **kwargs: Any) -> CalibratedRouter:
         self._local, self._gates = {}, {}
