@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.quality import history, presses, report, suites, tasks, texts
 from benchmarks.quality import run as runner
+from benchmarks.quality import targets as aims
 from benchmarks.quality.metrics import bootstrap, compare
 from benchmarks.quality.replay import (
     answer_logits,
@@ -554,6 +555,7 @@ def test_report_averages_ranks_and_tells_of_failures(few_methods, tmp_path):
     assert "![regret-500-50](quality-regret-500-50.png)" in page.read_text()
     assert (tmp_path / "quality-regret-500-50.png").stat().st_size > 0
     assert report.NOTES.read_text().splitlines()[0] in page.read_text()
+    assert "{targets}" in report.NOTES.read_text() and "{targets}" not in page.read_text()
     assert "## Calibration" not in page.read_text()  # the package has no router for this model
 
     page = written[1].read_text()
@@ -563,6 +565,69 @@ def test_report_averages_ranks_and_tells_of_failures(few_methods, tmp_path):
     (unrun,) = (line for line in page.splitlines() if line.startswith("- not run: "))
     assert "KVzipPress" in unrun and "SnapKVPress" in unrun and "KnormPress" not in unrun
     assert "read the context again: none." in page
+
+
+def measured_targets(rows):
+    lines = aims.targets(rows, report.overall(rows))
+    return {aim: tuple(rest) for aim, *rest in (x[2:-2].split(" | ") for x in lines[2:])}
+
+
+def test_targets_say_what_is_met_and_what_is_missed():
+    full = [row(t, i, runner.FULL, 0.0, 0.0, True) for t in "abcd" for i in range(2)]
+    peers = [
+        *(row(t, i, "KnormPress", 0.5, 0.4) for t in "abcd" for i in range(2)),
+        *(row(t, i, "KeyDiffPress", 0.5, 0.2) for t in "abcd" for i in range(2)),
+        # More samples of a peer than of the others are no reason to compare with it alone.
+        *(row(t, 2, "KnormPress", 0.5, 0.001) for t in "abcd"),
+    ]
+    ours = [
+        *(row(t, i, "moekv", 0.5, 0.02, True) for t in "ab" for i in range(2)),
+        *(row("c", i, "moekv", 0.5, kl, i == 0) for i, kl in enumerate((0.1, 0.5))),  # mean .3
+        *(row("d", i, "moekv", 0.5, kl, False) for i, kl in enumerate((0.25, 0.25))),
+    ]
+    found = measured_targets([*full, *peers, *ours])
+    measured, verdict = found["≤ the best single-prefill peer's, on each task"]
+    assert measured.startswith("2 of 4 cells; behind in c at 50% (0.3000; KeyDiffPress 0.2000; ")
+    assert "ratio 0.50 to 2.50), d at 50% (0.2500; KeyDiffPress 0.2000; ratio 1.25" in measured
+    assert verdict == "**missed** in 1 beyond the intervals"
+    measured, verdict = found["≤ 0.2 × the best peer's of each task, geometric mean"]
+    assert measured.startswith(f"{(0.1 * 0.1 * 1.5 * 1.25) ** 0.25:.2f} (") and "at 50%" in measured
+    assert verdict == "**missed** at 50%"
+    measured, verdict = found["exact answers of the full cache that remain at 50 / 75 / 90 %"]
+    assert measured.startswith("5 of 8 / ") and verdict.startswith(
+        "**missed** (c at 50%: 1 of 2; d at 50%: 0 of 2"
+    )
+    assert not any("probe" in aim or "KVzip" in aim or "training-free" in aim for aim in found)
+
+    better = [row(t, i, "moekv", 0.5, 0.03, True) for t in "abcd" for i in range(2)]
+    others = [
+        *(row(t, i, "KVzipPress", 0.5, 0.01) for t in "abcd" for i in range(2)),
+        *(row(t, i, aims.PROBE, 0.5, 0.06) for t in "abcd" for i in range(2)),
+        *(row(t, i, aims.FREE, 0.5, 0.05) for t in "abcd" for i in range(2)),
+        *(row(t, i, "expert expected", 0.5, 0.04) for t in "abcd" for i in range(2)),
+        *(row(t, i, "expert semantic", 0.5, 0.3) for t in "abcd" for i in range(2)),
+    ]
+    rows = [*full, *peers, *better, *others]
+    longer = [r | {"cell": r["cell"] | {"length": 4000}, "kl": r["kl"] * 2} for r in better]
+    far = [r | {"cell": r["cell"] | {"length": 4000}} for r in peers]
+    found = measured_targets([*rows, *longer, *far])
+    verdicts = {aim: verdict for aim, (_, verdict) in found.items()}
+    assert verdicts == {
+        "≤ the best single-prefill peer's, on each task": "met",
+        "≤ 0.2 × the best peer's of each task, geometric mean": "met",
+        "≤ the linear probe's, on each task": "met",
+        "the same, geometric mean": "met",
+        "≤ KVzip's, geometric mean": "**missed**",
+        "exact answers of the full cache that remain at 50 / 75 / 90 %": "met",
+        "× the best peer's of each task at 4000 tokens, as at 500": "**missed**",
+        "training-free: mean regret lower than that of every peer": "met",
+        "training-free ≤ the median of its experts alone, on each task": "met",
+        "training-free ≤ its best expert alone, in the mean regret": "**missed**",
+    }
+    measured, _ = found["× the best peer's of each task at 4000 tokens, as at 500"]
+    assert measured == "0.30 (0.30 to 0.30) at 50%, at 500 0.15"
+    measured, _ = found["training-free ≤ its best expert alone, in the mean regret"]
+    assert measured.startswith("1.25 (1.25 to 1.25) times the KL of expert expected, 2 samples")
 
 
 def test_the_page_has_the_calibration_of_the_packages_router(few_methods, tmp_path, monkeypatch):

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LEAST_KL = 1e-3
+"""Nats per token; ratios of less would compare rounding."""
+
 
 @dataclass
 class Quality:
@@ -40,6 +43,10 @@ def bootstrap(
     generator = torch.Generator().manual_seed(seed)
     data = torch.tensor(values, dtype=torch.float64)
     drawn = torch.randint(len(data), (resamples, len(data)), generator=generator)
-    means = data[drawn].mean(1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return middle(data[drawn].mean(1))
+
+
+def middle(draws: Tensor) -> tuple[float, float]:
+    """Give the 95 % percentile interval of `draws`."""
+    low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
     return low, high

@@ -16,12 +16,12 @@ from torch import Tensor
 from moekv.calibrated import SHIPPED
 
 from .history import table
-from .metrics import bootstrap
+from .metrics import LEAST_KL, bootstrap, middle
 from .presses import ANCHORS, EXCLUDED, EXPERTS, METHODS, PEERS
 from .run import FULL, read_results
+from .targets import targets
 
 NOTES = Path(__file__).with_name("results-notes.md")
-LEAST_KL = 1e-3  # nats: regrets below it would compare rounding
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -101,11 +101,11 @@ def overall(rows: Sequence[dict[str, Any]], *, resamples: int = 500) -> list[dic
                 "method": method,
                 "samples": min(count for _, _, count in compared),
                 "kl": math.exp(logs[0]),
-                "kl_interval": [math.exp(x) for x in _middle(logs[1:])],
+                "kl_interval": [math.exp(x) for x in middle(logs[1:])],
             }
             if all(best is not None for _, best, _ in compared):
                 regret = torch.stack([own - best for own, best, _ in compared]).mean(0)
-                entry |= {"regret": regret[0].item(), "regret_interval": _middle(regret[1:])}
+                entry |= {"regret": regret[0].item(), "regret_interval": middle(regret[1:])}
             result.append(entry)
     return result
 
@@ -130,12 +130,6 @@ def _compare(
 
     best = torch.stack([logs(peer) for peer in matched]).amin(0) if matched else None
     return logs(own), best, len(indices)
-
-
-def _middle(draws: Tensor) -> list[float]:
-    """95 % percentile interval."""
-    low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
-    return [low, high]
 
 
 def markdown(summary: dict[str, Any], notes: str = "") -> str:
@@ -433,7 +427,8 @@ def write_report(results: Path, folder: Path, page: Path | None = None) -> list[
         for path in images:
             shutil.copyfile(path, page.with_name(f"quality-{path.name}"))
         shown = "\n".join(f"![{path.stem}](quality-{path.name})" for path in images)
-        text = markdown(summary, f"{NOTES.read_text()}\n{shown}\n\n")
+        notes = NOTES.read_text().replace("{targets}", "\n".join(targets(rows, summary["overall"])))
+        text = markdown(summary, f"{notes}\n{shown}\n\n")
         if (history := results.with_name("history.json")).exists():
             text += _history(history)
         if curve := calibration_curve(summary["meta"]["model"]):
