@@ -567,6 +567,25 @@ def test_report_averages_ranks_and_tells_of_failures(few_methods, tmp_path):
     assert "read the context again: none." in page
 
 
+def test_plots_show_single_ratios_and_leave_out_other_samples(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    rows = [
+        *(row("a", i, runner.FULL, 0.0, 0.0) for i in range(2)),
+        *(row("a", i, "KnormPress", 0.75, 0.2) for i in range(2)),
+        *(row("a", i, "moekv", 0.75, 0.1) for i in range(2)),
+        row("a", 0, "KeyDiffPress", 0.75, 0.4),
+    ]
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: drawn.append(figure))
+    report.plot(report.summarise(rows) | {"overall": []}, tmp_path)
+    axis = drawn[0].axes[0]
+    shown = {line.get_label(): line.get_ydata().tolist() for line in axis.lines}
+    assert shown == {"peers": [0.2], "moekv": [0.1]}
+    assert all(line.get_marker() == "o" for line in axis.lines)
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["75%"]
+
+
 def measured_targets(rows):
     lines = aims.targets(rows, report.overall(rows))
     return {aim: tuple(rest) for aim, *rest in (x[2:-2].split(" | ") for x in lines[2:])}

@@ -272,7 +272,7 @@ def _table(
 
 
 def plot(summary: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw KL over ratio for each task, and regrets; return the files."""
+    """Draw KL over ratio for each task, of methods with the most samples, and regrets."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -282,7 +282,10 @@ def plot(summary: dict[str, Any], folder: Path) -> list[Path]:
     paths = []
     for length in sorted({c["length"] for c in cells}):
         here = [c for c in cells if c["length"] == length and c["method"] != FULL]
+        most = max((c["samples"] for c in here), default=0)
+        here = [c for c in here if c["samples"] == most]  # others' means do not compare
         tasks = list(dict.fromkeys(c["task"] for c in here))
+        ratios = sorted({c["ratio"] for c in here})
         figure, axes = plt.subplots(
             2,
             math.ceil(len(tasks) / 2),
@@ -297,13 +300,17 @@ def plot(summary: dict[str, Any], folder: Path) -> list[Path]:
                     for c in here
                     if (c["task"], c["method"]) == (task, method)
                 )
+                if not line:
+                    continue
                 label, color, width = _style(method)
-                axis.plot(*zip(*line, strict=True), label=label, color=color, linewidth=width)
+                style = {"color": color, "linewidth": width, "markersize": 2 + width}
+                axis.plot(*zip(*line, strict=True), marker="o", label=label, **style)
             axis.set(title=task, yscale="log", xlabel="removed", ylabel="KL, nats")
+            axis.set_xticks(ratios, [f"{ratio:.0%}" for ratio in ratios])
         for axis in axes.flat[len(tasks) :]:
             axis.set_axis_off()
-        handles, labels = axes.flat[0].get_legend_handles_labels()
-        unique = dict(zip(labels, handles, strict=True))
+        found = [axis.get_legend_handles_labels() for axis in axes.flat]
+        unique = {x: h for handles, labels in found for h, x in zip(handles, labels, strict=True)}
         figure.legend(unique.values(), unique.keys(), loc="lower center", ncols=len(unique))
         figure.tight_layout(rect=(0, 0.06, 1, 1))
         paths.append(folder / f"kl-{length}.png")
