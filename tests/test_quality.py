@@ -586,6 +586,19 @@ def test_plots_show_single_ratios_and_leave_out_other_samples(tmp_path, monkeypa
     assert [label.get_text() for label in axis.get_xticklabels()] == ["75%"]
 
 
+def test_the_page_has_intervals_of_every_metric():
+    rows = [
+        *(row("a", i, runner.FULL, 0.0, 0.0, True) for i in range(2)),
+        *(row("a", i, "moekv", 0.75, kl, kl < 0.2) for i, kl in enumerate((0.1, 0.3))),
+    ]
+    meta = {"model": "tiny", "dtype": "", "seed": 0, "machine": "", "versions": {}, "commit": ""}
+    page = report.markdown(report.summarise(rows) | {"overall": [], "meta": meta})
+    assert (
+        "| a | 75% | 0.2000, 0.1000 to 0.3000 | 0.50, 0.00 to 1.00 | 1.00, 1.00 to 1.00 "
+        "| 0.40, 0.20 to 0.60 | 0.00, 0.00 to 0.00 |" in page
+    )
+
+
 def measured_targets(rows):
     lines = aims.targets(rows, report.overall(rows))
     return {aim: tuple(rest) for aim, *rest in (x[2:-2].split(" | ") for x in lines[2:])}

@@ -180,6 +180,7 @@ def markdown(summary: dict[str, Any], notes: str = "") -> str:
                     else "–"
                 )
             lines.append(f"| {method} | " + " | ".join(row) + " |")
+        lines += _intervals(found, tasks, ratios)
     if summary["errors"]:
         lines += ["", "## Methods that failed", ""]
         lines += [
@@ -269,6 +270,35 @@ def _table(
         entries = (" / ".join(show(task, method, r) for r in ratios) for task in tasks)
         rows.append(f"| {method} | " + " | ".join(entries) + " |")
     return rows
+
+
+def _intervals(
+    found: dict[tuple[str, str, float], dict[str, Any]],
+    tasks: Sequence[str],
+    ratios: Sequence[float],
+) -> list[str]:
+    """Show the press as it comes with its intervals, one line for each task and ratio."""
+    own = [(t, r) for t in tasks for r in ratios if (t, "moekv", r) in found]
+    if not own:
+        return []
+
+    def show(cell: dict[str, Any], metric: str, digits: int) -> str:
+        low, high = cell[f"{metric}_interval"]
+        return f"{cell[metric]:.{digits}f}, {low:.{digits}f} to {high:.{digits}f}"
+
+    lines = [
+        "",
+        "### moekv with 95 % intervals over samples",
+        "",
+        "| task | removed | KL | exact | full cache | NLL | full cache |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for task, ratio in own:
+        cell, full = found[task, "moekv", ratio], found[task, FULL, 0.0]
+        entries = [show(cell, "kl", 4)]
+        entries += [show(c, m, 2) for m in ("exact", "nll") for c in (cell, full)]
+        lines.append(f"| {task} | {ratio:.0%} | {' | '.join(entries)} |")
+    return lines
 
 
 def plot(summary: dict[str, Any], folder: Path) -> list[Path]:
