@@ -58,7 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["bench"] and given[1:2] not in (["run"], ["report"], ["-h"], ["--help"]):
+        given.insert(1, "run")  # options alone are those of a run
+    args = parser.parse_args(given)
     try:
         args.run(args)
     except CommandError as error:

@@ -417,7 +417,12 @@ def test_suites_are_answered_in_their_own_format(model, tokenizer, few_methods, 
     longbench = [{k: v for k, v in ROWS[0].items() if k not in ("answer", "task")}]
     longbench[0]["answers"] = ["twelve", "12"]
     data.write_text(json.dumps(longbench[0]))
-    assert suites.load_suite("longbench", None, data)["longbench"][0].answer == " twelve"
+    suite = suites.load_suite("longbench", None, data)
+    assert suite["longbench"][0].answer == " twelve"
+    wanted = [runner.Cell("longbench", 0, 0, "KnormPress", 0.5)]
+    path = tmp_path / "longbench.jsonl"
+    runner.run(model, tokenizer, wanted, path, suite=suite)
+    assert runner.read_results(path)[0]["kl"] > 0
     del longbench[0]["question"]
     data.write_text(json.dumps(longbench[0]))
     with pytest.raises(ValueError, match="a row with question, got answer_prefix, answers"):
@@ -713,9 +718,10 @@ def test_every_press_of_kvpress_is_measured_or_excused():
     assert missing == set()
 
 
-def test_moekv_bench_runs_the_benchmark(capsys):
+@pytest.mark.parametrize("command", [["bench"], ["bench", "run"]])
+def test_moekv_bench_runs_the_benchmark(capsys, command):
     with pytest.raises(SystemExit) as stop:
-        cli.main(["bench", "run", "--tasks", "no_such_task"])
+        cli.main([*command, "--tasks", "no_such_task"])
     assert stop.value.code == 2
     assert "got no_such_task" in capsys.readouterr().err
 
