@@ -29,13 +29,11 @@ from moekv.experts import Expert, build_experts
 from moekv.fingerprint import fingerprint
 from moekv.model_card import TEMPLATE, facts
 from moekv.ops import ScoreKind
-from moekv.routers import BaseMoERouter
+from moekv.routers import BaseMoERouter, RouterOutput
 from moekv.view import LayerView
 
 FORMAT = 2
 """Of what is saved: 2 has a gate over all experts, 1 had one over those beside ``learned``."""
-
-_READ = "_moekv_read"  # attribute of hidden states: who has read them, in which layer, and what
 
 SHIPPED = Path(__file__).parent / "data" / "routers"
 """Routers that come with the package, a folder for each model."""
@@ -91,6 +89,7 @@ class LearnedExpert(Expert):
     kinds = (ScoreKind.DIVERSITY,)
     comparable = True
     finite = True
+    waits = True
 
     def __init__(self, router: CalibratedRouter) -> None:
         self.router = router
@@ -98,16 +97,16 @@ class LearnedExpert(Expert):
     def scores(self, view: LayerView) -> Tensor:
         """Rate the pairs: from their hidden states, or from what was noted of these."""
         index: int = view.module.layer_idx  # type: ignore[assignment]
-        place, novelty, _ = self.router.surrogate(index, view.hidden_states.device)
+        place, novelty, _ = self.router.surrogate(index, view.keys.device)
         novelty = novelty[view.heads] if view.folded > 1 else novelty  # a row has all heads
         unlike = novelty[..., None] * view.scores_of(ScoreKind.DIVERSITY)
         if view.notes is not None:
             read, position = view.notes
             where = _describe(position[..., -1:] - position, position)
             return read + torch.einsum("bhp,pbht->bht", place[view.heads], where) + unlike
-        assert view.aligned
+        assert view.aligned and view.read is not None
         where = places(view.lengths, view.keys.shape[2], view.keys.device)
-        read = self.router.read(index, view.hidden_states)
+        read = self.router.read(index, view.read)
         return torch.baddbmm(read + unlike, place.expand(len(where), -1, -1), where)
 
 
@@ -136,11 +135,22 @@ class CalibratedGate(BaseMoERouter):
         row = router.layers.index(index)
         self.gate.weight.data.copy_(router.gate_weight[row])
         self.gate.bias.data.copy_(router.gate_bias[row])
-        self._project = functools.partial(router.project, index)
 
-    def _rate(self, hidden_states: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        logits = self._project(hidden_states)[..., -self.num_experts :]
-        return logits + self.gate.bias, None
+    def decide(self, read: Tensor, mask: Tensor | None) -> RouterOutput:
+        """Route every token by what the router has read of its hidden state.
+
+        Parameters
+        ----------
+        read : Tensor [B, N, H + E]
+            See :meth:`CalibratedRouter.project`.
+        mask : Tensor [B, N], bool, or None
+            True for real tokens; None: all are.
+
+        Returns
+        -------
+        RouterOutput
+        """
+        return self._decide(read[..., -self.num_experts :] + self.gate.bias, None, mask)
 
 
 class CalibratedRouter(
@@ -272,40 +282,47 @@ class CalibratedRouter(
         return place, novelty, bias
 
     def project(self, index: int, hidden_states: Tensor) -> Tensor:
-        """Read hidden states [B, N, hidden] for ``learned`` and for the gate: [B, N, H + E].
+        """Read hidden states [B, N, hidden], once for ``learned`` and for the gate: [B, N, H + E].
 
-        Once for both: what was read of a tensor is remembered with it.
+        They are as many bytes as a layer's pairs, or several times that; the rest of a rating does
+        without them.
         """
-        known: tuple[CalibratedRouter, int, Tensor] | None = getattr(hidden_states, _READ, None)
-        if known is not None and known[0] is self and known[1] == index:
-            return known[2]
         key = (index, hidden_states.device, hidden_states.dtype)
         if key not in self._local:
             row = self.layers.index(index)
             weight = torch.cat([self.surrogate_weight[row], self.gate_weight[row]])
             self._local[key] = (weight.to(hidden_states.device, hidden_states.dtype),)
         (weight,) = self._local[key]
-        read = functional.linear(hidden_states, weight)
-        setattr(hidden_states, _READ, (self, index, read))
-        return read
+        return functional.linear(hidden_states, weight)
 
-    def read(self, index: int, hidden_states: Tensor) -> Tensor:
-        """Read hidden states [B, N, hidden]: the part of the ``learned`` scores that is theirs.
+    def read(self, index: int, projected: Tensor) -> Tensor:
+        """Take the part of the ``learned`` scores that is the hidden states'.
 
-        [B, H, N], float32. Where the cache is compressed more than once it is noted when a token
-        comes.
+        Where the cache is compressed more than once it is noted when a token comes.
+
+        Parameters
+        ----------
+        index : int
+            Of the layer in the model.
+        projected : Tensor [B, N, H + E]
+            See :meth:`project`.
+
+        Returns
+        -------
+        Tensor [B, H, N], float32
         """
-        *_, bias = self.surrogate(index, hidden_states.device)
-        read = self.project(index, hidden_states)[..., : self.num_kv_heads]
-        return read.transpose(1, 2) + bias[:, None]
+        *_, bias = self.surrogate(index, projected.device)
+        return projected[..., : self.num_kv_heads].transpose(1, 2) + bias[:, None]
 
-    def scale(self, index: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Affine maps of all experts of a layer to the common scale: gain, offset [E, H]."""
-        key = (index, device, "scale")
+    def scale(self, indices: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Affine maps of all experts of L layers to the common scale: gain, offset [E, L, H]."""
+        key = (tuple(indices), device, "scale")
         if key not in self._local:
-            row = self.layers.index(index)
-            parts = self.gain[row], self.offset[row]
-            self._local[key] = tuple(part.to(device, torch.float32) for part in parts)
+            rows = [self.layers.index(index) for index in indices]
+            parts = self.gain[rows], self.offset[rows]
+            self._local[key] = tuple(
+                part.to(device, torch.float32).transpose(0, 1).contiguous() for part in parts
+            )
         gain, offset = self._local[key]
         return gain, offset
 

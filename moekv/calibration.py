@@ -44,7 +44,7 @@ from moekv.chat import user_turn
 from moekv.experts import build_experts
 from moekv.files import whole_file
 from moekv.hooks import find_layers, is_sliding, lent_rotary
-from moekv.mixing import stack_scores
+from moekv.mixing import scores_by
 from moekv.ops import ScoreKind
 from moekv.queries import logit_options, project_queries, rotate
 from moekv.routers import entropy_loss
@@ -237,7 +237,7 @@ class Oracle:
             scores, novelty = [], []
             for layer in self.layers:
                 view = self._look(layer, cache, *first[layer], queries.get(layer))
-                scores.append(stack_scores(self.experts, view)[:, 0])
+                scores.append(torch.cat([scores_by(expert, view) for expert in self.experts]))
                 novelty.append(view.scores_of(ScoreKind.DIVERSITY)[0])
         second = self._run([*self.repeat, *body], cache)
         target = [

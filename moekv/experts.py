@@ -51,6 +51,9 @@ class Expert(ABC):
     needs_hidden_states : bool
         Whether it rates only where the hidden states of all pairs are at hand, as after a prefill.
         Where a cache goes on growing its say goes to the others.
+    waits : bool
+        Whether :meth:`scores` needs neither hidden states nor queries of the view nor what the
+        layer's forward got, so that it can wait for further layers (``LayerView.released``).
     """
 
     name: str
@@ -59,6 +62,7 @@ class Expert(ABC):
     comparable: bool = False
     finite: bool = False
     needs_hidden_states: bool = False
+    waits: bool = False
 
     def can_rate(self, view: LayerView) -> bool:
         """Say whether a view has what the expert needs."""
@@ -119,6 +123,7 @@ class PositionExpert(Expert):
     """
 
     finite = True
+    waits = True
 
     def __init__(self, name: str, first: float, last: float, prior: float = 1.0) -> None:
         if not (first >= 0 and last >= 0 and first + last <= 1):
@@ -168,6 +173,7 @@ class KindExpert(Expert):
     """
 
     finite = True
+    waits = True
 
     def __init__(self, name: str, kind: ScoreKind, prior: float = 1.0) -> None:
         self.name, self.kinds, self.prior = name, (kind,), prior
@@ -191,6 +197,7 @@ class TemporalExpert(Expert):
 
     kinds = (ScoreKind.LAG,)
     finite = True
+    waits = True
 
     def __init__(self, name: str = "temporal", prior: float = 1.0) -> None:
         self.name, self.prior = name, prior
@@ -216,13 +223,14 @@ class ExpectedExpert(Expert):
     comparable = True
     finite = True
     needs_hidden_states = True
+    waits = True
 
     def scores(self, view: LayerView) -> Tensor:
         """Rate by attention and value, see the class."""
         # Squares are summed up in fp32. The norm itself in fp32 would take three times as long, and
         # rounding it to bf16 moves its log by 1/256 at most.
         size: Tensor = torch.linalg.vector_norm(view.values, dim=-1).float()
-        return view.expected().add_(size.clamp_(1e-6, 1e30).log_(), alpha=0.5)
+        return view.expected().add(size.clamp_(1e-6, 1e30).log_(), alpha=0.5)
 
 
 class PressExpert(Expert):

@@ -121,15 +121,15 @@ class Keeper:
 
     # --- After a prefill --------------------------------------------------------------------------
 
-    def last_states(self, hidden_states: Tensor, rating: "_Rating") -> Tensor | None:
+    def last_states(self, hidden_states: Tensor, lengths: Sequence[int]) -> Tensor | None:
         """Copy the inputs of the last tokens that no head will lack.
 
         Parameters
         ----------
         hidden_states : Tensor [B, T, hidden]
             Of an attention layer's prefill.
-        rating : _Rating
-            Of this layer.
+        lengths : sequence of B ints
+            Real tokens of each row.
 
         Returns
         -------
@@ -138,19 +138,18 @@ class Keeper:
         press, length = self._press, hidden_states.shape[1]
         if not press._goes_on:
             return None
-        run = self._run_without_gaps(
-            press._keep(rating.lengths, press._ahead(length)), rating.lengths
-        )
+        run = self._run_without_gaps(press._keep(lengths, press._ahead(length)), lengths)
         return hidden_states[:, length - run :].clone()
 
-    def read(self, index: int, hidden_states: Tensor) -> Tensor | None:
-        """Let a calibrated router read the inputs of an attention layer.
+    def read(self, index: int, projected: Tensor | None) -> Tensor | None:
+        """Say what is to be noted of what a calibrated router reads of new tokens.
 
         Parameters
         ----------
         index : int
             Of the layer.
-        hidden_states : Tensor [B, N, hidden]
+        projected : Tensor [B, N, H + E] or None
+            See ``CalibratedRouter.project``.
 
         Returns
         -------
@@ -158,10 +157,9 @@ class Keeper:
             None where there is none, or compression does not go on.
         """
         router = self._press._calibrated
-        if router is None or not self._press._goes_on:
+        if router is None or projected is None or not self._press._goes_on:
             return None
-        with torch.no_grad():
-            return router.read(index, hidden_states)
+        return router.read(index, projected)
 
     def adopt(self, rated: "_Rated", kept: Kept | None) -> None:
         """Make a layer that has been compressed after its prefill ready for the next time, if any.
@@ -174,7 +172,7 @@ class Keeper:
         """
         if rated.states is None:
             return
-        press, rating = self._press, rated.rating
+        press, rating = self._press, rated.done
         layer = growth.growing(rated.cache, rated.index, backend=press.backend)
         growth.remember(layer, rated.states, press.window)
         if rated.read is not None:
@@ -210,8 +208,10 @@ class Keeper:
         index: int = module.layer_idx  # type: ignore[assignment]
         layer = growth.growing(cache, index, backend=press.backend)
         growth.remember(layer, hidden_states, press.window)
-        if (read := self.read(index, hidden_states)) is not None:
-            growth.note(layer, read)
+        if press._calibrated is not None:
+            with torch.no_grad():
+                projected = press._calibrated.project(index, hidden_states)
+                growth.note(layer, press._calibrated.read(index, projected))
         if module is press._hooked[0]:
             check_ratio(press.compression_ratio)
             self._plan = self._make_plan(
@@ -231,7 +231,7 @@ class Keeper:
                 kinds=press._kinds(module),
                 backend=press.backend,
             )
-            rating = press._rate_view(view, held.alone(plan.keep))
+            (rating,) = press._rate([press._look_at(view)], held.alone(plan.keep))
             scores = rating.scores.view(held.shape)
             plan.regrown.append((Regrown(index, layer, scores, held.start, held.lengths), rating))
             if module is press._hooked[-1]:
@@ -320,10 +320,9 @@ class Keeper:
     def _record(self, layer: growth.Grown, rating: "_Rating", kept: Kept, num_held: int) -> None:
         """Count the pairs that have come since those of the layer were counted, and what stays."""
         press = self._press
-        press._observe(rating)
-        share, shares = kept.mask().float(), rating.seen.shares
-        share = share.mean(1) if len(share) == len(shares) else share.flatten(0, 1)
-        rating.layer.stats.evict(shares, share)
+        share = kept.mask().float()
+        rows = rating.seen.shares.shape[1]
+        press._observe([rating], [share.mean(1) if len(share) == rows else share.flatten(0, 1)])
         owner, counted = layer.counted
         counted = counted if owner is press._pairs else 0
         num_kept = len(kept.indices)

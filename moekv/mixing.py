@@ -10,41 +10,42 @@ from moekv.experts import Expert
 from moekv.view import LayerView
 
 
-def stack_scores(experts: Sequence[Expert], view: LayerView) -> Tensor:
-    """Let every expert rate a layer that can; the scores of the others are 0.
+def scores_by(expert: Expert, view: LayerView) -> Tensor:
+    """Let an expert rate a layer, if it can; otherwise scores are 0.
 
     Infinite scores of real pairs are brought next to the finite ones of their head: +inf above the
     highest and -inf below the lowest by their difference (by 1 where there is none). NaN stays.
 
     Parameters
     ----------
-    experts : sequence of E Expert
+    expert : Expert
     view : LayerView
 
     Returns
     -------
-    Tensor [E, B, H, T], float32
+    Tensor [B, H, T], float32
 
     Raises
     ------
     ValueError
-        An expert's scores have another shape, dtype or device.
+        The expert's scores have another shape, dtype or device.
     """
     shape, device = view.keys.shape[:3], view.keys.device
-    stacked = []
-    for expert in experts:
-        if not expert.can_rate(view):
-            stacked.append(torch.zeros(shape, device=device))
-            continue
-        scores = expert.scores(view)
-        if scores.shape != shape or scores.device != device or not scores.is_floating_point():
-            raise ValueError(
-                f"expected floating scores {list(shape)} on {device} from expert "
-                f"{expert.name!r}, got {scores.dtype} {list(scores.shape)} on {scores.device}"
-            )
-        scores = scores.float()
-        stacked.append(scores if expert.finite else _bounded(scores, view.real))
-    return torch.stack(stacked)
+    if not expert.can_rate(view):
+        return torch.zeros(shape, device=device)
+    scores = expert.scores(view)
+    if scores.shape != shape or scores.device != device or not scores.is_floating_point():
+        raise ValueError(
+            f"expected floating scores {list(shape)} on {device} from expert {expert.name!r}, "
+            f"got {scores.dtype} {list(scores.shape)} on {scores.device}"
+        )
+    scores = scores.float()
+    return scores if expert.finite else _bounded(scores, view.real)
+
+
+def together(rows: Sequence[Tensor]) -> Tensor:
+    """Put the rows of several batches below each other; those of one stay where they are."""
+    return rows[0] if len(rows) == 1 else torch.cat(list(rows))
 
 
 def _bounded(scores: Tensor, real: Tensor) -> Tensor:

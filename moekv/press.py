@@ -2,7 +2,7 @@
 
 import inspect
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -27,7 +27,7 @@ from moekv.budget import (
     without_padding,
 )
 from moekv.cache import cached_pairs, check_cache, empty_cache, evict, is_static
-from moekv.calibrated import CalibratedRouter, load_router, shipped_router
+from moekv.calibrated import CalibratedGate, CalibratedRouter, load_router, shipped_router
 from moekv.decoding import DecodingConfig
 from moekv.experts import ExpectedExpert, Expert, PressExpert, build_experts, expert_names
 from moekv.hooks import (
@@ -41,7 +41,7 @@ from moekv.hooks import (
 )
 from moekv.keeper import Keeper
 from moekv.layers import GrowingLayer, storage_bytes
-from moekv.mixing import common_scale, stack_scores
+from moekv.mixing import common_scale, scores_by, together
 from moekv.ops import ScoreKind
 from moekv.queries import projected_queries
 from moekv.routers import (
@@ -53,7 +53,7 @@ from moekv.routers import (
     make_router,
 )
 from moekv.static import compact
-from moekv.stats import LayerStats, Observation
+from moekv.stats import LayerStats, Observation, record
 from moekv.streaming import StreamingBudget
 from moekv.view import LayerView, ViewBuilder, read_starts
 
@@ -66,7 +66,7 @@ ROUTED_SAY = 0.4
 """What a standard deviation of a routed expert's scores weighs against a factor e of attention."""
 
 TOGETHER = 8
-"""Layers whose hit rates are measured at once, while the code for it is in the caches."""
+"""Layers of a prefill that are rated at once: a layer's own share is many small operations."""
 
 _busy: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # decoders inside a press's block
 
@@ -91,22 +91,24 @@ class _Rating:
     lengths: tuple[int, ...]
     begins: bool
     ends: bool
-    seen: Observation
+    seen: Observation  # of all layers that were rated with it
 
 
 @dataclass
-class _Unmeasured:
-    """What the hit rates of a rating are measured from."""
+class _Look:
+    """A layer that is still to be rated, without the tensors that are too large to hold."""
 
-    rating: _Rating
-    scores: Tensor  # [E, B, H, T] fp32
-    mass: Tensor  # [B, H, T] fp32
+    layer: _Layer
+    view: LayerView
+    routed: RouterOutput | None  # None: by a calibrated router, from what it has read
+    scores: list[Tensor | None]  # [B, H, T] fp32 each, of the experts that do not wait
 
     @property
     def alike(self) -> tuple[Any, ...]:
-        """What ratings that are measured together have in common."""
-        rating = self.rating
-        return self.scores.shape, self.mass.device, rating.lengths, rating.begins, rating.ends
+        """What layers that are rated together have in common."""
+        view = self.view
+        keys = view.keys.shape, view.keys.device
+        return *keys, view.lengths, view.begins, view.ends, view.hidden_states.shape[:2]
 
 
 @dataclass
@@ -116,10 +118,16 @@ class _Rated:
     cache: Cache
     index: int
     keys: weakref.ref[Tensor]
-    rating: _Rating
     states: Tensor | None  # [B, N, hidden], the last inputs, where compression will go on
     read: Tensor | None  # [B, H, T] fp32, what a calibrated router then has to note
-    unmeasured: _Unmeasured | None = None
+    look: _Look | None
+    rating: _Rating | None = None
+
+    @property
+    def done(self) -> _Rating:
+        """Its rating, once it is there."""
+        assert self.rating is not None
+        return self.rating
 
 
 @dataclass
@@ -409,10 +417,9 @@ class MoERouterPress(ScorerPress):
         ValueError
             See ``moekv.view.ViewBuilder``; or an expert's scores are not [B, H, T].
         """
-        unmeasured = self._rate(module, hidden_states, keys, values, attentions, kwargs)
-        self._measure([unmeasured])
-        rating = unmeasured.rating
-        self._observe(rating)
+        look = self._look(module, hidden_states, keys, values, attentions, kwargs)
+        (rating,) = self._rate([look])
+        self._observe([rating])
         sinks, recent = self._protected(rating)
         return protect(rating.scores, rating.start, sinks=sinks, recent=recent)
 
@@ -454,25 +461,24 @@ class MoERouterPress(ScorerPress):
                 "decides itself when to compress: use the press in a block of its own, or "
                 "kvpress.DecodingPress without them"
             )
-        unmeasured = self._rate(module, hidden_states, keys, values, attentions, kwargs)
-        rating = unmeasured.rating
-        if rating.start is not None and self._evicts:
+        look = self._look(module, hidden_states, keys, values, attentions, kwargs)
+        if look.view.start is not None and self._evicts:
             num_keys = keys.shape[2]
             raise ValueError(
                 "expected rows without padding inside a kvpress wrapper, got "
-                f"{[num_keys - n for n in rating.lengths]} padding positions: after eviction the "
-                "attention mask would no longer fit; use the press in a block of its own"
+                f"{[num_keys - n for n in look.view.lengths]} padding positions: after eviction "
+                "the attention mask would no longer fit; use the press in a block of its own"
             )
-        self._measure([unmeasured])
+        (rating,) = self._rate([look])
         (kept,) = self._choose([rating])
         before = storage_bytes(keys, values)
         if kept is not None:
             layer = GrowingLayer.compress(keys, values, kept)
             keys, values = cached_pairs(layer)
-        self._record(rating, kept, before, storage_bytes(keys, values))
+        self._record([rating], [kept], [(before, storage_bytes(keys, values))])
         return keys, values
 
-    def _rate(
+    def _look(
         self,
         module: nn.Module,
         hidden_states: Tensor,
@@ -482,11 +488,11 @@ class MoERouterPress(ScorerPress):
         kwargs: dict[str, Any],
         queries: Tensor | None = None,
         projected: Tensor | None = None,
-    ) -> _Unmeasured:
+    ) -> _Look:
         if hidden_states.shape[1] < keys.shape[2]:
             self._see_unknown_tokens()
         with torch.no_grad():
-            return self._mix_view(
+            return self._look_at(
                 self._view(
                     module,
                     hidden_states,
@@ -509,104 +515,164 @@ class MoERouterPress(ScorerPress):
         experts = self._experts_for(module)
         return sorted(set().union(*(expert.kinds for expert in experts)))
 
-    def _rate_view(self, view: LayerView, alone: Sequence[int] | None = None) -> _Rating:
-        """Rate a view, in each row of which an expert alone would keep so many pairs."""
-        with torch.no_grad():
-            unmeasured = self._mix_view(view)
-            self._measure([unmeasured], alone)
-        return unmeasured.rating
-
-    def _mix_view(self, view: LayerView) -> _Unmeasured:
-        """Rate a view; its hit rates are still to be measured."""
+    @torch.no_grad()
+    def _look_at(self, view: LayerView) -> _Look:
+        """Take of a view all that needs its hidden states and queries, and let these go."""
         experts = self._experts_for(view.module)
         layer = self._layer(view.module, view.hidden_states, experts)
-        routed = layer.router(view.hidden_states, view.token_mask)
-        scores = stack_scores(experts, view)
-        ruling = None
-        if self.policy == "dominant":
-            ruling = routed.probs.sum((0, 1)).argmax()
-            decisive = scores.index_select(0, ruling[None])[0]
-            one_hot = torch.arange(len(experts), device=scores.device) == ruling
-            shares = (view.real[..., None] & one_hot).float()
+        routed = None
+        if self._calibrated is None:
+            routed = layer.router(view.hidden_states, view.token_mask)
         else:
-            decisive, shares = self._mix(experts, scores, routed, view)
+            index: int = view.module.layer_idx  # type: ignore[assignment]
+            view.read = self._calibrated.project(index, view.hidden_states)
+        scores = [None if expert.waits else scores_by(expert, view) for expert in experts]
+        if view.aligned and self._expects(view.module):
+            view.expected()
+        view.observed()
+        return _Look(layer, view.released(), routed, scores)
+
+    @torch.no_grad()
+    def _rate(self, looks: Sequence[_Look], alone: Sequence[int] | None = None) -> list[_Rating]:
+        """Rate layers, those that are alike at once.
+
+        In each row an expert alone would keep as many pairs as `alone` says, or its own number.
+        """
+        ratings: list[_Rating] = []
+        for _, alike in groupby(looks, key=lambda look: look.alike):
+            ratings += self._rate_alike(list(alike), alone)
+        return ratings
+
+    def _rate_alike(self, looks: list[_Look], alone: Sequence[int] | None) -> list[_Rating]:
+        view = looks[0].view
+        experts = self._experts_for(view.module)
+        num_experts, num_layers = len(experts), len(looks)
+        batch, num_heads, num_keys = view.keys.shape[:3]
+        routed = [self._routed(look) for look in looks]
+        by_expert = [
+            scores_by(expert, look.view) if (known := look.scores[e]) is None else known
+            for e, expert in enumerate(experts)
+            for look in looks
+        ]
+        # The layers are further rows of the batch, so that each step is one operation for all.
+        scores = torch.cat(by_expert).view(num_experts, num_layers * batch, num_heads, num_keys)
+        del by_expert
+        hit_rates = self._hit_rates(looks, scores, alone)
+        ruling: Sequence[Tensor | None] = [None] * num_layers
+        if self.policy == "dominant":
+            decisive, shares, ruling = self._rule(view, scores, routed)
+        else:
+            decisive, shares = self._mix(looks, scores, routed)
         seen = Observation(
             num_tokens=sum(
                 min(n, view.hidden_states.shape[1]) for n in view.lengths[:: view.folded]
             ),
-            load=routed.load,
-            entropy=routed.entropy,
-            aux_loss=routed.aux_loss,
-            shares=shares,
-            hit_rates=routed.entropy.new_full((len(experts),), torch.nan),
+            load=torch.stack([r.load for r in routed]),
+            entropy=torch.stack([r.entropy for r in routed]),
+            aux_loss=torch.stack([r.aux_loss for r in routed]),
+            shares=torch.stack(shares),
+            hit_rates=hit_rates.mT,
         )
-        rating = _Rating(
-            layer, decisive, ruling, view.start, view.lengths, view.begins, view.ends, seen
+        row = view.start, view.lengths, view.begins, view.ends, seen
+        return [
+            _Rating(look.layer, scores_, ruler, *row)
+            for look, scores_, ruler in zip(looks, decisive, ruling, strict=True)
+        ]
+
+    def _routed(self, look: _Look) -> RouterOutput:
+        if look.routed is not None:
+            return look.routed
+        gate, read = look.layer.router, look.view.read
+        assert isinstance(gate, CalibratedGate) and read is not None
+        return gate.decide(read, look.view.token_mask)
+
+    def _rule(
+        self, view: LayerView, scores: Tensor, routed: Sequence[RouterOutput]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Scores [B, H, T] of each layer's dominant expert, shares [B, T, E], and its number."""
+        rulers = [r.probs.sum((0, 1)).argmax() for r in routed]
+        layers = torch.split(scores, len(view.keys), dim=1)
+        numbers = torch.arange(len(scores), device=scores.device)
+        return (
+            [s.index_select(0, ruler[None])[0] for s, ruler in zip(layers, rulers, strict=True)],
+            [(view.real[..., None] & (numbers == ruler)).float() for ruler in rulers],
+            rulers,
         )
-        return _Unmeasured(rating, scores, view.observed())
 
     def _mix(
-        self, experts: Sequence[Expert], scores: Tensor, routed: RouterOutput, view: LayerView
-    ) -> tuple[Tensor, Tensor]:
-        """Mixed scores [B, H, T], and each expert's share in them [B, T, E]."""
-        num_experts, batch, _, num_keys = scores.shape
+        self, looks: Sequence[_Look], scores: Tensor, routed: Sequence[RouterOutput]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Mixed scores [B, H, T] of each layer, and each expert's share in them [B, T, E]."""
+        view = looks[0].view
+        weights, chosen, shares = zip(*(self._weights(view, r) for r in routed), strict=True)
+        gain, offset = self._scale(looks, scores)
+        mixed = ops.mix_scores(
+            scores, together(weights), together(chosen), gain, offset, backend=self.backend
+        )
+        return list(torch.split(mixed, len(view.keys))), list(shares)
+
+    def _weights(self, view: LayerView, routed: RouterOutput) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate weights and experts [B, T, k] of the pairs, and each expert's share [B, T, E]."""
         weights, chosen, shares = routed.weights, routed.experts, routed.shares
-        if not view.aligned:
-            # Not every pair's token is known: all are mixed as the known ones are on average.
-            able = [expert.can_rate(view) for expert in experts]
-            _check_able(experts, any(able))
-            total = shares.sum(1, keepdim=True).repeat_interleave(view.folded, 0)
-            # A little for all that can rate, in case that tokens chose none of them.
-            total = (total + 1e-6) * torch.tensor(able, device=total.device)
-            shares = total / total.sum(-1, keepdim=True)
-            shares = shares * view.real[..., None]
-            weights = shares.contiguous()
-            chosen = torch.arange(num_experts, dtype=torch.int32, device=scores.device)
-            chosen = chosen.expand(batch, num_keys, -1).contiguous()
+        if view.aligned:
+            return weights, chosen, shares
+        # Not every pair's token is known: all are mixed as the known ones are on average.
+        able = [expert.can_rate(view) for expert in self._experts_for(view.module)]
+        _check_able(self._experts_for(view.module), any(able))
+        total = shares.sum(1, keepdim=True).repeat_interleave(view.folded, 0)
+        # A little for all that can rate, in case that tokens chose none of them.
+        total = (total + 1e-6) * torch.tensor(able, device=total.device)
+        shares = (total / total.sum(-1, keepdim=True)) * view.real[..., None]
+        chosen = torch.arange(len(able), dtype=torch.int32, device=total.device)
+        return shares.contiguous(), chosen.expand(shares.shape).contiguous(), shares
+
+    def _scale(self, looks: Sequence[_Look], scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Affine maps of the experts' scores [E, L * B, H, T] to one scale: gain, offset."""
+        view = looks[0].view
         if self._calibrated is None:
-            real = None if view.start is None else view.real
-            gain, offset = common_scale(experts, scores, real)
+            real = None if view.start is None else view.real.repeat(len(looks), 1)
+            gain, offset = common_scale(self._experts_for(view.module), scores, real)
             if not self._own_choice:
                 gain[1:] *= ROUTED_SAY
                 offset[1:] *= ROUTED_SAY
-        else:
-            index: int = view.module.layer_idx  # type: ignore[assignment]
-            scale = self._calibrated.scale(index, scores.device)
-            if view.folded > 1:
-                gain, offset = (x[:, view.heads] for x in scale)
-            else:
-                gain, offset = (x[:, None].expand(-1, batch, -1) for x in scale)
-        mixed = ops.mix_scores(scores, weights, chosen, gain, offset, backend=self.backend)
-        return mixed, shares
-
-    @torch.no_grad()
-    def _measure(
-        self, unmeasured: Sequence[_Unmeasured], alone: Sequence[int] | None = None
-    ) -> None:
-        """Complete ratings with their hit rates, those of layers that are alike all at once."""
-        for _, alike in groupby(unmeasured, key=lambda u: u.alike):
-            layers = list(alike)
-            for u, rates in zip(layers, self._hit_rates(layers, alone).unbind(1), strict=True):
-                u.rating.seen.hit_rates = rates
+            return gain, offset
+        indices: list[int] = [look.view.module.layer_idx for look in looks]  # type: ignore[misc]
+        gain, offset = self._calibrated.scale(indices, scores.device)  # [E, L, H]
+        if view.folded > 1:
+            return gain[:, 0, view.heads], offset[:, 0, view.heads]
+        batch = len(view.keys)
+        if batch > 1:
+            gain, offset = gain.repeat_interleave(batch, 1), offset.repeat_interleave(batch, 1)
+        return gain, offset
 
     def _hit_rates(
-        self, layers: Sequence[_Unmeasured], alone: Sequence[int] | None = None
+        self, looks: Sequence[_Look], scores: Tensor, alone: Sequence[int] | None
     ) -> Tensor:
-        """Share [E, L] of the observed attention on what each expert alone would keep."""
-        assert self._experts is not None
-        first, num_layers = layers[0].rating, len(layers)
-        num_experts, batch, num_heads, num_keys = layers[0].scores.shape
+        """Share [E, L] of the observed attention on what each expert alone would keep.
+
+        Parameters
+        ----------
+        looks : sequence of L _Look
+            Layers that are alike.
+        scores : Tensor [E, L * B, H, T], float32
+        alone : sequence of B ints, optional
+            Pairs that an expert alone keeps in each row.
+        """
+        first, num_layers = looks[0].view, len(looks)
+        experts = self._experts_for(first.module)
+        num_experts, batch = len(experts), len(first.keys)
+        num_heads, num_keys = scores.shape[2:]
         sinks, recent = self._protected(first)
-        totals = [alone or self._alone(expert, first.lengths) for expert in self._experts]
+        totals = [alone or self._alone(expert, first.lengths) for expert in experts]
         (kept,) = select(  # all experts of all layers at once, as further rows of the batch
-            [torch.cat([u.scores for u in layers], dim=1).flatten(0, 1)],
+            [scores.flatten(0, 1)],
             None if first.start is None else first.start.repeat(num_experts * num_layers),
             [total for rows in totals for total in num_layers * list(rows)],
             sinks=sinks,
             recent=recent,
             backend=self.backend,
         )
-        mass = torch.stack([u.mass for u in layers]).flatten()  # the same for all experts
+        mass = together([look.view.observed() for look in looks]).flatten()  # for all experts
         heads = batch * num_heads
         if kept.per_head is not None:
             begin = torch.arange(
@@ -615,7 +681,7 @@ class MoERouterPress(ScorerPress):
             rows = kept.indices.view(num_experts, -1, kept.per_head) + begin[:, None]
             hits = mass.index_select(0, rows.flatten()).view(num_experts, num_layers, -1).sum(-1)
         else:
-            sizes = [num_heads * sum(rows) for rows in totals for _ in layers]
+            sizes = [num_heads * sum(rows) for rows in totals for _ in looks]
             parts = torch.split(mass.index_select(0, kept.rows() % len(mass)), sizes)
             hits = torch.stack([part.sum() for part in parts]).view(num_experts, num_layers)
         return (hits / heads).clamp(max=1)
@@ -704,21 +770,41 @@ class MoERouterPress(ScorerPress):
             backend=self.backend,
         )
 
-    def _observe(self, rating: _Rating) -> None:
-        rating.layer.stats.observe(rating.seen)
-        rating.layer.router.update_history(rating.seen.hit_rates)
+    def _observe(self, ratings: Sequence[_Rating], kept: Sequence[Tensor] | None = None) -> None:
+        """Record ratings, and the share [B, T] of heads that keep each position, if any left.
 
-    def _record(self, rating: _Rating, kept: Kept | None, before: int, after: int) -> None:
-        layer, seen = rating.layer, rating.seen
-        self._observe(rating)
-        batch, num_heads, num_keys = rating.scores.shape
-        pairs = num_heads * sum(rating.lengths)
-        share = seen.shares.new_ones(batch, num_keys) if kept is None else kept.share()
-        layer.stats.evict(seen.shares, share)
-        self._bytes[0] += before
-        self._bytes[1] += after
-        self._pairs[0] += pairs
-        self._pairs[1] += pairs if kept is None else len(kept.indices)
+        Those that were made together come together.
+        """
+        first = 0
+        while first < len(ratings):
+            seen = ratings[first].seen
+            last = first + len(seen.load)
+            layers = [rating.layer for rating in ratings[first:last]]
+            shares = None if kept is None else torch.stack(list(kept[first:last]))
+            record([layer.stats for layer in layers], seen, shares)
+            for layer, rates in zip(layers, seen.hit_rates.unbind(), strict=True):
+                layer.router.update_history(rates)
+            first = last
+
+    def _record(
+        self,
+        ratings: Sequence[_Rating],
+        kept: Sequence[Kept | None],
+        num_bytes: Iterable[tuple[int, int]],
+    ) -> None:
+        """Count what stays of rated layers, and their bytes before and after."""
+        everywhere = torch.ones_like(ratings[0].scores[:, 0])
+        shares = [
+            everywhere.to(r.scores.device) if k is None else k.share()
+            for r, k in zip(ratings, kept, strict=True)
+        ]
+        self._observe(ratings, shares)
+        for rating, chosen, (before, after) in zip(ratings, kept, num_bytes, strict=True):
+            pairs = rating.scores.shape[1] * sum(rating.lengths)
+            self._bytes[0] += before
+            self._bytes[1] += after
+            self._pairs[0] += pairs
+            self._pairs[1] += pairs if chosen is None else len(chosen.indices)
 
     def _commit(self, rated: Sequence[_Rated]) -> None:
         """Compress rated layers: all that is likely to fail comes before the first is touched."""
@@ -727,7 +813,8 @@ class MoERouterPress(ScorerPress):
                 "expected the cache as it was when it was rated, got one that another hook has "
                 "changed; kvpress.ComposedPress chains presses"
             )
-        kept = self._choose([r.rating for r in rated])
+        ratings = [r.done for r in rated]
+        kept, num_bytes = self._choose(ratings), []
         if any(k is not None and k.per_head is None for k in kept):
             check_attention(self._hooked[0], "heads or layers of different lengths")
         try:
@@ -738,11 +825,12 @@ class MoERouterPress(ScorerPress):
                 elif chosen is not None:
                     before, after = evict(r.cache, r.index, chosen, backend=self.backend)
                 self._keeper.adopt(r, chosen)
-                self._record(r.rating, chosen, before, after)
+                num_bytes.append((before, after))
         except BaseException:
             # Out of memory, say. Half a compressed cache is of no use: begin again with none.
             empty_cache(rated[0].cache)
             raise
+        self._record(ratings, kept, num_bytes)
 
     def _begin_stream(self, cache: Cache, rating: _Rating) -> None:
         """Get ready to trim the layers of a prefill as they arrive, if anything is to leave."""
@@ -765,9 +853,14 @@ class MoERouterPress(ScorerPress):
     def _end_stream(self, rated: Sequence[_Rated]) -> None:
         """Record what the stream has done; its last layer has trimmed all to the budget."""
         assert self._stream is not None
-        for r, trimmed in zip(rated, self._stream.layers, strict=True):
+        layers = self._stream.layers
+        for r, trimmed in zip(rated, layers, strict=True):
             self._keeper.adopt(r, trimmed.kept)
-            self._record(r.rating, trimmed.kept, trimmed.before, trimmed.after)
+        self._record(
+            [r.done for r in rated],
+            [trimmed.kept for trimmed in layers],
+            [(trimmed.before, trimmed.after) for trimmed in layers],
+        )
         self._stream = None
 
     def _abort_stream(self, *_: Any) -> None:
@@ -1006,22 +1099,23 @@ class MoERouterPress(ScorerPress):
             )
         attentions = _attentions(output)
         queries = self._queries.pop(module, None)
-        unmeasured = self._rate(
+        look = self._look(
             module, hidden_states, keys, values, attentions, kwargs, queries, projected
         )
-        del projected
-        rating = unmeasured.rating
+        del projected, keys, values  # what is evicted is free at once
         index: int = module.layer_idx  # type: ignore[assignment]
-        states = self._keeper.last_states(hidden_states, rating)
-        read = self._keeper.read(index, hidden_states)
-        self._rated.append(_Rated(cache, index, held, rating, states, read, unmeasured))
-        if len(self._rated) % TOGETHER == 0 or module is self._hooked[-1]:
-            last = self._rated[-TOGETHER:]
-            self._measure([r.unmeasured for r in last if r.unmeasured is not None])
-            for r in last:
-                r.unmeasured = None
-        del keys, values  # what is evicted is free at once
+        states = self._keeper.last_states(hidden_states, look.view.lengths)
+        read = self._keeper.read(index, look.view.read)
+        self._rated.append(_Rated(cache, index, held, states, read, look))
+        del look
+        unrated = [r for r in self._rated[-TOGETHER:] if r.rating is None]
+        if self.streaming or len(unrated) == TOGETHER or module is self._hooked[-1]:
+            looks = [r.look for r in unrated if r.look is not None]
+            for r, rating in zip(unrated, self._rate(looks), strict=True):
+                r.rating, r.look = rating, None
+            del looks
         if self.streaming:
+            rating = self._rated[-1].done
             if len(self._rated) == 1:
                 self._begin_stream(cache, rating)
             if self._stream is not None:

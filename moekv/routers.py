@@ -311,6 +311,11 @@ class BaseMoERouter(nn.Module):
             # Whatever stands at padding, NaN included, must reach neither results nor gradients.
             hidden_states = hidden_states.masked_fill(~mask[..., None], 0)
         logits, importance = self._rate(hidden_states, mask)
+        return self._decide(logits, importance, mask)
+
+    def _decide(
+        self, logits: Tensor, importance: Tensor | None, mask: Tensor | None
+    ) -> RouterOutput:
         gate = self._choose(logits, mask, importance)
         return RouterOutput(
             logits=logits,

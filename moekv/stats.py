@@ -13,20 +13,20 @@ HIT_RATE_DECAY = 0.9
 
 @dataclass
 class Observation:
-    """What one rating of a layer measured. E experts, B rows, T cached pairs.
+    """What one rating of L layers measured. E experts, B rows, T cached pairs.
 
     Attributes
     ----------
     num_tokens : int
-        Real tokens that were routed.
-    load : Tensor [E], int64
+        Real tokens that each layer routed.
+    load : Tensor [L, E], int64
         How often each expert was chosen.
-    entropy : Tensor, scalar
+    entropy : Tensor [L]
         Sum over the real tokens of the entropy of the router's probabilities, in nats.
-    aux_loss : Tensor, scalar
-    shares : Tensor [B, T, E], float32
+    aux_loss : Tensor [L]
+    shares : Tensor [L, B, T, E], float32
         How much of each position's score came from each expert: gate weights, 0 at padding.
-    hit_rates : Tensor [E], float32
+    hit_rates : Tensor [L, E], float32
         Share of the window queries' attention that falls on what each expert alone would keep.
     """
 
@@ -50,41 +50,15 @@ class LayerStats:
     def __init__(self, num_experts: int, device: torch.device) -> None:
         self.num_calls = 0
         self.num_tokens = 0
+        self.load = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        # Of shares, of shares that came to a decision and of those removed; entropy; loss.
+        self.sums = torch.zeros(3 * num_experts + 2, device=device)
+        self.hit_rates = torch.zeros(num_experts, device=device)
 
-        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        self.load = zeros(num_experts, dtype=torch.int64)
-        self.entropy = zeros()
-        self.aux_loss = zeros()
-        self.share = zeros(num_experts)
-        self.hit_rates = zeros(num_experts)
-        self.ruled = zeros(num_experts)
-        self.removed = zeros(num_experts)
-
-    def observe(self, seen: Observation) -> None:
-        """Add an observation."""
-        self.load += seen.load
-        self.entropy += seen.entropy
-        self.aux_loss += seen.aux_loss
-        self.share += seen.shares.sum((0, 1))
-        decay = HIT_RATE_DECAY if self.num_calls else 0.0
-        self.hit_rates = seen.hit_rates.lerp(self.hit_rates, decay)
-        self.num_calls += 1
-        self.num_tokens += seen.num_tokens
-
-    def evict(self, shares: Tensor, kept: Tensor) -> None:
-        """Add which pairs left.
-
-        Parameters
-        ----------
-        shares : Tensor [B, T, E]
-            Of the observation.
-        kept : Tensor [B, T], float32
-            Share of the heads which keep each position.
-        """
-        self.ruled += shares.sum((0, 1))
-        self.removed += (shares * (1 - kept)[..., None]).sum((0, 1))
+    @property
+    def aux_loss(self) -> Tensor:
+        """Sum of the auxiliary losses, a scalar."""
+        return self.sums[-1]
 
     def report(self, names: Sequence[str]) -> dict[str, Any]:
         """Read the sums: the one place where the device is waited for.
@@ -98,6 +72,7 @@ class LayerStats:
         dict
             ``router_stats`` and ``expert_compression_stats``, see ``MoERouterPress.get_stats``.
         """
+        share, ruled, removed = self.sums[:-2].view(3, -1)
 
         def per_expert(numbers: Tensor) -> dict[str, Any]:
             return dict(zip(names, numbers.tolist(), strict=True))
@@ -108,11 +83,37 @@ class LayerStats:
                 "expert_usage_count": per_expert(self.load),
                 "total_tokens": self.num_tokens,
                 "routing_decisions": int(self.load.sum()),
-                "router_entropy": float(self.entropy) / max(self.num_tokens, 1),
+                "router_entropy": float(self.sums[-2]) / max(self.num_tokens, 1),
             },
             "expert_compression_stats": {
-                "expert_usage": per_expert(self.share / self.share.sum().clamp(min=1)),
-                "compression_ratios": per_expert(self.removed / self.ruled),
+                "expert_usage": per_expert(share / share.sum().clamp(min=1)),
+                "compression_ratios": per_expert(removed / ruled),
                 "cache_hit_rates": per_expert(self.hit_rates),
             },
         }
+
+
+def record(layers: Sequence[LayerStats], seen: Observation, kept: Tensor | None = None) -> None:
+    """Add an observation, and which pairs left, to the sums of its layers.
+
+    Parameters
+    ----------
+    layers : sequence of L LayerStats
+    seen : Observation
+    kept : Tensor [L, B, T], float32, optional
+        Share of the heads that keep each position. None: nothing was decided.
+    """
+    share = seen.shares.sum((1, 2))
+    ruled = removed = torch.zeros_like(share)
+    if kept is not None:
+        ruled, removed = share, torch.einsum("lbte,lbt->le", seen.shares, 1 - kept)
+    parts = [share, ruled, removed, seen.entropy[:, None], seen.aux_loss[:, None]]
+    sums = torch.cat(parts, -1).unbind()
+    for stats, load, more, rates in zip(
+        layers, seen.load.unbind(), sums, seen.hit_rates.unbind(), strict=True
+    ):
+        stats.load += load
+        stats.sums += more
+        stats.hit_rates = rates.lerp(stats.hit_rates, HIT_RATE_DECAY) if stats.num_calls else rates
+        stats.num_calls += 1
+        stats.num_tokens += seen.num_tokens

@@ -1,5 +1,6 @@
 """What the experts see of one layer: its cached pairs, the queries on them, the padding."""
 
+import copy
 import functools
 import weakref
 from collections.abc import Mapping, Sequence
@@ -74,6 +75,8 @@ class LayerView:
         hidden state when the token came, and the token's position in its row.
     projected : Tensor [B, Hq, N, D] or None
         What the layer asks before queries are rotated, where it is at hand.
+    read : Tensor [B, N, H + E] or None
+        What a calibrated router has read of the hidden states.
     """
 
     module: nn.Module
@@ -91,6 +94,19 @@ class LayerView:
     backend: str = "auto"
     notes: tuple[Tensor, Tensor] | None = None
     projected: Tensor | None = None
+    read: Tensor | None = None
+
+    def released(self) -> "LayerView":
+        """Give this view without hidden states and queries; what was made of them stays.
+
+        They are as large as a layer's pairs, or several times that, and most experts can rate
+        without them (``Expert.waits``).
+        """
+        view = copy.copy(self)
+        view.hidden_states = self.hidden_states.new_empty(*self.hidden_states.shape[:2], 0)
+        view.queries = view.hidden_states
+        view.attentions, view.projected, view.kwargs = None, None, {}
+        return view
 
     @property
     def folded(self) -> int:
@@ -168,7 +184,7 @@ class LayerView:
             queries,
             self.start,
             kinds=kinds,
-            **logit_options(self.module),
+            **self._logits,
             pool=POOL,
             lag=LAG,
             backend=self.backend,
@@ -178,16 +194,22 @@ class LayerView:
     def expected(self) -> Tensor:
         """Attention that the pairs can expect; the view has to be ``aligned``.
 
+        Computed at the first call.
+
         Returns
         -------
         Tensor [B, H, T], float32
-            See ``moekv.ops.expected_attention``.
+            See ``moekv.ops.expected_attention``. Not to be written to.
 
         Raises
         ------
         ValueError
             The layer forms its queries in a way of its own.
         """
+        return self._expected
+
+    @functools.cached_property
+    def _expected(self) -> Tensor:
         if rotates(self.module) is None:
             raise ValueError(
                 "expected an attention layer whose queries are its projected inputs, normed or "
@@ -202,9 +224,13 @@ class LayerView:
             projected.to(keys.dtype),
             keys,
             self.start,
-            softcap=logit_options(self.module)["softcap"],
+            softcap=self._logits["softcap"],
             backend=self.backend,
         )
+
+    @functools.cached_property
+    def _logits(self) -> dict[str, float]:
+        return logit_options(self.module)
 
     def _turned_back(self) -> Tensor:
         """Matrices [B or 1, D, D] that turn keys back by the position behind the last token.
@@ -212,7 +238,7 @@ class LayerView:
         Their products with queries that nobody has rotated are then the logits of queries that
         stand there: a query turned forward is many numbers more.
         """
-        scaling = logit_options(self.module)["scaling"]
+        scaling = self._logits["scaling"]
         dtype, device = self.keys.dtype, self.keys.device
         # The layers of a forward share their rotations, and most likely this as well.
         shared = self.kwargs["position_embeddings"][0]

@@ -82,7 +82,7 @@ class Watched(Lockstep):
                 reads, places, _ = notes.to_dense()
             else:
                 reads, places = notes.keys, notes.values
-            expected = self.router.read(index, self.inputs[index])
+            expected = self.router.read(index, self.router.project(index, self.inputs[index]))
             for b, h in torch.cartesian_prod(*map(torch.arange, reads.shape[:2])).tolist():
                 there = self.visible[index][b, h].nonzero()[:, 0]
                 skip = reads.shape[2] - len(there)
@@ -246,10 +246,11 @@ def test_each_head_has_its_own_weights_where_heads_differ_in_length(
     router, seen = even_router(model), []
     mix = MoERouterPress._mix
 
-    def spy(self: Any, experts: Any, scores: Tensor, routed: Any, view: Any) -> Any:
-        mixed = mix(self, experts, scores, routed, view)
+    def spy(self: Any, looks: Any, scores: Tensor, routed: Any) -> Any:
+        mixed = mix(self, looks, scores, routed)
+        view = looks[0].view
         notes = None if view.notes is None else [x.clone() for x in view.notes]
-        seen.append((view, notes, scores, mixed[0], view.scores_of(ScoreKind.DIVERSITY)))
+        seen.append((view, notes, scores, mixed[0][0], view.scores_of(ScoreKind.DIVERSITY)))
         return mixed
 
     monkeypatch.setattr(MoERouterPress, "_mix", spy)

@@ -396,16 +396,24 @@ def test_a_press_scores_what_calibration_fitted(
     got: dict[int, Tensor] = {}
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     unlike: dict[int, Tensor] = {}
-    mix = MoERouterPress._mix
+    look, mix = MoERouterPress._look_at, MoERouterPress._mix
+    states_of: dict[int, Tensor] = {}
 
-    def spy(self: Any, experts: Any, scores: Tensor, routed: Any, view: Any) -> Any:
-        mixed = mix(self, experts, scores, routed, view)
-        index = view.module.layer_idx
-        got[index], seen[index] = mixed[0], (view.hidden_states, scores[1:])
-        unlike[index] = view.scores_of(ScoreKind.DIVERSITY)
+    def spy_look(self: Any, view: Any) -> Any:
+        states_of[view.module.layer_idx] = view.hidden_states
+        return look(self, view)
+
+    def spy_mix(self: Any, looks: Any, scores: Tensor, routed: Any) -> Any:
+        mixed = mix(self, looks, scores, routed)
+        for i, each in enumerate(looks):
+            index = each.view.module.layer_idx
+            got[index] = mixed[0][i]
+            seen[index] = states_of[index], scores[1:, 2 * i : 2 * i + 2]
+            unlike[index] = each.view.scores_of(ScoreKind.DIVERSITY)
         return mixed
 
-    monkeypatch.setattr(MoERouterPress, "_mix", spy)
+    monkeypatch.setattr(MoERouterPress, "_look_at", spy_look)
+    monkeypatch.setattr(MoERouterPress, "_mix", spy_mix)
     press = MoERouterPress(0.5, router=router)
     with press(model):
         prefill(model, ids, attention_mask=mask)
@@ -436,26 +444,25 @@ def test_hidden_states_are_read_once_for_the_gate_and_for_learned(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, counted = tiny_model(), []
-    router, other = random_router(model), random_router(model, seed=5)
+    router = random_router(model)
     linear = torch.nn.functional.linear
 
-    def count(hidden: Tensor, weight: Tensor) -> Tensor:
-        counted.append(weight.shape)
-        return linear(hidden, weight)
+    def count(hidden: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        counted.append(tuple(weight.shape))
+        return linear(hidden, weight, *bias)
 
     monkeypatch.setattr(calibrated_module.functional, "linear", count)
+    with MoERouterPress(0.5, router=router)(model), torch.no_grad():
+        model(torch.randint(0, 100, (2, 40)))
+    assert counted.count((2 + 3, 64)) == len(router.layers)
     hidden = torch.randn(2, 9, 64)
     wanted = linear(hidden, torch.cat([router.surrogate_weight[1], router.gate_weight[1]]))
-    logits = router.gate(1, hidden)(hidden).logits
-    read = router.read(1, hidden)
-    assert counted == [(2 + 3, 64)]
-    torch.testing.assert_close(logits, wanted[..., 2:] + router.gate_bias[1])
-    torch.testing.assert_close(read, (wanted[..., :2] + router.surrogate_bias[1]).transpose(1, 2))
-    # What somebody else, or another layer, reads of them is something else.
-    for reader, index in ((router, 0), (other, 0)):
-        weight, bias = reader.surrogate_weight[index], reader.surrogate_bias[index]
-        wanted = (linear(hidden, weight) + bias).transpose(1, 2)
-        torch.testing.assert_close(reader.read(index, hidden), wanted)
+    projected = router.project(1, hidden)
+    decided = router.gate(1, hidden).decide(projected, None).logits
+    torch.testing.assert_close(decided, wanted[..., 2:] + router.gate_bias[1])
+    torch.testing.assert_close(router.gate(1, hidden)(hidden).logits, decided)
+    read = (wanted[..., :2] + router.surrogate_bias[1]).transpose(1, 2)
+    torch.testing.assert_close(router.read(1, projected), read)
 
 
 def test_one_threshold_over_the_model_by_default() -> None:

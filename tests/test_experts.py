@@ -12,7 +12,7 @@ from moekv import Expert, LayerView, expert_names, ops, register_expert
 from moekv import experts as experts_module
 from moekv.budget import select
 from moekv.experts import PositionExpert, build_experts
-from moekv.mixing import common_scale, stack_scores
+from moekv.mixing import common_scale, scores_by
 from moekv.ops import ScoreKind
 
 NAN, INF = float("nan"), float("inf")
@@ -201,17 +201,17 @@ def test_scores_of_padded_rows_are_those_of_the_rows_alone() -> None:
 def test_infinite_scores_come_next_to_the_finite_ones() -> None:
     view = make_view(5, (0,))
     scores = torch.tensor([[[1.0, INF, 3.0, -INF, NAN], [2.0, 2.0, INF, 2.0, -INF]]])
-    (stacked,) = stack_scores([Fixed(scores)], view)
+    stacked = scores_by(Fixed(scores), view)
     assert stacked[0, 0, :4].tolist() == [1.0, 5.0, 3.0, -1.0] and stacked[0, 0, 4].isnan()
     assert stacked[0, 1].tolist() == [2.0, 2.0, 3.0, 2.0, 1.0]
     mask = torch.tensor([[[0.0, -INF, 0.0, -INF, 0.0]] * 2])
-    assert stack_scores([Fixed(mask)], view)[0, 0, 0].tolist() == [0.0, -1.0, 0.0, -1.0, 0.0]
+    assert scores_by(Fixed(mask), view)[0, 0].tolist() == [0.0, -1.0, 0.0, -1.0, 0.0]
 
 
 def test_infinity_at_padding_moves_nothing() -> None:
     view = make_view(4, (2,))
     scores = torch.tensor([[[1e9, -1e9, 1.0, INF]] * 2])
-    assert stack_scores([Fixed(scores)], view)[0, 0, 0, 2:].tolist() == [1.0, 2.0]
+    assert scores_by(Fixed(scores), view)[0, 0, 2:].tolist() == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_infinity_at_padding_moves_nothing() -> None:
 )
 def test_scores_of_another_shape_or_dtype(scores: Tensor) -> None:
     with pytest.raises(ValueError, match=r"\[2, 2, 20\] on cpu from expert 'fixed', got"):
-        stack_scores([Fixed(scores)], make_view(20))
+        scores_by(Fixed(scores), make_view(20))
 
 
 def test_common_scale_standardises_real_numbers() -> None:

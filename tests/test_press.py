@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvpress import ExpectedAttentionPress, KnormPress, ScorerPress
+from test_calibration import random_router
 from tiny_models import TINY_MODELS, prefill, tiny_model, tokens
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -495,6 +496,53 @@ def test_padded_rows_score_as_they_do_alone(attention: str, router_type: str) ->
     assert stats["router_stats"]["total_tokens"] == sum(lengths)
     measured = list(stats["expert_compression_stats"]["cache_hit_rates"].values())
     assert measured == pytest.approx(torch.stack(rates).mean(0).tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_layers_rated_together_are_rated_as_alone(
+    calibrated: bool, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    input_ids, inputs = left_padded([50, 31]) if padded else (tokens(2, 50), {})
+    results = []
+    for together in (1, 2, press_module.TOGETHER):
+        monkeypatch.setattr(press_module, "TOGETHER", together)
+        options = {"router": random_router(model)} if calibrated else {"router": None}
+        press = MoERouterPress(0.5, **options)
+        with press(model):
+            cache = prefill(model, input_ids, **inputs)
+        pairs = [x for layer in cache.layers for x in layer.to_dense()]
+        results.append((pairs, press.get_stats()))
+    for pairs, stats in results[1:]:
+        torch.testing.assert_close(pairs, results[0][0], atol=0, rtol=0)
+        assert _flat(stats) == pytest.approx(_flat(results[0][1]), rel=1e-5)
+
+
+def _flat(stats: Any) -> list[float]:
+    if isinstance(stats, dict):
+        return [number for value in stats.values() for number in _flat(value)]
+    return [] if isinstance(stats, str) else [float(stats)]
+
+
+def test_what_waits_for_further_layers_is_not_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a layer's hidden states and queries nothing is held when the next one runs."""
+    model = tiny_model()
+    look_at = MoERouterPress._look_at
+    seen: list[weakref.ref[Tensor]] = []
+
+    def spy(self: MoERouterPress, view: LayerView) -> Any:
+        gc.collect()
+        assert not [ref for ref in seen if ref() is not None]
+        assert view.projected is not None
+        large = [view.hidden_states, view.projected, view.projected._base]
+        seen.extend(weakref.ref(x) for x in large if x is not None)
+        return look_at(self, view)
+
+    monkeypatch.setattr(MoERouterPress, "_look_at", spy)
+    with MoERouterPress(0.5)(model):
+        prefill(model, tokens(2, 40))
+    assert len(seen) >= 2 * len(find_layers(model)[1])
 
 
 def test_padded_batches_are_measured_where_nothing_leaves() -> None:

@@ -3,22 +3,23 @@ import math
 import pytest
 import torch
 
-from moekv.stats import LayerStats, Observation
+from moekv.stats import LayerStats, Observation, record
 
 NAMES = ["a", "b", "c"]
+TENSORS = ("load", "entropy", "aux_loss", "shares", "hit_rates")
 
 
 def observation(**changes: object) -> Observation:
-    shares = torch.zeros(1, 4, 3)
-    shares[0, :, 0] = torch.tensor([1.0, 0.5, 0.0, 0.0])
-    shares[0, :, 1] = torch.tensor([0.0, 0.5, 1.0, 1.0])
+    shares = torch.zeros(1, 1, 4, 3)
+    shares[0, 0, :, 0] = torch.tensor([1.0, 0.5, 0.0, 0.0])
+    shares[0, 0, :, 1] = torch.tensor([0.0, 0.5, 1.0, 1.0])
     fields: dict[str, object] = {
         "num_tokens": 4,
-        "load": torch.tensor([2, 3, 0]),
-        "entropy": torch.tensor(2.0),
-        "aux_loss": torch.tensor(0.25),
+        "load": torch.tensor([[2, 3, 0]]),
+        "entropy": torch.tensor([2.0]),
+        "aux_loss": torch.tensor([0.25]),
         "shares": shares,
-        "hit_rates": torch.tensor([0.5, 0.25, 1.0]),
+        "hit_rates": torch.tensor([[0.5, 0.25, 1.0]]),
     }
     return Observation(**fields | changes)
 
@@ -43,8 +44,8 @@ def test_nothing_measured() -> None:
 
 def test_sums_and_shares() -> None:
     stats = make()
-    stats.observe(observation())
-    stats.observe(observation())
+    record([stats], observation())
+    record([stats], observation())
     report = stats.report(NAMES)
     assert report["router_stats"] == {
         "expert_usage_ratios": pytest.approx({"a": 0.4, "b": 0.6, "c": 0.0}),
@@ -60,21 +61,36 @@ def test_sums_and_shares() -> None:
 
 def test_hit_rates_are_a_moving_average() -> None:
     stats = make()
-    stats.observe(observation(hit_rates=torch.tensor([0.5, 0.0, 1.0])))
+    record([stats], observation(hit_rates=torch.tensor([[0.5, 0.0, 1.0]])))
     first = stats.report(NAMES)["expert_compression_stats"]["cache_hit_rates"]
     assert first == {"a": 0.5, "b": 0.0, "c": 1.0}
-    stats.observe(observation(hit_rates=torch.tensor([1.0, 1.0, 0.0])))
+    record([stats], observation(hit_rates=torch.tensor([[1.0, 1.0, 0.0]])))
     second = stats.report(NAMES)["expert_compression_stats"]["cache_hit_rates"]
     assert second == pytest.approx({"a": 0.55, "b": 0.1, "c": 0.9})
 
 
 def test_ratio_of_an_expert_is_that_of_the_pairs_it_rated() -> None:
     stats = make()
-    seen = observation()
-    stats.observe(seen)
     # a rated position 0 alone and half of 1; b the other half, 2 and 3.
-    stats.evict(seen.shares, torch.tensor([[1.0, 0.5, 0.0, 0.25]]))
+    record([stats], observation(), torch.tensor([[[1.0, 0.5, 0.0, 0.25]]]))
     ratios = stats.report(NAMES)["expert_compression_stats"]["compression_ratios"]
     assert ratios["a"] == pytest.approx(0.5 * 0.5 / 1.5)
     assert ratios["b"] == pytest.approx((0.5 * 0.5 + 1 + 0.75) / 2.5)
     assert math.isnan(ratios["c"])
+
+
+def test_layers_are_recorded_together_as_alone() -> None:
+    first, second = observation(), observation(load=torch.tensor([[1, 1, 3]]))
+    second.shares = second.shares.flip(-1)
+    kept = torch.tensor([[[1.0, 0.5, 0.0, 0.25]], [[0.0, 1.0, 1.0, 0.5]]])
+    fields = {name: torch.cat([getattr(first, name), getattr(second, name)]) for name in TENSORS}
+    both = Observation(num_tokens=4, **fields)
+    together, alone = [make(), make()], [make(), make()]
+    for _ in range(2):
+        record(together, both, kept)
+        record(alone[:1], first, kept[:1])
+        record(alone[1:], second, kept[1:])
+    for one, other in zip(together, alone, strict=True):
+        for name in ("load", "sums", "hit_rates"):
+            torch.testing.assert_close(getattr(one, name), getattr(other, name))
+    assert not torch.equal(together[0].sums, together[1].sums)

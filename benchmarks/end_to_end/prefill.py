@@ -35,9 +35,10 @@ import moekv.press
 from benchmarks.measure import Times, peak_extra_bytes, quartiles, timed
 from benchmarks.quality.presses import PEERS
 from moekv import MoERouterPress
+from moekv.calibrated import CalibratedRouter
 from moekv.experts import ExpectedExpert
 from moekv.routers import BaseMoERouter
-from moekv.view import ViewBuilder
+from moekv.view import LayerView, ViewBuilder
 
 from .runs import Run, random_ids
 
@@ -54,11 +55,15 @@ METHODS: dict[str, Callable[[], Any]] = {
 #: Where each stage of moekv's press is: what is called within another stage counts there.
 STAGES: dict[str, Sequence[tuple[Any, str]]] = {
     "view": [(ViewBuilder, "__call__"), (moekv.attention, "_note")],
-    "gate": [(BaseMoERouter, "__call__")],
+    "gate": [
+        (CalibratedRouter, "project"),
+        (BaseMoERouter, "__call__"),
+        (BaseMoERouter, "_decide"),
+    ],
     "score": [(moekv.ops, "expert_scores")],
-    "expected": [(ExpectedExpert, "scores")],
+    "expected": [(LayerView, "expected"), (ExpectedExpert, "scores")],
     "mix": [(MoERouterPress, "_mix")],
-    "statistics": [(MoERouterPress, "_measure"), (MoERouterPress, "_record")],
+    "statistics": [(MoERouterPress, "_hit_rates"), (MoERouterPress, "_record")],
     "select": [(MoERouterPress, "_choose")],
     "compact": [(moekv.press, "evict")],
 }
