@@ -98,6 +98,12 @@ GATING_TOPK = [
     GatingTopk(77, 60, 17, FP16, bias=True, mask=True, importance=True),
     GatingTopk(50, 8, 1, importance=True),
     GatingTopk(33, 256, 17, bias=True, mask=True, temperature=0.1),
+    # Many experts of whom few are chosen: rows of one vector and more, and what is left of them.
+    *(GatingTopk(200, e, k, BF16) for e in (64, 128, 192, 256) for k in (1, 2, 3, 4)),
+    GatingTopk(200, 96, 4, BF16, bias=True, mask=True, importance=True),
+    GatingTopk(100, 100, 3, FP16, bias=True, strided=True, temperature=0.5),
+    GatingTopk(77, 250, 1, mask=True, temperature=0.2),
+    GatingTopk(5, 129, 4, bias=True),
 ]
 
 

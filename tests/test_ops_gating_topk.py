@@ -19,18 +19,21 @@ def test_matches_reference(target, case):
 
 
 @pytest.mark.parametrize("num_experts", [2, 7, 16, 60, 96, 256])
+@pytest.mark.parametrize("k", [2, 4, 5])
 @pytest.mark.parametrize("dtype", op_cases.FLOAT_DTYPES, ids=str)
-def test_ties_go_to_the_lower_expert(target, num_experts, dtype):
-    logits = torch.zeros(3, num_experts, dtype=dtype, device=target.device)
+def test_ties_go_to_the_lower_expert(target, num_experts, dtype, k):
+    logits = torch.zeros(5, num_experts, dtype=dtype, device=target.device)
     logits[1, num_experts // 2 :] = 2
     logits[2, ::2] = -1
-    k = min(num_experts, 5)
+    logits[3, [0, num_experts // 2, -1]] = torch.tensor([1, 2, 1], dtype=dtype)
+    logits[4, num_experts // 3 :: 16] = 1
+    k = min(num_experts, k)
     _, experts, *_ = target.op("gating_topk")(logits, k=k)
     for row, values in zip(experts.tolist(), logits.tolist(), strict=True):
         assert row == sorted(range(num_experts), key=lambda e: (-values[e], e))[:k]
 
 
-@pytest.mark.parametrize("num_experts", [4, 19, 64])
+@pytest.mark.parametrize("num_experts", [4, 19, 64, 70])
 def test_not_finite_logits(target, num_experts):
     logits = torch.zeros(6, num_experts, device=target.device)
     logits[0] = nan
@@ -47,9 +50,11 @@ def test_not_finite_logits(target, num_experts):
     op_cases.check_gating_result((weights, experts, *rest), logits, None, None, k=2)
 
 
-def test_not_finite_bias(target):
-    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]] * 2, device=target.device)
-    bias = torch.tensor([nan, -inf, 0.0, inf], device=target.device)
+@pytest.mark.parametrize("num_experts", [4, 70])
+def test_not_finite_bias(target, num_experts):
+    logits = torch.arange(num_experts - 1.0, -1.0, -1.0, device=target.device).repeat(2, 1)
+    bias = torch.full((num_experts,), -inf, device=target.device)
+    bias[[0, 2, 3]] = torch.tensor([nan, 0.0, inf], device=target.device)
     weights, experts, *rest = target.op("gating_topk")(logits, bias, k=4)
     assert experts.tolist() == [[3, 2, 0, 1]] * 2
     op_cases.check_gating_result((weights, experts, *rest), logits, bias, None, k=4)
@@ -88,8 +93,9 @@ def test_masked_garbage_counts_nowhere(target):
         assert torch.equal(got, expected)
 
 
-def test_threads_change_nothing(native):
-    case = op_cases.GatingTopk(20_011, 60, 4, mask=True, bias=True)
+@pytest.mark.parametrize("num_experts", [9, 60, 128])
+def test_threads_change_nothing(native, num_experts):
+    case = op_cases.GatingTopk(20_011, num_experts, 4, mask=True, bias=True)
     inputs, options = case.inputs(native.device)
     on_any_number_of_threads(lambda: native.op("gating_topk")(*inputs, **options))
 

@@ -1,20 +1,19 @@
 // Softmax, biased top-k and load statistics of a router, in one read of the logits.
 //
-// A tile is as many tokens as a vector has lanes. It is transposed on loading, so that every step
-// works on one expert of all its tokens at once and nothing has to be reduced across lanes.
+// A tile of tokens is transposed on loading, so that every step works on one expert of all its
+// tokens at once and nothing has to be reduced across lanes; many experts are gated by rows, see
+// gating_rows.h.
 #pragma once
 
 #include "../params.h"
 #include "gating_plan.h"
+#include "gating_rows.h"
+#include "gating_tile.h"
 #include "parallel.h"
 #include "vec.h"
 
 namespace moekv::cpu::MOEKV_ISA {
 namespace {
-
-constexpr int kTileTokens = Vec::kLanes;
-constexpr int kRoundExperts = 4;  // chosen in one pass over the experts
-constexpr float kMaxFloat = 3.4028234663852886e38f;
 
 // e^x for x <= 0, down to the smallest subnormal and then 0.
 inline Vec exp_of_shifted(Vec x) {
@@ -39,13 +38,6 @@ inline Vec exp_of_shifted(Vec x) {
   p = fma(p, r * r, r + Vec::set(1.0f));
   return scale2(p, n);
 #endif
-}
-
-// logits / temperature, with NaN as -inf and +inf as the largest finite number.
-inline Vec tempered(Vec logits, float inv_temperature) {
-  const Vec lowest = Vec::set(-__builtin_inff()), largest = Vec::set(kMaxFloat);
-  // In this order of operands max gives -inf for NaN.
-  return min(max(logits * Vec::set(inv_temperature), lowest), largest);
 }
 
 // Loads and transposes logits[kTileTokens, num_experts] into z[num_experts, kTileTokens]. Reads
@@ -86,35 +78,6 @@ inline Vec load_dense_tile(const T* logits, float inv_temperature, float* z) {
   return highest;
 }
 
-// The N highest ratings of each token in descending order, ties to the lower expert, and whose they
-// are. ratings: [num_experts, kTileTokens], -inf: not to be chosen.
-template <int N>
-inline void highest_rated(const float* ratings, int64_t num_experts, float* chosen,
-                          float* highest) {
-  Vec best[N], expert[N];
-  for (int j = 0; j < N; ++j) {
-    best[j] = Vec::set(-__builtin_inff());
-    expert[j] = Vec::set(0.0f);
-  }
-  for (int64_t e = 0; e < num_experts; ++e) {
-    const Vec rating = Vec::load(ratings + e * kTileTokens);
-    const Vec id = Vec::set(static_cast<float>(e));
-    Mask above[N];
-    for (int j = 0; j < N; ++j) above[j] = rating > best[j];
-    // Behind the first that is exceeded, everyone moves down by one.
-    for (int j = N - 1; j > 0; --j) {
-      best[j] = max(best[j], min(best[j - 1], rating));
-      expert[j] = select(above[j - 1], expert[j - 1], select(above[j], id, expert[j]));
-    }
-    best[0] = max(best[0], rating);
-    expert[0] = select(above[0], id, expert[0]);
-  }
-  for (int j = 0; j < N; ++j) {
-    expert[j].store(chosen + j * kTileTokens);
-    best[j].store(highest + j * kTileTokens);
-  }
-}
-
 // chosen, highest: [k, kTileTokens] experts and their ratings. Overwrites the ratings if k >
 // kRoundExperts.
 inline void choose(float* ratings, int64_t num_experts, int64_t k, float* chosen, float* highest) {
@@ -153,7 +116,7 @@ inline void store_choice(const float* choice, int64_t k, int64_t count, T* out) 
   }
 }
 
-template <typename T>
+template <typename T, bool kRows>
 inline void gating_block(const GatingTopkParams& p, int64_t begin, int64_t end, float* prob_sum,
                          float* entropy, int32_t* load) {
   alignas(64) float probs[kMaxExperts * kTileTokens];
@@ -177,28 +140,6 @@ inline void gating_block(const GatingTopkParams& p, int64_t begin, int64_t end, 
   const int64_t padded_experts = (num_experts + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes;
   for (int64_t token = begin; token < end; token += kTileTokens) {
     const int64_t count = end - token < kTileTokens ? end - token : kTileTokens;
-    const T* tile = logits + token * p.logits_stride;
-    int64_t stride = p.logits_stride;
-    const bool dense = count == kTileTokens && stride == num_experts;
-    Vec highest;
-    if (dense && num_experts == 2) {
-      highest = load_dense_tile<2>(tile, p.inv_temperature, probs);
-    } else if (dense && num_experts == 4) {
-      highest = load_dense_tile<4>(tile, p.inv_temperature, probs);
-    } else if (dense && num_experts == 8) {
-      highest = load_dense_tile<8>(tile, p.inv_temperature, probs);
-    } else {
-      if (count < kTileTokens || tile + (count - 1) * stride + padded_experts > logits_end) {
-        std::memset(padded, 0, sizeof padded);
-        for (int64_t i = 0; i < count; ++i) {
-          std::memcpy(padded + i * padded_experts, tile + i * stride, num_experts * sizeof(T));
-        }
-        tile = padded;
-        stride = padded_experts;
-      }
-      highest = load_tile(tile, stride, num_experts, p.inv_temperature, probs);
-    }
-
     bool real[kTileTokens];
     float share[kTileTokens];  // 1 for a real token, else 0
     float extents[kTileTokens];
@@ -209,41 +150,67 @@ inline void gating_block(const GatingTopkParams& p, int64_t begin, int64_t end, 
           static_cast<float>(k) * (p.importance && i < count ? p.importance[token + i] : 1);
     }
 
-    // Below e^-104 there is nothing. Where no logit is finite, z - highest is NaN, max gives its
-    // second operand, and all experts are equal.
-    const Vec none = Vec::set(-__builtin_inff());
-    const Vec least = select(highest != none, Vec::set(-105.0f), Vec::set(0.0f));
-    Vec total = Vec::set(0.0f), moment = Vec::set(0.0f);
-    for (int64_t e = 0; e < num_experts; ++e) {
-      const Vec z = max(Vec::load(probs + e * kTileTokens) - highest, least);
-      const Vec weight = exp_of_shifted(z);
-      weight.store(probs + e * kTileTokens);
-      total = total + weight;
-      moment = fma(weight, z, moment);
-    }
-    const Vec scale = Vec::load(share) / total;
-    // -sum of p log p, with log p = z - log(total).
-    entropies = entropies + (Vec::load(share) * log(total) - moment * scale);
-    for (int64_t e = 0; e < num_experts; ++e) {
-      float* sum = sums + e * kTileTokens;
-      fma(Vec::load(probs + e * kTileTokens), scale, Vec::load(sum)).store(sum);
-    }
-
-    // Without a bias the order of the exponentials is that of the probabilities.
-    float* ratings = probs;
-    if (separate_ratings) {
-      ratings = biased;
-      const Vec lowest = Vec::set(-kMaxFloat);  // above -inf, which marks the chosen
-      for (int64_t e = 0; e < num_experts; ++e) {
-        const Vec bias = Vec::set(p.bias ? p.bias[e] : 0.0f);
-        const Vec rating = fma(Vec::load(probs + e * kTileTokens), scale, bias);
-        max(rating, lowest).store(biased + e * kTileTokens);
+    if constexpr (kRows) {
+      entropies = entropies + gate_rows<T>(p, token, count, share, sums, chosen, weights);
+    } else {
+      const T* tile = logits + token * p.logits_stride;
+      int64_t stride = p.logits_stride;
+      const bool dense = count == kTileTokens && stride == num_experts;
+      Vec highest;
+      if (dense && num_experts == 2) {
+        highest = load_dense_tile<2>(tile, p.inv_temperature, probs);
+      } else if (dense && num_experts == 4) {
+        highest = load_dense_tile<4>(tile, p.inv_temperature, probs);
+      } else if (dense && num_experts == 8) {
+        highest = load_dense_tile<8>(tile, p.inv_temperature, probs);
+      } else {
+        if (count < kTileTokens || tile + (count - 1) * stride + padded_experts > logits_end) {
+          std::memset(padded, 0, sizeof padded);
+          for (int64_t i = 0; i < count; ++i) {
+            std::memcpy(padded + i * padded_experts, tile + i * stride, num_experts * sizeof(T));
+          }
+          tile = padded;
+          stride = padded_experts;
+        }
+        highest = load_tile(tile, stride, num_experts, p.inv_temperature, probs);
       }
-    }
-    choose(ratings, num_experts, k, chosen, weights);
-    if (separate_ratings) {
-      for (int64_t i = 0; i < k * kTileTokens; ++i) {
-        weights[i] = probs[static_cast<int64_t>(chosen[i]) * kTileTokens + i % kTileTokens];
+
+      // Below e^-104 there is nothing. Where no logit is finite, z - highest is NaN, max gives its
+      // second operand, and all experts are equal.
+      const Vec none = Vec::set(-__builtin_inff());
+      const Vec least = select(highest != none, Vec::set(-105.0f), Vec::set(0.0f));
+      Vec total = Vec::set(0.0f), moment = Vec::set(0.0f);
+      for (int64_t e = 0; e < num_experts; ++e) {
+        const Vec z = max(Vec::load(probs + e * kTileTokens) - highest, least);
+        const Vec weight = exp_of_shifted(z);
+        weight.store(probs + e * kTileTokens);
+        total = total + weight;
+        moment = fma(weight, z, moment);
+      }
+      const Vec scale = Vec::load(share) / total;
+      // -sum of p log p, with log p = z - log(total).
+      entropies = entropies + (Vec::load(share) * log(total) - moment * scale);
+      for (int64_t e = 0; e < num_experts; ++e) {
+        float* sum = sums + e * kTileTokens;
+        fma(Vec::load(probs + e * kTileTokens), scale, Vec::load(sum)).store(sum);
+      }
+
+      // Without a bias the order of the exponentials is that of the probabilities.
+      float* ratings = probs;
+      if (separate_ratings) {
+        ratings = biased;
+        const Vec lowest = Vec::set(-kMaxFloat);  // above -inf, which marks the chosen
+        for (int64_t e = 0; e < num_experts; ++e) {
+          const Vec bias = Vec::set(p.bias ? p.bias[e] : 0.0f);
+          const Vec rating = fma(Vec::load(probs + e * kTileTokens), scale, bias);
+          max(rating, lowest).store(biased + e * kTileTokens);
+        }
+      }
+      choose(ratings, num_experts, k, chosen, weights);
+      if (separate_ratings) {
+        for (int64_t i = 0; i < k * kTileTokens; ++i) {
+          weights[i] = probs[static_cast<int64_t>(chosen[i]) * kTileTokens + i % kTileTokens];
+        }
       }
     }
     // How much of each slot counts: all of it, or as much as the token's importance reaches.
@@ -295,7 +262,9 @@ inline void gating_block(const GatingTopkParams& p, int64_t begin, int64_t end, 
       load[e] = static_cast<int32_t>(Vec::load(loads + e * kTileTokens).sum());
     }
   }
-  for (int64_t e = 0; e < num_experts; ++e) prob_sum[e] = Vec::load(sums + e * kTileTokens).sum();
+  for (int64_t e = 0; e < num_experts; ++e) {
+    prob_sum[e] = kRows ? sums[e] : Vec::load(sums + e * kTileTokens).sum();
+  }
   *entropy = entropies.sum();
 }
 
@@ -305,13 +274,13 @@ inline void gating_topk_typed(const GatingTopkParams& p) {
   float* prob_sums = static_cast<float*>(p.workspace);  // [num_blocks, num_experts]
   float* entropies = prob_sums + plan.num_blocks * p.num_experts;
   int32_t* loads = reinterpret_cast<int32_t*>(entropies + plan.num_blocks);
+  const auto gate = gates_rows(p) ? gating_block<T, true> : gating_block<T, false>;
   parallel_for(0, plan.num_blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * plan.block_tokens;
       const int64_t last = first + plan.block_tokens;
-      gating_block<T>(p, first, last < p.num_tokens ? last : p.num_tokens,
-                      prob_sums + block * p.num_experts, entropies + block,
-                      loads + block * p.num_experts);
+      gate(p, first, last < p.num_tokens ? last : p.num_tokens, prob_sums + block * p.num_experts,
+           entropies + block, loads + block * p.num_experts);
     }
   });
   for (int64_t e = 0; e < p.num_experts; ++e) {

@@ -80,6 +80,7 @@ constexpr int32_t kSqrtHalf = 0x3f3504f3;  // the bits of sqrt(1/2)
 #if defined(__AVX512F__)
 
 using Mask = __mmask16;
+inline uint64_t bits(Mask mask) { return mask; }  // of the lanes, the first lowest
 
 struct Vec {
   static constexpr int kLanes = 16;
@@ -141,6 +142,7 @@ struct Vec {
 struct Mask {
   __m256 v;
 };
+inline uint64_t bits(Mask mask) { return static_cast<uint64_t>(_mm256_movemask_ps(mask.v)); }
 
 struct Vec {
   static constexpr int kLanes = 8;
@@ -211,6 +213,10 @@ struct Vec {
 struct Mask {
   bool v[4];
 };
+inline uint64_t bits(Mask mask) {
+  return uint64_t{mask.v[0]} | uint64_t{mask.v[1]} << 1 | uint64_t{mask.v[2]} << 2 |
+         uint64_t{mask.v[3]} << 3;
+}
 
 struct Vec {
   static constexpr int kLanes = 4;
