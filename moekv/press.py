@@ -163,7 +163,7 @@ class MoERouterPress(ScorerPress):
         A key of ``moekv.routers.ROUTERS``; ``"pikv"`` unless given.
     cache_aware : bool
         Whether a ``"pikv"`` router's choices follow the measured hit rates; other routers have no
-        history.
+        history. Off, as it changed nothing where it was measured (docs/results.md).
     policy : str
         ``"mixture"``: see above. ``"dominant"``: the expert with the highest mean probability over
         a layer's real tokens rules the layer alone, by its own ``Expert.kept``. Layers of
@@ -240,7 +240,7 @@ class MoERouterPress(ScorerPress):
     num_experts: int | str | None = None
     top_k: int | None = None
     router_type: str | None = None
-    cache_aware: bool = True
+    cache_aware: bool = False
     policy: str = "mixture"
     budget: str = "auto"
     backend: str = "auto"

@@ -22,7 +22,8 @@ def prompt() -> Tensor:
 
 def press_for(input_ids: Tensor, **options: Any) -> MoERouterPress:
     """Every expert that serves growing caches and has a kernel of its own, and every statistic."""
-    options = {"num_experts": 6, "top_k": 2, "router_type": "pikv"} | options
+    own = {"num_experts": 6, "top_k": 2, "router_type": "pikv", "cache_aware": True}
+    options = own | options
     return MoERouterPress(backend=input_ids.device.type, **options)
 
 

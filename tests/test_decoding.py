@@ -306,7 +306,11 @@ def test_what_layers_remember_follows_their_rows(budget: str) -> None:
 def test_history_follows_decoding() -> None:
     model = tiny_model()
     press = make_press(
-        experts=EXPERTS, top_k=2, cache_update_interval=2, decoding=DecodingConfig(20, 4)
+        experts=EXPERTS,
+        top_k=2,
+        cache_aware=True,
+        cache_update_interval=2,
+        decoding=DecodingConfig(20, 4),
     )
     biases = []
     with press(model):

@@ -398,8 +398,8 @@ def test_stats_of_two_prefills_and_a_reset() -> None:
 
 def test_history_follows_the_hit_rates_every_few_calls() -> None:
     model = tiny_model()
-    press = make_press(cache_update_interval=3, experts=ALL)
-    ignorant = make_press(cache_update_interval=3, experts=ALL, cache_aware=False)
+    press = make_press(cache_update_interval=3, experts=ALL, cache_aware=True)
+    ignorant = make_press(cache_update_interval=3, experts=ALL)
     for call in range(1, 8):
         for each in (press, ignorant):
             compress(each, model, tokens(1, LENGTH, seed=call))
