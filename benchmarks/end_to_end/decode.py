@@ -25,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.measure import interleave
+from benchmarks.quality.presses import PEERS
 from benchmarks.quality.replay import LayerTape, Recording, record, replay
 from moekv import MoERouterPress, ragged
 from moekv.attention import attend
@@ -41,6 +42,14 @@ READ = "adding up a quarter of it"  # reading alone, which no attention makes fa
 METHODS: dict[str, Callable[[], Any]] = {
     FULL: lambda: None,
     PEER_UNIFORM: lambda: KeyDiffPress(RATIO),
+    # They keep other pairs, and as many: what differs is the prefill.
+    **{
+        f"kvpress {name}, uniform": lambda make=PEERS[f"{name}Press"]: make(RATIO)
+        for name in (
+            *("SnapKV", "StreamingLLM", "TOVA", "Knorm"),
+            *("ExpectedAttention", "Compactor"),
+        )
+    },
     "kvpress AdaKV(KeyDiff), masked": lambda: AdaKVPress(KeyDiffPress(RATIO)),
     "moekv.ragged(AdaKV(KeyDiff))": lambda: ragged(AdaKVPress(KeyDiffPress(RATIO))),
     UNIFORM: lambda: MoERouterPress(RATIO, budget="uniform", router=None),

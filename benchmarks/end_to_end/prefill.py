@@ -5,9 +5,10 @@
 
 All methods of one length take turns in one process. The time in a press is that of its hooks, which
 is exact where the difference of two prefills drowns in noise (KVComposePress alone also works
-outside of its hooks). Peers are all presses of kvpress that compress within one prefill. A method
-that fails here (it needs a download, or another attention implementation) is recorded with its
-error.
+outside of its hooks). A further prefill, which is not timed, gives the memory at the peak, and a
+short one the number of PyTorch's operations in the hooks, per layer. Peers are all presses of
+kvpress that compress within one prefill. A method that fails here (it needs a download, or another
+attention implementation) is recorded with its error.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -27,6 +28,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel
 
 import moekv.attention
@@ -43,6 +45,7 @@ from moekv.view import LayerView, ViewBuilder
 from .runs import Run, random_ids
 
 RATIO = 0.5
+COUNTED = 512  # tokens of the prefill whose operations are counted
 NO_PRESS = "no press"
 
 METHODS: dict[str, Callable[[], Any]] = {
@@ -76,6 +79,11 @@ class Stopwatch:
         self.wall: dict[str, float] = {}
         self.cpu: dict[str, float] = {}
         self._running: set[str] = set()
+
+    @property
+    def in_hooks(self) -> bool:
+        """Whether a hook is running."""
+        return "hooks" in self._running
 
     def around(self, name: str, function: Callable[..., Any], group: str) -> Callable[..., Any]:
         """Time a function under a name, unless another of its group is running."""
@@ -130,15 +138,48 @@ class Stopwatch:
             yield
 
 
+class Operations(TorchDispatchMode):
+    """Counts the operations of PyTorch, views included, and of moekv that hooks call."""
+
+    def __init__(self, watch: Stopwatch) -> None:
+        super().__init__()
+        self.watch, self.count = watch, 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Count, and call."""
+        self.count += self.watch.in_hooks
+        return function(*args, **kwargs or {})
+
+
 @torch.no_grad()
-def prefill(model: PreTrainedModel, ids: Tensor, press: Any) -> Stopwatch:
+def prefill(
+    model: PreTrainedModel,
+    ids: Tensor,
+    press: Any,
+    around: Callable[[Stopwatch], AbstractContextManager[Any]] = lambda watch: nullcontext(),
+) -> Stopwatch:
     """Prefill a fresh cache with a press, or with none; the times of its hooks and stages."""
     cache, watch = DynamicCache(), Stopwatch()
-    with watch.of_hooks(), watch.of_stages(), nullcontext() if press is None else press(model):
+    pressing = nullcontext() if press is None else press(model)
+    with watch.of_hooks(), watch.of_stages(), pressing, around(watch):
         model.model(ids, past_key_values=cache)
     for layer in model.model.layers:  # what kvpress's head-wise presses leave behind
         layer.self_attn.masked_key_indices = None
     return watch
+
+
+def count_operations(model: PreTrainedModel, press: Any) -> int:
+    """How many operations a press calls in one prefill; their number depends little on its size."""
+    seen: list[Operations] = []
+
+    def around(watch: Stopwatch) -> Operations:
+        seen.append(Operations(watch))
+        return seen[0]
+
+    prefill(model, random_ids(model, COUNTED), press, around)
+    return seen[0].count
 
 
 def measure(
@@ -153,6 +194,8 @@ def measure(
     times = {name: Times() for name in methods}
     watches: dict[str, list[Stopwatch]] = {name: [] for name in methods}
     memory: dict[str, int] = {}
+    counts: dict[str, float] = {}
+    num_layers = len(model.model.layers)
     errors: dict[str, str] = {}
     prefill(model, ids, None)  # first touches of memory, caches of kernels
     for turn in range(-1, rounds):  # the first of them measures memory
@@ -166,6 +209,7 @@ def measure(
             try:
                 if turn < 0:
                     memory[name] = peak_extra_bytes(run)
+                    counts[name] = count_operations(model, press) / num_layers
                 else:
                     seen.append(timed(run, times[name]))
             except Exception as error:  # a method that fails is a result
@@ -188,6 +232,7 @@ def measure(
                 "share": _shares(times[name].wall, [watch.wall for watch in seen]),
                 "cpu_share": _shares(times[name].cpu, [watch.cpu for watch in seen]),
                 "peak_bytes": memory[name],
+                "operations": counts[name],
             }
         )
     return rows
@@ -203,7 +248,16 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """Print one length's table."""
     table = Table(title=f"prefill of {rows[0]['length']:,} tokens")
     stages = list(STAGES)
-    for column in ("method", "prefill s", "press ms", "share", "CPU share", "peak MiB", *stages):
+    for column in (
+        "method",
+        "prefill s",
+        "press ms",
+        "share",
+        "CPU share",
+        "peak MiB",
+        "ops",
+        *stages,
+    ):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in rows:
         if "error" in row:
@@ -217,6 +271,7 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
             f"{row['share'][1]:.2%}",
             f"{row['cpu_share'][1]:.2%}",
             f"{row['peak_bytes'] / 2**20:.0f}",
+            f"{row['operations']:.0f}",
             *(f"{1e3 * inside[stage][1]:.1f}" if stage in inside else "" for stage in stages),
         )
     console.print(table)
