@@ -20,6 +20,7 @@ from .presses import (
     ANCHORS,
     BUDGETS,
     EXPERTS,
+    KNOBS,
     METHODS,
     OURS,
     PEERS,
@@ -37,6 +38,7 @@ SETS = {
     "ours": OURS,
     "experts": EXPERTS,
     "budgets": BUDGETS,
+    "knobs": KNOBS,
     "routers": ROUTED,
     "all": METHODS,
 }

@@ -98,12 +98,22 @@ BUDGETS: dict[str, Factory] = {
     f"moekv budget={name}": _scorer(MoERouterPress, budget=name) for name in ("uniform", "head")
 }
 
+#: Without what stays in any case, and with fewer or more observed queries: training-free, as the
+#: calibrated experts look at no window.
+KNOBS: dict[str, Factory] = {
+    f"moekv {name}={value}": _scorer(MoERouterPress, **{name: value})
+    for name, value in (("sinks", 0), ("recent", 0))
+} | {
+    f"moekv training-free {name}={value}": _scorer(MoERouterPress, router=None, **{name: value})
+    for name, value in (("sinks", 0), ("recent", 0), ("window", 16), ("window", 256))
+}
+
 #: Every kind of router over the same experts.
 ROUTED: dict[str, Factory] = {
     f"moekv {name}": _scorer(MoERouterPress, router_type=name) for name in ROUTERS
 }
 
-METHODS: dict[str, Factory] = PEERS | ANCHORS | OURS | EXPERTS | BUDGETS | ROUTED
+METHODS: dict[str, Factory] = PEERS | ANCHORS | OURS | EXPERTS | BUDGETS | KNOBS | ROUTED
 
 
 def add_routers(folder: Path) -> list[str]:
