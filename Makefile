@@ -47,12 +47,15 @@ format: $(installed)  ## rewrite the sources as `make lint` wants them
 
 install: $(installed)
 
-bench: $(installed)  ## measure a subset in five minutes and render docs/performance.md
-	$(python) -m benchmarks.kernels --quick
+# Its own results, so that the recorded ones stay; `python -m benchmarks.report` renders these again.
+measured := build/bench/results
+bench: $(installed)  ## measure a subset in five minutes and render docs/performance.md from it
+	$(python) -m benchmarks.kernels --quick --out $(measured)/kernels.json
 	$(python) -m benchmarks.end_to_end.prefill --lengths 2048 --rounds 3 \
-	    --methods 'no press' moekv StreamingLLMPress KnormPress TOVAPress KeyDiffPress SnapKVPress
-	$(python) -m benchmarks.end_to_end.imports
-	$(python) -m benchmarks.report
+	    --methods 'no press' moekv StreamingLLMPress KnormPress TOVAPress KeyDiffPress SnapKVPress \
+	    --out $(measured)/prefill-smollm2.json
+	$(python) -m benchmarks.end_to_end.imports --out $(measured)/imports.json
+	$(python) -m benchmarks.report --results $(measured)
 
 bench-cpp: $(installed)  ## time the C++ kernels by themselves, on every instruction set (needs libbenchmark-dev)
 	@PATH="$(abspath $(VENV)/bin):$$PATH" && cmake -S . -B build/bench -G Ninja -DMOEKV_CUDA=OFF \
