@@ -1,6 +1,7 @@
 """Calibration: does it see what later tokens attend to, and find what there is to find?"""
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,23 @@ def test_gates_learn_to_route_where_no_even_mix_fits() -> None:
     # The best epoch's numbers were kept, whatever came after.
     judged = sums.held_out[0]
     assert ranking_loss(mixed_by(found, judged), judged.target) < 0.75 * losses[0]
+
+
+def test_training_stops_early_and_keeps_the_best_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+    router = random_router(tiny_model())
+    sums = gather(router, planted(router, 6), held_out=1)
+    losses = iter((0.5, 0.4, 0.45, 0.39, 0.41, 0.4, 0.39, 0.5, 0.1))
+    gates = []
+
+    def ranking_loss(*_: Tensor) -> float:
+        gates.append(router.gate_weight.clone())  # as the epochs before have left them
+        return next(losses)
+
+    monkeypatch.setattr(calibration, "ranking_loss", ranking_loss)
+    curve = train_gates(sums, router, dataclasses.replace(SMALL, epochs=20))
+    assert [row["ranking_loss"] for row in curve] == [0.5, 0.4, 0.45, 0.39, 0.41, 0.4, 0.39, 0.5]
+    changed = [not torch.equal(a, b) for a, b in itertools.pairwise([*gates, router.gate_weight])]
+    assert changed == [False, True, False, True, False, False, False, False]
 
 
 def test_gates_are_trained_on_what_the_fit_is_out_of_its_domain() -> None:
