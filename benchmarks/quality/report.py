@@ -362,7 +362,7 @@ def plot(summary: dict[str, Any], folder: Path) -> list[Path]:
         axis.barh([m for _, m in ranked], [v for v, _ in ranked], color="0.7")
         for bar, (_, method) in zip(axis.patches, ranked, strict=True):
             bar.set_color(_style(method)[1])
-        axis.set(xlabel=f"mean log(KL / best peer's KL), {ratio:.0%} of {length} tokens removed")
+        axis.set(xlabel="mean log(KL / best peer's KL)", title=f"{ratio:.0%} of {length} removed")
         axis.margins(y=0.01)
         figure.tight_layout()
         paths.append(folder / f"regret-{length}-{round(100 * ratio)}.png")
