@@ -113,6 +113,9 @@ def main() -> None:
 
     losses: dict[str, float] = {}
     make("all parts", sums)
+    unscaled: CalibratedRouter = CalibratedRouter.from_pretrained(args.folder / "all parts")
+    unscaled.gain.fill_(1), unscaled.offset.zero_()
+    unscaled.save_pretrained(args.folder / "scales not fitted")
     make("even gates", sums, epochs=0)
     make("learned alone", only(whole, read, [], hidden, heads), [], top_k=1)
     alone = only(whole, read, [], hidden, heads)
