@@ -58,6 +58,11 @@ class Kernels:
         for case in cases.values():
             yield case[MOEKV], case
 
+    def judged(self, **wanted: Any) -> Iterator[tuple[Row, dict[str, Row]]]:
+        """Cases of the lengths that targets are about, short ones first."""
+        cases = [found for found in self.cells(**wanted) if found[0]["length"] >= 8192]
+        yield from sorted(cases, key=lambda found: found[0]["length"])
+
     def seconds(self, row: Row | None) -> float | None:
         """Median time, see :func:`clock`."""
         return None if row is None or "error" in row else float(row[clock(row)][1])
@@ -93,7 +98,7 @@ def ratio(
     """Time of another contender over moekv's (or the inverse), for each case."""
 
     def values(kernels: Kernels) -> Iterator[tuple[str, float]]:
-        for row, case in kernels.cells(**wanted):
+        for row, case in kernels.judged(**wanted):
             ours, theirs = kernels.seconds(row), kernels.seconds(case.get(other))
             if ours and theirs:
                 label = row["shape"] if row["op"] == "gating_topk" else f"{row['length'] // 1024}k"
@@ -106,7 +111,7 @@ def memory(other: str, **wanted: Any) -> Callable[[Kernels], Iterator[tuple[str,
     """Peak extra memory of moekv over another contender's."""
 
     def values(kernels: Kernels) -> Iterator[tuple[str, float]]:
-        for row, case in kernels.cells(**wanted):
+        for row, case in kernels.judged(**wanted):
             theirs = case.get(other, {}).get("peak_bytes")
             if theirs:
                 yield f"{row['length'] // 1024}k", row["peak_bytes"] / theirs
@@ -118,7 +123,7 @@ def extra_bytes(**wanted: Any) -> Callable[[Kernels], Iterator[tuple[str, float]
     """Peak extra memory in MiB."""
 
     def values(kernels: Kernels) -> Iterator[tuple[str, float]]:
-        for row, _ in kernels.cells(**wanted):
+        for row, _ in kernels.judged(**wanted):
             yield f"{row['length'] // 1024}k", row["peak_bytes"] / 2**20
 
     return values
