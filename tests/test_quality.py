@@ -590,6 +590,11 @@ def test_plots_show_single_ratios_and_leave_out_other_samples(tmp_path, monkeypa
     assert all(line.get_marker() == "o" for line in axis.lines)
     assert [label.get_text() for label in axis.get_xticklabels()] == ["75%"]
 
+    drawn.clear()
+    report.plot(report.summarise(rows) | {"overall": report.overall(rows)}, tmp_path)
+    regrets = drawn[1].axes[0]
+    assert [label.get_text() for label in regrets.get_yticklabels()] == ["KnormPress", "moekv"]
+
 
 def test_the_page_has_intervals_of_every_metric():
     rows = [

@@ -302,7 +302,7 @@ def _intervals(
 
 
 def plot(summary: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw KL over ratio for each task, of methods with the most samples, and regrets."""
+    """Draw KL over ratio for each task and regrets, of the methods with the most samples."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -348,13 +348,11 @@ def plot(summary: dict[str, Any], folder: Path) -> list[Path]:
         plt.close(figure)
 
     for length, ratio in sorted({(o["length"], o["ratio"]) for o in summary["overall"]}):
+        here = [o for o in summary["overall"] if (o["length"], o["ratio"]) == (length, ratio)]
+        here = [o for o in here if "regret" in o]
+        most = max((o["samples"] for o in here), default=0)
         ranked = sorted(
-            (
-                (o["regret"], o["method"])
-                for o in summary["overall"]
-                if (o["length"], o["ratio"]) == (length, ratio) and "regret" in o
-            ),
-            reverse=True,
+            ((o["regret"], o["method"]) for o in here if o["samples"] == most), reverse=True
         )
         if not ranked:
             continue
@@ -362,7 +360,9 @@ def plot(summary: dict[str, Any], folder: Path) -> list[Path]:
         axis.barh([m for _, m in ranked], [v for v, _ in ranked], color="0.7")
         for bar, (_, method) in zip(axis.patches, ranked, strict=True):
             bar.set_color(_style(method)[1])
-        axis.set(xlabel="mean log(KL / best peer's KL)", title=f"{ratio:.0%} of {length} removed")
+        axis.set(
+            xlabel="mean log(KL / best peer's KL)", title=f"{ratio:.0%} of {length} tokens removed"
+        )
         axis.margins(y=0.01)
         figure.tight_layout()
         paths.append(folder / f"regret-{length}-{round(100 * ratio)}.png")
