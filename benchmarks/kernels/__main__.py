@@ -127,7 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.quick:
         args.shapes, args.experts, args.lengths = ["Llama-3.1-8B"], [8, 128], [8192, 32768]
-        args.dtypes, args.threads, args.seconds = ["bf16"], [2], min(args.seconds, 0.3)
+        args.dtypes, args.threads = ["bf16"], [2]
+        args.seconds, args.patience = min(args.seconds, 0.1), min(args.patience, 0.3)
     todo = [
         (op, shape, length, dtype, threads)
         for op in args.ops
