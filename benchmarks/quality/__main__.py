@@ -77,7 +77,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = args.out / "answers.jsonl"
     if args.command == "run":
         logging.getLogger("kvpress").setLevel(logging.ERROR)  # KVzip warns of its cost every time
-        suite = None if args.suite is None else load_suite(args.suite, args.subset, args.data)
+        try:
+            suite = None if args.suite is None else load_suite(args.suite, args.subset, args.data)
+        except ValueError as error:  # a malformed row
+            parser.error(str(error))
         names, lengths = list(TASKS), args.lengths
         if suite is not None:  # of the length that it has
             names, lengths = list(suite), [int(args.subset) if (args.subset or "").isdigit() else 0]

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import kvpress
 from kvpress import BasePress
+from torch import Tensor
 
 from moekv.experts import expert_names
 from moekv.press import MoERouterPress
@@ -25,6 +27,25 @@ def _scorer(cls: type[BasePress], **options: object) -> Factory:
 
 def _around(wrapper: type[BasePress], inner: Factory, **options: object) -> Factory:
     return lambda ratio: wrapper(press=inner(ratio), **options)
+
+
+def _guarded(scorer: Factory) -> Factory:
+    """Let a scorer keep the first and last pairs that moekv keeps in any case."""
+
+    def make(ratio: float) -> BasePress:
+        press: Any = scorer(ratio)
+        score, ours = press.score, MoERouterPress()
+
+        def guard(*args: Any, **kwargs: Any) -> Tensor:
+            scores: Tensor = score(*args, **kwargs).clone()
+            first = scores.amax() + 1
+            scores[..., : ours.sinks] = scores[..., -ours.recent :] = first
+            return scores
+
+        press.score = guard
+        return press
+
+    return make
 
 
 def _duo_attention(ratio: float) -> BasePress:
@@ -65,6 +86,13 @@ PEERS |= {
     "Chunk(ExpectedAttention)": _around(kvpress.ChunkPress, _expected),
     "Block(KeyDiff)": _around(kvpress.BlockPress, _keydiff),
     "Merging(SnapKV)": _around(kvpress.MergingPress, _snapkv),
+}
+
+# The same sinks as moekv, beside what kvpress gives them: none.
+_lone = {name: _guarded(PEERS[name]) for name in ("KeyDiffPress", "LeverageScorePress")}
+PEERS |= {f"{name}, guarded": factory for name, factory in _lone.items()} | {
+    f"AdaKV({name}), guarded": _around(kvpress.AdaKVPress, _guarded(PEERS[f"{name}Press"]))
+    for name in ("KeyDiff", "Compactor")
 }
 
 #: Methods that read the context again.

@@ -301,6 +301,15 @@ def _intervals(
     return lines
 
 
+def _comparable(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave, at each ratio, moekv's methods with the most samples, and others with theirs."""
+    most: dict[tuple[float, bool], int] = {}
+    for c in cells:
+        key = c["ratio"], c["method"].startswith("moekv")
+        most[key] = max(most.get(key, 0), c["samples"])
+    return [c for c in cells if c["samples"] == most[c["ratio"], c["method"].startswith("moekv")]]
+
+
 def plot(summary: dict[str, Any], folder: Path) -> list[Path]:
     """Draw KL over ratio for each task and regrets, of the methods with the most samples."""
     import matplotlib
@@ -312,8 +321,7 @@ def plot(summary: dict[str, Any], folder: Path) -> list[Path]:
     paths = []
     for length in sorted({c["length"] for c in cells}):
         here = [c for c in cells if c["length"] == length and c["method"] != FULL]
-        most = max((c["samples"] for c in here), default=0)
-        here = [c for c in here if c["samples"] == most]  # others' means do not compare
+        here = _comparable(here)
         tasks = list(dict.fromkeys(c["task"] for c in here))
         ratios = sorted({c["ratio"] for c in here})
         figure, axes = plt.subplots(
