@@ -170,6 +170,7 @@ def all_scalings(shortest: int) -> Callable[[Kernels], Iterator[tuple[str, float
         for op, dtype in (
             *(("expert_scores", "bf16"), ("expected_attention", "bf16"), ("mix_scores", "fp32")),
             *(("select_kept", "fp32"), ("kv_compact_", "bf16"), ("ragged_attention", "bf16")),
+            ("project_tokens", "bf16"),
         ):
             yield from scaling(shortest, op=op, dtype=dtype, **LLAMA)(kernels)
 
@@ -355,7 +356,8 @@ def _beside(kernels: Kernels, ours: float, other: Row | None) -> str:
     seconds = kernels.seconds(other)
     if seconds is None:
         return f"failed: {other['error'].split(':')[0]}"
-    return f"{seconds / ours:.2f} ({other['peak_bytes'] / 2**20:.1f})"
+    once = "*" if other["calls"] == 1 else ""
+    return f"{seconds / ours:.2f}{once} ({other['peak_bytes'] / 2**20:.1f})"
 
 
 def plot_ops(kernels: Kernels, path: Path) -> bool:
@@ -534,7 +536,7 @@ def render(folder: Path, page: Path) -> None:
     lines = [
         "# Performance",
         "",
-        "All contenders of a table took turns in one process, each result was checked before "
+        "All contenders of a table took turns in one process, moekv's results were checked before "
         "anything was timed, and only ratios within a table mean something. Medians: on one thread "
         "of processor time, which other processes do not stretch, on two by the clock. Every op, "
         f"shape, length and contender is on [a page of its own]({ops.name}), memory and decoding "
@@ -569,7 +571,7 @@ def ops_page(kernels: Kernels, files: Sequence[dict[str, Any]], page: Path) -> I
     yield (
         f"What [{page.name}]({page.name}) sums up. Beside moekv's milliseconds (and their "
         "interquartile range, IQR) each contender's time as a multiple of them, and its extra MiB "
-        "in brackets. One thread: processor time; two: by the clock. GB/s counts the bytes that "
+        "in brackets; with an asterisk where it was called once, being slow. One thread: processor time; two: by the clock. GB/s counts the bytes that "
         "must be read or written, each as often as the algorithm needs it; *copy* is a plain copy "
         "that reads and writes as many. Extra memory is what the process's resident set grows by "
         "at its peak, results included."

@@ -12,13 +12,16 @@ the vectors of ``vec.h`` aside. Needs Linux's perf, binutils and libbenchmark-de
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "profile"
@@ -26,7 +29,7 @@ PRIMITIVES = {"vec.h", "parallel.h"}
 """What the kernels are written in: these count for whoever uses them."""
 
 
-def run(*command: str | Path, **options: str) -> str:
+def run(*command: str | Path, **options: Any) -> str:
     """Give the output of a command, or end with its errors."""
     ran = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
     if ran.returncode != 0:
@@ -36,10 +39,17 @@ def run(*command: str | Path, **options: str) -> str:
 
 def build() -> Path:
     """Build the benchmark of the kernels with line numbers."""
-    options = ("-DMOEKV_CUDA=OFF", "-DMOEKV_BENCH=ON", "-DCMAKE_CXX_FLAGS=-g")
+    options = (
+        *("-DMOEKV_CUDA=OFF", "-DMOEKV_BENCH=ON", "-DCMAKE_CXX_FLAGS=-g"),
+        f"-DPython_EXECUTABLE={sys.executable}",
+    )
     fixed = "-DCMAKE_EXE_LINKER_FLAGS=-no-pie"  # instructions run where the file has them
-    run("cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", *options, fixed)
-    run("cmake", "--build", BUILD, "--target", "moekv_bench")
+    # Python's own cmake and ninja come first.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path}
+    cmake = shutil.which("cmake", path=path) or "cmake"
+    run(cmake, "-S", ROOT, "-B", BUILD, "-G", "Ninja", *options, fixed, env=environment)
+    run(cmake, "--build", BUILD, "--target", "moekv_bench", env=environment)
     return BUILD / "benchmarks" / "cpp" / "moekv_bench"
 
 
