@@ -571,10 +571,11 @@ def ops_page(kernels: Kernels, files: Sequence[dict[str, Any]], page: Path) -> I
     yield (
         f"What [{page.name}]({page.name}) sums up. Beside moekv's milliseconds (and their "
         "interquartile range, IQR) each contender's time as a multiple of them, and its extra MiB "
-        "in brackets; with an asterisk where it was called once, being slow. One thread: processor time; two: by the clock. GB/s counts the bytes that "
-        "must be read or written, each as often as the algorithm needs it; *copy* is a plain copy "
-        "that reads and writes as many. Extra memory is what the process's resident set grows by "
-        "at its peak, results included."
+        "in brackets; with an asterisk where it was called once, being slow. One thread: "
+        "processor time; two: by the clock. GB/s counts the bytes that must be read or written, "
+        "each as often as the algorithm needs it; *copy* is a plain copy that reads and writes as "
+        "many. Extra memory is what the process's resident set grows by at its peak, results "
+        "included."
     )
     yield from op_tables(kernels)
     yield from ["", "## Where it was measured", ""]
