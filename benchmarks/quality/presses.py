@@ -88,7 +88,7 @@ PEERS |= {
     "Merging(SnapKV)": _around(kvpress.MergingPress, _snapkv),
 }
 
-# The same sinks as moekv, beside what kvpress gives them: none.
+# The same sinks as moekv: kvpress gives these none, or (Compactor) others.
 _lone = {name: _guarded(PEERS[name]) for name in ("KeyDiffPress", "LeverageScorePress")}
 PEERS |= {f"{name}, guarded": factory for name, factory in _lone.items()} | {
     f"AdaKV({name}), guarded": _around(kvpress.AdaKVPress, _guarded(PEERS[f"{name}Press"]))
