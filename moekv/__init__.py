@@ -1,30 +1,65 @@
-"""Mixture-of-experts compression of KV caches."""
+"""Mixture-of-experts compression of KV caches.
+
+Rooms, along the data's way; each imports only from those below it:
+
+``press``        the conductor: what a user holds, and what runs in its block
+``calibration``  what can be learned, and the routers that come of it
+``cache``        what is stored, and how it is attended to
+``experts``      what a pair is worth
+``routing``      which expert a token trusts
+``budget``       how many pairs stay, and which
+``models``       what is taken for granted of transformers, and checked
+``ops``          what the kernels compute
+
+On top stand ``integrations`` (other people's houses) and ``cli``.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moekv.calibrated import CalibratedRouter
-    from moekv.calibration import CalibrationConfig, calibrate
-    from moekv.chunks import prefill_in_chunks
-    from moekv.decoding import DecodingConfig
-    from moekv.experts import Expert, expert_names, register_expert
-    from moekv.press import MoERouterPress
-    from moekv.ragged_press import ragged
-    from moekv.routers import (
-        AdaptiveRouter,
-        BaseMoERouter,
-        EPLBRouter,
-        HierarchicalRouter,
-        PiKVMoERouter,
-        RouterOutput,
-        TopKBalancedRouter,
-    )
-    from moekv.storage import load_cache, save_cache
-    from moekv.view import LayerView
+    from moekv.cache.storage import load_cache, save_cache
+    from moekv.calibration.calibrate import calibrate
+    from moekv.calibration.config import CalibrationConfig
+    from moekv.calibration.router import CalibratedRouter
+    from moekv.experts.base import Expert
+    from moekv.experts.registry import expert_names, register_expert
+    from moekv.experts.view import LayerView
+    from moekv.integrations.kvpress.ragged import ragged
+    from moekv.press.chunks import prefill_in_chunks
+    from moekv.press.options import DecodingConfig
+    from moekv.press.press import MoERouterPress
+    from moekv.routing.adaptive import AdaptiveRouter
+    from moekv.routing.balance import TopKBalancedRouter
+    from moekv.routing.base import BaseMoERouter, RouterOutput
+    from moekv.routing.eplb import EPLBRouter
+    from moekv.routing.hierarchical import HierarchicalRouter
+    from moekv.routing.pikv import PiKVMoERouter
 
 __version__ = "0.1.0"
 
+# Read when asked for: an op alone does not wait for transformers.
+_HOMES = {
+    "AdaptiveRouter": "routing.adaptive",
+    "BaseMoERouter": "routing.base",
+    "CalibratedRouter": "calibration.router",
+    "CalibrationConfig": "calibration.config",
+    "DecodingConfig": "press.options",
+    "EPLBRouter": "routing.eplb",
+    "Expert": "experts.base",
+    "HierarchicalRouter": "routing.hierarchical",
+    "LayerView": "experts.view",
+    "PiKVMoERouter": "routing.pikv",
+    "RouterOutput": "routing.base",
+    "TopKBalancedRouter": "routing.balance",
+    "calibrate": "calibration.calibrate",
+    "expert_names": "experts.registry",
+    "load_cache": "cache.storage",
+    "prefill_in_chunks": "press.chunks",
+    "ragged": "integrations.kvpress.ragged",
+    "register_expert": "experts.registry",
+    "save_cache": "cache.storage",
+}
 __all__ = [
     "AdaptiveRouter",
     "BaseMoERouter",
@@ -48,48 +83,26 @@ __all__ = [
     "save_cache",
 ]
 
-# Read when asked for: kvpress, which a press is a subclass of, takes seconds to import.
-_MODULES = {
-    "calibrated": ("CalibratedRouter",),
-    "calibration": (
-        "CalibrationConfig",
-        "calibrate",
-    ),
-    "chunks": ("prefill_in_chunks",),
-    "decoding": ("DecodingConfig",),
-    "experts": (
-        "Expert",
-        "expert_names",
-        "register_expert",
-    ),
-    "press": ("MoERouterPress",),
-    "ragged_press": ("ragged",),
-    "routers": (
-        "AdaptiveRouter",
-        "BaseMoERouter",
-        "EPLBRouter",
-        "HierarchicalRouter",
-        "PiKVMoERouter",
-        "RouterOutput",
-        "TopKBalancedRouter",
-    ),
-    "storage": (
-        "load_cache",
-        "save_cache",
-    ),
-    "view": ("LayerView",),
-}
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
-
 
 def __getattr__(name: str) -> Any:
     if name == "ops":
         return import_module("moekv.ops")
+    if name == "MoERouterPress":
+        _HOMES[name] = _find_press()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"moekv.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
+
+
+def _find_press() -> str:
+    """Where kvpress imports, the press is one of its presses."""
+    try:
+        import_module("kvpress")
+    except ImportError:
+        return "press.press"
+    return "integrations.kvpress.press"
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,6 @@
 """``python -m moekv`` and the ``moekv`` command."""
 
-from moekv.cli import main
+from moekv.cli.main import main
 
 __all__ = ["main"]
 

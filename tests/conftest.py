@@ -12,7 +12,7 @@ from targets import NATIVE_TARGETS, TARGETS, Target
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moekv import ops
-from moekv.models import ModelUnavailableError, load_model
+from moekv.models.loading import ModelUnavailableError, load_model
 
 hypothesis.settings.register_profile("moekv", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("moekv")

@@ -9,7 +9,6 @@ from moekv.budget import (
     check_ratio,
     kept_pairs,
     protect,
-    resolve_budget,
     select,
 )
 
@@ -26,14 +25,6 @@ def test_kept_pairs_are_those_of_kvpress(length: int, ratio: float) -> None:
 def test_ratio_out_of_range(ratio: float) -> None:
     with pytest.raises(ValueError, match="compression_ratio in"):
         check_ratio(ratio)
-
-
-def test_names_of_budgets() -> None:
-    assert resolve_budget("auto") == resolve_budget("uniform") == "uniform"
-    for name in ("head", "model"):
-        assert resolve_budget(name) == name
-    with pytest.raises(ValueError, match="greedy"):
-        resolve_budget("greedy")
 
 
 @given(

@@ -11,8 +11,8 @@ import pytest
 import torch
 from huggingface_hub import constants
 from kvpress import BlockPress, ComposedPress, DecodingPress, KnormPress
+from random_router import random_router
 from targets import Target
-from test_calibration import random_router
 from tiny_models import prefill, tiny_model, tokens
 from torch import Tensor, nn
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
@@ -24,15 +24,15 @@ from moekv import (
     Expert,
     LayerView,
     MoERouterPress,
-    calibrated,
     ops,
     prefill_in_chunks,
     register_expert,
 )
-from moekv.calibrated import CalibratedRouter, model_fingerprint
-from moekv.hooks import find_layers
-from moekv.layers import RaggedLayer, notes_of
-from moekv.static import CompactStaticLayer
+from moekv.cache.ragged import RaggedLayer
+from moekv.cache.static import CompactStaticLayer
+from moekv.calibration import router as router_module
+from moekv.calibration.router import CalibratedRouter, model_fingerprint
+from moekv.models.hooks import find_layers
 
 NAN, INF = float("nan"), float("inf")
 LENGTH = 40
@@ -340,7 +340,7 @@ def test_nan_and_infinite_scores_of_an_expert() -> None:
 
 
 def test_caches_that_cannot_be_served() -> None:
-    from test_cache import quantized_cache
+    from quantized import quantized_cache
 
     model = tiny_model()
     for cache, name in [
@@ -615,7 +615,7 @@ def test_eager_attention_and_layers_of_different_lengths() -> None:
     with press(model):
         cache = prefill(model, input_ids)  # all layers of one length: served
         assert [layer.keys.shape[2] for layer in cache.layers] == [32, 32]
-        press._layers[1].router.prior.copy_(torch.tensor([9.0, 0.0]))
+        press._rater.routers[1].prior.copy_(torch.tensor([9.0, 0.0]))
         cache = DynamicCache()
         with pytest.raises(ValueError, match="heads or layers of different lengths, got 'eager'"):
             model(input_ids, past_key_values=cache)
@@ -858,7 +858,7 @@ def test_memory_that_runs_out_while_decoding(
             decode(4)
         monkeypatch.undo()
         assert done.count("pairs") == 1
-        assert all((notes_of(layer) is None) == (router is None) for layer in cache.layers)
+        assert all((layer.whole_notes() is None) == (router is None) for layer in cache.layers)
         if budget == "head":
             assert held() == [40, whole[1] + 2]
         assert cache.get_seq_length() == LENGTH + 5
@@ -1006,7 +1006,7 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CalibratedRouter
     """A router that comes with the package for the tiny model."""
     router = random_router(tiny_model())
     router.save_pretrained(tmp_path / router.model)
-    monkeypatch.setattr(calibrated, "SHIPPED", tmp_path)
+    monkeypatch.setattr(router_module, "SHIPPED", tmp_path)
     return router
 
 

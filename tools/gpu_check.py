@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekv import ops, reference
+from moekv import ops
+from moekv.ops import reference
 
 NUM_QUERY_HEADS, NUM_KV_HEADS, HEAD_DIM, NUM_QUERIES = 32, 8, 128, 64
 NUM_EXPERTS, TOP_K, HIDDEN_SIZE = 4, 2, 4096

@@ -28,8 +28,10 @@ from benchmarks.measure import interleave
 from benchmarks.quality.presses import PEERS
 from benchmarks.quality.replay import LayerTape, Recording, record, replay
 from moekv import MoERouterPress, ragged
-from moekv.attention import attend
-from moekv.layers import GrowingLayer, RaggedLayer, storage_bytes
+from moekv.cache.attention import attend
+from moekv.cache.buffers import storage_bytes
+from moekv.cache.growing import GrowingLayer
+from moekv.cache.ragged import RaggedLayer
 
 from .runs import Run, random_ids
 

@@ -31,16 +31,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel
 
-import moekv.attention
 import moekv.ops
-import moekv.press
 from benchmarks.measure import Times, peak_extra_bytes, quartiles, timed
 from benchmarks.quality.presses import PEERS
 from moekv import MoERouterPress
-from moekv.calibrated import CalibratedRouter
-from moekv.experts import ExpectedExpert
-from moekv.routers import BaseMoERouter
-from moekv.view import LayerView, ViewBuilder
+from moekv.calibration.router import CalibratedRouter
+from moekv.experts.expected import ExpectedExpert
+from moekv.experts.view import LayerView, ViewBuilder
+from moekv.press import prefill
+from moekv.press.rating import Rater
+from moekv.press.session import Session
+from moekv.routing.base import BaseMoERouter
 
 from .runs import Run, random_ids
 
@@ -57,7 +58,7 @@ METHODS: dict[str, Callable[[], Any]] = {
 
 #: Where each stage of moekv's press is: what is called within another stage counts there.
 STAGES: dict[str, Sequence[tuple[Any, str]]] = {
-    "view": [(ViewBuilder, "__call__"), (moekv.attention, "_note")],
+    "view": [(ViewBuilder, "__call__"), (Session, "_notice")],
     "gate": [
         (CalibratedRouter, "project"),
         (BaseMoERouter, "__call__"),
@@ -65,10 +66,10 @@ STAGES: dict[str, Sequence[tuple[Any, str]]] = {
     ],
     "score": [(moekv.ops, "expert_scores")],
     "expected": [(LayerView, "expected"), (ExpectedExpert, "scores")],
-    "mix": [(MoERouterPress, "_mix")],
-    "statistics": [(MoERouterPress, "_hit_rates"), (MoERouterPress, "_record")],
-    "select": [(MoERouterPress, "_choose")],
-    "compact": [(moekv.press, "evict")],
+    "mix": [(Rater, "_mix")],
+    "statistics": [(Rater, "_hit_rates"), (prefill, "record")],
+    "select": [(prefill, "choose")],
+    "compact": [(prefill, "apply")],
 }
 
 
@@ -109,8 +110,8 @@ class Stopwatch:
         moekv copies the last queries on their way to the attention.
         """
         with ExitStack() as stack:
-            noting = self.around("press", moekv.attention._note, "hooks")
-            stack.enter_context(mock.patch.object(moekv.attention, "_note", noting))
+            noting = self.around("press", Session._notice, "hooks")
+            stack.enter_context(mock.patch.object(Session, "_notice", noting))
             for method in ("register_forward_hook", "register_forward_pre_hook"):
                 original = getattr(nn.Module, method)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.measure import RESULTS, write_results
-from moekv.models import load_model
+from moekv.models.loading import load_model
 
 
 def llama_shape() -> PreTrainedModel:

@@ -17,8 +17,8 @@ from kvpress import ExpectedAttentionPress, KeyDiffPress, LagKVPress, ScorerPres
 from torch import Tensor
 from torch.nn import functional
 
-from moekv import ops, reference
-from moekv.ops import ScoreKind
+from moekv import ops
+from moekv.ops import ScoreKind, reference
 
 MOEKV, REFERENCE, COPY = "moekv", "reference", "copy"
 COMPILED = "compiled "  # before the name of what torch.compile has compiled

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import environment
-from moekv.models import DEFAULT_MODEL, load_model
+from moekv.models.loading import DEFAULT_MODEL, load_model
 
 from .presses import (
     ANCHORS,

@@ -19,16 +19,12 @@ from pathlib import Path
 
 import torch
 
-from moekv.calibrated import SHIPPED, CalibratedRouter
-from moekv.calibration import (
-    PLACES,
-    CalibrationConfig,
-    Reading,
-    Sums,
-    fit_ridge,
-    read_checkpoint,
-    train_gates,
-)
+from moekv.calibration.calibrate import read_checkpoint
+from moekv.calibration.config import CalibrationConfig
+from moekv.calibration.gates import train_gates
+from moekv.calibration.oracle import Reading
+from moekv.calibration.ridge import PLACES, Sums, fit_ridge
+from moekv.calibration.router import SHIPPED, CalibratedRouter
 
 
 def only(sums: Sums, read: list[str], experts: list[str], hidden: int, heads: int) -> Sums:

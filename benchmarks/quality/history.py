@@ -21,8 +21,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.measure import environment
-from moekv.models import DEFAULT_MODEL, load_model
-from moekv.press import MoERouterPress
+from moekv import MoERouterPress
+from moekv.models.loading import DEFAULT_MODEL, load_model
 
 from .metrics import bootstrap, compare
 from .replay import answer_logits, record, replay

@@ -14,9 +14,9 @@ import kvpress
 from kvpress import BasePress
 from torch import Tensor
 
-from moekv.experts import expert_names
-from moekv.press import MoERouterPress
-from moekv.routers import ROUTERS
+from moekv import MoERouterPress
+from moekv.experts.registry import expert_names
+from moekv.routing.registry import ROUTERS
 
 Factory = Callable[[float], BasePress]
 

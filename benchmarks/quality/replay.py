@@ -19,8 +19,8 @@ from kvpress import BasePress
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from moekv.cache import storage_bytes
-from moekv.layers import RaggedLayer
+from moekv.cache.caches import storage_bytes
+from moekv.cache.ragged import RaggedLayer
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekv.calibrated import SHIPPED
+from moekv.calibration.router import SHIPPED
 
 from .history import table
 from .metrics import LEAST_KL, bootstrap, middle

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from moekv.chat import user_turn
+from moekv.models.chat import user_turn
 
 from .texts import documents
 

@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from moekv.models import DEFAULT_MODEL, load_model
-from moekv.press import MoERouterPress
+from moekv import MoERouterPress
+from moekv.models.loading import DEFAULT_MODEL, load_model
 
 from .calibration_texts import make_text
 from .tasks import TASKS, make_sample

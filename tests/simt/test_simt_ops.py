@@ -6,8 +6,8 @@ from typing import Any
 
 import op_cases
 import pytest
+import ragged_cases as ragged
 import simulated
-import test_ops_ragged_attention as ragged
 import torch
 
 CASES = [

@@ -9,8 +9,8 @@ from typing import Any
 import kernels as built
 import op_cases
 import pytest
+import ragged_cases as ragged
 import simulated
-import test_ops_ragged_attention as ragged
 from kernels import Edit
 
 

@@ -1,0 +1,219 @@
+"""Decode attention over compressed layers, inside transformers' attention interface.
+
+Models look their attention function up by name ("sdpa", "flash_attention_2", ...) at every call.
+:func:`install` wraps each of these functions once: a call that brings :class:`RaggedPairs`, or one
+query for :class:`DensePairs`, goes to ``ragged_attention``. Every other call goes where it went
+before, and whoever watches the layer is told what it asks. That is all that is process-wide: caches
+outlive the blocks in which they were compressed.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from moekv import ops
+from moekv.cache.pairs import DensePairs, RaggedPairs
+from moekv.models.watching import report, watched
+
+_NATIVE = ops.available_backends()["cpu"] is None
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def install() -> None:
+    """Teach every attention function of transformers to serve compressed layers. Idempotent."""
+    for name, function in list(ALL_ATTENTION_FUNCTIONS.items()):
+        if not getattr(function, "serves_compressed_layers", False):
+            ALL_ATTENTION_FUNCTIONS[name] = _serve_compressed_layers(function)
+
+
+@contextmanager
+def last_queries(layers: Iterable[nn.Module], window: int) -> Iterator[dict[nn.Module, Tensor]]:
+    """Note what attention layers ask last, which nobody has to compute again.
+
+    Parameters
+    ----------
+    layers : iterable of nn.Module
+        Attention layers, each in one block at a time.
+    window : int
+        Queries of a call to note, at most.
+
+    Yields
+    ------
+    dict
+        For each layer copies [B, Hq, W, D] of the rotated queries of its last call that had
+        several. Eager attention, and calls inside compiled graphs, go unseen.
+    """
+    install()
+    seen: dict[nn.Module, Tensor] = {}
+
+    def notice(module: nn.Module, query: Tensor) -> None:
+        if query.shape[2] > 1:
+            seen[module] = copy_last(query, window)
+
+    with watched(layers, notice):
+        yield seen
+
+
+def copy_last(query: Tensor, window: int) -> Tensor:
+    """Copy the last queries [B, Hq, W, D], at most `window` of them."""
+    last = query.detach()[:, :, -window:]
+    return last.clone(memory_format=torch.contiguous_format)
+
+
+def _is_step(
+    module: nn.Module,
+    query: Tensor,
+    keys: Any,
+    mask: Tensor | None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> bool:
+    """Whether ``ragged_attention`` gives what the model's own function would, to one query.
+
+    Only on a CPU, where the native op is faster than SDPA.
+    """
+    return (
+        isinstance(keys, DensePairs)
+        and _NATIVE
+        and keys.layer.backend != "torch"
+        and keys.device.type == "cpu"
+        and keys.dtype in _DTYPES
+        and query.shape[2] == 1
+        and query.dtype == keys.dtype
+        and not query.requires_grad
+        and not dropout
+        and not softcap  # some functions take it, others leave it out
+        and s_aux is None
+        and (mask is None or mask.shape[-1] == keys.shape[2])
+        # The function that kvpress has wrapped writes to the keys that its head-wise presses mask.
+        and getattr(module, "masked_key_indices", None) is None
+    )
+
+
+def _serve_compressed_layers(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor | RaggedPairs,
+        value: Any,
+        attention_mask: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if isinstance(key, RaggedPairs):
+            return attend(module, query, key, attention_mask, **kwargs), None
+        if _is_step(module, query, key, attention_mask, *args, **kwargs):
+            return _attend_dense(query, key, value, attention_mask, kwargs.get("scaling")), None
+        report(module, query)
+        return function(module, query, key, value, attention_mask, *args, **kwargs)
+
+    attention.serves_compressed_layers = True  # type: ignore[attr-defined]
+    return attention
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: RaggedPairs,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """Attention of the newest tokens over a compressed layer.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The attention layer.
+    query : Tensor
+        [B, Hq, Q, D], the queries of the last Q tokens, which are in the layer's tail already.
+    key : RaggedPairs
+        What the layer's ``update`` returned.
+    attention_mask : Tensor, optional
+        bool [B or 1, Hq or 1, Q, T], additive of the same shape (0 or very negative), or bool or
+        integer [B, T] over all positions; only the columns of the tail matter.
+    scaling, softcap : float, optional
+        Factor of the scores (default ``D ** -0.5``) and their tanh cap (default none).
+    dropout : float
+        Must be 0.
+    s_aux : Tensor, optional
+        Learned attention sinks, which are not supported.
+
+    Returns
+    -------
+    Tensor
+        [B, Q, Hq, Dv].
+
+    Raises
+    ------
+    NotImplementedError
+        On dropout or learned attention sinks.
+    ValueError
+        If the mask does not cover all positions.
+    """
+    if dropout:
+        raise NotImplementedError(
+            f"compressed caches are for inference: expected dropout 0, got {dropout}; "
+            "call model.eval()"
+        )
+    if s_aux is not None:
+        raise NotImplementedError("compressed caches do not support learned attention sinks")
+    layer = key.layer
+    return ops.ragged_attention(
+        query,
+        *key.stored,
+        layer.begin,
+        layer.end,
+        *key.tail,
+        _tail_mask(attention_mask, layer.get_seq_length(), layer.tail_length),
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap or 0.0,
+        backend=layer.backend,
+    )
+
+
+def _attend_dense(
+    query: Tensor, key: DensePairs, value: Tensor, mask: Tensor | None, scaling: float | None
+) -> Tensor:
+    """Attention of one query over the dense keys [B, H, T, D]: a tail with nothing before it."""
+    batch, num_kv_heads, length, dim = key.shape
+    nothing = torch.zeros((batch, num_kv_heads), dtype=torch.int32)
+    return ops.ragged_attention(
+        query,
+        key.new_empty((0, dim)),
+        value.new_empty((0, value.shape[3])),
+        nothing,
+        nothing,
+        key,
+        value,
+        _tail_mask(mask, length, length),
+        scaling=dim**-0.5 if scaling is None else scaling,
+        backend=key.layer.backend,
+    )
+
+
+def _tail_mask(mask: Tensor | None, length: int, tail_length: int) -> Tensor | None:
+    """Cut the columns of the tail out of transformers' mask, as bool [B, Hq, Q, S]."""
+    if mask is None:
+        return None
+    if mask.shape[-1] != length:
+        raise ValueError(
+            f"expected an attention mask over all {length} positions of the compressed cache, "
+            f"got one over {mask.shape[-1]}"
+        )
+    tail = mask[..., length - tail_length :]
+    if tail.ndim == 2:
+        return tail[:, None, None].bool()
+    return tail if tail.dtype == torch.bool else tail == 0

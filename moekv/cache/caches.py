@@ -1,0 +1,194 @@
+"""Which caches can be served, and how pairs leave them."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache, EncoderDecoderCache
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from moekv.budget import Kept
+from moekv.cache.buffers import storage_bytes
+from moekv.cache.growing import GrowingLayer
+from moekv.cache.layer import CompressedLayer
+from moekv.cache.ragged import RaggedLayer
+from moekv.cache.static import CompactStaticLayer
+
+
+def check_cache(cache: Any, *, grown: bool = False, static: str | None = None) -> None:
+    """Raise unless pairs can be evicted from a cache.
+
+    Parameters
+    ----------
+    cache : transformers.Cache
+    grown : bool
+        Whether its layers may have been compressed before.
+    static : str, optional
+        What a static cache cannot serve; None where it can.
+
+    Raises
+    ------
+    TypeError
+        The cache is not a plain one on the device of its layers (``DynamicCache``, or
+        ``StaticCache`` where that will do).
+    """
+    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
+        _refuse(type(cache).__name__)
+    if cache.offloading:
+        _refuse(
+            f"an offloaded {type(cache).__name__}, whose layers are not where they are rated",
+            "fill and compress a plain one, and give its layers to the offloaded one",
+        )
+    kinds = {type(layer) for layer in cache.layers}
+    kinds.add(cache.layer_class_to_replicate or DynamicLayer)
+    served = {DynamicLayer, DynamicSlidingWindowLayer}
+    if is_static(cache):
+        if static is not None:
+            raise TypeError(
+                f"expected a transformers.DynamicCache for {static}, got a static cache, whose "
+                "layers keep one length: every head must keep as many pairs, once, after a "
+                "prefill in one forward without padding"
+            )
+        kinds.discard(DynamicLayer)
+        served = {StaticLayer, StaticSlidingWindowLayer, CompactStaticLayer}
+    for kind in kinds - (served | {GrowingLayer, RaggedLayer} if grown else served):
+        _refuse(f"{type(cache).__name__} with layers of type {kind.__name__}")
+
+
+def is_static(cache: Any) -> bool:
+    """Say whether a cache has static layers."""
+    return isinstance(cache, Cache) and any(isinstance(x, StaticLayer) for x in cache.layers)
+
+
+_PLAIN = "pass past_key_values=DynamicCache(), or none and no cache_implementation"
+
+
+def _refuse(what: str, instead: str = _PLAIN) -> None:
+    raise TypeError(f"expected a transformers.DynamicCache or StaticCache, got {what}; {instead}")
+
+
+def cached_pairs(layer: CacheLayerMixin) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, H, T, D] of an initialised cache layer; of a static one, all slots."""
+    if isinstance(layer, GrowingLayer):
+        return layer.pairs()
+    keys, values = layer.keys, layer.values
+    assert keys is not None and values is not None
+    return keys, values
+
+
+def compressed(
+    keys: Tensor, values: Tensor, kept: Kept, *, backend: str = "auto"
+) -> GrowingLayer | RaggedLayer:
+    """Copy the chosen pairs of a dense layer, to a dense one if each head keeps as many.
+
+    Parameters
+    ----------
+    keys, values : Tensor
+        [B, H, T, D] and [B, H, T, Dv].
+    kept : Kept
+        What stays of each head.
+    backend : str
+        Which implementation of ``ragged_attention`` serves the layer.
+
+    Returns
+    -------
+    GrowingLayer or RaggedLayer
+    """
+    if kept.per_head is None:
+        return RaggedLayer.compress(keys, values, kept, backend=backend)
+    return GrowingLayer.compress(keys, values, kept, backend=backend)
+
+
+def evict(cache: Cache, index: int, kept: Kept, *, backend: str) -> tuple[int, int]:
+    """Leave only the kept pairs in a layer of a cache, and give the memory of the others back.
+
+    Parameters
+    ----------
+    cache : Cache
+        Its layer is replaced: by a ``GrowingLayer`` where all heads keep as many pairs, else by a
+        ``RaggedLayer``.
+    index : int
+        Of the layer.
+    kept : Kept
+    backend : str
+
+    Returns
+    -------
+    before, after : int
+        Bytes of the storages of keys and values. Memory is free once nobody else holds the
+        layer's old tensors; these stay as they were.
+    """
+    keys, values = cached_pairs(cache.layers[index])
+    layer = cache.layers[index] = compressed(keys, values, kept, backend=backend)
+    return storage_bytes(keys, values), layer.nbytes
+
+
+def growing(cache: Cache, index: int, *, backend: str) -> CompressedLayer:
+    """Make sure that a layer appends in place and remembers; a plain one is replaced."""
+    layer = cache.layers[index]
+    if type(layer) is DynamicLayer:
+        layer = cache.layers[index] = GrowingLayer(*cached_pairs(layer), backend=backend)
+    assert isinstance(layer, CompressedLayer)
+    return layer
+
+
+def recompress(cache: Cache, index: int, kept: Kept, *, backend: str) -> CompressedLayer:
+    """Leave only the kept pairs in a layer that has grown.
+
+    Where all heads keep as many, and did so before, they move to the front of the memory that they
+    have; else what stays is copied, and the memory of the others given back.
+
+    Parameters
+    ----------
+    cache : Cache
+    index : int
+        Of the layer.
+    kept : Kept
+    backend : str
+
+    Returns
+    -------
+    CompressedLayer
+        The cache's layer now.
+    """
+    layer = cache.layers[index]
+    assert isinstance(layer, CompressedLayer)
+    if isinstance(layer, GrowingLayer) and kept.per_head is None:
+        layer = cache.layers[index] = _to_ragged(layer, kept, backend=backend)
+    else:
+        layer.recompress(kept)
+    return layer
+
+
+def _to_ragged(layer: GrowingLayer, kept: Kept, *, backend: str) -> RaggedLayer:
+    ragged = RaggedLayer.compress(*cached_pairs(layer), kept, backend=backend)
+    ragged.context_length += layer.evicted
+    ragged.recent, ragged.counted = layer.recent, layer.counted
+    notes = layer.whole_notes()
+    if isinstance(notes, GrowingLayer):
+        ragged.notes = _to_ragged(notes, kept, backend=backend)
+    return ragged
+
+
+def empty_cache(cache: Cache) -> None:
+    """Make a cache as it was before its prefill, layers with sliding windows included.
+
+    Parameters
+    ----------
+    cache : Cache
+        One that :func:`check_cache` has passed.
+    """
+    if is_static(cache):
+        cache.reset()  # type: ignore[no-untyped-call]
+        return
+    for index, layer in enumerate(cache.layers):
+        cache.layers[index] = (
+            DynamicSlidingWindowLayer(layer.sliding_window)
+            if isinstance(layer, DynamicSlidingWindowLayer)
+            else DynamicLayer()  # type: ignore[no-untyped-call]
+        )

@@ -1,0 +1,226 @@
+"""Plain dense tensors, with room for new tokens: where all heads keep as many pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from moekv import ops
+from moekv.budget import Kept
+from moekv.cache.attention import install
+from moekv.cache.buffers import append, gather_rows, storage_bytes
+from moekv.cache.layer import CompressedLayer
+from moekv.cache.pairs import DensePairs
+
+
+class GrowingLayer(CompressedLayer, DynamicLayer):
+    """A dense layer that appends in amortised constant time.
+
+    ``DynamicLayer`` copies the whole cache for every token. Here ``keys`` and ``values`` are views
+    [B, H, n, D] of buffers with room behind them, n the pairs that are held: `evicted` fewer than
+    the true length. Whatever replaces them works as it does there; a slice ``keys[:, :, :n]`` that
+    is assigned back crops the layer to n true positions. Decode steps on a CPU are served by
+    ``ragged_attention``, see ``moekv.cache.attention``.
+
+    Parameters
+    ----------
+    keys, values : Tensor
+        [B, H, T, D] and [B, H, T, Dv]. They are taken over, not copied.
+    backend : str
+        Which implementation of ``ragged_attention`` serves this layer; ``"torch"``: none, steps go
+        to the model's own attention.
+
+    Attributes
+    ----------
+    evicted : int
+        Pairs that have left each head.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, *, backend: str = "auto") -> None:
+        self._keys = self._key_buffer = keys.detach()
+        self._values = self._value_buffer = values.detach()
+        super().__init__(backend=backend)
+        install()
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+        self.evicted = 0
+
+    @classmethod
+    def compress(
+        cls, keys: Tensor, values: Tensor, kept: Kept, *, backend: str = "auto"
+    ) -> GrowingLayer:
+        """Copy the chosen pairs of a dense layer, as many of every head.
+
+        Parameters
+        ----------
+        keys, values : Tensor
+            [B, H, T, D] and [B, H, T, Dv].
+        kept : Kept
+            With ``per_head``.
+        backend : str
+            Which implementation of ``ragged_attention`` to use.
+
+        Returns
+        -------
+        GrowingLayer
+            With storage of its own, no larger than the kept pairs.
+        """
+        rows = kept.rows()
+        batch, num_kv_heads, length = kept.shape
+        assert kept.per_head is not None
+        shape = (batch, num_kv_heads, kept.per_head, -1)
+        layer = cls(
+            gather_rows(keys, rows).view(shape),
+            gather_rows(values, rows).view(shape),
+            backend=backend,
+        )
+        layer.evicted, layer.context_length = length - kept.per_head, length
+        return layer
+
+    def recompress(self, kept: Kept) -> None:
+        """Move the chosen pairs to the front, in place: the rest is room for new tokens.
+
+        Parameters
+        ----------
+        kept : Kept
+            With ``per_head``.
+        """
+        assert kept.per_head is not None
+        batch, num_kv_heads, length = kept.shape
+        indices = kept.indices.view(batch, num_kv_heads, kept.per_head)
+        self.notes = notes = self.whole_notes()
+        ops.kv_compact_(self._keys, self._values, indices, backend=self.backend)
+        if notes is not None:
+            notes.recompress(kept)
+        self._keys = self._keys[:, :, : kept.per_head]
+        self._values = self._values[:, :, : kept.per_head]
+        self.evicted += length - kept.per_head
+        self.context_length = self.get_seq_length()
+
+    # -- what transformers asks of a layer ---------------------------------------------------------
+
+    @property  # type: ignore[override]
+    def keys(self) -> Tensor:
+        """The keys, [B, H, n, D]."""
+        return self._shown(self._keys)
+
+    @keys.setter
+    def keys(self, pairs: Tensor | None) -> None:
+        if pairs is not None and not self._is_cropped_by(pairs):
+            self._keys = self._key_buffer = pairs.as_subclass(Tensor)  # type: ignore[no-untyped-call]
+
+    @property  # type: ignore[override]
+    def values(self) -> Tensor:
+        """The values, [B, H, n, Dv]."""
+        return self._shown(self._values)
+
+    @values.setter
+    def values(self, pairs: Tensor | None) -> None:
+        if pairs is not None and not self._is_cropped_by(pairs):
+            self._values = self._value_buffer = pairs.as_subclass(Tensor)  # type: ignore[no-untyped-call]
+
+    def _shown(self, pairs: Tensor) -> Tensor:
+        return pairs if torch.compiler.is_compiling() else DensePairs.of(pairs, self)
+
+    def _is_cropped_by(self, pairs: Tensor) -> bool:
+        """Whether pairs are a crop of this layer's own, which is then done."""
+        if not isinstance(pairs, DensePairs) or pairs.layer is not self or pairs.crop is None:
+            return False
+        self.crop(pairs.crop)
+        return True
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        cache_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Append the pairs of new tokens.
+
+        Parameters
+        ----------
+        key_states, value_states : Tensor
+            [B, H, Q, D] and [B, H, Q, Dv].
+        cache_kwargs : dict, optional
+            Not used.
+
+        Returns
+        -------
+        tuple of Tensor
+            All keys and values that are held.
+        """
+        length = self._keys.shape[2]
+        self._key_buffer = append(self._key_buffer, length, key_states, self.most)
+        self._value_buffer = append(self._value_buffer, length, value_states, self.most)
+        length += key_states.shape[2]
+        self._keys = self._key_buffer[:, :, :length]
+        self._values = self._value_buffer[:, :, :length]
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Positions seen so far, those of evicted pairs and of left padding included."""
+        return self.evicted + self._keys.shape[2]
+
+    def get_mask_sizes(self, cache_position: Tensor) -> tuple[int, int]:
+        """Length and offset of the mask, before the new tokens are appended.
+
+        What is held stands for the last positions: whichever these are, all come before the new
+        tokens, which see each other's past alone.
+        """
+        return self._keys.shape[2] + cache_position.shape[0], self.evicted
+
+    def _forget(self, count: int) -> None:
+        held = self._keys.shape[2] - count
+        self._keys, self._values = self._keys[:, :, :held], self._values[:, :, :held]
+
+    def _select_rows(self, indices: Tensor) -> None:
+        indices = indices.to(self._keys.device)
+        self._keys = self._key_buffer = self._keys[indices]
+        self._values = self._value_buffer = self._values[indices]
+
+    def offload(self) -> None:
+        """Move the pairs to the CPU, and give up the room behind them."""
+        self._move("cpu")
+
+    def prefetch(self) -> None:
+        """Move offloaded pairs back."""
+        if self._keys.device != self.device:
+            self._move(self.device)
+
+    def _move(self, device: torch.device | str) -> None:
+        self._keys = self._key_buffer = self._keys.to(device, non_blocking=True)
+        self._values = self._value_buffer = self._values.to(device, non_blocking=True)
+
+    # -- what moekv asks of a layer ----------------------------------------------------------------
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Return keys and values as plain tensors [B, H, n, D] and [B, H, n, Dv]."""
+        return self._keys, self._values
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads."""
+        return self._keys.shape[1]
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch."""
+        return len(self._keys)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this layer's storages hold, room to grow included."""
+        return storage_bytes(self._key_buffer, self._value_buffer)
+
+    @property
+    def bytes_per_pair(self) -> int:
+        """Bytes of one key and its value."""
+        return (self._keys.shape[3] + self._values.shape[3]) * self._keys.dtype.itemsize
+
+    def count_pairs(self, padding: list[int]) -> list[int]:
+        """Count the real pairs of each row, all heads together."""
+        _, num_heads, held, _ = self._keys.shape
+        return [num_heads * (held - p) for p in padding]

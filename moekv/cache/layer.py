@@ -1,0 +1,171 @@
+"""What every layer has in common that takes the place of a compressed one."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from moekv.budget import Kept
+from moekv.cache.recent import RecentStates
+
+
+class CompressedLayer(CacheLayerMixin):
+    """A layer of a user's ``DynamicCache`` from which pairs have left, or may leave.
+
+    It reports the **true length**, that of what was fed, evicted pairs and left padding included:
+    so masks, position ids, ``crop``, a second ``generate`` over the cache and assisted decoding
+    count as they do without compression. New tokens follow dense behind what was compressed.
+
+    A layer holds data alone: whoever compresses it decides.
+
+    Parameters
+    ----------
+    backend : str
+        Which implementation of ``ragged_attention`` serves this layer.
+
+    Attributes
+    ----------
+    context_length : int
+        Positions that were compressed together; 0: none yet.
+    run : int
+        Last positions of these that no head lacks: as far a crop may reach into them.
+    most : int or None
+        Pairs to come, if known, that will not be exceeded.
+    recent : RecentStates or None
+        Last inputs of the attention layer, where compression will go on.
+    counted : tuple
+        Whose statistics count how many of the pairs as kept.
+    notes : CompressedLayer or None
+        What a calibrated router noted of each pair, as a layer of its own.
+    """
+
+    def __init__(self, *, backend: str = "auto") -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.backend = backend
+        self.context_length = 0
+        self.run = 0
+        self.most: int | None = None
+        self.recent: RecentStates | None = None
+        self.counted: tuple[object, int] = (None, 0)
+        self.notes: CompressedLayer | None = None
+
+    # -- what a kind of layer says -----------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def num_heads(self) -> int:
+        """KV heads."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes that this layer's storages hold, room to grow included."""
+
+    @property
+    @abstractmethod
+    def bytes_per_pair(self) -> int:
+        """Bytes of one key and its value."""
+
+    @abstractmethod
+    def count_pairs(self, padding: list[int]) -> list[int]:
+        """Count the real pairs of each row, all heads together.
+
+        Parameters
+        ----------
+        padding : list of B ints
+            Padding at the left of each row, in positions.
+        """
+
+    @abstractmethod
+    def recompress(self, kept: Kept) -> None:
+        """Leave only the chosen pairs of those that the layer holds.
+
+        Parameters
+        ----------
+        kept : Kept
+            Of the pairs as they stand in a dense tensor, those of a shorter head at its right.
+        """
+
+    @abstractmethod
+    def _forget(self, count: int) -> None:
+        """Drop the last pairs of every head, which all of them have."""
+
+    # -- what transformers asks of every layer -----------------------------------------------------
+
+    is_sliding = False
+
+    def get_max_cache_shape(self) -> int:
+        """Return -1: it grows without limit."""
+        return -1
+
+    def crop(self, max_length: int) -> None:
+        """Forget the tokens after the first ``max_length``, or the last ``-max_length``.
+
+        Raises
+        ------
+        ValueError
+            If that would reach into the compressed context, where heads end with different tokens.
+        """
+        length = self.get_seq_length()
+        wanted = max(length + max_length, 0) if max_length < 0 else max_length
+        if wanted >= length:
+            return
+        into = self.context_length - wanted
+        if into > self.run:
+            raise ValueError(
+                f"cannot crop to {wanted} positions: the first {self.context_length} were "
+                "compressed together, only tokens after them can be removed"
+                + (f", and the last {self.run} of them" if self.run else "")
+            )
+        self._forget(length - wanted)
+        if into > 0:
+            self.context_length, self.run = wanted, self.run - into
+        if self.notes is not None:
+            self.notes.crop(wanted)
+
+    def reset(self) -> None:
+        """Refuse: what was evicted cannot be emptied in place.
+
+        Raises
+        ------
+        RuntimeError
+            Always. Begin a new text with a new cache.
+        """
+        raise RuntimeError("a compressed cache cannot be reset; begin a new text with a new cache")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:  # type: ignore[override]
+        """Give batch row b the pairs of row ``beam_idx[b]``."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every batch row."""
+        rows = torch.arange(self.batch_size)
+        self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the batch rows that ``indices`` names."""
+        self._select_rows(indices)
+        if self.recent is not None:
+            self.recent.select(indices)
+        if self.notes is not None:
+            self.notes.batch_select_indices(indices)
+
+    @property
+    @abstractmethod
+    def batch_size(self) -> int:
+        """Rows of the batch."""
+
+    @abstractmethod
+    def _select_rows(self, indices: Tensor) -> None:
+        """Give batch row b the pairs of row ``indices[b]``."""
+
+    # -- notes -------------------------------------------------------------------------------------
+
+    def whole_notes(self) -> CompressedLayer | None:
+        """Return the notes if they are of the pairs that are held, no more and no fewer."""
+        notes = self.notes
+        whole = notes is not None and notes.get_seq_length() == self.get_seq_length()
+        return notes if whole else None

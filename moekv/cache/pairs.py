@@ -1,0 +1,156 @@
+"""What compressed layers hand to attention: keys and values that know their layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from moekv.cache.growing import GrowingLayer
+    from moekv.cache.ragged import RaggedLayer
+
+NOT_DENSE = (
+    "the keys and values of a compressed layer are ragged: heads keep different numbers of pairs. "
+    "Attention reads them through moekv.cache.attention, which serves every attention "
+    "implementation of transformers but 'eager'. Call cache.layers[i].to_dense() for padded "
+    "tensors and their lengths"
+)
+
+
+def cropped_to(index: Any, length: int) -> int | None:
+    """Read ``pairs[:, :, :n]`` or ``pairs[..., :n, :]``.
+
+    Parameters
+    ----------
+    index : Any
+        What stands in the brackets.
+    length : int
+        Positions that there are.
+
+    Returns
+    -------
+    int or None
+        n, from 0 to `length`; None where it is no such crop.
+    """
+    everything = slice(None)
+    if not isinstance(index, tuple):
+        return None
+    positions = None
+    if len(index) in (3, 4) and index[:2] == (everything, everything):
+        positions = index[2] if index[3:] in ((), (everything,)) else None
+    elif len(index) == 3 and index[0] is Ellipsis and index[2] == everything:
+        positions = index[1]
+    if isinstance(positions, slice) and positions.start is None and positions.step is None:
+        return positions.indices(length)[1]
+    return None
+
+
+class DensePairs(Tensor):
+    """The keys or the values of a :class:`GrowingLayer`: a tensor that knows its layer.
+
+    To every operation it is a plain tensor [B, H, T, D], T the pairs that are held. A slice
+    ``pairs[:, :, :n]`` remembers n: assigned back to the layer, as kvpress's pipeline does with
+    what ``get_seq_length`` said, it crops the layer to n true positions.
+
+    Attributes
+    ----------
+    layer : GrowingLayer
+    crop : int or None
+        True positions that are left where this is such a slice.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    layer: GrowingLayer
+    crop: int | None
+
+    @classmethod
+    def of(cls, pairs: Tensor, layer: GrowingLayer, crop: int | None = None) -> DensePairs:
+        """Make a view of a tensor that belongs to a layer."""
+        view = pairs.as_subclass(cls)  # type: ignore[no-untyped-call]
+        view.layer, view.crop = layer, crop
+        return view  # type: ignore[no-any-return]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Index as any tensor; see the class."""
+        part = super().__getitem__(index)
+        crop = cropped_to(index, self.layer.get_seq_length())
+        return part if crop is None else DensePairs.of(part, self.layer, crop)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """Copy the numbers alone."""
+        return self.as_subclass(Tensor).clone()  # type: ignore[no-untyped-call, no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Save the numbers alone."""
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+class RaggedPairs:
+    """The keys or the values of a :class:`RaggedLayer`, as the cache hands them to attention.
+
+    Looks like a tensor [B, H, T, D] of the true length in ``shape``, ``dtype`` and ``device``, can
+    be cropped by a slice of positions, and refuses everything else: no dense tensor exists.
+
+    Parameters
+    ----------
+    layer : RaggedLayer
+        The layer that owns the pairs.
+    dim : int
+        Size of the last dimension, head_dim of the keys or of the values.
+    length : int
+        Positions that are visible, counting those that were evicted.
+    """
+
+    def __init__(self, layer: RaggedLayer, dim: int, length: int) -> None:
+        self.layer = layer
+        self.dim = dim
+        self.length = length
+        # As they are now: an offloaded cache moves a layer away before attention reads it.
+        self.stored = layer.stored_keys, layer.stored_values
+        self.tail = layer.tail_keys, layer.tail_values
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape that the uncompressed tensor would have, [B, H, T, D]."""
+        batch, num_kv_heads = self.layer.begin.shape
+        return torch.Size((batch, num_kv_heads, self.length, self.dim))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the stored pairs."""
+        return self.layer.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the stored pairs."""
+        return self.layer.device
+
+    def __getitem__(self, index: Any) -> RaggedPairs:
+        """Crop to the first positions: ``pairs[:, :, :n]`` or ``pairs[..., :n, :]``."""
+        length = cropped_to(index, self.length)
+        if length is not None:
+            return RaggedPairs(self.layer, self.dim, length)
+        raise TypeError(f"expected a crop such as pairs[:, :, :n], got pairs[{index}]: {NOT_DENSE}")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Refuse every other attribute of a tensor."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise TypeError(f"a ragged cache has no dense tensor to take '{name}' of: {NOT_DENSE}")
+
+    def _refuse_operator(self, *_: Any) -> NoReturn:
+        raise TypeError(f"a ragged cache has no dense tensor to calculate with: {NOT_DENSE}")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse_operator
+    __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = __neg__ = _refuse_operator
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
+        """Refuse to take part in any torch function."""
+        raise TypeError(
+            f"{getattr(function, '__name__', function)} needs dense tensors: {NOT_DENSE}"
+        )

@@ -1,0 +1,328 @@
+"""Heads that keep different numbers of pairs, and nothing else.
+
+A ragged layer reports the true, uncompressed length, so that masks and position ids stay what they
+were; the pairs themselves are handed to attention as ``RaggedPairs``, which
+``moekv.cache.attention`` understands.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moekv.budget import Kept
+from moekv.cache.attention import install
+from moekv.cache.buffers import append, gather_rows, storage_bytes
+from moekv.cache.layer import CompressedLayer
+from moekv.cache.pairs import NOT_DENSE, RaggedPairs
+
+
+class RaggedLayer(CompressedLayer):
+    """Kept pairs of every head, stored back to back, and a dense tail of the tokens since.
+
+    Parameters
+    ----------
+    keys, values : Tensor
+        [N, D] and [N, Dv], the kept pairs of all heads.
+    begin, end : Tensor
+        [B, H] int32. Head h of batch row b owns rows ``begin[b, h] ... end[b, h] - 1``.
+    length : int
+        Positions that the stored pairs were kept from, padding included.
+    backend : str
+        Which implementation of ``ragged_attention`` serves this layer.
+
+    """
+
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        begin: Tensor,
+        end: Tensor,
+        *,
+        length: int,
+        backend: str = "auto",
+    ) -> None:
+        self.stored_keys = keys
+        self.stored_values = values
+        self.begin = begin
+        self.end = end
+        self.tail_length = 0
+        self._stored_pairs: list[int] | None = None
+        self._tail_keys = keys.new_empty((*begin.shape, 0, keys.shape[1]))
+        self._tail_values = values.new_empty((*begin.shape, 0, values.shape[1]))
+        super().__init__(backend=backend)
+        install()
+        self.context_length = length
+        self.is_initialized = True
+
+    @classmethod
+    def compress(
+        cls, keys: Tensor, values: Tensor, kept: Kept, *, backend: str = "auto"
+    ) -> "RaggedLayer":
+        """Copy the chosen pairs of a dense layer.
+
+        Parameters
+        ----------
+        keys, values : Tensor
+            [B, H, T, D] and [B, H, T, Dv].
+        kept : Kept
+            What stays of each head.
+        backend : str
+            Which implementation of ``ragged_attention`` to use.
+
+        Returns
+        -------
+        RaggedLayer
+            With storage of its own, no larger than the kept pairs.
+        """
+        rows = kept.rows()
+        batch, num_kv_heads, length = kept.shape
+        return cls(
+            gather_rows(keys, rows),
+            gather_rows(values, rows),
+            kept.offsets[:-1].view(batch, num_kv_heads),
+            kept.offsets[1:].view(batch, num_kv_heads),
+            length=length,
+            backend=backend,
+        )
+
+    def recompress(self, kept: Kept) -> None:
+        """Leave only the chosen pairs, in new memory; the tail becomes part of what is stored.
+
+        Its memory waits for as many tokens where they are expected (``most``).
+
+        Parameters
+        ----------
+        kept : Kept
+            Of the pairs as :meth:`to_dense` shows them.
+        """
+        batch, num_kv_heads, longest = kept.shape
+        head = torch.arange(batch * num_kv_heads, device=self.device).repeat_interleave(
+            kept.offsets.diff(), output_size=len(kept.indices)
+        )
+        stored = (self.end - self.begin).flatten().long()
+        place = kept.indices - (longest - stored - self.tail_length)[head]
+        row = torch.where(
+            place < stored[head],
+            self.begin.flatten()[head] + place,
+            len(self.stored_keys) + head * self.tail_length + place - stored[head],
+        )
+        keys, values = (
+            torch.cat([pairs, tail.flatten(0, 2)]).index_select(0, row)
+            for pairs, tail in (
+                (self.stored_keys, self.tail_keys),
+                (self.stored_values, self.tail_values),
+            )
+        )
+        self.notes = self.whole_notes()
+        if self.notes is not None:
+            self.notes.recompress(kept)
+        self.context_length, self.tail_length = self.get_seq_length(), 0
+        self.stored_keys, self.stored_values, self._stored_pairs = keys, values, None
+        self.begin = kept.offsets[:-1].view(batch, num_kv_heads)
+        self.end = kept.offsets[1:].view(batch, num_kv_heads)
+        if self.most is None or self._tail_keys.shape[2] > self.most:
+            # Nobody knows whether so many tokens will come again.
+            self._tail_keys = self._tail_keys.new_empty((*self.begin.shape, 0, keys.shape[1]))
+            self._tail_values = self._tail_values.new_empty((*self.begin.shape, 0, values.shape[1]))
+
+    def subset(self, kept: Kept, *, of: Kept) -> "RaggedLayer":
+        """Copy some of the stored pairs.
+
+        Parameters
+        ----------
+        kept : Kept
+            What stays of each head.
+        of : Kept
+            What the layer holds.
+
+        Returns
+        -------
+        RaggedLayer
+            Without a tail, with storage of its own.
+        """
+        rows = torch.searchsorted(of.rows(), kept.rows())  # both ascend
+        heads = self.begin.shape
+        return RaggedLayer(
+            self.stored_keys.index_select(0, rows),
+            self.stored_values.index_select(0, rows),
+            kept.offsets[:-1].view(heads),
+            kept.offsets[1:].view(heads),
+            length=self.context_length,
+            backend=self.backend,
+        )
+
+    # -- what transformers asks of a layer ---------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the pairs."""
+        return self.stored_keys.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pairs are."""
+        return self.stored_keys.device
+
+    @property  # type: ignore[override]  # attention is to see that the pairs are ragged
+    def keys(self) -> RaggedPairs:
+        """The keys, for attention."""
+        return RaggedPairs(self, self.stored_keys.shape[1], self.get_seq_length())
+
+    @keys.setter
+    def keys(self, pairs: RaggedPairs | None) -> None:
+        self._crop_to(pairs)
+
+    @property  # type: ignore[override]
+    def values(self) -> RaggedPairs:
+        """The values, for attention."""
+        return RaggedPairs(self, self.stored_values.shape[1], self.get_seq_length())
+
+    @values.setter
+    def values(self, pairs: RaggedPairs | None) -> None:
+        self._crop_to(pairs)
+
+    def _crop_to(self, pairs: RaggedPairs | None) -> None:
+        if pairs is None:  # as transformers' own constructor says
+            return
+        if not isinstance(pairs, RaggedPairs) or pairs.layer is not self:
+            raise TypeError(
+                f"expected a crop of this layer's own pairs, got {type(pairs)}: {NOT_DENSE}"
+            )
+        self.crop(pairs.length)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: a ragged layer is born with its pairs."""
+
+    def update(  # type: ignore[override]
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        cache_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[RaggedPairs, RaggedPairs]:
+        """Append the pairs of new tokens to the tail, in amortised constant time.
+
+        Parameters
+        ----------
+        key_states, value_states : Tensor
+            [B, H, Q, D] and [B, H, Q, Dv].
+        cache_kwargs : dict, optional
+            Not used.
+
+        Returns
+        -------
+        tuple of RaggedPairs
+            All keys and values, for attention.
+        """
+        self._tail_keys = append(self._tail_keys, self.tail_length, key_states, self.most)
+        self._tail_values = append(self._tail_values, self.tail_length, value_states, self.most)
+        self.tail_length += key_states.shape[2]
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Positions seen so far, those of evicted pairs and of left padding included."""
+        return self.context_length + self.tail_length
+
+    def get_mask_sizes(self, cache_position: Tensor) -> tuple[int, int]:
+        """Length and offset of the mask over all positions, before the new tokens are appended."""
+        return self.get_seq_length() + cache_position.shape[0], 0
+
+    def _forget(self, count: int) -> None:
+        into = max(count - self.tail_length, 0)
+        self.tail_length -= count - into
+        if into:  # a row of fewer pairs than that is padding there
+            self.end = torch.maximum(self.end - into, self.begin)
+            self._stored_pairs = None
+
+    def _select_rows(self, indices: Tensor) -> None:
+        """Give batch row b the pairs of row ``indices[b]``, sharing what is stored."""
+        indices = indices.to(self.device)
+        self.begin, self.end = self.begin[indices], self.end[indices]
+        self._tail_keys, self._tail_values = self._tail_keys[indices], self._tail_values[indices]
+        self._stored_pairs = None
+
+    def offload(self) -> None:
+        """Move the pairs to the CPU."""
+        self._move("cpu")
+
+    def prefetch(self) -> None:
+        """Move offloaded pairs back to where the head tables are."""
+        if self.stored_keys.device != self.begin.device:
+            self._move(self.begin.device)
+
+    def _move(self, device: torch.device | str) -> None:
+        for name in ("stored_keys", "stored_values", "_tail_keys", "_tail_values"):
+            setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+
+    # -- what moekv asks of a layer ----------------------------------------------------------------
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads."""
+        return self.begin.shape[1]
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch."""
+        return len(self.begin)
+
+    @property
+    def bytes_per_pair(self) -> int:
+        """Bytes of one key and its value."""
+        return (self.stored_keys.shape[1] + self.stored_values.shape[1]) * self.dtype.itemsize
+
+    def count_pairs(self, padding: list[int]) -> list[int]:
+        """Count the real pairs of each row, all heads together. Waits for the device if new."""
+        return [
+            stored + self.num_heads * (self.tail_length - max(p - self.context_length, 0))
+            for stored, p in zip(self.stored_pairs, padding, strict=True)
+        ]
+
+    @property
+    def tail_keys(self) -> Tensor:
+        """[B, H, S, D], the keys of the tokens since compression."""
+        return self._tail_keys[:, :, : self.tail_length]
+
+    @property
+    def tail_values(self) -> Tensor:
+        """[B, H, S, Dv], the values of the tokens since compression."""
+        return self._tail_values[:, :, : self.tail_length]
+
+    @property
+    def stored_pairs(self) -> list[int]:
+        """Stored pairs of each batch row, all heads together. Waits for the device if new."""
+        if self._stored_pairs is None:
+            self._stored_pairs = (self.end - self.begin).sum(1).tolist()
+        return self._stored_pairs
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this layer's storages hold, room to grow included."""
+        return storage_bytes(
+            self.stored_keys, self.stored_values, self._tail_keys, self._tail_values
+        )
+
+    def to_dense(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Copy the pairs into padded tensors.
+
+        Returns
+        -------
+        keys, values : Tensor
+            [B, H, L, D] and [B, H, L, Dv], L the longest head; the pairs of a head stand at the
+            right end, zeros before them.
+        lengths : Tensor
+            [B, H] int64, pairs of each head.
+        """
+        kept = (self.end - self.begin).long()
+        longest = int(kept.max())
+        column = torch.arange(longest, device=self.device) - (longest - kept)[..., None]
+        row = (self.begin[..., None] + column).clamp(0, max(len(self.stored_keys) - 1, 0))
+        dense = []
+        for stored, tail in (
+            (self.stored_keys, self.tail_keys),
+            (self.stored_values, self.tail_values),
+        ):
+            pairs = stored[row].masked_fill((column < 0)[..., None], 0)
+            dense.append(torch.cat([pairs, tail], dim=2))
+        return dense[0], dense[1], kept + self.tail_length

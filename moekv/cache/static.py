@@ -1,0 +1,154 @@
+"""Compression inside transformers' ``StaticCache``, whose tensors keep their shapes.
+
+A compiled ``generate`` depends on buffers that stay where they are. So the kept pairs move to the
+front of each head, in place, and later tokens are written behind them: compression gives no memory
+back, it makes room for as many further tokens as pairs have left.
+
+Tokens go on to be numbered by their true positions, which rotary embeddings and attention masks
+need, while slots are packed. The layer keeps the difference as a tensor, ``evicted``: a token at
+position p goes to slot ``p - evicted``, and slot s stands for position ``s + evicted`` in masks,
+the ``kv_offset`` that transformers knows from sliding windows. No number of a compiled graph
+changes with it, so nothing is compiled again: neither for another prompt nor for another ratio.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import StaticLayer
+
+from moekv import ops
+from moekv.budget import Kept
+from moekv.cache.attention import install
+
+
+class CompactStaticLayer(StaticLayer):
+    """A static layer from whose slots pairs have left, or may leave.
+
+    It reports the true length, that of what was fed.
+
+    Parameters
+    ----------
+    max_cache_len : int
+        Slots.
+
+    Attributes
+    ----------
+    evicted : Tensor, scalar int64
+        Pairs that have left each head, on the layer's device.
+    """
+
+    def __init__(self, max_cache_len: int) -> None:
+        super().__init__(max_cache_len)
+        self._num_evicted = 0
+        self.evicted: Tensor
+
+    @classmethod
+    def take_over(cls, layer: StaticLayer) -> "CompactStaticLayer":
+        """Make a layer of another's buffers.
+
+        Parameters
+        ----------
+        layer : StaticLayer
+            Initialised; not to be used any more.
+        """
+        install()  # now, and not when a layer of another kind asks: that would compile again
+        compact = cls(layer.max_cache_len)
+        compact.__dict__.update(layer.__dict__)
+        compact._init_evicted()
+        return compact
+
+    def _init_evicted(self) -> None:
+        self.evicted = torch.zeros((), dtype=torch.int64, device=self.device)
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self.evicted)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the buffers."""
+        super().lazy_initialization(key_states, value_states)
+        self._init_evicted()
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        cache_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Write the pairs of new tokens to the slots behind what is left.
+
+        Parameters
+        ----------
+        key_states, value_states : Tensor
+            [B, H, Q, D] and [B, H, Q, Dv].
+        cache_kwargs : dict
+            With ``cache_position``, the tokens' true positions.
+
+        Returns
+        -------
+        tuple of Tensor
+            The buffers.
+        """
+        if self.is_initialized and cache_kwargs is not None:
+            slots = cache_kwargs["cache_position"] - self.evicted
+            cache_kwargs = cache_kwargs | {"cache_position": slots}
+        return super().update(key_states, value_states, cache_kwargs)
+
+    def get_mask_sizes(self, cache_position: Tensor) -> tuple[int, int]:
+        """Slots, and the position that the first one stands for."""
+        if torch.compiler.is_compiling():  # a number would be compiled in
+            return self.max_cache_len, self.evicted  # type: ignore[return-value]
+        return self.max_cache_len, self._num_evicted
+
+    def get_seq_length(self) -> int:
+        """Positions seen so far."""
+        length = super().get_seq_length()
+        return length + self.evicted if self.is_initialized else length  # type: ignore[return-value]
+
+    def reset(self) -> None:
+        """Empty the layer."""
+        super().reset()
+        if self.is_initialized:
+            self._num_evicted = 0
+            self.evicted.zero_()
+
+    def compact(self, kept: Kept, *, backend: str) -> None:
+        """Move the chosen pairs to the front of each head, in place, and clear what was behind.
+
+        Parameters
+        ----------
+        kept : Kept
+            With ``per_head``, of the slots that are filled.
+        backend : str
+            Of ``kv_compact_``.
+        """
+        batch, num_heads, length = kept.shape
+        count = kept.per_head
+        assert count is not None and self.keys is not None and self.values is not None
+        indices = kept.indices.view(batch, num_heads, count)
+        ops.kv_compact_(self.keys, self.values, indices, backend=backend)
+        for pairs in (self.keys, self.values):  # StaticLayer counts slots that are not zero
+            pairs[:, :, count:length].zero_()
+        self._num_evicted += length - count
+        self.evicted.fill_(self._num_evicted)
+
+
+def compact(cache: Cache, index: int, kept: Kept | None, *, backend: str) -> None:
+    """Leave only the kept pairs in a layer of a static cache.
+
+    Parameters
+    ----------
+    cache : Cache
+        Its layer becomes a ``CompactStaticLayer`` with the same buffers, once, and if nothing is
+        to leave this time, too: for compiled graphs that is another layer.
+    index : int
+    kept : Kept, optional
+        With ``per_head``; None: all.
+    backend : str
+    """
+    layer = cache.layers[index]
+    assert isinstance(layer, StaticLayer)
+    if not isinstance(layer, CompactStaticLayer):
+        layer = cache.layers[index] = CompactStaticLayer.take_over(layer)
+    if kept is not None:
+        layer.compact(kept, backend=backend)

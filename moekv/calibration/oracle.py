@@ -1,0 +1,212 @@
+"""The oracle: what a second reading of a text looks at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from moekv.cache.attention import last_queries
+from moekv.cache.caches import cached_pairs
+from moekv.calibration.config import CalibrationConfig
+from moekv.experts.base import scores_by
+from moekv.experts.learned import places
+from moekv.experts.registry import build_experts
+from moekv.experts.view import LayerView, ViewBuilder
+from moekv.models.chat import user_turn
+from moekv.models.hooks import find_layers, is_sliding
+from moekv.models.queries import logit_options, project_queries, rotate
+from moekv.ops import ScoreKind
+
+REPEAT = "\n\nRepeat the previous context exactly."
+"""What the oracle says between the text and its second reading."""
+
+_TILE = 128  # queries whose attention is in memory at a time
+
+_FLOOR = 1e-6  # attention below which a pair is as good as not attended
+
+
+@dataclass
+class Reading:
+    """What one text gave. L layers, H KV heads, T tokens, E experts beside ``learned``."""
+
+    hidden: Tensor  # [L, T, hidden], inputs of the attention layers
+    where: Tensor  # [T, 3], see places()
+    novelty: Tensor  # [L, H, T], how unlike the other keys each is
+    scores: Tensor  # [L, E, H, T] of these experts
+    target: Tensor  # [L, H, T], log of the attention that the oracle saw
+
+    def at(self, tokens: slice | Tensor) -> Reading:
+        """Take some tokens; indices copy them, a slice does not."""
+        return Reading(
+            self.hidden[:, tokens],
+            self.where[tokens],
+            self.novelty[..., tokens],
+            self.scores[..., tokens],
+            self.target[..., tokens],
+        )
+
+
+class Oracle:
+    """Reads texts twice and sees what the second reading looks at.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    tokenizer : PreTrainedTokenizerBase
+    config : CalibrationConfig
+
+    Raises
+    ------
+    TypeError
+        The model has no decoder layers with attention.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: CalibrationConfig,
+    ) -> None:
+        self.model, self.config = model, config
+        self.decoder, layers = find_layers(model)
+        self.layers = [layer for layer in layers if not is_sliding(layer)]
+        self.experts = build_experts(list(config.experts))
+        before, after = user_turn(tokenizer) or ("", "\n")
+        self.tokenizer = tokenizer
+        self.before = self.encode(before)
+        self.repeat = self.encode(REPEAT + after)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokenise a piece of text, without special tokens of the tokenizer's own."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    @torch.no_grad()
+    def describe(self, texts: Sequence[str]) -> Tensor:
+        """Mean embeddings [N, hidden] of the tokens of texts: what they are about, at no cost."""
+        embed = self.model.get_input_embeddings()
+        rows = []
+        for text in texts:
+            ids = torch.tensor(self.encode(text)[: self.config.length], device=self.model.device)
+            rows.append(embed(ids).float().mean(0).cpu())
+        return torch.stack(rows)
+
+    @torch.no_grad()
+    def read(self, text: str, *, as_turn: bool) -> Reading:
+        """Read a text twice.
+
+        Parameters
+        ----------
+        text : str
+            What is beyond ``length`` tokens is left out.
+        as_turn : bool
+            Whether it is the user's turn of a chat, or plain.
+        """
+        body = self.encode(text)[: self.config.length]
+        prompt = [*(self.before if as_turn else ()), *body]
+        cache = DynamicCache()
+        with last_queries(self.layers, self.config.window) as queries:
+            first = self._run(prompt, cache)
+        look_at = ViewBuilder(getattr(self.decoder, "rotary_emb", None))
+        scores, novelty = [], []
+        for layer in self.layers:
+            view = self._look(look_at, layer, cache, *first[layer], queries.get(layer))
+            scores.append(torch.cat([scores_by(expert, view) for expert in self.experts]))
+            novelty.append(view.scores_of(ScoreKind.DIVERSITY)[0])
+        second = self._run([*self.repeat, *body], cache)
+        target = [
+            self._attention(layer, cache, *second[layer], len(prompt)) for layer in self.layers
+        ]
+        hidden = torch.stack([first[layer][0][0].cpu() for layer in self.layers])
+        where = places((len(prompt),), len(prompt), hidden.device)[0].t()
+        return Reading(
+            hidden, where, *(torch.stack(parts).cpu() for parts in (novelty, scores, target))
+        )
+
+    def _run(
+        self, ids: Sequence[int], cache: DynamicCache
+    ) -> dict[nn.Module, tuple[Tensor, dict[str, Any]]]:
+        """Feed tokens; return each layer's input and the arguments it was called with."""
+        inputs = {}
+
+        def keep(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            inputs[module] = (kwargs["hidden_states"], kwargs)
+
+        hooks = [x.register_forward_pre_hook(keep, with_kwargs=True) for x in self.layers]
+        try:
+            self.decoder(
+                input_ids=torch.tensor([ids], device=self.model.device), past_key_values=cache
+            )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return inputs
+
+    def _look(
+        self,
+        look_at: ViewBuilder,
+        layer: nn.Module,
+        cache: DynamicCache,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
+        queries: Tensor | None,
+    ) -> LayerView:
+        kinds = sorted({ScoreKind.DIVERSITY}.union(*(expert.kinds for expert in self.experts)))
+        keys, values = cached_pairs(cache.layers[layer.layer_idx])  # type: ignore[index]
+        return look_at(
+            layer,
+            hidden,
+            keys,
+            values,
+            None,
+            kwargs,
+            window=self.config.window,
+            kinds=kinds,
+            backend="auto",
+            queries=queries,
+        )
+
+    def _attention(
+        self,
+        layer: nn.Module,
+        cache: DynamicCache,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
+        num_keys: int,
+    ) -> Tensor:
+        """Log of the power mean of the attention [H, T] that the last tokens pay to the first."""
+        keys, _ = cached_pairs(cache.layers[layer.layer_idx])  # type: ignore[index]
+        keys = keys[0]
+        num_heads, total, dim = keys.shape
+        queries = rotate(layer, project_queries(layer, hidden), *kwargs["position_embeddings"])
+        queries = queries[0].to(keys.dtype)
+        num_queries = queries.shape[1]
+        scaling, softcap = (logit_options(layer)[name] for name in ("scaling", "softcap"))
+        exponent = self.config.exponent
+        column = torch.arange(total, device=keys.device)
+        seen = torch.zeros(num_heads, num_keys, device=keys.device)
+        for begin in range(0, num_queries, _TILE):
+            tile = queries[:, begin : begin + _TILE]
+            position = total - num_queries + begin + torch.arange(tile.shape[1], device=keys.device)
+            tile = tile.reshape(num_heads, -1, dim)
+            logits = torch.bmm(tile, keys.transpose(1, 2)).float() * scaling
+            if softcap:
+                logits = softcap * torch.tanh(logits / softcap)
+            logits = logits.view(num_heads, -1, len(position), total)
+            logits.masked_fill_(column > position[:, None], -torch.inf)
+            attention = logits.softmax(-1)[..., :num_keys].flatten(1, 2)
+            if math.isinf(exponent):
+                seen = torch.maximum(seen, attention.amax(1))
+            else:
+                seen += attention.pow_(exponent).sum(1)
+        if math.isinf(exponent):
+            return seen.clamp(min=_FLOOR).log()
+        mean = seen / (num_queries * queries.shape[0] // num_heads)
+        # The floor is one of attention, below its power.
+        return (mean.clamp(min=_FLOOR**exponent).log() / exponent).clamp(min=math.log(_FLOOR))

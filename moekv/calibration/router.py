@@ -1,0 +1,324 @@
+"""Calibrated routers: what `moekv.calibrate` fits to a model, and what a press does with it.
+
+Every expert of a calibrated router estimates, for every pair of every head and layer, the log of
+the attention that later tokens will pay to it. All are on this one scale, so that one threshold
+over the model sets each head's length. ``learned`` reads a pair's hidden state, its place in the
+text and its key, and was fitted; ``expected`` was not fitted to anything and holds where the texts
+of the calibration do not reach. How far each is to be trusted the gate decides, for every token and
+layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from moekv.calibration.model_card import TEMPLATE, facts
+from moekv.experts.learned import LearnedExpert
+from moekv.experts.registry import build_experts
+from moekv.models.fingerprint import fingerprint
+from moekv.routing.base import BaseMoERouter, RouterOutput
+
+FORMAT = 2
+"""Of what is saved: 2 has a gate over all experts, 1 had one over those beside ``learned``."""
+
+SHIPPED = Path(__file__).parents[1] / "data" / "routers"
+"""Routers that come with the package, a folder for each model."""
+
+
+def _check_format(found: int) -> None:
+    if found != FORMAT:
+        raise ValueError(
+            f"expected a calibrated router of format {FORMAT}, got one of format {found}, which "
+            "another version of moekv has made; `moekv calibrate` makes a new one"
+        )
+
+
+class CalibratedGate(BaseMoERouter):
+    """Gate of one layer, over all experts of a calibrated router, which owns the weights.
+
+    Parameters
+    ----------
+    router : CalibratedRouter
+    index : int
+        Of the layer in the model.
+    backend : str
+    """
+
+    def __init__(self, router: CalibratedRouter, index: int, *, backend: str) -> None:
+        num_experts = len(router.experts)
+        super().__init__(router.hidden_size, num_experts, router.top_k, backend=backend)
+        row = router.layers.index(index)
+        self.gate.weight.data.copy_(router.gate_weight[row])
+        self.gate.bias.data.copy_(router.gate_bias[row])
+
+    def decide(self, read: Tensor, mask: Tensor | None) -> RouterOutput:
+        """Route every token by what the router has read of its hidden state.
+
+        Parameters
+        ----------
+        read : Tensor [B, N, H + E]
+            See :meth:`CalibratedRouter.project`.
+        mask : Tensor [B, N], bool, or None
+            True for real tokens; None: all are.
+
+        Returns
+        -------
+        RouterOutput
+        """
+        return self._decide(read[..., -self.num_experts :] + self.gate.bias, None, mask)
+
+
+class CalibratedRouter(
+    nn.Module, PyTorchModelHubMixin, library_name="moekv", model_card_template=TEMPLATE
+):
+    """Gates, experts' scales and the ``learned`` expert of every layer of one model.
+
+    Made by ``moekv.calibrate``; saved and loaded by ``save_pretrained``, ``from_pretrained`` and
+    ``push_to_hub``.
+
+    Parameters
+    ----------
+    model : str
+        Fingerprint of the model that it was fitted to (``moekv.fingerprint.fingerprint``).
+    layers : sequence of L ints
+        Indices of the model's attention layers that it serves.
+    hidden_size, num_kv_heads : int
+        Of these layers.
+    experts : sequence of str
+        Names of the experts beside ``learned``, which comes first: E in all.
+    top_k : int
+        Experts per token, 1 to E.
+    recipe : dict, optional
+        How it was fitted, for people to read.
+    format : int
+        Of the saved router.
+
+    Raises
+    ------
+    ValueError
+        An option is out of range, an expert unknown, or the router of another format.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        layers: Sequence[int],
+        hidden_size: int,
+        num_kv_heads: int,
+        experts: Sequence[str],
+        top_k: int,
+        recipe: dict[str, Any] | None = None,
+        format: int = FORMAT,
+    ) -> None:
+        super().__init__()
+        _check_format(format)
+        if not 1 <= top_k <= 1 + len(experts):
+            raise ValueError(
+                f"expected top_k between 1 and {1 + len(experts)} experts, got {top_k}"
+            )
+        self.model = model
+        self.layers = list(layers)
+        self.hidden_size, self.num_kv_heads = hidden_size, num_kv_heads
+        self.top_k = top_k
+        self.recipe = recipe or {}
+        #: All experts, ``learned`` first.
+        self.experts = [LearnedExpert(self), *(build_experts(list(experts)) if experts else ())]
+        num_layers, num_experts = len(self.layers), len(self.experts)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(num_layers, *shape), requires_grad=False)
+
+        self.surrogate_weight = parameter(num_kv_heads, hidden_size)
+        self.surrogate_place = parameter(num_kv_heads, 3)
+        self.surrogate_novelty = parameter(num_kv_heads)
+        self.surrogate_bias = parameter(num_kv_heads)
+        self.gate_weight = parameter(num_experts, hidden_size)
+        self.gate_bias = parameter(num_experts)
+        self.gain = parameter(num_experts, num_kv_heads)
+        self.offset = parameter(num_experts, num_kv_heads)
+        self.gain.data[:, 0] = 1  # `learned` is on the common scale
+        self._local: dict[Any, tuple[Tensor, ...]] = {}
+        self._gates: dict[Any, CalibratedGate] = {}
+
+    @classmethod
+    def _from_pretrained(cls, **options: Any) -> CalibratedRouter:
+        if "model" not in options:
+            raise ValueError("its config.json cannot be found")
+        _check_format(options.get("format", 1))  # the first one was not written down
+        router: CalibratedRouter = super()._from_pretrained(**{"strict": True} | options)
+        return router
+
+    def generate_model_card(self, *args: Any, **options: Any) -> ModelCard:
+        """Describe the router, for the hub and whoever finds its folder."""
+        name = self.recipe.get("model_name", self.model)
+        return super().generate_model_card(*args, **{"name": name, "facts": facts(self)} | options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the router; see huggingface_hub's ``ModelHubMixin.push_to_hub``."""
+        card = {"router_id": repo_id} | (options.pop("model_card_kwargs", None) or {})
+        url: str = super().push_to_hub(repo_id, model_card_kwargs=card, **options)
+        return url
+
+    def _apply(self, *args: Any, **kwargs: Any) -> CalibratedRouter:
+        self._local, self._gates = {}, {}
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ``ValueError`` naming both models unless the router was fitted to this one."""
+        if (found := model_fingerprint(model)) != self.model:
+            name = self.recipe.get("model_name", "another model")
+            raise ValueError(
+                f"expected the model that the router was calibrated for, {name} ({self.model}), "
+                f"got {model.config.name_or_path or type(model).__name__} ({found}); "
+                "`moekv calibrate` makes a router for it"
+            )
+
+    def surrogate(self, index: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Say what the ``learned`` expert of a layer adds to what it reads of hidden states.
+
+        Parameters
+        ----------
+        index : int
+            Of the layer in the model.
+        device : torch.device
+
+        Returns
+        -------
+        place [H, 3], novelty [H], bias [H] : Tensor, float32
+        """
+        key = (index, device, "surrogate")
+        if key not in self._local:
+            row = self.layers.index(index)
+            parts = (self.surrogate_place, self.surrogate_novelty, self.surrogate_bias)
+            self._local[key] = tuple(part[row].to(device, torch.float32) for part in parts)
+        place, novelty, bias = self._local[key]
+        return place, novelty, bias
+
+    def project(self, index: int, hidden_states: Tensor) -> Tensor:
+        """Read hidden states [B, N, hidden], once for ``learned`` and for the gate: [B, N, H + E].
+
+        They are as many bytes as a layer's pairs, or several times that; the rest of a rating does
+        without them.
+        """
+        key = (index, hidden_states.device, hidden_states.dtype)
+        if key not in self._local:
+            row = self.layers.index(index)
+            weight = torch.cat([self.surrogate_weight[row], self.gate_weight[row]])
+            self._local[key] = (weight.to(hidden_states.device, hidden_states.dtype),)
+        (weight,) = self._local[key]
+        return functional.linear(hidden_states, weight)
+
+    def read(self, index: int, projected: Tensor) -> Tensor:
+        """Take the part of the ``learned`` scores that is the hidden states'.
+
+        Where the cache is compressed more than once it is noted when a token comes.
+
+        Parameters
+        ----------
+        index : int
+            Of the layer in the model.
+        projected : Tensor [B, N, H + E]
+            See :meth:`project`.
+
+        Returns
+        -------
+        Tensor [B, H, N], float32
+        """
+        *_, bias = self.surrogate(index, projected.device)
+        return projected[..., : self.num_kv_heads].transpose(1, 2) + bias[:, None]
+
+    def scale(self, indices: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Affine maps of all experts of L layers to the common scale: gain, offset [E, L, H]."""
+        key = (tuple(indices), device, "scale")
+        if key not in self._local:
+            rows = [self.layers.index(index) for index in indices]
+            parts = self.gain[rows], self.offset[rows]
+            self._local[key] = tuple(
+                part.to(device, torch.float32).transpose(0, 1).contiguous() for part in parts
+            )
+        gain, offset = self._local[key]
+        return gain, offset
+
+    def gate(self, index: int, like: Tensor, *, backend: str = "auto") -> CalibratedGate:
+        """Give the gate of a layer, for the device and the dtype of some hidden states. Frozen.
+
+        It keeps no history, so that whoever asks for the same one shares it.
+        """
+        key = (index, like.device, like.dtype, backend)
+        if key not in self._gates:
+            gate = CalibratedGate(self, index, backend=backend)
+            self._gates[key] = gate.to(like.device, like.dtype)
+            gate.freeze()
+        return self._gates[key]
+
+
+_fingerprints: weakref.WeakKeyDictionary[PreTrainedModel, str] = weakref.WeakKeyDictionary()
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """Fingerprint of a model, computed once for each object."""
+    if model not in _fingerprints:
+        _fingerprints[model] = fingerprint(model)
+    return _fingerprints[model]
+
+
+def shipped_router(model: PreTrainedModel) -> CalibratedRouter | None:
+    """Find the router that comes with the package for a model.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+
+    Returns
+    -------
+    CalibratedRouter or None
+        None where no fingerprint matches.
+    """
+    folder = SHIPPED / model_fingerprint(model)
+    return _load(folder) if folder.is_dir() else None
+
+
+def load_router(name: str | Path) -> CalibratedRouter:
+    """Load a router that was saved.
+
+    Parameters
+    ----------
+    name : str or path
+        Its folder, or its id on the hub.
+
+    Returns
+    -------
+    CalibratedRouter
+
+    Raises
+    ------
+    ValueError
+        There is none that can be read.
+    """
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # the mixin prints what it reads from
+            router: CalibratedRouter = CalibratedRouter.from_pretrained(name)
+    except (OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"expected the folder or hub id of a calibrated router, got {str(name)!r}, from which "
+            f"none can be read: {error}"
+        ) from error
+    return router
+
+
+_load = functools.lru_cache(maxsize=2)(load_router)

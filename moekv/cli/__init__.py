@@ -1,0 +1,4 @@
+"""The command line: ``main`` reads arguments, each command is a module.
+
+May import everything; nothing imports it.
+"""

@@ -1,0 +1,121 @@
+"""What an expert is."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from moekv.budget import finite_range, kept_pairs
+from moekv.experts.view import LayerView
+from moekv.ops import ScoreKind
+
+
+class Expert(ABC):
+    """A strategy that rates the cached pairs of a layer.
+
+    Attributes
+    ----------
+    name : str
+        How statistics call it.
+    kinds : tuple of ScoreKind
+        What :meth:`scores` takes from ``view.scores_of``. All experts share one pass over the
+        keys.
+    prior : float
+        Log-preference of a router that has learned nothing.
+    comparable : bool
+        Whether the scores of different heads and layers are on one scale already (an estimate of
+        the log of the attention that a key will receive), so that they are taken as they are.
+    finite : bool
+        Whether real pairs never score infinitely (NaN aside), so that nobody has to look.
+    needs_hidden_states : bool
+        Whether it rates only where the hidden states of all pairs are at hand, as after a prefill.
+        Where a cache goes on growing its say goes to the others.
+    waits : bool
+        Whether :meth:`scores` needs neither hidden states nor queries of the view nor what the
+        layer's forward got, so that it can wait for further layers (``LayerView.released``).
+    """
+
+    name: str
+    kinds: tuple[ScoreKind, ...] = ()
+    prior: float = 1.0
+    comparable: bool = False
+    finite: bool = False
+    needs_hidden_states: bool = False
+    waits: bool = False
+
+    def can_rate(self, view: LayerView) -> bool:
+        """Say whether a view has what the expert needs."""
+        return view.aligned or not self.needs_hidden_states
+
+    @abstractmethod
+    def scores(self, view: LayerView) -> Tensor:
+        """Rate the pairs.
+
+        Parameters
+        ----------
+        view : LayerView
+
+        Returns
+        -------
+        Tensor [B, H, T], floating
+            Higher is better. Unless ``comparable``, order and relative distances count: each
+            head's scores are brought to mean 0 and standard deviation 1. NaN ranks last; padding is
+            ignored.
+        """
+
+    def kept(self, length: int, compression_ratio: float) -> int:
+        """Count the pairs of a head that stay where this expert rules a layer alone.
+
+        Parameters
+        ----------
+        length : int
+            Real pairs of the row.
+        compression_ratio : float
+            Of the press.
+
+        Returns
+        -------
+        int
+            At least 1.
+        """
+        return kept_pairs(length, compression_ratio)
+
+
+def scores_by(expert: Expert, view: LayerView) -> Tensor:
+    """Let an expert rate a layer, if it can; otherwise scores are 0.
+
+    Infinite scores of real pairs are brought next to the finite ones of their head: +inf above the
+    highest and -inf below the lowest by their difference (by 1 where there is none). NaN stays.
+
+    Parameters
+    ----------
+    expert : Expert
+    view : LayerView
+
+    Returns
+    -------
+    Tensor [B, H, T], float32
+
+    Raises
+    ------
+    ValueError
+        The expert's scores have another shape, dtype or device.
+    """
+    shape, device = view.keys.shape[:3], view.keys.device
+    if not expert.can_rate(view):
+        return torch.zeros(shape, device=device)
+    scores = expert.scores(view)
+    if scores.shape != shape or scores.device != device or not scores.is_floating_point():
+        raise ValueError(
+            f"expected floating scores {list(shape)} on {device} from expert {expert.name!r}, "
+            f"got {scores.dtype} {list(scores.shape)} on {scores.device}"
+        )
+    scores = scores.float()
+    return scores if expert.finite else _bounded(scores, view.real)
+
+
+def _bounded(scores: Tensor, real: Tensor) -> Tensor:
+    low, high = finite_range(scores, real[:, None], -1)
+    step = torch.where(high > low, high - low, 1.0)
+    scores = torch.where(scores == torch.inf, high + step, scores)
+    return torch.where(scores == -torch.inf, low - step, scores)

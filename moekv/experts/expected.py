@@ -1,0 +1,28 @@
+"""The expert ``expected``."""
+
+import torch
+from torch import Tensor
+
+from moekv.experts.base import Expert
+from moekv.experts.view import LayerView
+
+
+class ExpectedExpert(Expert):
+    """Rates by the attention that a pair can expect, and by the size of what it then gives.
+
+    ``log attention + 1/2 log |value|``: see ``moekv.ops.expected_attention`` for the first.
+    """
+
+    name = "expected"
+    prior = 3.0
+    comparable = True
+    finite = True
+    needs_hidden_states = True
+    waits = True
+
+    def scores(self, view: LayerView) -> Tensor:
+        """Rate by attention and value, see the class."""
+        # Squares are summed up in fp32. The norm itself in fp32 would take three times as long, and
+        # rounding it to bf16 moves its log by 1/256 at most.
+        size: Tensor = torch.linalg.vector_norm(view.values, dim=-1).float()
+        return view.expected().add(size.clamp_(1e-6, 1e30).log_(), alpha=0.5)

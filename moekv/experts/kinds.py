@@ -1,0 +1,17 @@
+"""What experts that rate by one of the native scores have in common."""
+
+from torch import Tensor
+
+from moekv.experts.base import Expert
+from moekv.experts.view import LayerView
+
+
+class KindExpert(Expert):
+    """Rates by the one native score in ``kinds``."""
+
+    finite = True
+    waits = True
+
+    def scores(self, view: LayerView) -> Tensor:
+        """Give the native score as it is."""
+        return view.scores_of(self.kinds[0])

@@ -1,0 +1,117 @@
+"""Experts by name.
+
+====== ================ ========================================================= =========
+order  name             rates a pair by                                           prior
+====== ================ ========================================================= =========
+0      ``aggressive``   closeness to the first 20 % and the last 10 %             -2
+1      ``moderate``     closeness to the first 30 % and the last 20 %             -1
+2      ``conservative`` closeness to the first 50 % and the last 30 %             0
+3      ``selective``    attention that the last window of queries pays            2
+4      ``semantic``     how unlike the other keys its key is                      2
+5      ``temporal``     spread of its channels against what follows, and recency  1
+6      ``expected``     attention that the text's own queries would pay behind it 3
+====== ================ ========================================================= =========
+
+The prior is the log-preference that a router starts with where nothing has been learned: strategies
+that look at the keys come before those that look at positions alone. An expert of the user's
+own has 1, the middle of what it competes with. (``learned``, of calibrated routers, needs their
+weights: see ``moekv.experts.learned``.)
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from moekv.experts.base import Expert
+from moekv.experts.expected import ExpectedExpert
+from moekv.experts.position import PositionExpert
+from moekv.experts.scorer import PressExpert
+from moekv.experts.selective import SelectiveExpert
+from moekv.experts.semantic import SemanticExpert
+from moekv.experts.temporal import TemporalExpert
+
+_REGISTRY: dict[str, Callable[[], Expert]] = {
+    "aggressive": lambda: PositionExpert("aggressive", 0.2, 0.1, prior=-2.0),
+    "moderate": lambda: PositionExpert("moderate", 0.3, 0.2, prior=-1.0),
+    "conservative": lambda: PositionExpert("conservative", 0.5, 0.3, prior=0.0),
+    "selective": SelectiveExpert,
+    "semantic": SemanticExpert,
+    "temporal": TemporalExpert,
+    "expected": ExpectedExpert,
+}
+
+
+def expert_names() -> tuple[str, ...]:
+    """Names in the registry, in its order."""
+    return tuple(_REGISTRY)
+
+
+def register_expert(name: str, factory: Callable[[], Expert]) -> None:
+    """Add an expert to the end of the registry.
+
+    Parameters
+    ----------
+    name : str
+        What ``MoERouterPress(experts=[name])`` then takes.
+    factory : callable without arguments
+        Builds the expert; called once per press.
+
+    Raises
+    ------
+    ValueError
+        If the name is taken.
+    TypeError
+        If the factory cannot be called.
+    """
+    if name in _REGISTRY:
+        raise ValueError(f"expected a new expert name, got {name!r}, which is registered")
+    if not callable(factory):
+        raise TypeError(f"expected a factory that returns an Expert, got {type(factory).__name__}")
+    _REGISTRY[name] = factory
+
+
+def build_experts(items: Sequence[Any]) -> list[Expert]:
+    """Build experts from names, experts and kvpress scorers.
+
+    Parameters
+    ----------
+    items : sequence
+        Each a name in the registry, an :class:`Expert` or a ``kvpress.ScorerPress``.
+
+    Returns
+    -------
+    list of Expert
+
+    Raises
+    ------
+    ValueError
+        A name is unknown, two experts share a name, or there are none.
+    TypeError
+        An item is none of the above.
+    """
+    if isinstance(items, str) or not isinstance(items, Sequence):
+        raise TypeError(f"expected experts to be a list, got {items!r}")
+    experts = [_build(item) for item in items]
+    names = [expert.name for expert in experts]
+    if not experts or len(set(names)) < len(names):
+        raise ValueError(f"expected one or more experts of different names, got {names}")
+    return experts
+
+
+def _build(item: Any) -> Expert:
+    if isinstance(item, Expert):
+        return item
+    if not isinstance(item, type) and callable(getattr(item, "score", None)):
+        return PressExpert(item)
+    if not isinstance(item, str):
+        raise TypeError(
+            "expected an expert to be a name, a moekv.Expert or a kvpress.ScorerPress, "
+            f"got {type(item).__name__}"
+        )
+    if item not in _REGISTRY:
+        raise ValueError(f"expected an expert among {', '.join(_REGISTRY)}, got {item!r}")
+    expert = _REGISTRY[item]()
+    if not isinstance(expert, Expert):
+        raise TypeError(
+            f"expected the factory of {item!r} to return an Expert, got {type(expert).__name__}"
+        )
+    return expert

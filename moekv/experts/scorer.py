@@ -1,0 +1,35 @@
+"""Any kvpress scorer as an expert."""
+
+from typing import Any
+
+from torch import Tensor
+
+from moekv.experts.base import Expert
+from moekv.experts.view import LayerView
+
+
+class PressExpert(Expert):
+    """Any kvpress scorer as an expert; its own ``compression_ratio`` has no say.
+
+    Parameters
+    ----------
+    press : kvpress.ScorerPress
+        Known by its ``score``: nothing of kvpress is imported here.
+    """
+
+    def __init__(self, press: Any) -> None:
+        self.press = press
+        self.name = type(press).__name__
+
+    def scores(self, view: LayerView) -> Tensor:
+        """Call the press's ``score`` with what the hook got."""
+        keys, values = (
+            pairs.reshape(len(view.hidden_states), -1, *pairs.shape[2:])
+            for pairs in (view.keys, view.values)
+        )
+        scores: Tensor = self.press.score(
+            view.module, view.hidden_states, keys, values, view.attentions, dict(view.kwargs)
+        )
+        if scores.shape != keys.shape[:3]:
+            return scores
+        return scores.reshape(view.keys.shape[:3])

@@ -1,0 +1,7 @@
+"""moekv in kvpress: its presses as ours, ours among its.
+
+``press``   ``MoERouterPress`` as a ``kvpress.ScorerPress``
+``ragged``  head-wise presses of kvpress with the memory freed
+
+The only rooms that import kvpress, which need not be installed for anything else.
+"""

@@ -1,0 +1,132 @@
+"""kvpress's head-wise presses with the memory freed.
+
+kvpress masks the keys that a head-wise press evicts, and frees none of them. ``ragged(press)`` lets
+the press decide as it always did, then stores what it keeps, and nothing else.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from kvpress.presses.base_press import BasePress
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from moekv import ops
+from moekv.budget import Kept
+from moekv.cache.ragged import RaggedLayer
+
+
+def ragged(press: BasePress, *, backend: str = "auto") -> "RaggedPress":
+    """Free the memory of what a head-wise kvpress press evicts.
+
+    Parameters
+    ----------
+    press : kvpress.BasePress
+        Any press that sets ``masked_key_indices``: ``AdaKVPress``, ``CriticalAdaKVPress``,
+        ``DMSPress``, ``DuoAttentionPress``, ``KVgradPress``, ``KVzipPress``, ...
+    backend : str
+        Which implementation of the ops to use.
+
+    Returns
+    -------
+    RaggedPress
+        To be used in place of ``press``: the same tokens come out, in less memory.
+
+    Raises
+    ------
+    TypeError
+        If ``press`` is not a kvpress press.
+    """
+    return RaggedPress(press, backend=backend)
+
+
+@dataclass
+class RaggedPress(BasePress):
+    """See :func:`ragged`.
+
+    Parameters
+    ----------
+    press : kvpress.BasePress
+        The head-wise press that decides what stays.
+    backend : str
+        Which implementation of the ops to use.
+    """
+
+    press: BasePress
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if not isinstance(self.press, BasePress):
+            raise TypeError(f"expected a kvpress press, got {type(self.press).__name__}")
+        ops.check_backend(self.backend)
+
+    @property
+    def compression_ratio(self) -> float:
+        """The ratio of the press within."""
+        ratio: float = self.press.compression_ratio
+        return ratio
+
+    @compression_ratio.setter
+    def compression_ratio(self, ratio: float) -> None:
+        self.press.compression_ratio = ratio
+
+    @contextmanager
+    def __call__(self, model: PreTrainedModel) -> Iterator[None]:
+        """Apply the press to every prefill in the block, and store ragged what it keeps.
+
+        Raises
+        ------
+        TypeError
+            If the cache is not a ``DynamicCache`` of dense layers.
+        RuntimeError
+            If the block ran the model and the press masked no keys.
+        """
+        language_model = getattr(model.model, "language_model", model.model)
+        modules = [layer.self_attn for layer in language_model.layers]
+        caches: dict[int, Cache] = {}
+        stored = 0
+
+        def remember_cache(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            if kwargs.get("past_key_values") is not None:
+                caches[module.layer_idx] = kwargs["past_key_values"]
+
+        def store(*_: Any) -> None:
+            nonlocal stored
+            for module in modules:
+                masked = getattr(module, "masked_key_indices", None)
+                if masked is None:
+                    continue
+                layers = caches[module.layer_idx].layers
+                layers[module.layer_idx] = self._compress(layers[module.layer_idx], masked)
+                module.masked_key_indices = None
+                stored += 1
+
+        hooks = [m.register_forward_pre_hook(remember_cache, with_kwargs=True) for m in modules]
+        hooks.append(language_model.register_forward_hook(store))
+        try:
+            with self.press(model):
+                yield
+            store()  # presses that decide after the prefill, as KVzip does
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if caches and not stored and self.compression_ratio > 0:
+            raise RuntimeError(
+                f"{type(self.press).__name__} masked no keys, so nothing was stored ragged; "
+                "ragged() is for head-wise presses such as AdaKVPress"
+            )
+
+    def _compress(self, layer: CacheLayerMixin, masked: Sequence[Tensor]) -> RaggedLayer:
+        keys, values = layer.keys, layer.values
+        if type(layer) is not DynamicLayer or keys is None or values is None:
+            raise TypeError(
+                f"expected a DynamicCache with dense layers, got a {type(layer).__name__}"
+            )
+        kept = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
+        kept[tuple(masked)] = False  # of some presses it is a list
+        return RaggedLayer.compress(keys, values, Kept.from_mask(kept), backend=self.backend)

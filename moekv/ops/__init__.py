@@ -1,0 +1,38 @@
+"""What the kernels compute: native on CPU and CUDA tensors, plain PyTorch anywhere.
+
+``api`` has a file per op: the public function, its shapes, its gradient; ``reference`` the same in
+plain PyTorch; ``checks`` what both expect of their arguments; ``backends`` loads the native
+libraries and chooses. The functions keep the argument order of the schemas and work under
+``torch.compile(fullgraph=True)``.
+
+The ground floor: nothing else of moekv is imported here.
+"""
+
+from moekv.ops.api.expected_attention import expected_attention
+from moekv.ops.api.expert_scores import ScoreKind, expert_scores
+from moekv.ops.api.gating_topk import GatingTopk, gating_topk
+from moekv.ops.api.kv_compact import kv_compact_
+from moekv.ops.api.mix_scores import mix_scores
+from moekv.ops.api.project_tokens import ProjectTokens, project_tokens
+from moekv.ops.api.ragged_attention import ragged_attention
+from moekv.ops.api.select_kept import SelectKept, select_kept
+from moekv.ops.backends import BACKENDS, available_backends, check_backend, cpu_capability
+
+__all__ = [
+    "BACKENDS",
+    "GatingTopk",
+    "ProjectTokens",
+    "ScoreKind",
+    "SelectKept",
+    "available_backends",
+    "check_backend",
+    "cpu_capability",
+    "expected_attention",
+    "expert_scores",
+    "gating_topk",
+    "kv_compact_",
+    "mix_scores",
+    "project_tokens",
+    "ragged_attention",
+    "select_kept",
+]

@@ -1,0 +1,83 @@
+"""The op ``expected_attention``."""
+
+import torch
+from torch import Tensor
+
+from moekv.ops.backends import implementation, register
+
+
+def expected_attention(
+    queries: Tensor,
+    keys: Tensor,
+    start: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    softcap: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Rate pairs by what the queries of their own tokens, and of those before, would look at.
+
+    What follows a text quotes it and goes on from it. A token that comes again asks as it did the
+    first time: its query, as if it stood behind the last token, looks at the pair of the token
+    itself and at the 4 behind it, which say what came next. KVzip [1]_ reads the context again to
+    see these looks; expected attention [2]_ takes the distribution of the queries for the queries
+    themselves.
+
+    With ``a`` the attention of a query: ``score[t]`` is the log of the root of the sum, over the
+    tokens t - 4 ... t of the row, of the mean over the group's heads of ``a[t]`` squared, where the
+    sum is at least 1e-36. Of the softmax's sum over all keys the first 4 keys are terms of their
+    own, 60 more stand for equal parts of the others (``moekv.reference.sample_places``), and the
+    keys that are asked about come on top; up to 64 keys it is the sum itself. A row with padding
+    scores as it does alone. Memory beside the output is O(1) for each head.
+
+    Parameters
+    ----------
+    queries : Tensor [B, Hq, T, D], float32, float16 or bfloat16
+        Of all tokens, rotated to the position behind the last one; or not rotated, where ``keys``
+        are turned back by that position, as products alone count. Hq is a multiple of H.
+    keys : Tensor [B, H, T, D], dtype of ``queries``
+    start : Tensor [B], int32, optional
+        Padding positions at the left of each row. None: no padding.
+    scaling : float
+        Factor of the query-key products, as far as it is not in the keys.
+    softcap : float
+        Logits become ``softcap * tanh(logits / softcap)``; 0: they stay.
+    backend : str
+        One of ``BACKENDS``; ``auto``: native kernels where they are, by the device of ``queries``.
+
+    Returns
+    -------
+    Tensor [B, H, T], float32
+        0 at padding, which is not read. NaN in a (row, head) stays there.
+
+    Raises
+    ------
+    ValueError
+        ``backend`` is unknown, or ``queries`` are elsewhere.
+    RuntimeError
+        The backend is not available, or an argument has a wrong shape, dtype, device or value.
+
+    References
+    ----------
+    .. [1] Kim et al., "KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction",
+       arXiv:2505.23416.
+    .. [2] Devoto et al., "Expected Attention: KV Cache Compression by Estimating Attention from
+       Future Queries Distribution", arXiv:2510.00636.
+    """
+    op = implementation("expected_attention", queries, backend)
+    scores: Tensor = op(queries, keys, start, scaling=scaling, softcap=softcap)
+    return scores
+
+
+def _fake(
+    queries: Tensor,
+    keys: Tensor,
+    start: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    softcap: float = 0.0,
+) -> Tensor:
+    return keys.new_empty(keys.shape[:3], dtype=torch.float32)
+
+
+register("expected_attention", _fake)

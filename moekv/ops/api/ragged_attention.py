@@ -1,0 +1,99 @@
+"""The op ``ragged_attention``."""
+
+from torch import Tensor
+
+from moekv.ops.backends import implementation, register
+
+
+def ragged_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    tail_keys: Tensor | None = None,
+    tail_values: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    scaling: float,
+    softcap: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Attend with a few queries to a cache whose heads keep different numbers of pairs.
+
+    Every query sees all stored rows of its head. Of the dense tail, query i of the last Q positions
+    sees the positions up to its own for which ``mask`` is True. Split-KV flash decoding [1]_: the
+    query heads of a group read each key once.
+
+    Parameters
+    ----------
+    query : Tensor [B, Hq, Q, D], float32, float16 or bfloat16
+        Rotated queries of the last Q positions; Hq is a multiple of H.
+    keys : Tensor [N, D], dtype of ``query``
+        Stored keys of all heads.
+    values : Tensor [N, Dv], dtype of ``query``
+    begin, end : Tensor [B, H], int32
+        Head h of row b owns the stored rows ``begin[b, h]`` to ``end[b, h] - 1``. Heads may be
+        empty, and may share rows, as beams do.
+    tail_keys, tail_values : Tensor [B, H, S, D] and [B, H, S, Dv], optional
+        Positions appended since, the Q of the queries at their end.
+    mask : Tensor, bool, broadcastable to [B, Hq, Q, S], optional
+        True: the query may see the tail position.
+    scaling : float
+        Factor of the query-key products.
+    softcap : float
+        Logits become ``softcap * tanh(logits / softcap)``; 0: they stay.
+    backend : str
+        One of ``BACKENDS``; ``auto``: native kernels where they are, by the device of ``query``.
+
+    Returns
+    -------
+    Tensor [B, Q, Hq, Dv], dtype of ``query``
+        0 for a query that sees nothing.
+
+    Raises
+    ------
+    ValueError
+        ``backend`` is unknown, or ``query`` is elsewhere.
+    RuntimeError
+        The backend is not available, or an argument has a wrong shape, dtype or device. On the CPU
+        also where ``begin`` or ``end`` leave the stored rows; on CUDA they are clamped.
+
+    References
+    ----------
+    .. [1] Dao et al., "Flash-Decoding for long-context inference", 2023.
+    """
+    op = implementation("ragged_attention", query, backend)
+    output: Tensor = op(
+        query,
+        keys,
+        values,
+        begin,
+        end,
+        tail_keys,
+        tail_values,
+        mask,
+        scaling=scaling,
+        softcap=softcap,
+    )
+    return output
+
+
+def _fake(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    tail_keys: Tensor | None = None,
+    tail_values: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    scaling: float,
+    softcap: float = 0.0,
+) -> Tensor:
+    batch, num_query_heads, num_queries, _ = query.shape
+    return query.new_empty(batch, num_queries, num_query_heads, values.shape[1])
+
+
+register("ragged_attention", _fake)

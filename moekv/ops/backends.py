@@ -1,0 +1,193 @@
+"""The native libraries of the ops, and which implementation serves a call.
+
+``torch.ops.moekv.*`` exist once the CPU library is loaded, which importing this module does where
+it has been built; the CUDA library is loaded where torch has CUDA.
+"""
+
+import ctypes
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moekv.ops import reference
+
+BACKENDS = ("auto", "cpu", "cuda", "torch")
+
+_LIB = Path(__file__).parents[1] / "lib"
+_CPU_LIBRARY = _LIB / "libmoekv_cpu.so"
+_CUDA_LIBRARY = _LIB / "libmoekv_cuda.so"
+_BUILD = "run `pip install .` in the source tree, or `cmake -S . -B build && cmake --build build`"
+
+
+def _load(library: Path) -> str | None:
+    """Load a library of ops; None, or why that failed."""
+    if not library.exists():
+        return f"{library} has not been built; {_BUILD}"
+    try:
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        return f"{library} does not load with torch {torch.__version__}: {error}; {_BUILD}"
+    return None
+
+
+def _load_cuda(cpu_failure: str | None) -> str | None:
+    if torch.version.cuda is None:
+        return (
+            f"torch {torch.__version__} is not a CUDA build; "
+            "install one (https://pytorch.org/get-started/locally)"
+        )
+    if not _CUDA_LIBRARY.exists():
+        return (
+            f"{_CUDA_LIBRARY} has not been built; build it where nvcc is, with the CMake option "
+            "-DMOEKV_CUDA=ON or the environment variable MOEKV_CUDA=ON"
+        )
+    # The schemas are in the CPU library.
+    return cpu_failure or _load(_CUDA_LIBRARY)
+
+
+FAILURES: dict[str, str | None] = {"cpu": _load(_CPU_LIBRARY)}
+FAILURES["cuda"] = _load_cuda(FAILURES["cpu"])
+_native = frozenset(name for name, failure in FAILURES.items() if failure is None)
+_meta: Any = None  # the library of the shapes
+if "cpu" in _native:
+    _meta = torch.library.Library("moekv", "IMPL", "Meta")  # type: ignore[no-untyped-call]
+
+
+def available_backends() -> dict[str, str | None]:
+    """Say which backends can be used.
+
+    Returns
+    -------
+    dict
+        For each name of ``BACKENDS`` None if it is available, else why it is not and how to get it.
+    """
+    reasons = dict.fromkeys(BACKENDS) | FAILURES
+    if reasons["cuda"] is None and not torch.cuda.is_available():
+        reasons["cuda"] = "torch finds no CUDA device; check the driver and CUDA_VISIBLE_DEVICES"
+    return reasons
+
+
+def check_backend(name: str) -> None:
+    """Raise unless a backend is known and available.
+
+    Raises
+    ------
+    ValueError
+        ``name`` is none of ``BACKENDS``.
+    RuntimeError
+        The backend is not available; the message says why and how to get it.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"expected backend to be one of {', '.join(BACKENDS)}, got {name!r}")
+    reason = available_backends()[name]
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+
+
+def cpu_capability() -> str | None:
+    """Name the instruction set of the CPU kernels: ``default``, ``avx2``, ``avx512`` or ``amx``.
+
+    The environment variable ``MOEKV_CPU_CAPABILITY`` lowers the choice. None without the library.
+
+    Raises
+    ------
+    ValueError
+        The variable is none of these.
+    """
+    if FAILURES["cpu"] is not None:
+        return None
+    function = ctypes.CDLL(str(_CPU_LIBRARY)).moekv_cpu_capability
+    function.restype = ctypes.c_char_p
+    name: bytes | None = function()
+    if name is None:
+        wanted = os.environ.get("MOEKV_CPU_CAPABILITY")
+        raise ValueError(
+            f"expected MOEKV_CPU_CAPABILITY to be default, avx2, avx512 or amx, got {wanted!r}"
+        )
+    return name.decode()
+
+
+_warned: set[str] = set()
+
+
+def _warn_of_missing(device: str) -> None:
+    """Say once per device that its kernels are missing and PyTorch stands in for them."""
+    reason = FAILURES.get(device)
+    if reason is not None and device not in _warned:
+        _warned.add(device)
+        warnings.warn(
+            f"moekv runs on plain PyTorch, many times slower than its kernels: {reason} "
+            '(backend="torch" asks for it, without this warning)',
+            stacklevel=4,
+        )
+
+
+def implementation(op: str, tensor: Tensor, backend: str) -> Callable[..., Any]:
+    """Find what serves an op's call: the native op, or the reference.
+
+    Parameters
+    ----------
+    op : str
+    tensor : Tensor
+        By whose device ``"auto"`` decides.
+    backend : str
+        One of ``BACKENDS``.
+
+    Returns
+    -------
+    callable
+        With the arguments of the op's schema.
+
+    Raises
+    ------
+    ValueError
+        `backend` is unknown, or the tensor is elsewhere.
+    RuntimeError
+        The backend is not available.
+    """
+    device = tensor.device.type
+    if backend == "torch" or (backend == "auto" and device not in _native):
+        if backend == "auto" and not torch.compiler.is_compiling():
+            _warn_of_missing(device)
+        namespace: Any = reference
+    else:
+        if backend != "auto" and (backend not in _native or backend != device):
+            check_backend(backend)
+            raise ValueError(
+                f"moekv::{op}: backend {backend!r} expected tensors on {backend}, got {device}"
+            )
+        namespace = torch.ops.moekv
+    implementation: Callable[..., Any] = getattr(namespace, op)
+    return implementation
+
+
+def register(
+    op: str,
+    fake: Callable[..., Any],
+    *,
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> None:
+    """Give a native op its shapes and its gradient, where the library is there.
+
+    Parameters
+    ----------
+    op : str
+        Its name in ``torch.ops.moekv``.
+    fake : callable
+        Returns empty outputs, for fake and meta tensors.
+    backward, setup_context : callable, optional
+        As ``torch.library.register_autograd`` takes them.
+    """
+    if _meta is None:
+        return
+    # Meta kernels serve fake tensors too; torch.library.register_fake takes ten times as long to
+    # import, as it looks through all modules for the name of this one.
+    _meta.impl(op, fake)
+    if backward is not None:
+        torch.library.register_autograd(f"moekv::{op}", backward, setup_context=setup_context)

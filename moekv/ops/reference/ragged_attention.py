@@ -1,0 +1,64 @@
+"""Reference of ``ragged_attention``."""
+
+import torch
+from torch import Tensor
+
+from moekv.ops.reference.common import TILE, widened
+
+
+def ragged_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    tail_keys: Tensor | None = None,
+    tail_values: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    scaling: float,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Attention over each head's own stored rows and the dense tail behind them."""
+    batch, num_query_heads, num_queries, _ = query.shape
+    groups = num_query_heads // begin.shape[1]
+    q = widened(query) * scaling
+
+    def fold(
+        state: tuple[Tensor, Tensor, Tensor], scores: Tensor, seen: Tensor, pairs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Add a tile of keys to the running (maximum, sum of weights, weighted values)."""
+        highest, total, mixed = state
+        if softcap > 0:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~seen, -torch.inf)
+        new = torch.maximum(highest, scores.amax(-1, keepdim=True))
+        shift = torch.where(new == -torch.inf, 0.0, new)
+        weights = (scores - shift).exp()
+        keep = (highest - shift).exp()
+        return new, total * keep + weights.sum(-1, keepdim=True), mixed * keep + weights @ pairs
+
+    state = (
+        q.new_full((*q.shape[:3], 1), -torch.inf),
+        q.new_zeros((*q.shape[:3], 1)),
+        q.new_zeros((*q.shape[:3], values.shape[1])),
+    )
+    # Every head looks at all stored rows and ignores those of others: no length has to be known.
+    first, last = (x.repeat_interleave(groups, 1)[:, :, None, None] for x in (begin, end))
+    for tile in range(0, keys.shape[0], TILE):
+        k, v = widened(keys[tile : tile + TILE]), widened(values[tile : tile + TILE])
+        row = torch.arange(tile, tile + k.shape[0], device=keys.device)
+        seen = (row >= first) & (row < last)
+        state = fold(state, q @ k.T, seen, v)
+    if tail_keys is not None and tail_values is not None:
+        k, v = (widened(x).repeat_interleave(groups, 1) for x in (tail_keys, tail_values))
+        num_tail = k.shape[2]
+        position = torch.arange(num_tail, device=keys.device)
+        latest = num_tail - num_queries + torch.arange(num_queries, device=keys.device)
+        seen = position <= latest[:, None]
+        if mask is not None:
+            seen = seen & mask
+        state = fold(state, q @ k.mT, seen, v)
+    _, total, mixed = state
+    output = torch.where(total > 0, mixed / torch.where(total > 0, total, 1.0), mixed)
+    return output.transpose(1, 2).to(query.dtype).contiguous()

@@ -1,0 +1,93 @@
+"""A prompt in chunks, compressed after each."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from moekv.press.press import MoERouterPress
+
+
+def prefill_in_chunks(
+    press: MoERouterPress,
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    *,
+    chunk_size: int,
+    attention_mask: Tensor | None = None,
+    past_key_values: Cache | None = None,
+    **inputs: Any,
+) -> Any:
+    """Fill a cache with a prompt that is fed in chunks, and compress after each.
+
+    The cache never holds more than what stays of the whole prompt and a chunk, where a prefill in
+    one forward holds the whole prompt until it is compressed.
+
+    Parameters
+    ----------
+    press : MoERouterPress
+        Not at work in a block: this opens one for itself.
+    model : PreTrainedModel
+    input_ids : Tensor [B, T]
+        ``generate`` wants a token that the cache has not seen: feed all but the last, and give it
+        the whole.
+    chunk_size : int
+        Tokens of a forward, at least 1.
+    attention_mask : Tensor [B, T], optional
+        0 at padding, which is at the left.
+    past_key_values : Cache, optional
+        An empty ``DynamicCache``; by default a new one.
+    **inputs
+        Further arguments of each forward.
+
+    Returns
+    -------
+    ModelOutput
+        Of the last forward: ``past_key_values`` is the cache, whose layers report the true length,
+        and ``logits``, unless `inputs` say otherwise, are those of the last token [B, 1, vocab].
+
+    Raises
+    ------
+    ValueError
+        `chunk_size` is less than 1, the cache is not empty, or the press streams or has a
+        dominant policy.
+    RuntimeError, TypeError
+        As in a block of the press.
+
+    Examples
+    --------
+    >>> cache = prefill_in_chunks(press, model, ids[:, :-1], chunk_size=1024).past_key_values
+    >>> out = model.generate(ids, past_key_values=cache, max_new_tokens=100)
+    """
+    if chunk_size < 1:
+        raise ValueError(f"expected chunk_size >= 1, got {chunk_size}")
+    if press.streaming or press.policy != "mixture":
+        raise ValueError(
+            "expected streaming=False, as chunks bound the peak already, and policy 'mixture', "
+            f"got {press.streaming} and {press.policy!r}"
+        )
+    cache = DynamicCache(config=model.config) if past_key_values is None else past_key_values
+    if cache.get_seq_length():
+        raise ValueError(f"expected an empty cache, got one that holds {cache.get_seq_length()}")
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs = {"logits_to_keep": 1} | inputs
+    length = input_ids.shape[1]
+    position = torch.arange(length, device=input_ids.device)
+    position_ids = position[None]
+    if attention_mask is not None:
+        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad(), press(model, context_length=length):
+        for begin in range(0, length, chunk_size):
+            end = min(begin + chunk_size, length)
+            out = model(
+                input_ids=input_ids[:, begin:end],
+                attention_mask=None if attention_mask is None else attention_mask[:, :end],
+                position_ids=position_ids[:, begin:end],
+                cache_position=position[begin:end],
+                past_key_values=cache,
+                use_cache=True,
+                **inputs,
+            )
+    return out

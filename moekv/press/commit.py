@@ -1,0 +1,158 @@
+"""From scores to pairs that leave: what is kept, what layers become of it, what is recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from moekv.budget import Kept, select, without_padding
+from moekv.cache.buffers import storage_bytes
+from moekv.cache.caches import cached_pairs, empty_cache, evict, is_static
+from moekv.cache.layer import CompressedLayer
+from moekv.cache.static import compact
+from moekv.press.forward import Plan
+from moekv.press.rating import Rater, Rating, kept_alone, protected
+from moekv.press.stats import Statistics
+
+
+def choose(ratings: Sequence[Rating], plan: Plan) -> list[Kept | None]:
+    """Say what each layer keeps; None where everything stays.
+
+    The one place where a dominant policy and a model's budget wait for the device.
+    """
+    options = plan.options
+    if not plan.evicts:
+        return [None] * len(ratings)
+    if options.policy == "dominant":
+        return list(_choose_by_rulers(ratings, plan))
+    first = ratings[0]
+    num_keys = first.scores.shape[2]
+    totals = plan.keep(first.lengths, num_keys)
+    if first.start is None and totals[0] == num_keys:
+        return [None] * len(ratings)
+    sinks, recent = _protected(first, plan)
+    chosen = select(
+        [r.scores for r in ratings],
+        first.start,
+        totals,
+        budget=plan.budget,
+        sinks=sinks,
+        recent=recent,
+        backend=options.backend,
+    )
+    # Rows may be all padding, so far.
+    chosen = [without_padding(kept, first.start, first.lengths) for kept in chosen]
+    if plan.context_length is not None:
+        chosen = [replace(kept, per_head=None) for kept in chosen]
+    return list(chosen)
+
+
+def _protected(rating: Rating, plan: Plan) -> tuple[int, int]:
+    sinks, recent = protected(rating, plan.options)
+    return sinks, max(recent, plan.recent) if rating.ends else recent
+
+
+def _choose_by_rulers(ratings: Sequence[Rating], plan: Plan) -> list[Kept]:
+    ruling = [r.ruling for r in ratings if r.ruling is not None]
+    rulers = torch.stack([r.to(ruling[0].device) for r in ruling]).tolist()
+    chosen: list[Kept] = []
+    for rating, ruler in zip(ratings, rulers, strict=True):
+        totals = kept_alone(plan.rater.experts[ruler], rating.lengths, plan.options)
+        chosen += select(
+            [rating.scores],
+            rating.start,
+            totals,
+            sinks=0,
+            recent=0,
+            backend=plan.options.backend,
+        )
+    if len({kept.per_head for kept in chosen}) > 1:
+        # Masks are made of one length for all dense layers; ragged ones have their own.
+        chosen = [replace(kept, per_head=None) for kept in chosen]
+    return chosen
+
+
+def apply(
+    cache: Cache, index: int, kept: Kept | None, plan: Plan, run: int | None
+) -> tuple[int, int]:
+    """Let pairs leave a layer of a cache.
+
+    Parameters
+    ----------
+    cache : Cache
+    index : int
+        Of the layer.
+    kept : Kept or None
+    plan : Plan
+    run : int or None
+        Last positions that every head keeps; None: all.
+
+    Returns
+    -------
+    before, after : int
+        Bytes of the layer's storages.
+    """
+    before = after = storage_bytes(*cached_pairs(cache.layers[index]))
+    if is_static(cache):
+        compact(cache, index, kept, backend=plan.options.backend)
+    elif kept is not None:
+        before, after = evict(cache, index, kept, backend=plan.options.backend)
+        layer = cache.layers[index]
+        assert isinstance(layer, CompressedLayer)
+        layer.run = layer.context_length if run is None else run
+    return before, after
+
+
+@contextmanager
+def whole_or_empty(cache: Cache) -> Iterator[None]:
+    """Empty a cache if something breaks down in the block, as for want of memory.
+
+    Half a compressed cache is of no use: begin again with none.
+    """
+    try:
+        yield
+    except BaseException:
+        empty_cache(cache)
+        raise
+
+
+def observe(
+    ratings: Sequence[Rating],
+    rater: Rater,
+    statistics: Statistics,
+    kept: Sequence[Tensor] | None = None,
+) -> None:
+    """Record ratings, and the share [B, T] of heads that keep each position, if any left."""
+    first = 0
+    while first < len(ratings):
+        seen = ratings[first].seen  # of those that were rated together
+        last = first + len(seen.load)
+        shares = None if kept is None else torch.stack(list(kept[first:last]))
+        statistics.observe([r.index for r in ratings[first:last]], seen, shares)
+        first = last
+    rater.routers.take_in(ratings)
+
+
+def record(
+    ratings: Sequence[Rating],
+    kept: Sequence[Kept | None],
+    num_bytes: Iterable[tuple[int, int]],
+    rater: Rater,
+    statistics: Statistics,
+) -> None:
+    """Count what stays of rated layers, and their bytes before and after."""
+    everywhere = torch.ones_like(ratings[0].scores[:, 0])
+    shares = [
+        everywhere.to(r.scores.device) if k is None else k.share()
+        for r, k in zip(ratings, kept, strict=True)
+    ]
+    observe(ratings, rater, statistics, shares)
+    for rating, chosen, change in zip(ratings, kept, num_bytes, strict=True):
+        pairs = rating.scores.shape[1] * sum(rating.lengths)
+        stay = pairs if chosen is None else len(chosen.indices)
+        statistics.count((pairs, stay), change)

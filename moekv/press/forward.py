@@ -1,0 +1,174 @@
+"""One forward of the decoder: what it is of, what its layers hand over, and what happens then."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Cache
+
+from moekv.budget import kept_pairs
+from moekv.experts.view import ViewBuilder
+from moekv.models.hooks import index_of
+from moekv.press.options import Options
+from moekv.press.rating import Rater
+from moekv.press.stats import Statistics
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a forward goes by: nothing of it changes while the forward runs.
+
+    Attributes
+    ----------
+    options : Options
+        As they were when the forward began.
+    rater : Rater
+    statistics : Statistics
+    layers : sequence of nn.Module
+        The attention layers whose pairs may leave, in order.
+    budget : str
+        ``"uniform"``, ``"head"`` or ``"model"``: what ``"auto"`` stands for in this forward.
+    context_length : int or None
+        Length of a prompt in chunks, padding included.
+    recent : int
+        Last positions that stay in any case.
+    """
+
+    options: Options
+    rater: Rater
+    statistics: Statistics
+    layers: Sequence[nn.Module]
+    budget: str
+    context_length: int | None
+    recent: int
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a cache may be compressed more than once."""
+        return self.options.decoding is not None or self.context_length is not None
+
+    @property
+    def evicts(self) -> bool:
+        """Whether pairs may leave at all."""
+        return self.options.evicts
+
+    def keep(self, lengths: Sequence[int], num_tokens: int) -> list[int]:
+        """Pairs of a head in each row that stay of a prompt, of which so many tokens are seen."""
+        options = self.options
+        ahead = 0 if self.context_length is None else self.context_length - num_tokens
+        keep = [kept_pairs(n + ahead, options.compression_ratio) for n in lengths]
+        if options.decoding is not None:
+            keep = [min(n, options.decoding.target) for n in keep]
+        return [min(k, max(n, 1)) for k, n in zip(keep, lengths, strict=True)]
+
+    def run_without_gaps(self, keep: Sequence[int], lengths: Sequence[int]) -> int | None:
+        """Count the last tokens that no head lacks once each row keeps so many of its pairs a head.
+
+        Parameters
+        ----------
+        keep, lengths : sequence of B ints
+            Pairs of a head, on average: those that stay, and those that there were.
+
+        Returns
+        -------
+        int or None
+            None: all of them.
+        """
+        sinks, recent = self.options.sinks, self.recent
+        if self.options.policy == "dominant":
+            sinks = recent = 0
+        runs = [min(recent, k - min(sinks, k)) for k, n in zip(keep, lengths, strict=True) if k < n]
+        return min(runs, default=None)
+
+
+@dataclass
+class Call:
+    """What an attention layer has just done.
+
+    Attributes
+    ----------
+    module : nn.Module
+    hidden_states : Tensor [B, Q, hidden]
+        Its input.
+    cache : Cache
+    kwargs : dict
+        Of its forward.
+    attentions : Tensor or None
+        Attention weights, where the implementation returns them.
+    queries : Tensor [B, Hq, W, D] or None
+        Its last rotated queries, where they were seen.
+    projected : Tensor or None
+        See ``moekv.models.queries.projected_queries``.
+    """
+
+    module: nn.Module
+    hidden_states: Tensor
+    cache: Cache
+    kwargs: dict[str, Any]
+    attentions: Tensor | None
+    queries: Tensor | None
+    projected: Tensor | None
+
+    @property
+    def index(self) -> int:
+        """Of the layer."""
+        return index_of(self.module)
+
+
+class Strategy(ABC):
+    """What a press does while a forward runs: a prefill, one that streams, a cache that grows.
+
+    Parameters
+    ----------
+    plan : Plan
+    view : ViewBuilder
+        Of this forward.
+    """
+
+    asks = False
+    """Whether it wants to see the layers' queries."""
+
+    def __init__(self, plan: Plan, view: ViewBuilder) -> None:
+        self.plan = plan
+        self.view = view
+
+    @abstractmethod
+    def take(self, call: Call) -> None:
+        """Take what a layer has done, and act on it or remember it."""
+
+    @property
+    @abstractmethod
+    def is_done(self) -> bool:
+        """Whether it has seen all that it was to see."""
+
+    def abort(self) -> None:  # noqa: B027  # most have nothing to undo
+        """Leave no half-compressed cache behind: the forward did not come to its end."""
+
+
+@dataclass
+class Forward:
+    """State of a running forward, which ends with it.
+
+    Attributes
+    ----------
+    strategy : Strategy or None
+        None: nothing is to be done, as in a decode step over what was compressed.
+    queries, projected : dict
+        Of each layer, until it hands them over.
+    handle : RemovableHandle
+        Of the hook that ends it.
+    """
+
+    strategy: Strategy | None
+    queries: dict[nn.Module, Tensor] = field(default_factory=dict)
+    projected: dict[nn.Module, Tensor] = field(default_factory=dict)
+    handle: Any = None
+
+    @property
+    def asks(self) -> bool:
+        """Whether the layers' queries are wanted."""
+        return self.strategy is not None and self.strategy.asks

@@ -1,0 +1,153 @@
+"""What a layer that has grown holds, as experts can look at it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moekv.cache.caches import cached_pairs
+from moekv.cache.layer import CompressedLayer
+from moekv.cache.ragged import RaggedLayer
+from moekv.experts.view import LayerView
+from moekv.models.queries import recent_queries
+from moekv.ops import ScoreKind
+
+
+@dataclass
+class Held:
+    """What a layer holds, as dense tensors that are padded at the left.
+
+    Attributes
+    ----------
+    keys, values : Tensor [B, H, L, D]
+    start : Tensor [B, H], int32, or None
+        Padding of each head; None: no padding.
+    lengths : list of B lists of H ints
+        Real pairs of each head.
+    folded : bool
+        Whether heads of one row differ.
+    notes : tuple of two Tensor [B, H, L], or None
+        Of a calibrated router, see ``LayerView``.
+    """
+
+    keys: Tensor
+    values: Tensor
+    start: Tensor | None
+    lengths: list[list[int]]
+    folded: bool
+    notes: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, layer: CompressedLayer, padding: Sequence[int]) -> Held:
+        """Look at a layer.
+
+        Parameters
+        ----------
+        layer : CompressedLayer
+            A ragged one is copied, and the device waited for.
+        padding : sequence of B ints
+            Padding at the left of each row, in positions of the mask.
+        """
+        held = cls._of(layer, padding)
+        if (notes := layer.whole_notes()) is not None:
+            noted = cls._of(notes, padding)
+            before = torch.tensor(padding, device=held.keys.device)[:, None, None]
+            held.notes = noted.keys[..., 0], (noted.values[..., 0] - before).clamp(min=0)
+        return held
+
+    @classmethod
+    def _of(cls, layer: CompressedLayer, padding: Sequence[int]) -> Held:
+        if isinstance(layer, RaggedLayer):
+            keys, values, counts = layer.to_dense()
+            behind = [max(p - layer.context_length, 0) for p in padding]
+            if any(behind):
+                counts = counts - torch.tensor(behind, device=counts.device)[:, None]
+            lengths: list[list[int]] = counts.tolist()
+            longest = keys.shape[2]
+            if all(n == longest for row in lengths for n in row):
+                return cls(keys, values, None, lengths, False)
+            return cls(keys, values, (longest - counts).int(), lengths, True)
+        keys, values = cached_pairs(layer)
+        num_heads, length = keys.shape[1:3]
+        start = None
+        if any(padding):
+            start = torch.tensor(padding, dtype=torch.int32, device=keys.device)
+            start = start[:, None].expand(-1, num_heads)
+        return cls(keys, values, start, [[length - p] * num_heads for p in padding], False)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(B, H, L)."""
+        batch, num_heads, longest, _ = self.keys.shape
+        return batch, num_heads, longest
+
+    def view(
+        self,
+        module: nn.Module,
+        states: Tensor,
+        attentions: Tensor | None,
+        kwargs: Mapping[str, Any],
+        *,
+        kinds: Sequence[ScoreKind],
+        backend: str,
+        rotary: nn.Module | None = None,
+    ) -> LayerView:
+        """Show the layer to experts; where heads differ, each is a row of its own.
+
+        Parameters
+        ----------
+        module : nn.Module
+            The attention layer.
+        states : Tensor [B, N, hidden]
+            Its last inputs.
+        attentions, kwargs
+            As a forward hook gets them.
+        kinds, backend, rotary
+            As in ``moekv.experts.view.ViewBuilder``.
+        """
+        _, num_heads, longest = self.shape
+        states = states[:, -longest:]
+        queries = recent_queries(module, states, kwargs, rotary).to(self.keys.dtype)
+        keys, values, start = self.keys, self.values, self.start
+        lengths, notes = [row[0] for row in self.lengths], self.notes
+        if self.folded:
+            assert start is not None
+            keys, values = keys.flatten(0, 1)[:, None], values.flatten(0, 1)[:, None]
+            queries = queries.reshape(len(keys), -1, *queries.shape[2:])
+            start = start.flatten()
+            lengths = [n for row in self.lengths for n in row]
+            if notes is not None:
+                read, position = (x.flatten(0, 1)[:, None] for x in notes)
+                notes = read, position
+        elif start is not None:
+            start = start[:, 0].contiguous()
+        return LayerView(
+            module=module,
+            hidden_states=states,
+            keys=keys,
+            values=values,
+            queries=queries,
+            start=start,
+            lengths=tuple(lengths),
+            begins=True,
+            ends=True,
+            attentions=attentions,
+            kwargs=kwargs,
+            kinds=kinds,
+            backend=backend,
+            notes=notes,
+            rotary=rotary,
+        )
+
+    def alone(self, keep: Sequence[int]) -> list[int]:
+        """Pairs that an expert alone would keep in each row of the view: all heads lose alike."""
+        alone = []
+        for k, row in zip(keep, self.lengths, strict=True):
+            before = max(sum(row), 1)
+            after = min(before, k * len(row))
+            alone += [max(n * after // before, 1) for n in (row if self.folded else row[:1])]
+        return alone

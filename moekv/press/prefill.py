@@ -1,0 +1,142 @@
+"""A prefill in one forward: all layers are rated, then pairs leave."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import Cache
+
+from moekv.cache.caches import cached_pairs, check_cache, is_static
+from moekv.experts.view import ViewBuilder
+from moekv.models.hooks import check_attention
+from moekv.press.commit import apply, choose, record, whole_or_empty
+from moekv.press.forward import Call, Plan, Strategy
+from moekv.press.growth import adopt, last_states, read_of
+from moekv.press.rating import Look, Rating
+
+TOGETHER = 8
+"""Layers of a prefill that are rated at once: a layer's own share is many small operations."""
+
+
+@dataclass
+class Rated:
+    """A layer of the running prefill, whose cache is not touched before all are rated."""
+
+    cache: Cache
+    index: int
+    keys: weakref.ref[Tensor]
+    states: Tensor | None  # [B, N, hidden], the last inputs, where compression will go on
+    read: Tensor | None  # [B, H, T] fp32, what a calibrated router then has to note
+    look: Look | None
+    rating: Rating | None = None
+
+    @property
+    def done(self) -> Rating:
+        """Its rating, once it is there."""
+        assert self.rating is not None
+        return self.rating
+
+
+class Prefill(Strategy):
+    """Rates every layer when it has run, and commits after the last.
+
+    An exception before that leaves the cache whole.
+    """
+
+    asks = True
+
+    def __init__(self, plan: Plan, view: ViewBuilder) -> None:
+        super().__init__(plan, view)
+        self.rated: list[Rated] = []
+        self.committed = False
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all layers have come, and pairs have left."""
+        return self.committed
+
+    def take(self, call: Call) -> None:
+        """Rate a layer, or remember it until a few can be rated at once."""
+        if call.module is self.plan.layers[0] and not is_static(call.cache):
+            check_cache(call.cache)
+        self.rated.append(self._look_at(call))
+        is_last = call.module is self.plan.layers[-1]
+        unrated = [r for r in self.rated[-TOGETHER:] if r.rating is None]
+        if self._rates_now(len(unrated), is_last):
+            looks = [r.look for r in unrated if r.look is not None]
+            ratings = self.plan.rater.rate(looks, self.plan.options)
+            for r, rating in zip(unrated, ratings, strict=True):
+                r.rating, r.look = rating, None
+            del looks
+        with torch.no_grad():
+            self._act(is_last)
+
+    def _look_at(self, call: Call) -> Rated:
+        plan, module = self.plan, call.module
+        keys, values = cached_pairs(call.cache.layers[call.index])
+        held = weakref.ref(keys)
+        kwargs = call.kwargs
+        if is_static(call.cache):
+            num_tokens = call.hidden_states.shape[1]
+            keys, values = keys[:, :, :num_tokens], values[:, :, :num_tokens]
+            kwargs = kwargs | {"attention_mask": None}  # no padding, and no slots to come
+        if module is not plan.layers[min(len(self.rated), len(plan.layers) - 1)]:
+            raise RuntimeError(
+                "expected the attention layers to run in order, once in a forward, got layer "
+                f"{call.index} out of turn (transformers {transformers.__version__})"
+            )
+        with torch.no_grad():
+            view = self.view(
+                module,
+                call.hidden_states,
+                keys,
+                values,
+                call.attentions,
+                kwargs,
+                window=plan.options.window,
+                kinds=plan.rater.kinds,
+                backend=plan.options.backend,
+                queries=call.queries,
+                projected=call.projected,
+            )
+        call.queries = call.projected = None  # as large as a layer's pairs, and no longer needed
+        look = plan.rater.look(view)
+        states = last_states(plan, call.hidden_states, look.view.lengths)
+        read = read_of(plan, call.index, look.view.read)
+        return Rated(call.cache, call.index, held, states, read, look)
+
+    def _rates_now(self, num_unrated: int, is_last: bool) -> bool:
+        return is_last or num_unrated == TOGETHER
+
+    def _act(self, is_last: bool) -> None:
+        """Do what there is to do behind a layer."""
+        if is_last:
+            rated, self.rated = self.rated, []
+            self._commit(rated)
+            self.committed = True
+
+    def _commit(self, rated: list[Rated]) -> None:
+        """Compress rated layers: all that is likely to fail comes before the first is touched."""
+        if any(r.cache.layers[r.index].keys is not r.keys() for r in rated):
+            raise RuntimeError(
+                "expected the cache as it was when it was rated, got one that another hook has "
+                "changed; kvpress.ComposedPress chains presses"
+            )
+        plan, ratings = self.plan, [r.done for r in rated]
+        kept, num_bytes = choose(ratings, plan), []
+        if any(k is not None and k.per_head is None for k in kept):
+            check_attention(plan.layers[0], "heads or layers of different lengths")
+        run = self._run(ratings[0])
+        with whole_or_empty(rated[0].cache):
+            for r, chosen in zip(rated, kept, strict=True):
+                num_bytes.append(apply(r.cache, r.index, chosen, plan, run))
+                adopt(r.cache, r.index, plan, r.done, chosen, r.states, r.read)
+        record(ratings, kept, num_bytes, plan.rater, plan.statistics)
+
+    def _run(self, rating: Rating) -> int | None:
+        num_keys = rating.scores.shape[2]
+        return self.plan.run_without_gaps(self.plan.keep(rating.lengths, num_keys), rating.lengths)

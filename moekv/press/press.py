@@ -1,0 +1,319 @@
+"""The press: what a user holds. It keeps options, hands out blocks, and reads statistics."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from moekv.calibration.router import CalibratedRouter, load_router
+from moekv.experts.base import Expert
+from moekv.models.hooks import find_layers
+from moekv.press.options import DecodingConfig, Options
+from moekv.press.rating import Rater, name_router
+from moekv.press.session import Session
+from moekv.press.stats import Statistics
+from moekv.routing.base import BaseMoERouter
+
+
+@dataclass
+class MoERouterPress:
+    """Compress KV caches with a router over experts.
+
+    Every token is routed to a few experts. Each expert scores the cached pairs; scores are brought
+    to one scale (mean 0, standard deviation 1 in every head, unless they are comparable as they
+    are) and mixed with the tokens' gate weights. The pairs that rank last leave, and their memory
+    is freed.
+
+    Inside ``with press(model):`` each prefill is compressed once, when its last layer has run: an
+    exception anywhere leaves the cache whole. Until then the full cache is held, so the peak is
+    that of a prefill without compression (see `streaming`). Decoding steps compress nothing unless
+    `decoding` says so (or ``kvpress.DecodingPress`` does). As a part of a kvpress wrapper the press
+    acts on each layer at once.
+
+    Parameters
+    ----------
+    compression_ratio : float
+        Share of the pairs to remove, in [0, 1). A head keeps exactly
+        ``max(1, int(T * (1 - compression_ratio)))`` pairs, of the T real ones of its row, on
+        average over the heads that share a budget; 0 measures and removes nothing.
+    num_experts : int or "auto", optional
+        As many experts from the registry, in its order. ``"auto"``:
+        ``floor(log2(layers * KV heads))``, at least `top_k`, at most all: the more heads, the more
+        kinds of them. If none of `num_experts`, `top_k`, `router_type` and `experts` is given,
+        ``expected`` is shared by all tokens, and ``selective`` and ``semantic`` move it a little;
+        if only others of them are, it is 4.
+    top_k : int, optional
+        Experts per token; 2 unless given.
+    router_type : str or BaseMoERouter, optional
+        A key of ``moekv.routing.registry.ROUTERS``; ``"pikv"`` unless given. Or a router of as many
+        experts, of which every layer gets a copy: so options of one class alone are given.
+    cache_aware : bool
+        Whether a ``"pikv"`` router's choices follow the measured hit rates; other routers have no
+        history. Off, as it changed nothing where it was measured (docs/results.md).
+    policy : str
+        ``"mixture"``: see above. ``"dominant"``: the expert with the highest mean probability over
+        a layer's real tokens rules the layer alone, by its own ``Expert.kept``. Layers of
+        different lengths result, which eager attention cannot serve.
+    budget : str
+        ``"uniform"``: each head keeps the same number, in plain dense layers. ``"head"``: pairs
+        move between the heads of a layer; ``"model"``: between the heads of all layers. Both give
+        ragged layers, which need scores that are comparable across heads (see
+        ``Expert.comparable``). ``"auto"``: ``"model"`` where no experts or routers are asked for,
+        or comparable ones are, or a calibrated router is, unless static caches or eager attention
+        need dense layers; ``"uniform"`` otherwise, and where a cache goes on growing without a
+        calibrated router.
+    backend : str
+        ``"auto"`` (by the device of the tensors), ``"cpu"``, ``"cuda"`` or ``"torch"``.
+    experts : sequence, optional
+        Names, ``Expert`` instances or kvpress scorers, instead of the registry's first
+        `num_experts`.
+    sinks : int
+        First real positions that stay in any case: attention leans on them whatever they
+        say (StreamingLLM).
+    recent : int
+        Last real positions that stay in any case: too few queries have seen them to judge.
+    window : int
+        Last tokens whose queries are observed.
+    decoding : DecodingConfig, optional
+        Compress during decoding, too, so that a cache never exceeds its budget.
+    streaming : bool
+        Trim each layer as it arrives, instead of all after the last. What stays is the same; the
+        peak is the budget and one whole layer, and with a budget over the model an eighth of the
+        budget more. The price of that budget: a selection over all layers so far for every layer,
+        and older ones are copied a few times. An exception halfway leaves the cache empty instead
+        of whole.
+    router : CalibratedRouter, str or None
+        A calibrated router, which brings its own experts and gates; or the folder or hub id of one.
+        It has to see every token in a block of its own.
+        ``"auto"``: the one that comes with the package for the model, if there is one, unless
+        `num_experts`, `top_k`, `router_type`, `experts` or policy ``"dominant"`` ask for something
+        else, or the first cache that the press rates holds tokens that it has not seen (as inside
+        ``kvpress.DecodingPress``); ``get_stats()["router"]`` says which one is at work. None: none.
+
+    Raises
+    ------
+    ValueError
+        An option is unknown or out of range, or excludes another.
+    TypeError
+        An expert is none, or `decoding` is no ``DecodingConfig``.
+    AttributeError
+        An option is set that there is not.
+    RuntimeError
+        The backend is not available.
+
+    Examples
+    --------
+    >>> press = MoERouterPress(compression_ratio=0.5)
+    >>> with press(model):
+    ...     out = model.generate(input_ids, max_new_tokens=100)
+    >>> press.get_stats()["compression"]["ratio"]
+    0.5
+
+    Notes
+    -----
+    Same inputs to a new or reset press give the same outputs, bit for bit. The history of a
+    ``"pikv"`` router is part of its inputs.
+
+    Options may be set later: what is set acts from the next forward on. Experts and routers can be
+    set until something has been rated, and after :meth:`reset_stats`.
+
+    Threads may share a block, each with caches of its own, if all have ended when it does.
+    """
+
+    compression_ratio: float = 0.5
+    num_experts: int | str | None = None
+    top_k: int | None = None
+    router_type: str | BaseMoERouter | None = None
+    cache_aware: bool = False
+    policy: str = "mixture"
+    budget: str = "auto"
+    backend: str = "auto"
+    experts: Sequence[str | Expert | Any] | None = None
+    sinks: int = 4
+    recent: int = 16
+    window: int = 64
+    decoding: DecodingConfig | None = None
+    streaming: bool = False
+    router: CalibratedRouter | str | None = "auto"
+
+    def __post_init__(self) -> None:
+        """Check every option before a model is at hand."""
+        self._lock = threading.Lock()
+        self._given: dict[str, Any] = {}
+        self._checked: Options | None = None
+        self._rater: Rater | None = None
+        self._statistics = Statistics()
+        self._session: Session | None = None
+        self._opening = False
+        self._options()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an option; a router's name is looked up at once."""
+        if not name.startswith("_") and not hasattr(type(self), name):
+            names = ", ".join(field.name for field in fields(self))
+            raise AttributeError(f"expected an option among {names}, got {name!r}")
+        if name == "router" and isinstance(value, str) and value != "auto":
+            value = load_router(value)
+        object.__setattr__(self, name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Take options along, and copies of statistics and routers; not the block, nor the model."""
+        left = {"_lock", "_session", "_opening"}
+        state = {name: value for name, value in self.__dict__.items() if name not in left}
+        state["_statistics"] = copy.copy(self._statistics)
+        state["_rater"] = copy.copy(self._rater)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what was saved."""
+        self.__dict__ |= state
+        self._lock = threading.Lock()
+        self._session, self._opening = None, False
+
+    # --- Options and what is made of them ---------------------------------------------------------
+
+    def _options(self) -> Options:
+        """Options as they are now, checked where one has changed."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        if isinstance(given["experts"], list):
+            given["experts"] = tuple(given["experts"])
+        if self._checked is None or given != self._given:
+            self._checked = Options.of(given, self._checked)
+            self._given = given
+        return self._checked
+
+    def _rater_for(self, options: Options) -> Rater:
+        """Give the rater, which has to be one for these options."""
+        with self._lock:
+            if self._rater is None and self._session is not None:  # reset in a block
+                self._rater = self._make_rater(options, self._session.model)
+            rater = self._rater
+        assert rater is not None
+        if rater.routing != options.routing:
+            raise RuntimeError(
+                "expected experts and routers as they were when statistics began, got others: "
+                "call reset_stats() first, and begin a new block"
+            )
+        return rater
+
+    @staticmethod
+    def _make_rater(options: Options, model: PreTrainedModel) -> Rater:
+        _, layers = find_layers(model)
+        return Rater.of_model(options.routing, model, layers[0].config)
+
+    def _prepare(self, model: PreTrainedModel) -> None:
+        """Get ready for a model.
+
+        Raises
+        ------
+        RuntimeError
+            The press remembers another model, or other experts and routers.
+        ValueError
+            The calibrated router is another model's.
+        """
+        options, rater = self._options(), self._rater
+        if rater is not None and rater.routers:
+            rater.routers.check(find_layers(model)[1])
+            self._rater_for(options)
+        else:
+            self._rater = self._make_rater(options, model)
+
+    # --- The block --------------------------------------------------------------------------------
+
+    @contextmanager
+    def __call__(
+        self, model: PreTrainedModel, *, context_length: int | None = None
+    ) -> Iterator[None]:
+        """Compress the prefills that run in the block.
+
+        Parameters
+        ----------
+        model : PreTrainedModel
+        context_length : int, optional
+            Length of a prompt, padding included, that is fed in several forwards (which
+            ``moekv.prefill_in_chunks`` does). Pairs leave after each, as many as it takes to hold
+            no more than what stays of the whole prompt: the peak is that and a chunk. Layers become
+            ragged, whatever the budget. None: a prefill is one forward.
+
+        Raises
+        ------
+        TypeError
+            The model has no decoder layers with attention, or its cache cannot be served.
+        ValueError
+            All its layers have sliding windows; or eager attention cannot serve what would result.
+        RuntimeError
+            A press is at work on the model, or this one on another; or, from a forward in the
+            block: it cannot be compressed, or nothing was, although something was to be.
+        """
+        with self._lock:
+            if self._session is not None or self._opening:
+                raise RuntimeError("expected a press in one block at a time, got a second one")
+            self._opening = True
+        try:
+            self._prepare(model)
+            self._session = Session(
+                model,
+                options=self._options,
+                rater=self._rater_for,
+                statistics=lambda: self._statistics,
+                context_length=context_length,
+            )
+        finally:
+            self._opening = False
+        try:
+            with self._session.open():
+                yield
+        finally:
+            self._session = None
+
+    # --- Statistics -------------------------------------------------------------------------------
+
+    def get_stats(self) -> dict[str, Any]:
+        """Read what the press has measured since it was made or reset. Waits for the device.
+
+        Returns
+        -------
+        dict
+            ``forward_count``: ratings of the layer that was rated most often: one for each
+            prefill, and for each compression while decoding or between chunks.
+            ``total_aux_loss``: auxiliary losses, summed over layers and forwards;
+            ``avg_aux_loss``: that per forward.
+            ``router``: which kind is at work, and for which model it was calibrated.
+            ``compression``: ``bytes_before``, ``bytes_after``, ``bytes_freed`` of the storages of
+            the layers that the press compressed, and ``ratio``, the exact share of real
+            pairs removed. Where a cache is compressed again, every pair counts once: before,
+            when the compression after its coming is done; after, as long as it stays. Room
+            for tokens to come does not count. (Inside a wrapper such as
+            ``kvpress.DecodingPress`` each compression counts by itself.)
+            ``layer_stats``: for each layer index
+
+            - ``router_stats``: ``expert_usage_ratios`` and ``expert_usage_count`` (how
+              often each expert was chosen, as a share and as a number), ``total_tokens`` (real
+              ones; those of a window that is routed again count again), ``routing_decisions``
+              (choices made, all experts together), ``router_entropy`` (of the probabilities,
+              mean over tokens, nats);
+            - ``expert_compression_stats``: ``expert_usage`` (share of the positions' weight that
+              the expert had), ``compression_ratios`` (share removed of the pairs that it rated,
+              by weight; NaN if it rated none, or if a wrapper evicted), ``cache_hit_rates``
+              (share of the attention of the last ``window`` queries, of 8 where no expert rates by
+              them, that falls on what the expert alone would keep, in [0, 1]: moving average over
+              calls),
+
+            each by the expert's name.
+        """
+        rater = self._rater
+        routing = self._options().routing
+        found = routing.calibrated if rater is None else rater.calibrated
+        calibrated = found if isinstance(found, CalibratedRouter) else None
+        names = [] if rater is None else rater.names
+        return self._statistics.report(names, name_router(routing, calibrated))
+
+    def reset_stats(self) -> None:
+        """Forget everything measured: statistics, routers' histories, and the model they are of."""
+        self._rater, self._statistics = None, Statistics()

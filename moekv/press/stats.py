@@ -1,0 +1,199 @@
+"""Measurements: summed on the device, read when asked for."""
+
+import copy
+import threading
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HIT_RATE_DECAY = 0.9
+"""Share of the old average that a call leaves in the moving average of the hit rates."""
+
+
+@dataclass
+class Observation:
+    """What one rating of L layers measured. E experts, B rows, T cached pairs.
+
+    Attributes
+    ----------
+    num_tokens : int
+        Real tokens that each layer routed.
+    load : Tensor [L, E], int64
+        How often each expert was chosen.
+    entropy : Tensor [L]
+        Sum over the real tokens of the entropy of the router's probabilities, in nats.
+    aux_loss : Tensor [L]
+    shares : Tensor [L, B, T, E], float32
+        How much of each position's score came from each expert: gate weights, 0 at padding.
+    hit_rates : Tensor [L, E], float32
+        Share of the window queries' attention that falls on what each expert alone would keep.
+    """
+
+    num_tokens: int
+    load: Tensor
+    entropy: Tensor
+    aux_loss: Tensor
+    shares: Tensor
+    hit_rates: Tensor
+
+
+class LayerStats:
+    """Sums of one layer's observations.
+
+    Parameters
+    ----------
+    num_experts : int
+    device : torch.device
+    """
+
+    def __init__(self, num_experts: int, device: torch.device) -> None:
+        self.num_calls = 0
+        self.num_tokens = 0
+        self.load = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        # Of shares, of shares that came to a decision and of those removed; entropy; loss.
+        self.sums = torch.zeros(3 * num_experts + 2, device=device)
+        self.hit_rates = torch.zeros(num_experts, device=device)
+
+    @property
+    def aux_loss(self) -> Tensor:
+        """Sum of the auxiliary losses, a scalar."""
+        return self.sums[-1]
+
+    def add(self, load: Tensor, sums: Tensor, hit_rates: Tensor, num_tokens: int) -> None:
+        """Add one rating."""
+        self.load += load
+        self.sums += sums
+        rates = hit_rates
+        self.hit_rates = rates.lerp(self.hit_rates, HIT_RATE_DECAY) if self.num_calls else rates
+        self.num_calls += 1
+        self.num_tokens += num_tokens
+
+    def report(self, names: Sequence[str]) -> dict[str, Any]:
+        """Read the sums: the one place where the device is waited for.
+
+        Parameters
+        ----------
+        names : sequence of E str
+
+        Returns
+        -------
+        dict
+            ``router_stats`` and ``expert_compression_stats``, see ``MoERouterPress.get_stats``.
+        """
+        share, ruled, removed = self.sums[:-2].view(3, -1)
+
+        def per_expert(numbers: Tensor) -> dict[str, Any]:
+            return dict(zip(names, numbers.tolist(), strict=True))
+
+        return {
+            "router_stats": {
+                "expert_usage_ratios": per_expert(self.load / self.load.sum().clamp(min=1)),
+                "expert_usage_count": per_expert(self.load),
+                "total_tokens": self.num_tokens,
+                "routing_decisions": int(self.load.sum()),
+                "router_entropy": float(self.sums[-2]) / max(self.num_tokens, 1),
+            },
+            "expert_compression_stats": {
+                "expert_usage": per_expert(share / share.sum().clamp(min=1)),
+                "compression_ratios": per_expert(removed / ruled),
+                "cache_hit_rates": per_expert(self.hit_rates),
+            },
+        }
+
+
+class Statistics:
+    """What a press has measured on one model. Any thread may add to it.
+
+    Attributes
+    ----------
+    epoch : str
+        Tells these statistics from others: whose a cache layer's pairs are counted in.
+    layers : dict
+        :class:`LayerStats` of each layer, by its index.
+    bytes, pairs : list of two int
+        Before and after compression.
+    """
+
+    def __init__(self) -> None:
+        self.epoch = uuid.uuid4().hex
+        self.layers: dict[int, LayerStats] = {}
+        self.bytes = [0, 0]
+        self.pairs = [0, 0]
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Take a copy that nobody adds to."""
+        with self._lock:
+            state = {name: x for name, x in self.__dict__.items() if name != "_lock"}
+            return copy.deepcopy(state)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what was saved."""
+        self.__dict__ |= state
+        self._lock = threading.Lock()
+
+    def observe(
+        self, indices: Sequence[int], seen: Observation, kept: Tensor | None = None
+    ) -> None:
+        """Add an observation, and which pairs left, to the sums of its layers.
+
+        Parameters
+        ----------
+        indices : sequence of L int
+            Of the layers.
+        seen : Observation
+        kept : Tensor [L, B, T], float32, optional
+            Share of the heads that keep each position. None: nothing was decided.
+        """
+        share = seen.shares.sum((1, 2))
+        ruled = removed = torch.zeros_like(share)
+        if kept is not None:
+            ruled, removed = share, torch.einsum("lbte,lbt->le", seen.shares, 1 - kept)
+        parts = [share, ruled, removed, seen.entropy[:, None], seen.aux_loss[:, None]]
+        sums = torch.cat(parts, -1).unbind()
+        rows = zip(indices, seen.load.unbind(), sums, seen.hit_rates.unbind(), strict=True)
+        with self._lock:
+            for index, load, more, rates in rows:
+                if index not in self.layers:
+                    self.layers[index] = LayerStats(len(load), load.device)
+                self.layers[index].add(load, more, rates, seen.num_tokens)
+
+    def count(self, pairs: tuple[int, int], num_bytes: tuple[int, int]) -> None:
+        """Add pairs and bytes, before and after."""
+        with self._lock:
+            for total, more in ((self.pairs, pairs), (self.bytes, num_bytes)):
+                total[0] += more[0]
+                total[1] += more[1]
+
+    def report(self, names: Sequence[str], router: str) -> dict[str, Any]:
+        """Read everything, see ``MoERouterPress.get_stats``. Waits for the device.
+
+        Parameters
+        ----------
+        names : sequence of E str
+            Of the experts.
+        router : str
+            What is at work.
+        """
+        layers = {i: layer for i, layer in sorted(self.layers.items())}
+        count = max((layer.num_calls for layer in layers.values()), default=0)
+        aux_loss = sum((float(layer.aux_loss) for layer in layers.values()), 0.0)
+        before, after = self.bytes
+        pairs, kept = self.pairs
+        return {
+            "total_aux_loss": aux_loss,
+            "avg_aux_loss": aux_loss / max(count, 1),
+            "forward_count": count,
+            "router": router,
+            "compression": {
+                "bytes_before": before,
+                "bytes_after": after,
+                "bytes_freed": before - after,
+                "ratio": (pairs - kept) / max(pairs, 1),
+            },
+            "layer_stats": {i: layer.report(names) for i, layer in layers.items()},
+        }

@@ -1,0 +1,341 @@
+"""The router that the others derive from, and what a router gives.
+
+A router is called on one layer's hidden states and returns a `RouterOutput`. Its parameters start
+at zero, so a router that nobody calibrated gates by its prior and its history alone, never at
+random.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moekv import ops
+from moekv.routing.losses import switch_loss
+
+MAX_EXPERTS = 256
+
+
+@dataclass
+class RouterOutput:
+    """What a router decides for the tokens of one layer.
+
+    Attributes
+    ----------
+    logits : Tensor
+        `[B, T, E]`, of the gate.
+    weights : Tensor
+        `[B, T, k]` fp32, the gate weights. Rows sum to 1, and to 0 on padding. Slots that a router
+        leaves unused have weight 0.
+    experts : Tensor
+        `[B, T, k]` int32, the expert of each slot, distinct within a token.
+    aux_loss : Tensor
+        Scalar fp32, already multiplied by `aux_loss_weight`.
+    load : Tensor
+        `[E]` int64, how many slots with a weight each expert got from real tokens.
+    entropy : Tensor
+        Scalar fp32, the sum of the entropies of `probs` over the real tokens, in nats.
+    importance : Tensor or None
+        `[B, T]` fp32 in [0, 1], 0 on padding, from routers that estimate it.
+    mask : Tensor or None
+        `[B, T]` bool, True for real tokens; None: all are.
+    temperature : float
+        Of the gate.
+    probs : Tensor
+        `[B, T, E]` fp32, the softmax over the experts; 0 on padding. Computed when first read.
+    shares : Tensor
+        `[B, T, E]` fp32, `weights` by expert; 0 where it was not chosen. Computed when first read.
+    """
+
+    logits: Tensor
+    weights: Tensor
+    experts: Tensor
+    aux_loss: Tensor
+    load: Tensor
+    entropy: Tensor
+    importance: Tensor | None = None
+    mask: Tensor | None = None
+    temperature: float = 1.0
+
+    @cached_property
+    def probs(self) -> Tensor:
+        """Probabilities of the experts, see the class."""
+        return probabilities(self.logits, self.temperature, self.mask)
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """Weights of the experts, see the class."""
+        shares = self.weights.new_zeros(*self.weights.shape[:2], len(self.load))
+        return shares.scatter_(-1, self.experts.long(), self.weights)
+
+
+class Gate(NamedTuple):
+    """The choice of experts for one call, before losses."""
+
+    weights: Tensor  # [B, T, k] fp32
+    experts: Tensor  # [B, T, k] int32
+    load: Tensor  # [E] int64
+    entropy: Tensor  # scalar fp32, of the probabilities
+    balance_loss: Tensor  # scalar fp32, unweighted
+
+
+def probabilities(logits: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
+    """Probabilities `[B, T, E]` in fp32, NaN and infinities treated as in `gating_topk`."""
+    scaled = logits.float() / temperature
+    scaled = scaled.nan_to_num(nan=-torch.inf, posinf=torch.finfo(torch.float32).max)
+    no_finite = (scaled == -torch.inf).all(-1, keepdim=True)
+    probs = scaled.masked_fill(no_finite, 0).softmax(-1)
+    return probs if mask is None else probs.masked_fill(~mask[..., None], 0)
+
+
+def zero_linear(in_features: int, out_features: int) -> nn.Linear:
+    """Make a linear layer of zeros. Elsewhere it is initialised at random first, and so draws."""
+    layer = nn.Linear(in_features, out_features, device="meta")
+    layer.weight = nn.Parameter(torch.zeros(out_features, in_features))
+    layer.bias = nn.Parameter(torch.zeros(out_features))
+    return layer
+
+
+class BaseMoERouter(nn.Module):
+    """Top-k gating: `softmax((h W + b + prior) / temperature)`, the k best, renormalised.
+
+    The projection reads the dtype of the hidden states, everything after it is fp32. W and b
+    start at zero. The auxiliary loss is the Switch Transformer's load-balancing loss.
+
+    Parameters
+    ----------
+    hidden_size : int
+        Size of the hidden states.
+    num_experts : int
+        E, 1 to 256.
+    top_k : int
+        Experts per token, 1 to `num_experts`.
+    prior : sequence of float, optional
+        `[E]`, added to the logits: the log-preferences that hold where nothing was learned.
+    temperature : float
+        Divides the logits; > 0.
+    aux_loss_weight : float
+        Multiplies the auxiliary loss; >= 0.
+    backend : str
+        `"auto"`, `"cpu"`, `"cuda"` or `"torch"`, as in `moekv.ops`.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of its range.
+    RuntimeError
+        If the backend is not available.
+    """
+
+    prior: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        prior: Sequence[float] | None = None,
+        temperature: float = 1.0,
+        aux_loss_weight: float = 0.01,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if hidden_size < 1:
+            raise ValueError(f"expected hidden_size >= 1, got {hidden_size}")
+        if not 1 <= num_experts <= MAX_EXPERTS:
+            raise ValueError(f"expected num_experts between 1 and {MAX_EXPERTS}, got {num_experts}")
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(
+                f"expected top_k between 1 and num_experts = {num_experts}, got {top_k}"
+            )
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise ValueError(f"expected a finite temperature > 0, got {temperature}")
+        if not (aux_loss_weight >= 0 and math.isfinite(aux_loss_weight)):
+            raise ValueError(f"expected a finite aux_loss_weight >= 0, got {aux_loss_weight}")
+        prior = [0.0] * num_experts if prior is None else [float(p) for p in prior]
+        if len(prior) != num_experts or not all(map(math.isfinite, prior)):
+            raise ValueError(f"expected a prior of {num_experts} finite numbers, got {prior}")
+        ops.check_backend(backend)
+        self.hidden_size = hidden_size
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.temperature = temperature
+        self.aux_loss_weight = aux_loss_weight
+        self.backend = backend
+        self.gate = zero_linear(hidden_size, num_experts)
+        self.register_buffer("prior", torch.tensor(prior))
+        self._reads_nothing = False
+        self._routed_alike: RouterOutput | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BaseMoERouter:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._routed_alike = None
+        # Buffers stay fp32 when the router is cast to its layer's dtype: a bf16 moving average
+        # stops moving, and gating_topk takes its bias in fp32.
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                self._buffers[name] = buffer.float()
+        return self
+
+    def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> RouterOutput:
+        """Route every token.
+
+        Parameters
+        ----------
+        hidden_states : Tensor
+            `[B, T, hidden_size]`, floating.
+        mask : Tensor, optional
+            `[B, T]` bool, True for real tokens. All tokens are real without it.
+
+        Returns
+        -------
+        RouterOutput
+
+        Raises
+        ------
+        ValueError
+            If a shape is not the one above, or there is no token.
+        TypeError
+            If the mask is not boolean.
+        """
+        self._check_inputs(hidden_states, mask)
+        if self._reads_nothing and mask is None:
+            return self._route_alike(hidden_states)
+        return self._route(hidden_states, mask)
+
+    def freeze(self) -> BaseMoERouter:
+        """Make the parameters constant, for inference; waits for the device.
+
+        A gate whose weights are zero then no longer reads the hidden states: all tokens are routed
+        alike.
+
+        Returns
+        -------
+        BaseMoERouter
+            This router.
+        """
+        self.eval().requires_grad_(False)
+        rates = type(self)._rate is BaseMoERouter._rate
+        chooses = type(self)._choose is BaseMoERouter._choose
+        self._reads_nothing = rates and chooses and not self.gate.weight.any()
+        self._routed_alike = None
+        return self
+
+    def _route_alike(self, hidden_states: Tensor) -> RouterOutput:
+        """Route one token, which stands for all of them."""
+        shape = hidden_states.shape[:2]
+        known = self._routed_alike
+        if known is not None and known.weights.shape[:2] == shape:
+            return known
+        one = self._route(torch.zeros_like(hidden_states[:1, :1]), None)
+        alike = replace(
+            one,
+            logits=one.logits.expand(*shape, -1),
+            weights=one.weights.expand(*shape, -1),
+            experts=one.experts.expand(*shape, -1),
+            load=one.load * shape.numel(),
+            entropy=one.entropy * shape.numel(),
+        )
+        alike.shares = one.shares.expand(*shape, -1)
+        self._routed_alike = alike
+        return alike
+
+    def _route(self, hidden_states: Tensor, mask: Tensor | None) -> RouterOutput:
+        if mask is not None:
+            # Whatever stands at padding, NaN included, must reach neither results nor gradients.
+            hidden_states = hidden_states.masked_fill(~mask[..., None], 0)
+        logits, importance = self._rate(hidden_states, mask)
+        return self._decide(logits, importance, mask)
+
+    def _decide(
+        self, logits: Tensor, importance: Tensor | None, mask: Tensor | None
+    ) -> RouterOutput:
+        gate = self._choose(logits, mask, importance)
+        return RouterOutput(
+            logits=logits,
+            weights=gate.weights,
+            experts=gate.experts,
+            aux_loss=self.aux_loss_weight * gate.balance_loss,
+            load=gate.load,
+            entropy=gate.entropy,
+            importance=importance,
+            mask=mask,
+            temperature=self.temperature,
+        )
+
+    def update_history(self, hit_rates: Tensor) -> None:
+        """Take the measured cache hit rates `[E]`, each in [0, 1]; this router keeps none."""
+
+    def _rate(self, hidden_states: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Logits `[B, T, E]` and, where a router estimates it, importance `[B, T]` of the tokens.
+
+        Hidden states are 0 at padding.
+        """
+        dtype = hidden_states.dtype
+        bias = (self.gate.bias + self.prior).to(dtype)
+        return F.linear(hidden_states, self.gate.weight.to(dtype), bias), None
+
+    def _choose(self, logits: Tensor, mask: Tensor | None, importance: Tensor | None) -> Gate:
+        gate = self._gate(logits, mask, self.top_k, self._history_bias(), importance)
+        balance_loss = self._balance_loss(mean_over_tokens(gate.prob_sum, mask, logits), gate.load)
+        return Gate(gate.weights, gate.experts, gate.load, gate.entropy, balance_loss)
+
+    def _history_bias(self) -> Tensor | None:
+        return None
+
+    def _gate(
+        self,
+        logits: Tensor,
+        mask: Tensor | None,
+        k: int,
+        bias: Tensor | None = None,
+        importance: Tensor | None = None,
+    ) -> ops.GatingTopk:
+        return ops.gating_topk(
+            logits,
+            bias,
+            mask,
+            importance,
+            k=k,
+            temperature=self.temperature,
+            backend=self.backend,
+        )
+
+    def _balance_loss(self, mean_probs: Tensor, load: Tensor) -> Tensor:
+        return switch_loss(mean_probs, load)
+
+    def _check_inputs(self, hidden_states: Tensor, mask: Tensor | None) -> None:
+        if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"expected hidden_states [batch, tokens, {self.hidden_size}], "
+                f"got {list(hidden_states.shape)}"
+            )
+        if 0 in hidden_states.shape:
+            raise ValueError(f"expected at least one token, got {list(hidden_states.shape)}")
+        if mask is None:
+            return
+        if mask.dtype != torch.bool:
+            raise TypeError(f"expected a bool mask, got {mask.dtype}")
+        if mask.shape != hidden_states.shape[:2]:
+            raise ValueError(
+                f"expected mask {list(hidden_states.shape[:2])}, got {list(mask.shape)}"
+            )
+
+    def extra_repr(self) -> str:
+        """Describe the router in `print(press)`."""
+        return f"num_experts={self.num_experts}, top_k={self.top_k}, temperature={self.temperature}"
+
+
+def mean_over_tokens(prob_sum: Tensor, mask: Tensor | None, logits: Tensor) -> Tensor:
+    """Divide `[E]` sums by the number of real tokens, without asking the device for it."""
+    if mask is None:
+        return prob_sum / max(logits.shape[0] * logits.shape[1], 1)
+    return prob_sum / mask.sum().clamp(min=1)

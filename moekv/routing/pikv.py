@@ -1,0 +1,103 @@
+"""The router `pikv`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moekv.routing.adaptive import AdaptiveRouter
+
+
+class PiKVMoERouter(AdaptiveRouter):
+    """Adaptive gating that prefers the experts whose choices were used.
+
+    The exponential moving average of the measured cache hit rates sets the selection bias: each
+    expert's average minus the mean over the experts, times `history_weight`. The bias moves the
+    choice of experts, not their weights (as in the auxiliary-loss-free balancing of Wang et al.,
+    2024). It changes at every `cache_update_interval`-th update, so that routing is steady in
+    between.
+
+    Parameters
+    ----------
+    cache_aware : bool
+        False: the history is neither kept nor used.
+    cache_update_interval : int
+        Updates of the history per change of the bias; >= 1.
+    history_decay : float
+        Share of the old average that an update keeps, in [0, 1).
+    history_weight : float
+        How much probability one unit of hit rate is worth; >= 0.
+    *args, **options
+        As in `AdaptiveRouter`.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of its range.
+    """
+
+    hit_rate_ema: Tensor
+    history_bias: Tensor
+    num_updates: Tensor
+
+    def __init__(
+        self,
+        *args: Any,
+        cache_aware: bool = True,
+        cache_update_interval: int = 4,
+        history_decay: float = 0.9,
+        history_weight: float = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(*args, **options)
+        if cache_update_interval < 1:
+            raise ValueError(f"expected cache_update_interval >= 1, got {cache_update_interval}")
+        if not 0 <= history_decay < 1:
+            raise ValueError(f"expected history_decay in [0, 1), got {history_decay}")
+        if not (history_weight >= 0 and math.isfinite(history_weight)):
+            raise ValueError(f"expected a finite history_weight >= 0, got {history_weight}")
+        self.cache_aware = cache_aware
+        self.cache_update_interval = cache_update_interval
+        self.history_decay = history_decay
+        self.history_weight = history_weight
+        self.register_buffer("hit_rate_ema", torch.zeros(self.num_experts))
+        self.register_buffer("history_bias", torch.zeros(self.num_experts))
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def update_history(self, hit_rates: Tensor) -> None:
+        """Take the measured cache hit rates into the moving average; stays on the device.
+
+        Parameters
+        ----------
+        hit_rates : Tensor
+            `[E]`, each in [0, 1] (clamped); NaN for an expert that was not measured, whose average
+            stays. The first update sets the average.
+
+        Raises
+        ------
+        ValueError
+            If the shape is not `[E]`.
+        """
+        if hit_rates.shape != (self.num_experts,):
+            raise ValueError(
+                f"expected hit_rates [{self.num_experts}], got {list(hit_rates.shape)}"
+            )
+        if not self.cache_aware:
+            return
+        ema = self.hit_rate_ema
+        rates = hit_rates.to(ema).clamp(0, 1)
+        rates = torch.where(rates.isnan(), ema, rates)
+        # New tensors: another thread may be routing by the old ones.
+        ema = torch.where(self.num_updates == 0, rates, rates.lerp(ema, self.history_decay))
+        self.hit_rate_ema = ema
+        self.num_updates = self.num_updates + 1
+        bias = self.history_weight * (ema - ema.mean())
+        due = self.num_updates % self.cache_update_interval == 0
+        self.history_bias = torch.where(due, bias, self.history_bias)
+
+    def _history_bias(self) -> Tensor | None:
+        return self.history_bias if self.cache_aware else None

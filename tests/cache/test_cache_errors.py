@@ -1,0 +1,200 @@
+"""Caches that cannot be compressed, and what compressed ones refuse."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from quantized import quantized_cache
+from refusals import LENGTH, assert_same, compressed, held, padded, refuse
+from tiny_models import tiny_model, tokens
+from torch import Tensor
+from transformers import Cache, DynamicCache, StaticCache
+
+from moekv import DecodingConfig, MoERouterPress
+from moekv.cache.static import CompactStaticLayer
+
+COMPRESSED = ["uniform", "model"]
+
+
+def static_cache(**options: Any) -> StaticCache:
+    return StaticCache(tiny_model().config, max_cache_len=64, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (quantized_cache, "IdentityLayer"),
+        (lambda: DynamicCache(offloading=True), "offloaded"),
+        (lambda: static_cache(offloading=True), "offloaded"),
+    ],
+)
+def test_caches_that_cannot_be_served(make: Callable[[], Cache], name: str) -> None:
+    cache = make()
+    message = f"StaticCache, got .*{name}"
+    refuse(TypeError, message, tiny_model(), MoERouterPress(), cache)
+    assert not any(layer.is_initialized for layer in cache.layers)
+
+
+@pytest.mark.parametrize(
+    ("options", "block", "what"),
+    [
+        ({"budget": "head"}, {}, "budget 'head'"),
+        ({"budget": "model"}, {}, "budget 'model'"),
+        ({"policy": "dominant"}, {}, "policy 'dominant'"),
+        ({"streaming": True}, {}, "streaming"),
+        ({"decoding": DecodingConfig()}, {}, "compression that goes on"),
+        ({}, {"context_length": LENGTH}, "compression that goes on"),
+        ({}, {}, "rows with padding"),
+    ],
+)
+def test_static_caches_and_layers_of_different_lengths(
+    options: dict[str, Any], block: dict[str, Any], what: str
+) -> None:
+    model, press, cache = tiny_model(), MoERouterPress(**options), static_cache()
+    mask = padded()
+    message = f"DynamicCache for .*{what}.*, got a static cache"
+    for inputs in (
+        ({"attention_mask": mask}, {}) if options | block else ({"attention_mask": mask},)
+    ):
+        with pytest.raises(TypeError, match=message), torch.no_grad(), press(model, **block):
+            model(tokens(2, LENGTH), past_key_values=cache, **inputs)
+    assert not any(layer.is_initialized for layer in cache.layers)
+    with pytest.raises(TypeError, match=message), press(model, **block):
+        model.generate(
+            tokens(2, LENGTH),
+            attention_mask=mask,
+            cache_implementation="static",
+            max_new_tokens=2,
+        )
+
+
+def test_memory_that_runs_out_in_a_static_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, press, cache = tiny_model(), MoERouterPress(), static_cache()
+    compact, layers = CompactStaticLayer.compact, []
+
+    def run_out(layer: CompactStaticLayer, *args: Any, **kwargs: Any) -> None:
+        layers.append(layer)
+        if len(layers) == 2:
+            raise MemoryError("no memory for the second layer")
+        compact(layer, *args, **kwargs)
+
+    monkeypatch.setattr(CompactStaticLayer, "compact", run_out)
+    with pytest.raises(MemoryError), torch.no_grad(), press(model):
+        model(tokens(1, LENGTH), past_key_values=cache)
+    assert len(layers) == 2 and not cache.get_seq_length()
+    monkeypatch.undo()
+    with torch.no_grad(), press(model):
+        model(tokens(1, LENGTH), past_key_values=cache)
+    expected = compressed(model, "uniform")
+    for layer, other in zip(cache.layers, expected.layers, strict=True):
+        assert int(layer.evicted) == LENGTH // 2
+        torch.testing.assert_close(layer.keys[:, :, : LENGTH // 2], other.keys)
+
+
+@pytest.mark.parametrize("budget", COMPRESSED)
+@pytest.mark.parametrize(
+    ("name", "dtype", "batch", "message"),
+    [
+        ("llama", torch.float32, 2, r"new pairs \[1, 2, num_queries, 16\].*got \[2, 2, 1, 16\]"),
+        ("llama", torch.bfloat16, 1, "torch.float32 on cpu like the cache, got torch.bfloat16"),
+        ("llama_mha", torch.float32, 1, r"got \[1, 4, 1, 16\]"),
+        ("qwen3", torch.float32, 1, r"got \[1, 2, 1, 24\]"),
+    ],
+)
+def test_other_tokens_for_a_compressed_cache(
+    budget: str, name: str, dtype: torch.dtype, batch: int, message: str
+) -> None:
+    cache = compressed(tiny_model(), budget, extra=1)
+    before = held(cache)
+    other = tiny_model(name).to(dtype)
+    where = torch.tensor([LENGTH + 1])
+    with pytest.raises(ValueError, match=message), torch.no_grad():
+        other(
+            tokens(batch, 1),
+            past_key_values=cache,
+            cache_position=where,
+            position_ids=where[None],
+        )
+    assert_same(cache, before)
+
+
+@pytest.mark.parametrize("failing", [1, 2], ids=["keys", "values"])
+@pytest.mark.parametrize("budget", COMPRESSED)
+def test_memory_that_runs_out_when_a_layer_grows(
+    budget: str, failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pair, calls = tiny_model(), torch.ones(1, 2, 1, 16), []
+    cache, expected = (compressed(model, budget) for _ in range(2))
+    before = held(cache)
+
+    def run_out(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == failing:
+            raise MemoryError("no memory for one more token")
+        return self.new_zeros(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "new_empty", run_out)
+        with pytest.raises(MemoryError):
+            cache.layers[0].update(pair, pair)
+    assert len(calls) == failing
+    assert_same(cache, before)
+    for each in (cache, expected):
+        each.layers[0].update(pair, pair)
+    assert_same(cache, held(expected))
+
+
+@pytest.mark.parametrize("budget", COMPRESSED)
+def test_crop_into_a_compressed_context(budget: str) -> None:
+    model = tiny_model()
+    cache = compressed(model, budget, extra=3)
+    before, length, run = held(cache), cache.get_seq_length(), 16
+    assert length == LENGTH + 3 and [layer.run for layer in cache.layers] == [run, run]
+    message = f"first {LENGTH} were compressed together, only tokens after them can be removed"
+    for wanted in (-4 - run, length - 4 - run, 0, -length - 1):
+        with pytest.raises(ValueError, match=f"{message}, and the last {run} of them"):
+            cache.crop(wanted)
+        assert_same(cache, before)
+    cache.crop(-2)
+    assert cache.get_seq_length() == length - 2
+    cache.crop(length - 3)
+    context = held(compressed(model, budget))
+    assert_same(cache, context)
+    cache.crop(-run)  # every head has these
+    assert cache.get_seq_length() == LENGTH - run
+    left = [x[:, :, :-run] if x.is_floating_point() else x - run for x in context]
+    assert_same(cache, left)
+    with pytest.raises(ValueError, match="only tokens after them can be removed$"):
+        cache.crop(-1)
+    assert_same(cache, left)
+
+
+def test_ragged_cache_for_code_that_expects_dense_tensors() -> None:
+    cache = compressed(tiny_model(), "model")
+    before = held(cache)
+    eager = tiny_model(attention="eager")
+    where = torch.tensor([[LENGTH]])
+    keys = cache.layers[0].keys
+    for use in (
+        lambda: eager(tokens(1, 1), past_key_values=cache, position_ids=where),
+        lambda: torch.cat([keys, keys], dim=2),
+        lambda: keys.sum(),
+        lambda: keys + 1,
+        lambda: keys[:, :, 3:],
+        lambda: keys[0],
+        lambda: [pair for layer in cache for pair in layer[0]],
+    ):
+        with pytest.raises(TypeError, match=r"to_dense\(\)"), torch.no_grad():
+            use()
+    cache.crop(LENGTH)  # what the first layer got before eager attention gave up
+    assert_same(cache, before)
+
+
+@pytest.mark.parametrize("budget", COMPRESSED)
+def test_reset_of_a_compressed_cache(budget: str) -> None:
+    cache = compressed(tiny_model(), budget)
+    before = held(cache)
+    with pytest.raises(RuntimeError, match="new text with a new cache"):
+        cache.reset()
+    assert_same(cache, before)

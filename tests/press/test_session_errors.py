@@ -1,0 +1,76 @@
+"""Blocks that cannot begin, and forwards in a block that nothing would be made of."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from kvpress import KnormPress
+from refusals import LENGTH, assert_untouched, lengths, refuse_block
+from tiny_models import prefill, tiny_model, tokens
+from transformers import DynamicCache
+
+from moekv import MoERouterPress
+
+
+def test_one_press_in_two_blocks() -> None:
+    model, other, press = tiny_model(), tiny_model("qwen2"), MoERouterPress(budget="uniform")
+    for second in (model, other):
+        with press(model):
+            refuse_block(RuntimeError, "one block at a time", second, press)
+            cache = prefill(model, tokens(1, LENGTH))  # the outer block goes on
+        assert lengths(cache) == [LENGTH // 2] * 2 and cache.get_seq_length() == LENGTH
+    press.reset_stats()
+    assert_untouched(model, press)
+
+
+@pytest.mark.parametrize("outer", [MoERouterPress, KnormPress])
+def test_nested_presses(outer: Callable[..., Any]) -> None:
+    model, press = tiny_model(), MoERouterPress()
+    options = {"budget": "uniform"} if outer is MoERouterPress else {}
+    with outer(compression_ratio=0.5, **options)(model):
+        refuse_block(RuntimeError, "without a press at work", model, press)
+        cache = prefill(model, tokens(1, LENGTH))
+    assert lengths(cache) == [LENGTH // 2] * 2
+    assert_untouched(model, press)
+
+
+def test_cache_changed_by_another_press() -> None:
+    model, press, cache = tiny_model(), MoERouterPress(), DynamicCache()
+    message = "another hook has changed"
+    with pytest.raises(RuntimeError, match=message), press(model), KnormPress(0.25)(model):
+        model(tokens(1, LENGTH), past_key_values=cache)
+    # The other press has done its work, but in the last layer; this one none.
+    assert lengths(cache) == [LENGTH * 3 // 4, LENGTH]
+    assert_untouched(model, press)
+
+
+def test_another_model() -> None:
+    model, press = tiny_model(), MoERouterPress()
+    with press(model):
+        prefill(model, tokens(1, LENGTH))
+    other = tiny_model("qwen2")
+    refuse_block(RuntimeError, r"got another: call reset_stats\(\)", other, press)
+    press.reset_stats()
+    assert_untouched(other, press)
+
+
+def test_no_cache() -> None:
+    model, press = tiny_model(), MoERouterPress()
+    with pytest.raises(RuntimeError, match="use_cache=True"), press(model):
+        model(tokens(1, LENGTH), use_cache=False)
+    assert_untouched(model, press)
+
+
+def test_prefill_outside_of_the_block() -> None:
+    model, press = tiny_model(), MoERouterPress()
+    cache = prefill(model, tokens(1, LENGTH))
+    message = r"compressed nothing: .* got 1 token\(s\) for a cache that holds 40, fed outside"
+    with press(model), torch.no_grad():
+        for step in range(2):
+            with pytest.raises(RuntimeError, match=message):
+                model(tokens(1, 1, seed=step), past_key_values=cache)
+            assert cache.get_seq_length() == LENGTH  # nothing has run
+    assert_untouched(model, press, cache)
+    with press(model):
+        pass  # nothing fed, nothing to complain about

@@ -1,0 +1,143 @@
+"""The gates around the CUDA library: that they can fail, and on what."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import cuda_resources  # noqa: E402
+from cuda_resources import ARCHITECTURES, PTX, Kernel  # noqa: E402
+
+
+def kernels() -> cuda_resources.Kernels:
+    """Kernels with nothing to complain about."""
+    names = [
+        "attention_rows_kernel<__nv_bfloat16, 4>",
+        "kv_compact_kernel<uint4>",
+        "mix_scores_kernel",
+    ]
+    good = Kernel(registers=40, shared=512, wide_loads=2, wide_stores=2, tensor_core=8)
+    return {name: {a: Kernel(**vars(good)) for a in ARCHITECTURES} for name in names}
+
+
+RECORDED = {name: [40] * len(ARCHITECTURES) + [512, 2, 2, 8] for name in kernels()}
+
+
+def test_good_kernels_pass_and_the_table_holds_them() -> None:
+    page = cuda_resources.table(kernels())
+    assert cuda_resources.problems(kernels(), PTX) == []
+    recorded = cuda_resources.recorded_resources(page)
+    assert recorded == RECORDED
+    assert cuda_resources.changes(kernels(), recorded) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "message"),
+    [
+        ("mix_scores_kernel", "stack", 16, "expected no local memory, got 16 bytes"),
+        ("mix_scores_kernel", "local", 3, "expected no local memory, got 0 bytes and 3 accesses"),
+        ("mix_scores_kernel", "generic", 2, "got 2 that do not"),
+        ("kv_compact_kernel<uint4>", "wide_loads", 0, "expected loads of 16 bytes"),
+        ("kv_compact_kernel<uint4>", "wide_stores", 0, "expected stores of 16 bytes"),
+        ("attention_rows_kernel<__nv_bfloat16, 4>", "tensor_core", 0, "tensor core"),
+    ],
+)
+def test_bad_kernels_are_told(name: str, field: str, value: int, message: str) -> None:
+    changed = kernels()
+    setattr(changed[name]["100"], field, value)
+    (problem,) = cuda_resources.problems(changed, PTX)
+    assert problem.startswith(f"{name} on sm_100: ") and message in problem
+
+
+def test_missing_ptx_is_told() -> None:
+    assert cuda_resources.problems(kernels(), {"80"}) == ["expected PTX of sm_120, got none"]
+
+
+def test_missing_architectures_and_kernels_are_told() -> None:
+    changed = kernels()
+    del changed["mix_scores_kernel"]["90"]
+    assert cuda_resources.problems(changed, PTX) == ["mix_scores_kernel: not compiled for sm_90"]
+    assert any("no kernel matches" in x for x in cuda_resources.problems({}, PTX))
+
+
+def test_changes_against_the_record_are_told() -> None:
+    changed = kernels()
+    changed["mix_scores_kernel"]["86"].registers += cuda_resources.REGISTER_SLACK
+    assert cuda_resources.changes(changed, RECORDED) == []
+    changed["mix_scores_kernel"]["86"].registers += 1
+    (more,) = cuda_resources.changes(changed, RECORDED)
+    assert more == "mix_scores_kernel on sm_86: expected 40 registers as recorded, got 49"
+    changed = kernels()
+    changed["mix_scores_kernel"]["80"].shared += 4
+    (more,) = cuda_resources.changes(changed, RECORDED)
+    assert more == "mix_scores_kernel: expected 512 bytes of shared memory as recorded, got 516"
+    changed["new_kernel"] = changed.pop("mix_scores_kernel")
+    assert cuda_resources.changes(changed, RECORDED) == [
+        "mix_scores_kernel: in the table alone",
+        "new_kernel: not in the table",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("field", "what"),
+    [
+        ("wide_loads", "2 loads of 16 bytes"),
+        ("wide_stores", "2 stores of 16 bytes"),
+        ("tensor_core", "8 tensor core instructions"),
+    ],
+)
+def test_fewer_instructions_than_recorded_are_told(field: str, what: str) -> None:
+    changed = kernels()
+    setattr(changed["mix_scores_kernel"]["90"], field, 1)
+    expected = f"mix_scores_kernel: expected {what} as recorded, got 1"
+    assert cuda_resources.changes(changed, RECORDED) == [expected]
+    setattr(changed["mix_scores_kernel"]["90"], field, 9)
+    assert cuda_resources.changes(changed, RECORDED) == []
+
+
+def test_the_committed_table_lists_every_kernel() -> None:
+    recorded = cuda_resources.recorded_resources(cuda_resources.TABLE.read_text())
+    in_sources = set()
+    for path in (ROOT / "csrc" / "cuda").glob("*.cu"):
+        words = path.read_text().replace("(", " ").split()
+        in_sources |= {word for word in words if word.endswith("_kernel")}
+    assert {name.split("<")[0] for name in recorded} == in_sources
+
+
+def test_every_op_is_in_the_checks_that_run_elsewhere() -> None:
+    registered = re.findall(r'm\.def\(\s*"(\w+)\(', (ROOT / "csrc/registration.cpp").read_text())
+    assert len(registered) == len(set(registered)) > 5
+    for tool in ("cuda_link_check.py", "gpu_check.py"):
+        text = (ROOT / "tools" / tool).read_text()
+        assert [op for op in registered if f".{op}(" not in text] == [], tool
+
+
+def test_launchers_neither_allocate_nor_wait() -> None:
+    """All that is asked of the CUDA runtime, and device.h alone asks."""
+    called = {}
+    for path in (ROOT / "csrc").rglob("*.*"):
+        called[path.name] = set(re.findall(r"\b(cuda[A-Z]\w*)\(", path.read_text()))
+    assert called.pop("device.h") == {
+        "cudaDeviceGetAttribute",
+        "cudaFuncSetAttribute",
+        "cudaGetDevice",
+        "cudaGetErrorString",
+        "cudaGetLastError",
+        "cudaMemsetAsync",
+    }
+    assert not set().union(*called.values())
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU")
+def test_gpu_check_says_at_once_that_there_is_no_gpu() -> None:
+    done = subprocess.run(
+        ["make", "gpu-check"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode != 0
+    assert "gpu-check: no NVIDIA GPU is present" in done.stderr
