@@ -11,7 +11,7 @@ Rooms, along the data's way; each imports only from those below it:
 ``models``       what is taken for granted of transformers, and checked
 ``ops``          what the kernels compute
 
-On top stand ``integrations`` (other people's houses) and ``cli``.
+On top stand ``integrations`` (other people's houses) and ``cli``; ``files`` writes files whole.
 """
 
 from importlib import import_module

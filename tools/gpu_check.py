@@ -1,7 +1,7 @@
 """Times every op on a GPU against a copy measured beside it.
 
 Run by ``make gpu-check`` after the tests of the ops. The shapes are those of docs/cuda.md: one
-layer of an 8B model with GQA, bf16, batch 1. Each result is compared with ``moekv.reference``
+layer of an 8B model with GQA, bf16, batch 1. Each result is compared with ``moekv.ops.reference``
 before it is timed; times are medians with cold caches.
 """
 

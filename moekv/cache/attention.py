@@ -3,8 +3,8 @@
 Models look their attention function up by name ("sdpa", "flash_attention_2", ...) at every call.
 :func:`install` wraps each of these functions once: a call that brings :class:`RaggedPairs`, or one
 query for :class:`DensePairs`, goes to ``ragged_attention``. Every other call goes where it went
-before, and whoever watches the layer is told what it asks. That is all that is process-wide: caches
-outlive the blocks in which they were compressed.
+before, and whoever watches the layer is told what it asks. The wrapping stays when a block ends:
+caches outlive the blocks in which they were compressed.
 """
 
 import functools
@@ -68,7 +68,7 @@ def copy_last(query: Tensor, window: int) -> Tensor:
 def _is_step(
     module: nn.Module,
     query: Tensor,
-    keys: Any,
+    keys: DensePairs,
     mask: Tensor | None,
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -80,8 +80,7 @@ def _is_step(
     Only on a CPU, where the native op is faster than SDPA.
     """
     return (
-        isinstance(keys, DensePairs)
-        and _NATIVE
+        _NATIVE
         and keys.layer.backend != "torch"
         and keys.device.type == "cpu"
         and keys.dtype in _DTYPES
@@ -110,7 +109,9 @@ def _serve_compressed_layers(function: Callable[..., Any]) -> Callable[..., Any]
     ) -> Any:
         if isinstance(key, RaggedPairs):
             return attend(module, query, key, attention_mask, **kwargs), None
-        if _is_step(module, query, key, attention_mask, *args, **kwargs):
+        if isinstance(key, DensePairs) and _is_step(
+            module, query, key, attention_mask, *args, **kwargs
+        ):
             return _attend_dense(query, key, value, attention_mask, kwargs.get("scaling")), None
         report(module, query)
         return function(module, query, key, value, attention_mask, *args, **kwargs)

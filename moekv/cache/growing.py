@@ -102,7 +102,7 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
 
     # -- what transformers asks of a layer ---------------------------------------------------------
 
-    @property  # type: ignore[override]
+    @property
     def keys(self) -> Tensor:
         """The keys, [B, H, n, D]."""
         return self._shown(self._keys)
@@ -110,9 +110,9 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
     @keys.setter
     def keys(self, pairs: Tensor | None) -> None:
         if pairs is not None and not self._is_cropped_by(pairs):
-            self._keys = self._key_buffer = pairs.as_subclass(Tensor)  # type: ignore[no-untyped-call]
+            self._keys = self._key_buffer = pairs.as_subclass(Tensor)
 
-    @property  # type: ignore[override]
+    @property
     def values(self) -> Tensor:
         """The values, [B, H, n, Dv]."""
         return self._shown(self._values)
@@ -120,7 +120,7 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
     @values.setter
     def values(self, pairs: Tensor | None) -> None:
         if pairs is not None and not self._is_cropped_by(pairs):
-            self._values = self._value_buffer = pairs.as_subclass(Tensor)  # type: ignore[no-untyped-call]
+            self._values = self._value_buffer = pairs.as_subclass(Tensor)
 
     def _shown(self, pairs: Tensor) -> Tensor:
         return pairs if torch.compiler.is_compiling() else DensePairs.of(pairs, self)

@@ -136,7 +136,7 @@ class CompressedLayer(CacheLayerMixin):
         """
         raise RuntimeError("a compressed cache cannot be reset; begin a new text with a new cache")
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:  # type: ignore[override]
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give batch row b the pairs of row ``beam_idx[b]``."""
         self.batch_select_indices(beam_idx)
 

@@ -61,16 +61,16 @@ class DensePairs(Tensor):
         True positions that are left where this is such a slice.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     layer: GrowingLayer
     crop: int | None
 
     @classmethod
     def of(cls, pairs: Tensor, layer: GrowingLayer, crop: int | None = None) -> DensePairs:
         """Make a view of a tensor that belongs to a layer."""
-        view = pairs.as_subclass(cls)  # type: ignore[no-untyped-call]
+        view = pairs.as_subclass(cls)
         view.layer, view.crop = layer, crop
-        return view  # type: ignore[no-any-return]
+        return view
 
     def __getitem__(self, index: Any) -> Tensor:
         """Index as any tensor; see the class."""
@@ -80,7 +80,7 @@ class DensePairs(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """Copy the numbers alone."""
-        return self.as_subclass(Tensor).clone()  # type: ignore[no-untyped-call, no-any-return]
+        return self.as_subclass(Tensor).clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Save the numbers alone."""

@@ -171,7 +171,7 @@ class RaggedLayer(CompressedLayer):
         return RaggedPairs(self, self.stored_keys.shape[1], self.get_seq_length())
 
     @keys.setter
-    def keys(self, pairs: RaggedPairs | None) -> None:
+    def keys(self, pairs: Any) -> None:
         self._crop_to(pairs)
 
     @property  # type: ignore[override]
@@ -180,10 +180,10 @@ class RaggedLayer(CompressedLayer):
         return RaggedPairs(self, self.stored_values.shape[1], self.get_seq_length())
 
     @values.setter
-    def values(self, pairs: RaggedPairs | None) -> None:
+    def values(self, pairs: Any) -> None:
         self._crop_to(pairs)
 
-    def _crop_to(self, pairs: RaggedPairs | None) -> None:
+    def _crop_to(self, pairs: Any) -> None:
         if pairs is None:  # as transformers' own constructor says
             return
         if not isinstance(pairs, RaggedPairs) or pairs.layer is not self:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import os
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,7 +93,7 @@ class CalibratedRouter(
     Parameters
     ----------
     model : str
-        Fingerprint of the model that it was fitted to (``moekv.fingerprint.fingerprint``).
+        Fingerprint of the model that it was fitted to (``moekv.models.fingerprint.fingerprint``).
     layers : sequence of L ints
         Indices of the model's attention layers that it serves.
     hidden_size, num_kv_heads : int
@@ -291,6 +292,24 @@ def shipped_router(model: PreTrainedModel) -> CalibratedRouter | None:
     """
     folder = SHIPPED / model_fingerprint(model)
     return _load(folder) if folder.is_dir() else None
+
+
+def is_folder(name: str) -> bool:
+    """Say whether a router's name is that of a folder rather than one on the hub.
+
+    Raises
+    ------
+    ValueError
+        It can be nothing else, and there is none.
+    """
+    if os.path.isdir(name):
+        return True
+    if os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ValueError(
+            f"expected the folder or hub id of a calibrated router, got {name!r}, from which none "
+            "can be read: there is no such folder"
+        )
+    return False
 
 
 def load_router(name: str | Path) -> CalibratedRouter:

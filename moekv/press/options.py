@@ -64,7 +64,8 @@ class Routing:
         A key of ``ROUTERS``, or a router that every layer gets a copy of.
     top_k : int
     cache_aware : bool
-    calibrated : CalibratedRouter, "auto" or None
+    calibrated : CalibratedRouter, str or None
+        A name is looked up when a block begins; ``"auto"``: the model's own, if there is one.
     own_choice : bool
         Whether options choose experts or routers; else the default's do.
     backend : str
@@ -110,15 +111,15 @@ class Options:
     streaming: bool
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], before: Options | None = None) -> Options:
+    def of(cls, given: Mapping[str, Any], known: Sequence[Routing] = ()) -> Options:
         """Check what a press was given.
 
         Parameters
         ----------
         given : mapping
             Of every option of the press.
-        before : Options, optional
-            What was checked last: experts that are still the same are not built again.
+        known : sequence of Routing
+            Whose experts are not built again where they are the same.
 
         Raises
         ------
@@ -138,7 +139,7 @@ class Options:
             raise TypeError(f"expected decoding a moekv.DecodingConfig, got {decoding!r}")
         if given["policy"] == "dominant":
             _check_dominant(given)
-        routing = _routing(given, None if before is None else before.routing)
+        routing = _routing(given, known)
         if decoding is not None and routing.experts is not None:
             check_able(routing.experts)
         own = {field.name for field in fields(cls)} - {"routing"}
@@ -169,7 +170,7 @@ def _check_dominant(given: Mapping[str, Any]) -> None:
         )
 
 
-def _routing(given: Mapping[str, Any], before: Routing | None) -> Routing:
+def _routing(given: Mapping[str, Any], known: Sequence[Routing]) -> Routing:
     names = ("num_experts", "top_k", "router_type", "experts")
     chosen = [name for name in names if given[name] is not None]
     chosen += ["policy"] if given["policy"] == "dominant" else []
@@ -180,7 +181,7 @@ def _routing(given: Mapping[str, Any], before: Routing | None) -> Routing:
                 f"expected no {' or '.join(chosen)} beside a calibrated router, which brings its "
                 "own experts and gates; or router=None"
             )
-        if not isinstance(calibrated, CalibratedRouter):
+        if not isinstance(calibrated, CalibratedRouter | str):
             raise TypeError(
                 'expected router a moekv.CalibratedRouter, a name, "auto" or None, got '
                 f"{type(calibrated).__name__}"
@@ -193,8 +194,8 @@ def _routing(given: Mapping[str, Any], before: Routing | None) -> Routing:
     listed = given["experts"]
     listed = tuple(listed) if isinstance(listed, list) else listed
     asked = bool(chosen), listed, given["num_experts"]
-    same = before is not None and before.asked == asked
-    experts = before.experts if same else _experts(given, bool(chosen))  # type: ignore[union-attr]
+    same = [routing.experts for routing in known if routing.asked == asked]
+    experts = same[0] if same else _experts(given, bool(chosen))
     most = len(expert_names() if experts is None else experts)
     if isinstance(router_type, BaseMoERouter):
         top_k = _top_k_of(router_type, experts, given["top_k"])

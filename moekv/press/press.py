@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from moekv.calibration.router import CalibratedRouter, load_router
+from moekv.calibration.router import CalibratedRouter, is_folder, load_router
 from moekv.experts.base import Expert
 from moekv.models.hooks import find_layers
 from moekv.press.options import DecodingConfig, Options
@@ -77,7 +77,9 @@ class MoERouterPress:
         First real positions that stay in any case: attention leans on them whatever they
         say (StreamingLLM).
     recent : int
-        Last real positions that stay in any case: too few queries have seen them to judge.
+        Last real positions that stay in any case: too few queries have seen them to judge. More
+        of them, at most `window`, where a forward asks for the logits of its last tokens
+        (``logits_to_keep``), as assisted decoding does, which may take these back.
     window : int
         Last tokens whose queries are observed.
     decoding : DecodingConfig, optional
@@ -89,7 +91,8 @@ class MoERouterPress:
         and older ones are copied a few times. An exception halfway leaves the cache empty instead
         of whole.
     router : CalibratedRouter, str or None
-        A calibrated router, which brings its own experts and gates; or the folder or hub id of one.
+        A calibrated router, which brings its own experts and gates; or the folder or hub id of one,
+        which a block asks for.
         It has to see every token in a block of its own.
         ``"auto"``: the one that comes with the package for the model, if there is one, unless
         `num_experts`, `top_k`, `router_type`, `experts` or policy ``"dominant"`` ask for something
@@ -120,8 +123,8 @@ class MoERouterPress:
     Same inputs to a new or reset press give the same outputs, bit for bit. The history of a
     ``"pikv"`` router is part of its inputs.
 
-    Options may be set later: what is set acts from the next forward on. Experts and routers can be
-    set until something has been rated, and after :meth:`reset_stats`.
+    Options may be set later: what is set acts from the next forward on. Experts, routers and
+    `backend` can be set until something has been rated, and after :meth:`reset_stats`.
 
     Threads may share a block, each with caches of its own, if all have ended when it does.
     """
@@ -154,16 +157,16 @@ class MoERouterPress:
         self._options()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an option; a router's name is looked up at once."""
+        """Set an option. A folder of a router is read at once, the hub asked in a block alone."""
         if not name.startswith("_") and not hasattr(type(self), name):
             names = ", ".join(field.name for field in fields(self))
             raise AttributeError(f"expected an option among {names}, got {name!r}")
-        if name == "router" and isinstance(value, str) and value != "auto":
+        if name == "router" and isinstance(value, str) and value != "auto" and is_folder(value):
             value = load_router(value)
         object.__setattr__(self, name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Take options along, and copies of statistics and routers; not the block, nor the model."""
+        """Take options and copies of statistics and routers along; not the block, nor the model."""
         left = {"_lock", "_session", "_opening"}
         state = {name: value for name, value in self.__dict__.items() if name not in left}
         state["_statistics"] = copy.copy(self._statistics)
@@ -184,21 +187,25 @@ class MoERouterPress:
         if isinstance(given["experts"], list):
             given["experts"] = tuple(given["experts"])
         if self._checked is None or given != self._given:
-            self._checked = Options.of(given, self._checked)
+            known = [] if self._checked is None else [self._checked.routing]
+            if self._rater is not None:
+                known.append(self._rater.routing)
+            self._checked = Options.of(given, known)
             self._given = given
         return self._checked
 
     def _rater_for(self, options: Options) -> Rater:
         """Give the rater, which has to be one for these options."""
         with self._lock:
-            if self._rater is None and self._session is not None:  # reset in a block
-                self._rater = self._make_rater(options, self._session.model)
-            rater = self._rater
+            rater, session = self._rater, self._session
+            stale = rater is None or (rater.routing != options.routing and not rater.routers)
+            if stale and session is not None:  # reset in a block, or set before anything was rated
+                rater = self._rater = self._make_rater(options, session.model)
         assert rater is not None
         if rater.routing != options.routing:
             raise RuntimeError(
-                "expected experts and routers as they were when statistics began, got others: "
-                "call reset_stats() first, and begin a new block"
+                "expected experts, routers and backend as they were when statistics began, got "
+                "others: call reset_stats() first"
             )
         return rater
 
@@ -217,6 +224,8 @@ class MoERouterPress:
         ValueError
             The calibrated router is another model's.
         """
+        if isinstance(self.router, str) and self.router != "auto":
+            self.router = load_router(self.router)
         options, rater = self._options(), self._rater
         if rater is not None and rater.routers:
             rater.routers.check(find_layers(model)[1])
@@ -308,7 +317,8 @@ class MoERouterPress:
             each by the expert's name.
         """
         rater = self._rater
-        routing = self._options().routing
+        assert self._checked is not None
+        routing = self._checked.routing if rater is None else rater.routing
         found = routing.calibrated if rater is None else rater.calibrated
         calibrated = found if isinstance(found, CalibratedRouter) else None
         names = [] if rater is None else rater.names

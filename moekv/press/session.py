@@ -97,10 +97,13 @@ class Session:
         self._rotary: nn.Module | None = getattr(self.decoder, "rotary_emb", None)
         self._local = threading.local()
         self._has_acted = False
+        self._possible: Options | None = None
         self._check(options())
 
     def _check(self, options: Options) -> None:
         """Refuse what no forward in the block could do."""
+        if options is self._possible:
+            return
         if self._context_length is not None:
             if options.streaming:
                 raise ValueError(
@@ -115,6 +118,7 @@ class Session:
             check_able(self._rater(options).experts)
         if options.budget in ("head", "model") and options.evicts:
             check_attention(self.layers[0], f"budget {options.budget!r}")
+        self._possible = options
 
     # --- The block --------------------------------------------------------------------------------
 
@@ -267,6 +271,10 @@ class Session:
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         num_tokens = 0 if tokens is None else tokens.shape[1]
         num_cached = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+        self._check(options)
+        goes_on = options.decoding is not None or self._context_length is not None
+        if cache is not None and num_cached and goes_on:
+            self._check_grown(options, cache)
         plan = self._plan(options, cache, wanted, num_tokens)
         view = ViewBuilder(self._rotary)
         if cache is not None and num_cached:
@@ -274,6 +282,13 @@ class Session:
             return Growth(plan, view) if plan.goes_on else None
         self._check_prefill(plan, cache, num_tokens, given)
         return Streaming(plan, view) if options.streaming else Prefill(plan, view)
+
+    def _check_grown(self, options: Options, cache: Cache) -> None:
+        """Refuse what cannot be compressed again; do without a router that has not seen all."""
+        check_cache(cache, grown=True)
+        layers = [cache.layers[index_of(module)] for module in self.layers]
+        if not all(isinstance(x, CompressedLayer) and x.whole_notes() for x in layers):
+            self._rater(options).see_unknown_tokens()
 
     def _plan(self, options: Options, cache: Any, wanted: int, num_tokens: int) -> Plan:
         rater = self._rater(options)
@@ -325,13 +340,9 @@ class Session:
         given: Mapping[str, Any],
     ) -> None:
         """Refuse tokens for a cache that holds some, unless all that goes on can be right."""
-        if plan.goes_on:
-            check_cache(cache, grown=True)
-        layers = [cache.layers[index_of(module)] for module in self.layers]
-        if plan.goes_on:
-            if not all(isinstance(x, CompressedLayer) and x.whole_notes() for x in layers):
-                plan.rater.see_unknown_tokens()
-        elif plan.evicts and not self._has_acted and not _is_compressed(layers[0]):
+        first_layer = cache.layers[index_of(self.layers[0])]
+        serves = plan.goes_on or self._has_acted or _is_compressed(first_layer)
+        if plan.evicts and not serves:
             raise RuntimeError(
                 f"MoERouterPress compressed nothing: expected a prefill inside the block, got "
                 f"{num_tokens} token(s) for a cache that holds {num_cached}, fed outside of it"
@@ -350,7 +361,7 @@ class Session:
             )
         position = given.get("cache_position")
         first = num_cached if position is None else int(position[0])
-        if _is_compressed(layers[0]) and first != num_cached:
+        if _is_compressed(first_layer) and first != num_cached:
             raise RuntimeError(
                 f"expected tokens at position {num_cached}, behind what the cache has seen, got "
                 f"{num_tokens} at {first}: their masks would be wrong"

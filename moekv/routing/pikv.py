@@ -53,8 +53,11 @@ class PiKVMoERouter(AdaptiveRouter):
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
-        if cache_update_interval < 1:
-            raise ValueError(f"expected cache_update_interval >= 1, got {cache_update_interval}")
+        counts = isinstance(cache_update_interval, int)
+        if not counts or isinstance(cache_update_interval, bool) or cache_update_interval < 1:
+            raise ValueError(
+                f"expected cache_update_interval an integer >= 1, got {cache_update_interval!r}"
+            )
         if not 0 <= history_decay < 1:
             raise ValueError(f"expected history_decay in [0, 1), got {history_decay}")
         if not (history_weight >= 0 and math.isfinite(history_weight)):

@@ -55,8 +55,12 @@ def test_routers_that_are_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    for name in (tmp_path / "nowhere", "nobody/nothing", tmp_path):  # the last is empty
+    for name in (tmp_path / "nowhere", "./nowhere", "a/b/c", tmp_path):  # the last is empty
         refuse_name(name)
+    press = MoERouterPress(router="nobody/nothing")  # a constructor asks no hub
+    message = "hub id of a calibrated router, got 'nobody/nothing', .*none can be read"
+    with pytest.raises(ValueError, match=message), press(tiny_model()):
+        pass
     with pytest.raises(ValueError, match="config.json cannot be found"):
         MoERouterPress(router=str(tmp_path))
     assert capsys.readouterr().out == ""

@@ -34,7 +34,7 @@ NAN, INF = float("nan"), float("inf")
         ([KnormPress(), KnormPress()], ValueError),
     ],
 )
-def test_what_is_no_expert(experts: Any, error: type[Exception]) -> None:
+def test_experts_that_are_none(experts: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="expected"):
         MoERouterPress(experts=experts)
 

@@ -1,7 +1,7 @@
 """Inputs for every op, and what must hold of the result.
 
 Each case makes its own inputs (seeded by its fields), each checker runs an implementation of the
-op with the signature of its schema and compares with ``moekv.reference`` in fp64. Nothing here
+op with the signature of its schema and compares with ``moekv.ops.reference`` in fp64. Nothing here
 needs the native library, so any implementation can be checked: native, PyTorch, or a simulated
 kernel.
 

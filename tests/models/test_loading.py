@@ -1,4 +1,4 @@
-"""Where models come from. What the default model then says: tests/integration/test_demo.py."""
+"""Where models come from. What the default model then says: tests/cli/test_demo.py."""
 
 import hashlib
 import subprocess

@@ -13,11 +13,9 @@ from transformers import DynamicCache
 from moekv import DecodingConfig, MoERouterPress, PiKVMoERouter, TopKBalancedRouter
 from moekv.ops import available_backends, backends
 
-GOES_ON = [{"decoding": DecodingConfig()}, {"context_length": LENGTH}]
-
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, float("nan")])
-def test_ratio_out_of_range(ratio: float) -> None:
+def test_compression_ratio_out_of_range(ratio: float) -> None:
     message = r"compression_ratio in \[0, 1\).*got"
     with pytest.raises(ValueError, match=message):
         MoERouterPress(ratio)
@@ -60,7 +58,7 @@ def test_number_of_experts(number: Any) -> None:
         (functools.partial(TopKBalancedRouter, 64, 4), "balance_mode", "best", "entropy"),
     ],
 )
-def test_unknown_names(make: Callable[..., Any], option: str, value: Any, choices: str) -> None:
+def test_unknown_choices(make: Callable[..., Any], option: str, value: Any, choices: str) -> None:
     with pytest.raises(ValueError, match=f"{choices}.*, got 'best'"):
         make(**{option: value})
 
@@ -100,15 +98,19 @@ def test_decoding_options(number: Any) -> None:
         refuse_block(ValueError, message, tiny_model(), MoERouterPress(), context_length=number)
 
 
-@pytest.mark.parametrize("options", GOES_ON)
-def test_compression_that_goes_on_and_the_dominant_policy(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("options", "block"),
+    [({"decoding": DecodingConfig()}, {}), ({}, {"context_length": LENGTH})],
+)
+def test_compression_that_goes_on_and_the_dominant_policy(
+    options: dict[str, Any], block: dict[str, Any]
+) -> None:
     message = "'mixture' where compression goes on.*got 'dominant'"
-    if "decoding" in options:
-        with pytest.raises(ValueError, match=message):
-            MoERouterPress(policy="dominant", **options)
-    else:
-        press = MoERouterPress(policy="dominant")
-        refuse_block(ValueError, message, tiny_model(), press, **options)
+    with (
+        pytest.raises(ValueError, match=message),
+        MoERouterPress(policy="dominant", **options)(tiny_model(), **block),
+    ):
+        pytest.fail("the block began")
 
 
 @pytest.mark.parametrize("name", ["cache_aware", "streaming"])
@@ -117,7 +119,7 @@ def test_flags_that_are_none(name: str) -> None:
         MoERouterPress(**{name: "no"})
 
 
-def test_unknown_backend() -> None:
+def test_press_of_an_unknown_backend() -> None:
     with pytest.raises(ValueError, match="auto, cpu, cuda, torch, got 'tpu'"):
         MoERouterPress(backend="tpu")
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels, simulated, against ``moekv.reference``, and under many schedules."""
+"""The CUDA kernels, simulated, against ``moekv.ops.reference``, and under many schedules."""
 
 import dataclasses
 from types import ModuleType

@@ -134,6 +134,7 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
         (kept,) = choose([rating], plan)
         before = storage_bytes(keys, values)
         if kept is not None:
+            assert kept.per_head is not None
             shape = (*kept.shape[:2], kept.per_head, -1)
             keys, values = (gather_rows(x, kept.rows()).view(shape) for x in (keys, values))
         after = storage_bytes(keys, values)
@@ -212,12 +213,17 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
 
     def _builder(self, kwargs: dict[str, Any]) -> ViewBuilder:
         """Give the forward's view builder: its layers share their rotations, and nobody else."""
-        known, builder = getattr(self, "_seen", (None, None))
         shared = kwargs["position_embeddings"][0]
-        if builder is None or known() is not shared:
-            builder = ViewBuilder()
-            self._seen = weakref.ref(shared), builder
-        return builder
+        seen: tuple[weakref.ref[Tensor], ViewBuilder] | None = getattr(self, "_seen", None)
+        if seen is None or seen[0]() is not shared:
+            seen = self._seen = weakref.ref(shared, self._forget), ViewBuilder()
+        return seen[1]
+
+    def _forget(self, ended: weakref.ref[Tensor]) -> None:
+        """Hold nothing of a forward that is over."""
+        seen = getattr(self, "_seen", None)
+        if seen is not None and seen[0] is ended:
+            del self._seen
 
     def __getstate__(self) -> dict[str, Any]:
         """Take no forward along."""

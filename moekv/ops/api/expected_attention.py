@@ -26,7 +26,7 @@ def expected_attention(
     With ``a`` the attention of a query: ``score[t]`` is the log of the root of the sum, over the
     tokens t - 4 ... t of the row, of the mean over the group's heads of ``a[t]`` squared, where the
     sum is at least 1e-36. Of the softmax's sum over all keys the first 4 keys are terms of their
-    own, 60 more stand for equal parts of the others (``moekv.reference.sample_places``), and the
+    own, 60 more stand for equal parts of the others (``sample_places`` of the reference), and the
     keys that are asked about come on top; up to 64 keys it is the sum itself. A row with padding
     scores as it does alone. Memory beside the output is O(1) for each head.
 
