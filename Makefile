@@ -3,12 +3,14 @@
 # Variables:  PYTHON  the interpreter that makes .venv (3.10 or later)
 #             TORCH   what pip installs as torch; any release from 2.10 on, CPU or CUDA
 #             MOEKV_CUDA=AUTO|ON|OFF  whether the CUDA library is built (AUTO: with nvcc, for a torch with CUDA)
+#             JOBS    processes that run the tests, by default one for each core
 #             ARGS    arguments of the demo or of pytest, e.g.  make test ARGS="-k select_kept"
 # pip is used as it is configured (PIP_* variables, pip.conf).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 ARGS ?=
+JOBS ?= auto
 # What the CUDA library is tried with; the compiler is of the same release.
 CUDA_TORCH ?= torch==2.14.1
 cuda_compiler := $(addsuffix ==13.0.*,nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt \
@@ -24,21 +26,28 @@ cpp := $(shell find csrc $(wildcard tests benchmarks) -name '*.h' -o -name '*.cp
 torch := $(VENV)/.torch-$(shell echo '$(TORCH)' | cksum | cut -d ' ' -f 1)
 installed := $(VENV)/.installed
 
-.PHONY: demo test lint format install clean FORCE
+.PHONY: demo test test-fast lint format install clean FORCE
 .PHONY: bench bench-cpp instructions instructions-check
 .PHONY: cuda-build cuda-check cuda-resources cuda-link-check gpu-check
 
 demo: $(installed)  ## compress the cache of a real model and show what comes out
 	$(python) -m moekv demo $(ARGS)
 
-test: $(installed)  ## the whole test suite
-	$(python) -m pytest $(ARGS)
+# A process per core with a thread each: the tests' models are small, and threads only wait.
+pytest := OMP_NUM_THREADS=1 $(python) -m pytest --dist loadgroup -n $(JOBS)
 
-lint: $(installed)  ## formatting, lint and types, all blocking
+test: $(installed)  ## the whole test suite
+	$(pytest) $(ARGS)
+
+test-fast: $(installed)  ## what answers in seconds: all but builds, compiled graphs, real models and long lives
+	$(pytest) -m 'not slow' $(ARGS)
+
+lint: $(installed)  ## formatting, lint, types and which room imports which, all blocking
 	$(VENV)/bin/clang-format --dry-run --Werror $(cpp)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-logo
 
 format: $(installed)  ## rewrite the sources as `make lint` wants them
 	$(VENV)/bin/clang-format -i $(cpp)
@@ -89,11 +98,11 @@ gpu-check:  ## on a machine with a GPU: the tests of ops and press on it, and wh
 	    { echo 'gpu-check: no NVIDIA GPU is present (nvidia-smi -L finds none)' >&2; exit 1; }
 	MOEKV_CUDA=OFF $(MAKE) VENV=.venv-cuda TORCH=$(CUDA_TORCH) install  # cuda-build builds both
 	$(MAKE) VENV=.venv-cuda TORCH=$(CUDA_TORCH) cuda-build
-	.venv-cuda/bin/python -m pytest $(wildcard tests/test_ops_*.py) tests/test_press_cuda.py
+	.venv-cuda/bin/python -m pytest tests/ops tests/press/test_press_cuda.py
 	@if command -v compute-sanitizer >/dev/null; then \
 	    for tool in memcheck racecheck synccheck; do \
 	        compute-sanitizer --tool $$tool --error-exitcode 1 \
-	            .venv-cuda/bin/python -m pytest -q -k cuda $(wildcard tests/test_ops_*.py) || exit 1; \
+	            .venv-cuda/bin/python -m pytest -q -k cuda tests/ops || exit 1; \
 	    done; \
 	else echo 'gpu-check: no compute-sanitizer, going on without'; fi
 	.venv-cuda/bin/python tools/gpu_check.py

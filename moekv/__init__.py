@@ -14,8 +14,9 @@ Rooms, along the data's way; each imports only from those below it:
 On top stand ``integrations`` (other people's houses) and ``cli``; ``files`` writes files whole.
 """
 
+from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from moekv.cache.storage import load_cache, save_cache
@@ -91,9 +92,24 @@ def __getattr__(name: str) -> Any:
         _HOMES[name] = _find_press()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"moekv.{_HOMES[name]}"), name)
+    try:
+        module = import_module(f"moekv.{_HOMES[name]}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "kvpress":
+            raise
+        return _needs_kvpress(name)
+    value = getattr(module, name)
     globals()[name] = value
     return value
+
+
+def _needs_kvpress(name: str) -> Callable[..., Any]:
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        raise ImportError(
+            f"moekv.{name} wraps presses of kvpress, which is not installed: pip install kvpress"
+        )
+
+    return refuse
 
 
 def _find_press() -> str:

@@ -18,6 +18,22 @@ hypothesis.settings.register_profile("moekv", deadline=None, derandomize=True, m
 hypothesis.settings.load_profile("moekv")
 
 
+SLOW_FOLDERS = ("benchmarks", "simt", "tools")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is slow, and what shares something large: that runs in one process."""
+    for item in items:
+        folder = item.path.parent.name
+        uses = getattr(item, "fixturenames", ())
+        if folder in SLOW_FOLDERS or "real_model" in uses:
+            item.add_marker(pytest.mark.slow)
+        if folder == "simt":
+            item.add_marker(pytest.mark.xdist_group("simt"))
+        if "real_model" in uses:
+            item.add_marker(pytest.mark.xdist_group("real model"))
+
+
 @pytest.fixture(params=TARGETS, ids=str)
 def target(request: pytest.FixtureRequest) -> Target:
     """Every backend on every device that is there."""

@@ -181,19 +181,6 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
         self._keys = self._key_buffer = self._keys[indices]
         self._values = self._value_buffer = self._values[indices]
 
-    def offload(self) -> None:
-        """Move the pairs to the CPU, and give up the room behind them."""
-        self._move("cpu")
-
-    def prefetch(self) -> None:
-        """Move offloaded pairs back."""
-        if self._keys.device != self.device:
-            self._move(self.device)
-
-    def _move(self, device: torch.device | str) -> None:
-        self._keys = self._key_buffer = self._keys.to(device, non_blocking=True)
-        self._values = self._value_buffer = self._values.to(device, non_blocking=True)
-
     # -- what moekv asks of a layer ----------------------------------------------------------------
 
     def pairs(self) -> tuple[Tensor, Tensor]:

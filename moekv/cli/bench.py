@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
         There is no source tree, or something that the benchmark needs is not installed or not to be
         had: a file, or the hub.
     """
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / "benchmarks" / "quality").is_dir():
         raise CommandError(
             "this installation has no benchmark; run `python -m moekv bench` in a source tree"

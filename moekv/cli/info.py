@@ -15,6 +15,7 @@ from rich.table import Table
 from moekv import __version__, ops
 from moekv.cli.main import make_console
 
+PACKAGE = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "kvpress")
 
 
@@ -27,13 +28,13 @@ def run(args: argparse.Namespace) -> None:
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
-    facts.add_row("moekv", f"{__version__}  {Path(__file__).parent}")
+    facts.add_row("moekv", f"{__version__}  {PACKAGE}")
     facts.add_row("Python", f"{platform.python_version()}, {platform.platform()}")
     for package in PACKAGES:
         facts.add_row(package, importlib.metadata.version(package))
     facts.add_row("CPU", f"{torch.get_num_threads()} threads; torch: {_torch_capability()}")
     facts.add_row("CPU kernels", _cpu_kernels(ops.cpu_capability()))
-    facts.add_row("CUDA library", cuda_library(Path(__file__).parent / "lib" / "libmoekv_cuda.so"))
+    facts.add_row("CUDA library", cuda_library(PACKAGE / "lib" / "libmoekv_cuda.so"))
     facts.add_row("CUDA devices", _cuda_devices())
 
     backends = Table(box=None, padding=(0, 2, 0, 0))

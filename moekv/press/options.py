@@ -199,6 +199,11 @@ def _routing(given: Mapping[str, Any], known: Sequence[Routing]) -> Routing:
     most = len(expert_names() if experts is None else experts)
     if isinstance(router_type, BaseMoERouter):
         top_k = _top_k_of(router_type, experts, given["top_k"])
+        if given["cache_aware"] and not getattr(router_type, "cache_aware", False):
+            raise ValueError(
+                "expected cache_aware=False beside a router of one's own without a history, got "
+                "True: PiKVMoERouter(..., cache_aware=True) has one"
+            )
     if top_k > most:
         raise ValueError(f"expected top_k <= num_experts = {most}, got {top_k}")
     return Routing(

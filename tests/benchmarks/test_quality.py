@@ -26,10 +26,11 @@ from benchmarks.quality.replay import (
     record,
     replay,
 )
-from moekv import MoERouterPress
+from moekv import MoERouterPress, PiKVMoERouter
 from moekv.cache.ragged import RaggedLayer
 from moekv.cli import bench
 from moekv.cli import main as cli
+from moekv.experts.registry import build_experts
 
 NEED_DOWNLOADS = {
     "DuoAttentionPress",
@@ -495,8 +496,16 @@ def test_errors_name_the_model_and_no_folder(model, tokenizer, few_methods, tmp_
 @pytest.mark.usefixtures("local_texts")
 def test_history_is_measured_on_one_press_for_all_contexts(model, tokenizer, tmp_path):
     def make(aware):  # as likely by themselves; `selective` has more hits, which only one learns
-        options = {"experts": ("semantic", "selective"), "top_k": 1, "cache_update_interval": 2}
-        return MoERouterPress(0.5, cache_aware=aware, **options)
+        experts = build_experts(["semantic", "selective"])
+        router = PiKVMoERouter(
+            model.config.hidden_size,
+            2,
+            1,
+            prior=[expert.prior for expert in experts],
+            cache_aware=aware,
+            cache_update_interval=2,
+        )
+        return MoERouterPress(0.5, experts=experts, router_type=router, cache_aware=aware)
 
     made = [make(False), make(True)]
     names = ["facts", "recall", "many_keys"]
@@ -748,6 +757,6 @@ def test_bench_says_which_file_is_missing(capsys, tmp_path):
 
 
 def test_bench_needs_a_source_tree(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(bench, "__file__", str(tmp_path / "moekv" / "bench.py"))
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "moekv" / "cli" / "bench.py"))
     assert cli.main(["bench", "report"]) == 1
     assert "in a source tree" in capsys.readouterr().err

@@ -29,8 +29,10 @@ source, target, repo = sys.argv[1:]
 router = moekv.calibration.router.CalibratedRouter.from_pretrained(source)
 print(router.push_to_hub(repo))
 press = MoERouterPress(0.5, router=repo)
-assert press.router.recipe == router.recipe
-press.router.save_pretrained(target)
+assert press.router == repo  # a constructor asks no hub
+loaded = moekv.calibration.router.load_router(repo)
+assert loaded.recipe == router.recipe
+loaded.save_pretrained(target)
 """
 
 

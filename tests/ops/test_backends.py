@@ -12,6 +12,7 @@ import torch
 
 import moekv
 from moekv import ops
+from moekv.ops import backends, reference
 
 PACKAGE = Path(moekv.__file__).parent
 CAPABILITIES = ("default", "avx2", "avx512", "amx")
@@ -40,8 +41,7 @@ def ops_alone(folder: Path, library: Path | None = None) -> Path:
     package = folder / "moekv"
     package.mkdir()
     (package / "__init__.py").touch()
-    for name in ("_checks.py", "ops.py", "reference.py"):
-        shutil.copy(PACKAGE / name, package)
+    shutil.copytree(PACKAGE / "ops", package / "ops", ignore=shutil.ignore_patterns("__pycache__"))
     if library:
         (package / "lib").symlink_to(library)
     return folder
@@ -99,7 +99,7 @@ def test_auto_takes_the_native_kernels(monkeypatch):
     def forbidden(*_, **__):
         raise AssertionError("not the native op")
 
-    monkeypatch.setattr(ops.reference, "gating_topk", forbidden)
+    monkeypatch.setattr(reference, "gating_topk", forbidden)
     gate("auto")
     gate("cpu")
     with pytest.raises(AssertionError):
@@ -109,23 +109,23 @@ def test_auto_takes_the_native_kernels(monkeypatch):
 def test_why_there_is_no_cuda(monkeypatch, tmp_path):
     """Each reason in turn, from what is missing first to what is missing last."""
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "is not a CUDA build; install one" in ops._load_cuda(None)
+    assert "is not a CUDA build; install one" in backends._load_cuda(None)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(ops, "_CUDA_LIBRARY", tmp_path / "libmoekv_cuda.so")
-    reason = ops._load_cuda(None)
+    monkeypatch.setattr(backends, "_CUDA_LIBRARY", tmp_path / "libmoekv_cuda.so")
+    reason = backends._load_cuda(None)
     assert "libmoekv_cuda.so has not been built; build it where nvcc is" in reason
     assert "MOEKV_CUDA=ON" in reason
-    ops._CUDA_LIBRARY.write_bytes(b"not a library")
-    assert "libmoekv_cuda.so does not load with torch" in ops._load_cuda(None)
-    assert ops._load_cuda("no CPU library") == "no CPU library"  # it holds the schemas
+    backends._CUDA_LIBRARY.write_bytes(b"not a library")
+    assert "libmoekv_cuda.so does not load with torch" in backends._load_cuda(None)
+    assert backends._load_cuda("no CPU library") == "no CPU library"  # it holds the schemas
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setitem(ops._failures, "cuda", None)
+    monkeypatch.setitem(backends.FAILURES, "cuda", None)
     reason = "torch finds no CUDA device; check the driver and CUDA_VISIBLE_DEVICES"
     assert ops.available_backends()["cuda"] == reason
     with pytest.raises(RuntimeError, match=f"backend 'cuda' is not available: {reason}"):
         ops.check_backend("cuda")
-    monkeypatch.setitem(ops._failures, "cuda", "it has not been built")
+    monkeypatch.setitem(backends.FAILURES, "cuda", "it has not been built")
     with pytest.raises(RuntimeError, match="backend 'cuda' is not available: it has not been"):
         gate("cuda")
 
@@ -153,6 +153,7 @@ def test_other_devices_take_pytorch():
 WITHOUT_LIBRARY = """
 import torch
 from moekv import ops
+from moekv.ops import backends, reference
 
 reason = ops.available_backends()["cpu"]
 print(reason)

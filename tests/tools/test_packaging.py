@@ -70,7 +70,7 @@ def test_the_library_of_the_wheel_loads(built: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert done.stdout.split(" ", 1) == [f"{tmp_path}/moekv/ops.py", "None [0, 1, 1, 2]\n"]
+    assert done.stdout.split(" ", 1) == [f"{tmp_path}/moekv/ops/__init__.py", "None [0, 1, 1, 2]\n"]
 
 
 def test_builds_against_the_torch_that_is_there() -> None:
