@@ -36,8 +36,9 @@ from benchmarks.measure import Times, peak_extra_bytes, quartiles, timed
 from benchmarks.quality.presses import PEERS
 from moekv import MoERouterPress
 from moekv.calibration.router import CalibratedRouter
+from moekv.experts.builder import ViewBuilder
 from moekv.experts.expected import ExpectedExpert
-from moekv.experts.view import LayerView, ViewBuilder
+from moekv.experts.view import LayerView
 from moekv.press import prefill
 from moekv.press.rating import Rater
 from moekv.press.session import Session

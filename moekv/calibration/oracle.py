@@ -15,9 +15,10 @@ from moekv.cache.attention import last_queries
 from moekv.cache.caches import cached_pairs
 from moekv.calibration.config import CalibrationConfig
 from moekv.experts.base import scores_by
+from moekv.experts.builder import ViewBuilder
 from moekv.experts.learned import places
 from moekv.experts.registry import build_experts
-from moekv.experts.view import LayerView, ViewBuilder
+from moekv.experts.view import LayerView
 from moekv.models.chat import user_turn
 from moekv.models.hooks import find_layers, is_sliding
 from moekv.models.queries import logit_options, project_queries, rotate

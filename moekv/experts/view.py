@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,14 +11,11 @@ from torch import Tensor, nn
 
 from moekv import ops
 from moekv.models.queries import (
-    as_queries,
-    learn_rotation,
     logit_options,
     project_queries,
     rotate,
     rotates,
     rotations,
-    window_queries,
 )
 from moekv.ops import ScoreKind
 
@@ -255,176 +251,3 @@ class LayerView:
             back = (forward.mT * scaling).to(dtype)
             self.turned[key] = back
         return back
-
-
-class ViewBuilder:
-    """Builds the views of one forward from what its hooks get, and reads its mask only once.
-
-    Parameters
-    ----------
-    rotary : nn.Module, optional
-        The decoder's rotary embedding, for layers that have none of their own.
-    """
-
-    def __init__(self, rotary: nn.Module | None = None) -> None:
-        self.rotary = rotary
-        self._turned: dict[Any, Tensor] = {}
-        self._mask: weakref.ref[Tensor] | None = None
-        self._starts: tuple[int, ...] = ()
-
-    def __call__(
-        self,
-        module: nn.Module,
-        hidden_states: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        attentions: Tensor | None,
-        kwargs: Mapping[str, Any],
-        *,
-        window: int,
-        kinds: Sequence[ScoreKind],
-        backend: str,
-        queries: Tensor | None = None,
-        projected: Tensor | None = None,
-    ) -> LayerView:
-        """Look at one layer.
-
-        Parameters
-        ----------
-        module, hidden_states, keys, values, attentions, kwargs
-            As in ``kvpress.ScorerPress.score``: the whole prefill, a chunk of it (``ChunkPress``),
-            or a cache of which only the last tokens' hidden states are at hand
-            (``DecodingPress``).
-        window : int
-            Tokens whose queries are taken, at most.
-        kinds : sequence of ScoreKind
-            Scores that the view can give.
-        backend : str
-            Of the ops.
-        queries : Tensor [B, Hq, W, D], optional
-            The last rotated queries of a whole prefill, where they are at hand. None, or another
-            number than `window` asks for: they are computed from the hidden states.
-        projected : Tensor, optional
-            What the layer's query projection gave for the hidden states, see
-            :func:`projected_queries`.
-
-        Returns
-        -------
-        LayerView
-
-        Raises
-        ------
-        ValueError
-            The cache holds fewer pairs than there are hidden states, or these are in an order that
-            leaves their positions unknown; or the batch is not padded at the left.
-        TypeError
-            The mask is neither a tensor nor None.
-        """
-        num_tokens, num_keys = hidden_states.shape[1], keys.shape[2]
-        if num_tokens > num_keys:
-            raise ValueError(
-                f"expected a cached pair for each of the {num_tokens} tokens, got {num_keys}: "
-                "another press has cut the cache of this prefill, and the positions of what it "
-                "left are unknown; put MoERouterPress first"
-            )
-        fed = kwargs.get("hidden_states", hidden_states)
-        offset = _offset_in(hidden_states, fed)
-        if offset is None and num_tokens == num_keys:
-            raise ValueError(
-                "expected the hidden states of a prefill or of a part of it in order, got "
-                "reordered ones, whose positions are unknown"
-            )
-        whole = not (offset is not None and num_tokens == num_keys < fed.shape[1])
-        first = 0 if whole or offset is None else offset
-        starts = [
-            min(max(start - first, 0), num_keys)
-            for start in self.row_starts(kwargs.get("attention_mask"), len(keys))
-        ]
-        projected = as_queries(module, projected, num_tokens)
-        if queries is not None and whole and offset is not None:
-            learn_rotation(module, hidden_states, kwargs, queries, projected)
-        if queries is None or queries.shape[2] != min(window, num_tokens):
-            queries = window_queries(module, hidden_states, kwargs, window, offset, self.rotary)
-        start = None
-        if any(starts):
-            start = torch.tensor(starts, dtype=torch.int32, device=keys.device)
-        return LayerView(
-            module=module,
-            hidden_states=hidden_states,
-            keys=keys,
-            values=values,
-            queries=queries.to(keys.dtype),
-            start=start,
-            lengths=tuple(num_keys - start for start in starts),
-            begins=first == 0,
-            ends=whole or first + num_keys == fed.shape[1],
-            attentions=attentions,
-            kwargs=kwargs,
-            kinds=kinds,
-            backend=backend,
-            projected=projected,
-            rotary=self.rotary,
-            turned=self._turned,
-        )
-
-    def row_starts(self, mask: Any, batch: int) -> tuple[int, ...]:
-        """Count each row's padding. The layers of a forward share their mask: one read for all."""
-        if mask is None:
-            return (0,) * batch
-        if not isinstance(mask, Tensor):
-            raise TypeError(
-                f"expected an attention mask that is a tensor, got {type(mask).__name__}; "
-                'load the model with attn_implementation="sdpa"'
-            )
-        if self._mask is None or self._mask() is not mask:
-            self._starts = read_starts(mask)
-            self._mask = weakref.ref(mask)
-        return self._starts if len(self._starts) == batch else self._starts * batch
-
-
-def read_starts(mask: Tensor) -> tuple[int, ...]:
-    """Count the padding positions at the left of each row of a mask.
-
-    Parameters
-    ----------
-    mask : Tensor
-        [B, T], nonzero at real tokens; or [B, 1, Q, T] as the attention gets it, which is True or
-        no huge negative number where a query sees a key. The last query sees every real key.
-
-    Returns
-    -------
-    tuple of ints
-
-    Raises
-    ------
-    ValueError
-        A row has padding elsewhere than at its left.
-    """
-    row = mask[:, 0, -1] if mask.dim() == 4 else mask
-    additive = mask.dim() == 4 and mask.is_floating_point()
-    seen = row > torch.finfo(row.dtype).min / 2 if additive else row != 0
-    real = seen.sum(-1)
-    first = torch.where(real > 0, seen.int().argmax(-1), seen.shape[-1])
-    starts, is_left = torch.stack([first, (first + real == seen.shape[-1]).long()]).tolist()
-    if not all(is_left):
-        raise ValueError(
-            "expected padding at the left of the rows only, got a mask with gaps or padding at "
-            "the right; set tokenizer.padding_side = 'left'"
-        )
-    return tuple(starts)
-
-
-def _offset_in(part: Tensor, fed: Tensor) -> int | None:
-    """Where a slice of tokens begins in the tensor it is a view of; None if it is no such view."""
-    if part is fed:
-        return 0
-    if (
-        part.stride() != fed.stride()
-        or part.shape[0] != fed.shape[0]
-        or part.shape[2] != fed.shape[2]
-        or part.untyped_storage().data_ptr() != fed.untyped_storage().data_ptr()
-    ):
-        return None
-    offset, rest = divmod(int(part.storage_offset() - fed.storage_offset()), fed.stride(1))
-    inside = rest == 0 and 0 <= offset <= fed.shape[1] - part.shape[1]
-    return offset if inside else None

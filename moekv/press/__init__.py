@@ -1,9 +1,10 @@
 """The conductor: what a user holds, and what runs in its block.
 
-From the ground up: ``options`` (a checked record) and ``stats`` know nothing of the others;
-``rating`` makes scores of a layer; ``forward`` says what a forward goes by; ``commit`` makes pairs
-leave; ``growth`` (with ``held``), ``prefill`` and ``streaming`` are what a forward may call for;
-``session`` is a block, ``press`` hands them out, ``chunks`` feeds a prompt in pieces.
+From the ground up: ``options`` (a checked record), ``memory`` (routers) and ``stats`` know nothing
+of the others; ``rating`` makes scores of a layer; ``forward`` says what a forward goes by;
+``commit`` makes pairs leave; ``growth`` (with ``held``), ``prefill`` and ``streaming`` are what a
+forward may call for, and ``planning`` chooses among them; ``session`` is a block with its hooks,
+``press`` hands them out, ``chunks`` feeds a prompt in pieces.
 
 May import everything but ``moekv.integrations`` and ``moekv.cli``.
 """

@@ -133,9 +133,11 @@ def observe(
         seen = ratings[first].seen  # of those that were rated together
         last = first + len(seen.load)
         shares = None if kept is None else torch.stack(list(kept[first:last]))
-        statistics.observe([r.index for r in ratings[first:last]], seen, shares)
+        indices = [r.index for r in ratings[first:last]]
+        statistics.observe(indices, seen, shares)
+        for index, rates in zip(indices, seen.hit_rates.unbind(), strict=True):
+            rater.routers.take_in(index, rates)
         first = last
-    rater.routers.take_in(ratings)
 
 
 def record(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from moekv.budget import kept_pairs
-from moekv.experts.view import ViewBuilder
+from moekv.experts.builder import ViewBuilder
 from moekv.models.hooks import index_of
 from moekv.press.options import Options
 from moekv.press.rating import Rater

@@ -38,7 +38,7 @@ from moekv.cache.caches import growing, recompress
 from moekv.cache.growing import GrowingLayer
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.notes import note, remember, take_notes
-from moekv.experts.view import ViewBuilder
+from moekv.experts.builder import ViewBuilder
 from moekv.models.hooks import check_attention, index_of
 from moekv.press.commit import observe
 from moekv.press.forward import Call, Plan, Strategy

@@ -107,7 +107,7 @@ class Held:
         attentions, kwargs
             As a forward hook gets them.
         kinds, backend, rotary
-            As in ``moekv.experts.view.ViewBuilder``.
+            As in ``moekv.experts.builder.ViewBuilder``.
         """
         _, num_heads, longest = self.shape
         states = states[:, -longest:]

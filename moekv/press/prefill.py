@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache
 
 from moekv.cache.caches import cached_pairs, check_cache, is_static
-from moekv.experts.view import ViewBuilder
+from moekv.experts.builder import ViewBuilder
 from moekv.models.hooks import check_attention
 from moekv.press.commit import apply, choose, record, whole_or_empty
 from moekv.press.forward import Call, Plan, Strategy

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import threading
-import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from moekv import ops
@@ -24,6 +22,7 @@ from moekv.experts.scorer import PressExpert
 from moekv.experts.view import LayerView
 from moekv.models.hooks import index_of
 from moekv.ops import ScoreKind
+from moekv.press.memory import Routers
 from moekv.press.options import Options, Routing, check_able
 from moekv.press.stats import Observation
 from moekv.routing.base import BaseMoERouter, RouterOutput
@@ -64,69 +63,6 @@ class Rating:
     begins: bool
     ends: bool
     seen: Observation  # of all layers that were rated with it
-
-
-class Routers:
-    """The routers of one model's layers, made when a layer first comes: they have histories."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._known: dict[int, tuple[weakref.ref[nn.Module] | None, BaseMoERouter]] = {}
-
-    def __bool__(self) -> bool:
-        """Whether any layer has come."""
-        return bool(self._known)
-
-    def __getitem__(self, index: int) -> BaseMoERouter:
-        """Return a layer's router."""
-        return self._known[index][1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the modules behind: in another process there are others."""
-        with self._lock:
-            return {"_known": {i: (None, copy.deepcopy(r)) for i, (_, r) in self._known.items()}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take what was saved."""
-        self.__dict__ |= state
-        self._lock = threading.Lock()
-
-    def check(self, modules: Iterable[nn.Module]) -> None:
-        """Raise ``RuntimeError`` if a layer's router is of another model's."""
-        for module in modules:
-            owner, _ = self._known.get(index_of(module), (None, None))
-            if owner is not None and owner() is not module:
-                raise RuntimeError(
-                    "expected the model whose statistics and history this press holds, got "
-                    "another: call reset_stats() first, or make a press for each model"
-                )
-
-    def of(self, module: nn.Module, make: Any) -> BaseMoERouter:
-        """Return a layer's router; made once."""
-        self.check([module])
-        index = index_of(module)
-        with self._lock:
-            if index not in self._known:
-                self._known[index] = weakref.ref(module), make()
-            owner, router = self._known[index]
-            if owner is None:  # of a copied press, whose model is the first that comes
-                self._known[index] = weakref.ref(module), router
-            return router
-
-    def take_in(self, ratings: Sequence[Rating]) -> None:
-        """Tell routers the hit rates that were measured with ratings, in their order."""
-        with self._lock:
-            for rating, rates in each_seen(ratings):
-                self._known[rating.index][1].update_history(rates)
-
-
-def each_seen(ratings: Sequence[Rating]) -> Iterable[tuple[Rating, Tensor]]:
-    """Pair ratings with the hit rates [E] of their layers: those made together come together."""
-    first = 0
-    while first < len(ratings):
-        rates = ratings[first].seen.hit_rates.unbind()
-        yield from zip(ratings[first : first + len(rates)], rates, strict=True)
-        first += len(rates)
 
 
 class Rater:

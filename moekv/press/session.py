@@ -1,4 +1,4 @@
-"""One ``with`` block on one model: its hooks, and which strategy a forward calls for."""
+"""One ``with`` block on one model: its hooks, and the state of the forwards that run in it."""
 
 from __future__ import annotations
 
@@ -13,33 +13,24 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moekv.cache.attention import copy_last, install
-from moekv.cache.caches import check_cache, is_static
-from moekv.cache.layer import CompressedLayer
-from moekv.cache.static import CompactStaticLayer
-from moekv.experts.view import ViewBuilder, read_starts
 from moekv.models.hooks import (
     attentions_of,
-    check_attention,
     find_layers,
-    has_own_attention,
     hook_arguments,
-    index_of,
     is_pressed,
     is_sliding,
     lent_rotary,
 )
 from moekv.models.queries import projected_queries
 from moekv.models.watching import watched
-from moekv.press.forward import Call, Forward, Plan, Strategy
-from moekv.press.growth import Growth
-from moekv.press.options import Options, check_able, check_count
-from moekv.press.prefill import Prefill
+from moekv.press.forward import Call, Forward
+from moekv.press.options import Options
+from moekv.press.planning import Planner
 from moekv.press.rating import Rater
 from moekv.press.stats import Statistics
-from moekv.press.streaming import Streaming
 
 
 class Session:
@@ -89,36 +80,15 @@ class Session:
                 "expected layers with full attention, got sliding windows in all of them: "
                 "their caches are bounded already"
             )
-        if context_length is not None:
-            check_count("context_length", context_length, 1)
-        self._options, self._rater = options, rater
-        self._statistics = statistics
-        self._context_length = context_length
-        self._rotary: nn.Module | None = getattr(self.decoder, "rotary_emb", None)
+        self._planner = Planner(
+            self.layers,
+            getattr(self.decoder, "rotary_emb", None),
+            options=options,
+            rater=rater,
+            statistics=statistics,
+            context_length=context_length,
+        )
         self._local = threading.local()
-        self._has_acted = False
-        self._possible: Options | None = None
-        self._check(options())
-
-    def _check(self, options: Options) -> None:
-        """Refuse what no forward in the block could do."""
-        if options is self._possible:
-            return
-        if self._context_length is not None:
-            if options.streaming:
-                raise ValueError(
-                    "expected streaming or context_length, got both: a prompt in chunks has pairs "
-                    "of all layers leave after each chunk, and its peak is bounded by that"
-                )
-            if options.policy == "dominant":
-                raise ValueError(
-                    "expected policy 'mixture' where compression goes on during decoding or "
-                    "between chunks, got 'dominant', which has no budget to come back to"
-                )
-            check_able(self._rater(options).experts)
-        if options.budget in ("head", "model") and options.evicts:
-            check_attention(self.layers[0], f"budget {options.budget!r}")
-        self._possible = options
 
     # --- The block --------------------------------------------------------------------------------
 
@@ -126,7 +96,7 @@ class Session:
     def open(self) -> Iterator[None]:
         """Watch the model's forwards in a block."""
         install()
-        rater = self._rater(self._options())
+        rater = self._planner.rater
         with ExitStack() as stack:
 
             def hook(handle: Any) -> None:
@@ -197,7 +167,8 @@ class Session:
         if torch.compiler.is_compiling():
             return
         self._take_down()
-        forward = Forward(self._choose(_bound(module, args, kwargs)))
+        wanted, self._local.wanted = getattr(self._local, "wanted", 0), 0
+        forward = Forward(self._planner.choose(_bound(module, args, kwargs), wanted))
         if forward.strategy is None and not self._stack:
             return
         # For this forward alone: compiled steps over a static cache are guarded by hooks of this
@@ -228,7 +199,8 @@ class Session:
                 forward.projected.pop(module, None),
             )
         )
-        self._has_acted |= forward.strategy.is_done
+        if forward.strategy.is_done:
+            self._planner.has_acted = True
 
     def _after_forward(
         self, forward_of: weakref.ref[Forward], module: nn.Module, args: Any, output: Any
@@ -261,112 +233,6 @@ class Session:
         forward.strategy.abort()
         return False
 
-    # --- What a forward calls for -----------------------------------------------------------------
-
-    def _choose(self, given: Mapping[str, Any]) -> Strategy | None:
-        wanted, self._local.wanted = getattr(self._local, "wanted", 0), 0
-        options = self._options()
-        cache = given.get("past_key_values")
-        tokens = given.get("input_ids")
-        tokens = given.get("inputs_embeds") if tokens is None else tokens
-        num_tokens = 0 if tokens is None else tokens.shape[1]
-        num_cached = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
-        self._check(options)
-        goes_on = options.decoding is not None or self._context_length is not None
-        if cache is not None and num_cached and goes_on:
-            self._check_grown(options, cache)
-        plan = self._plan(options, cache, wanted, num_tokens)
-        view = ViewBuilder(self._rotary)
-        if cache is not None and num_cached:
-            self._check_more(plan, cache, num_cached, num_tokens, wanted, given)
-            return Growth(plan, view) if plan.goes_on else None
-        self._check_prefill(plan, cache, num_tokens, given)
-        return Streaming(plan, view) if options.streaming else Prefill(plan, view)
-
-    def _check_grown(self, options: Options, cache: Cache) -> None:
-        """Refuse what cannot be compressed again; do without a router that has not seen all."""
-        check_cache(cache, grown=True)
-        layers = [cache.layers[index_of(module)] for module in self.layers]
-        if not all(isinstance(x, CompressedLayer) and x.whole_notes() for x in layers):
-            self._rater(options).see_unknown_tokens()
-
-    def _plan(self, options: Options, cache: Any, wanted: int, num_tokens: int) -> Plan:
-        rater = self._rater(options)
-        budget = options.budget
-        if budget == "auto":
-            budget = "model" if self._may_be_ragged(options, rater, cache) else "uniform"
-        # What may be taken back stays in every head, so that it can be: of the tokens whose
-        # logits assisted decoding asks for, all but the first are guesses.
-        guesses = wanted - 1 if 1 < wanted < num_tokens else 0
-        recent = max(options.recent, min(guesses, options.window))
-        return Plan(
-            options,
-            rater,
-            self._statistics(),
-            self.layers,
-            budget,
-            self._context_length,
-            recent,
-        )
-
-    def _may_be_ragged(self, options: Options, rater: Rater, cache: Any) -> bool:
-        if is_static(cache) or has_own_attention(self.layers[0]) or options.policy == "dominant":
-            return False
-        goes_on = options.decoding is not None or self._context_length is not None
-        return rater.calibrated is not None or (not goes_on and rater.comparable)
-
-    def _check_prefill(
-        self, plan: Plan, cache: Any, num_tokens: int, given: Mapping[str, Any]
-    ) -> None:
-        mask, padded = given.get("attention_mask"), False
-        if isinstance(mask, Tensor) and plan.evicts:
-            padded = any(read_starts(mask[..., :num_tokens] if is_static(cache) else mask))
-        if cache is not None:
-            check_cache(cache, static=_not_for_static(plan, padded))
-        if plan.context_length is not None:
-            _check_chunk(plan.context_length, 0, num_tokens, given)
-            if plan.evicts:
-                check_attention(self.layers[0], "a prompt in chunks")
-        if padded:
-            check_attention(self.layers[0], "rows with padding")
-
-    def _check_more(
-        self,
-        plan: Plan,
-        cache: Cache,
-        num_cached: int,
-        num_tokens: int,
-        wanted: int,
-        given: Mapping[str, Any],
-    ) -> None:
-        """Refuse tokens for a cache that holds some, unless all that goes on can be right."""
-        first_layer = cache.layers[index_of(self.layers[0])]
-        serves = plan.goes_on or self._has_acted or _is_compressed(first_layer)
-        if plan.evicts and not serves:
-            raise RuntimeError(
-                f"MoERouterPress compressed nothing: expected a prefill inside the block, got "
-                f"{num_tokens} token(s) for a cache that holds {num_cached}, fed outside of it"
-            )
-        if num_tokens <= 1:
-            return
-        if plan.context_length is not None and num_cached < plan.context_length:
-            _check_chunk(plan.context_length, num_cached, num_tokens, given)
-            return
-        if plan.options.decoding is None and wanted != num_tokens:
-            raise RuntimeError(
-                f"expected a prefill in one forward, got {num_tokens} tokens for a cache that "
-                f"holds {num_cached}: leave the `with` block before feeding more than one "
-                "token at a time, and feed the whole prompt at once, or give its length "
-                "as context_length (moekv.prefill_in_chunks does)"
-            )
-        position = given.get("cache_position")
-        first = num_cached if position is None else int(position[0])
-        if _is_compressed(first_layer) and first != num_cached:
-            raise RuntimeError(
-                f"expected tokens at position {num_cached}, behind what the cache has seen, got "
-                f"{num_tokens} at {first}: their masks would be wrong"
-            )
-
 
 def is_in_session(decoder: nn.Module) -> bool:
     """Say whether a press is at work on a decoder."""
@@ -379,39 +245,3 @@ def _bound(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Mapping[str,
         return inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
     except TypeError:
         return kwargs
-
-
-def _is_compressed(layer: Any) -> bool:
-    if isinstance(layer, CompressedLayer):
-        return layer.context_length > 0
-    return isinstance(layer, CompactStaticLayer)
-
-
-def _not_for_static(plan: Plan, padded: bool) -> str | None:
-    """Name what keeps the press from compressing a static cache."""
-    options = plan.options
-    if plan.goes_on:
-        return "compression that goes on (decoding, context_length)"
-    if options.streaming:
-        return "streaming, which gives memory back while layers arrive"
-    if plan.evicts and (plan.budget != "uniform" or options.policy != "mixture"):
-        return f"budget {plan.budget!r} with policy {options.policy!r}"
-    return "rows with padding" if padded else None
-
-
-def _check_chunk(length: int, num_cached: int, num_tokens: int, given: Mapping[str, Any]) -> None:
-    """Refuse a chunk beyond the prompt, and one at other positions than its own."""
-    seen = num_cached + num_tokens
-    if seen > length:
-        raise RuntimeError(
-            f"expected a prompt of context_length = {length} tokens, got "
-            f"{num_tokens} for a cache that holds {num_cached}"
-        )
-    position_ids = given.get("position_ids")
-    if isinstance(position_ids, Tensor) and int(position_ids.max()) >= seen:
-        raise RuntimeError(
-            f"expected positions below {seen} for a chunk of {num_tokens} tokens behind "
-            f"{num_cached}, got {int(position_ids.max())}: some versions of "
-            "transformers number the chunks of generate(prefill_chunk_size=...) wrongly; "
-            "moekv.prefill_in_chunks does not"
-        )

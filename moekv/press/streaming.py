@@ -20,7 +20,7 @@ from moekv.cache.buffers import storage_bytes
 from moekv.cache.caches import cached_pairs, compressed, empty_cache
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.ragged import RaggedLayer
-from moekv.experts.view import ViewBuilder
+from moekv.experts.builder import ViewBuilder
 from moekv.press.commit import record
 from moekv.press.forward import Plan
 from moekv.press.growth import adopt

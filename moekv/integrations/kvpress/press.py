@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from moekv.budget import protect
 from moekv.cache.buffers import gather_rows, storage_bytes
 from moekv.cache.caches import cached_pairs, check_cache
-from moekv.experts.view import ViewBuilder
+from moekv.experts.builder import ViewBuilder
 from moekv.models.hooks import attentions_of, hook_arguments, is_sliding
 from moekv.press import press as core
 from moekv.press.commit import choose, observe, record
@@ -75,7 +75,7 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
         Raises
         ------
         ValueError
-            See ``moekv.experts.view.ViewBuilder``; or an expert's scores are not [B, H, T].
+            See ``moekv.experts.builder.ViewBuilder``; or an expert's scores are not [B, H, T].
         """
         options = self._options()
         rater, look = self._look(module, hidden_states, keys, values, attentions, kwargs, options)

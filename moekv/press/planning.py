@@ -1,0 +1,259 @@
+"""What a forward calls for: which strategy, by which plan, and what is refused before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Cache
+
+from moekv.cache.caches import check_cache, is_static
+from moekv.cache.layer import CompressedLayer
+from moekv.cache.static import CompactStaticLayer
+from moekv.experts.builder import ViewBuilder, read_starts
+from moekv.models.hooks import (
+    check_attention,
+    has_own_attention,
+    index_of,
+)
+from moekv.press.forward import Plan, Strategy
+from moekv.press.growth import Growth
+from moekv.press.options import Options, check_able, check_count
+from moekv.press.prefill import Prefill
+from moekv.press.rating import Rater
+from moekv.press.stats import Statistics
+from moekv.press.streaming import Streaming
+
+
+class Planner:
+    """Plans the forwards of one block.
+
+    Parameters
+    ----------
+    layers : sequence of nn.Module
+        The attention layers whose pairs may leave.
+    rotary : nn.Module or None
+        The decoder's rotary embedding.
+    options : callable
+        Gives the press's options as they are when a forward begins.
+    rater : callable
+        Gives the rater for options.
+    statistics : callable
+        Gives those that a forward adds to.
+    context_length : int, optional
+        Length of a prompt in chunks, padding included.
+
+    Attributes
+    ----------
+    has_acted : bool
+        Whether a forward has been seen to its end.
+
+    Raises
+    ------
+    ValueError
+        The options and the model exclude each other.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        rotary: nn.Module | None,
+        *,
+        options: Callable[[], Options],
+        rater: Callable[[Options], Rater],
+        statistics: Callable[[], Statistics],
+        context_length: int | None,
+    ) -> None:
+        if context_length is not None:
+            check_count("context_length", context_length, 1)
+        self.layers = layers
+        self.has_acted = False
+        self._rotary = rotary
+        self._options, self._rater, self._statistics = options, rater, statistics
+        self._context_length = context_length
+        self._possible: Options | None = None
+        self._check(options())
+
+    @property
+    def rater(self) -> Rater:
+        """The rater for the options as they are."""
+        return self._rater(self._options())
+
+    def _check(self, options: Options) -> None:
+        """Refuse what no forward in the block could do."""
+        if options is self._possible:
+            return
+        if self._context_length is not None:
+            if options.streaming:
+                raise ValueError(
+                    "expected streaming or context_length, got both: a prompt in chunks has pairs "
+                    "of all layers leave after each chunk, and its peak is bounded by that"
+                )
+            if options.policy == "dominant":
+                raise ValueError(
+                    "expected policy 'mixture' where compression goes on during decoding or "
+                    "between chunks, got 'dominant', which has no budget to come back to"
+                )
+            check_able(self._rater(options).experts)
+        if options.budget in ("head", "model") and options.evicts:
+            check_attention(self.layers[0], f"budget {options.budget!r}")
+        self._possible = options
+
+    def choose(self, given: Mapping[str, Any], wanted: int) -> Strategy | None:
+        """Refuse what cannot be compressed before anything runs; else choose what is to be done.
+
+        Parameters
+        ----------
+        given : mapping
+            Arguments of the decoder's forward.
+        wanted : int
+            Of so many last tokens the caller wants logits; 0: nobody has said.
+
+        Returns
+        -------
+        Strategy or None
+            None: there is nothing to do, as in a decode step over what was compressed.
+
+        Raises
+        ------
+        RuntimeError, TypeError, ValueError
+            See docs/errors.md.
+        """
+        options = self._options()
+        cache = given.get("past_key_values")
+        tokens = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        num_tokens = 0 if tokens is None else tokens.shape[1]
+        num_cached = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+        self._check(options)
+        goes_on = options.decoding is not None or self._context_length is not None
+        if cache is not None and num_cached and goes_on:
+            self._check_grown(options, cache)
+        plan = self._plan(options, cache, wanted, num_tokens)
+        view = ViewBuilder(self._rotary)
+        if cache is not None and num_cached:
+            self._check_more(plan, cache, num_cached, num_tokens, wanted, given)
+            return Growth(plan, view) if plan.goes_on else None
+        self._check_prefill(plan, cache, num_tokens, given)
+        return Streaming(plan, view) if options.streaming else Prefill(plan, view)
+
+    def _check_grown(self, options: Options, cache: Cache) -> None:
+        """Refuse what cannot be compressed again; do without a router that has not seen all."""
+        check_cache(cache, grown=True)
+        layers = [cache.layers[index_of(module)] for module in self.layers]
+        if not all(isinstance(x, CompressedLayer) and x.whole_notes() for x in layers):
+            self._rater(options).see_unknown_tokens()
+
+    def _plan(self, options: Options, cache: Any, wanted: int, num_tokens: int) -> Plan:
+        rater = self._rater(options)
+        budget = options.budget
+        if budget == "auto":
+            budget = "model" if self._may_be_ragged(options, rater, cache) else "uniform"
+        # What may be taken back stays in every head, so that it can be: of the tokens whose
+        # logits assisted decoding asks for, all but the first are guesses.
+        guesses = wanted - 1 if 1 < wanted < num_tokens else 0
+        recent = max(options.recent, min(guesses, options.window))
+        return Plan(
+            options,
+            rater,
+            self._statistics(),
+            self.layers,
+            budget,
+            self._context_length,
+            recent,
+        )
+
+    def _may_be_ragged(self, options: Options, rater: Rater, cache: Any) -> bool:
+        if is_static(cache) or has_own_attention(self.layers[0]) or options.policy == "dominant":
+            return False
+        goes_on = options.decoding is not None or self._context_length is not None
+        return rater.calibrated is not None or (not goes_on and rater.comparable)
+
+    def _check_prefill(
+        self, plan: Plan, cache: Any, num_tokens: int, given: Mapping[str, Any]
+    ) -> None:
+        mask, padded = given.get("attention_mask"), False
+        if isinstance(mask, Tensor) and plan.evicts:
+            padded = any(read_starts(mask[..., :num_tokens] if is_static(cache) else mask))
+        if cache is not None:
+            check_cache(cache, static=_not_for_static(plan, padded))
+        if plan.context_length is not None:
+            _check_chunk(plan.context_length, 0, num_tokens, given)
+            if plan.evicts:
+                check_attention(self.layers[0], "a prompt in chunks")
+        if padded:
+            check_attention(self.layers[0], "rows with padding")
+
+    def _check_more(
+        self,
+        plan: Plan,
+        cache: Cache,
+        num_cached: int,
+        num_tokens: int,
+        wanted: int,
+        given: Mapping[str, Any],
+    ) -> None:
+        """Refuse tokens for a cache that holds some, unless all that goes on can be right."""
+        first_layer = cache.layers[index_of(self.layers[0])]
+        serves = plan.goes_on or self.has_acted or _is_compressed(first_layer)
+        if plan.evicts and not serves:
+            raise RuntimeError(
+                f"MoERouterPress compressed nothing: expected a prefill inside the block, got "
+                f"{num_tokens} token(s) for a cache that holds {num_cached}, fed outside of it"
+            )
+        if num_tokens <= 1:
+            return
+        if plan.context_length is not None and num_cached < plan.context_length:
+            _check_chunk(plan.context_length, num_cached, num_tokens, given)
+            return
+        if plan.options.decoding is None and wanted != num_tokens:
+            raise RuntimeError(
+                f"expected a prefill in one forward, got {num_tokens} tokens for a cache that "
+                f"holds {num_cached}: leave the `with` block before feeding more than one "
+                "token at a time, and feed the whole prompt at once, or give its length "
+                "as context_length (moekv.prefill_in_chunks does)"
+            )
+        position = given.get("cache_position")
+        first = num_cached if position is None else int(position[0])
+        if _is_compressed(first_layer) and first != num_cached:
+            raise RuntimeError(
+                f"expected tokens at position {num_cached}, behind what the cache has seen, got "
+                f"{num_tokens} at {first}: their masks would be wrong"
+            )
+
+
+def _is_compressed(layer: Any) -> bool:
+    if isinstance(layer, CompressedLayer):
+        return layer.context_length > 0
+    return isinstance(layer, CompactStaticLayer)
+
+
+def _not_for_static(plan: Plan, padded: bool) -> str | None:
+    """Name what keeps the press from compressing a static cache."""
+    options = plan.options
+    if plan.goes_on:
+        return "compression that goes on (decoding, context_length)"
+    if options.streaming:
+        return "streaming, which gives memory back while layers arrive"
+    if plan.evicts and (plan.budget != "uniform" or options.policy != "mixture"):
+        return f"budget {plan.budget!r} with policy {options.policy!r}"
+    return "rows with padding" if padded else None
+
+
+def _check_chunk(length: int, num_cached: int, num_tokens: int, given: Mapping[str, Any]) -> None:
+    """Refuse a chunk beyond the prompt, and one at other positions than its own."""
+    seen = num_cached + num_tokens
+    if seen > length:
+        raise RuntimeError(
+            f"expected a prompt of context_length = {length} tokens, got "
+            f"{num_tokens} for a cache that holds {num_cached}"
+        )
+    position_ids = given.get("position_ids")
+    if isinstance(position_ids, Tensor) and int(position_ids.max()) >= seen:
+        raise RuntimeError(
+            f"expected positions below {seen} for a chunk of {num_tokens} tokens behind "
+            f"{num_cached}, got {int(position_ids.max())}: some versions of "
+            "transformers number the chunks of generate(prefill_chunk_size=...) wrongly; "
+            "moekv.prefill_in_chunks does not"
+        )

@@ -1,0 +1,61 @@
+"""Growing layers against dynamic ones, over random lives of a cache."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from moekv.cache.growing import GrowingLayer
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    length=st.integers(1, 300),
+    steps=st.lists(
+        st.one_of(
+            st.tuples(st.just("update"), st.integers(1, 90)),
+            st.tuples(st.just("crop"), st.integers(-5, 300).filter(bool)),
+            st.tuples(st.just("batch_repeat_interleave"), st.integers(1, 2)),
+            st.tuples(st.just("reorder_cache"), st.integers(0, 9)),
+            st.tuples(st.just("slice"), st.integers(1, 300)),
+        ),
+        max_size=8,
+    ),
+)
+def test_a_growing_layer_is_a_dynamic_layer(length, steps):
+    generator = torch.Generator().manual_seed(length)
+
+    def pairs(batch: int, count: int) -> list[Tensor]:
+        return [torch.randn(batch, 2, count, dim, generator=generator) for dim in (8, 5)]
+
+    first = pairs(2, length)
+    expected, got = DynamicLayer(), GrowingLayer(*[x.clone() for x in first])
+    expected.update(*first)
+    for name, argument in steps:
+        for layer in (expected, got):
+            if name == "update":
+                generator.manual_seed(argument)
+                argument_pairs = pairs(len(layer.keys), argument)
+                returned = layer.update(*argument_pairs)
+                for got_pairs, held in zip(returned, (layer.keys, layer.values), strict=True):
+                    assert got_pairs.data_ptr() == held.data_ptr()
+                    assert got_pairs.shape == held.shape
+            elif name == "slice":  # as kvpress takes an answer off
+                layer.keys = layer.keys[:, :, :argument]
+                layer.values = layer.values[:, :, :argument]
+            elif name == "reorder_cache":
+                layer.reorder_cache(torch.arange(len(layer.keys)).roll(argument))
+            else:
+                getattr(layer, name)(argument)
+        assert got.get_seq_length() == expected.get_seq_length()
+        assert torch.equal(got.keys, expected.keys) and torch.equal(got.values, expected.values)
+
+
+def test_a_growing_layer_seldom_copies():
+    layer = GrowingLayer(torch.zeros(1, 2, 500, 8), torch.zeros(1, 2, 500, 5))
+    buffers = set()
+    for _ in range(1000):
+        layer.update(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 5))
+        buffers.add(layer.keys.data_ptr())
+    assert len(buffers) <= 10

@@ -1,0 +1,114 @@
+"""What a press says of its prefills: hit rates, sums, and the routers' history."""
+
+from typing import Any
+
+import pytest
+import torch
+from press_probes import ALL, LENGTH, Spy, compress, kept_positions, make_press
+from tiny_models import prefill, tiny_model, tokens
+
+from moekv import PiKVMoERouter
+from moekv.experts.registry import build_experts
+from moekv.press.options import ROUTED_EXPERTS, SHARED_EXPERT
+
+
+def test_hit_rate_is_the_attention_on_what_the_expert_alone_keeps() -> None:
+    model, input_ids = tiny_model(), tokens(2, LENGTH)
+    full = prefill(model, input_ids)
+    press = make_press(0.7, experts=ALL, window=10)
+    compress(press, model, input_ids)
+    stats = press.get_stats()["layer_stats"]
+    for name in ALL:
+        spy = Spy()
+        # The spy takes part in no score: it comes after the one that each token consults.
+        spy.prior = -50.0
+        alone = make_press(0.7, experts=[name, spy], top_k=1, window=10)
+        cache = compress(alone, model, input_ids)
+        for index, mass in enumerate(spy.mass):
+            kept = kept_positions(cache, full, index)
+            expected = mass.gather(2, kept).sum(-1).mean()
+            rate = stats[index]["expert_compression_stats"]["cache_hit_rates"][name]
+            assert rate == pytest.approx(float(expected), abs=1e-6)
+            assert 0 < rate < 1
+
+
+def test_hit_rates_without_an_expert_of_attention_are_of_eight_queries() -> None:
+    model, input_ids = tiny_model(), tokens(2, LENGTH)
+
+    def rate(*experts: Any, window: int) -> float:
+        press = make_press(0.7, experts=["semantic", *experts], top_k=1, window=window)
+        compress(press, model, input_ids)
+        layer: dict[str, Any] = press.get_stats()["layer_stats"][1]
+        return layer["expert_compression_stats"]["cache_hit_rates"]["semantic"]
+
+    assert rate("temporal", window=20) == rate("temporal", window=8) == rate(Spy(), window=8)
+    assert rate("temporal", window=20) != rate(Spy(), window=20)
+    assert rate("temporal", window=5) == rate(Spy(), window=5)
+
+
+def test_hit_rate_of_a_dominant_policy_is_for_what_each_would_keep() -> None:
+    model, input_ids, spy = tiny_model(), tokens(1, LENGTH), Spy()
+    press = make_press(0.7, experts=["aggressive", "conservative", spy], policy="dominant")
+    compress(press, model, input_ids)
+    stats = press.get_stats()["layer_stats"]
+    for index, mass in enumerate(spy.mass):
+        rates = stats[index]["expert_compression_stats"]["cache_hit_rates"]
+        few, many = mass.mean((0, 1)), mass.mean((0, 1))
+        assert rates["aggressive"] == pytest.approx(float(few[:16].sum() + few[72:].sum()))
+        assert rates["conservative"] == pytest.approx(float(many[:40].sum() + many[56:].sum()))
+        assert rates["spy"] == pytest.approx(float(mass.topk(24).values.sum(-1).mean()))
+
+
+def test_stats_of_two_prefills_and_a_reset() -> None:
+    model, press = tiny_model(), make_press()
+    with press(model):
+        prefill(model, tokens(1, LENGTH))
+        prefill(model, tokens(1, 40, seed=1))
+    stats = press.get_stats()
+    assert list(stats) == [
+        "total_aux_loss",
+        "avg_aux_loss",
+        "forward_count",
+        "router",
+        "compression",
+        "layer_stats",
+    ]
+    assert stats["forward_count"] == 2
+    assert stats["avg_aux_loss"] == stats["total_aux_loss"] / 2 > 0
+    assert list(stats["layer_stats"]) == [0, 1]
+    for layer in stats["layer_stats"].values():
+        assert layer["router_stats"]["total_tokens"] == LENGTH + 40
+        usage = layer["expert_compression_stats"]["expert_usage"]
+        assert list(usage) == [SHARED_EXPERT, *ROUTED_EXPERTS]
+        assert sum(usage.values()) == pytest.approx(1)
+    press.reset_stats()
+    empty = press.get_stats()
+    assert empty["forward_count"] == empty["total_aux_loss"] == empty["avg_aux_loss"] == 0
+    assert empty["compression"] == dict.fromkeys(stats["compression"], 0)
+    assert empty["layer_stats"] == {}
+
+
+def test_history_follows_the_hit_rates_every_few_calls() -> None:
+    model = tiny_model()
+    prior = [expert.prior for expert in build_experts(ALL)]
+    press, ignorant = (
+        make_press(
+            experts=ALL,
+            router_type=PiKVMoERouter(
+                64, len(ALL), 2, prior=prior, cache_aware=aware, cache_update_interval=3
+            ),
+        )
+        for aware in (True, False)
+    )
+    for call in range(1, 8):
+        for each in (press, ignorant):
+            compress(each, model, tokens(1, LENGTH, seed=call))
+        router = press._rater.routers[0]
+        assert bool(router.history_bias.any()) == (call >= 3)
+        if call == 3:
+            rates = press._statistics.layers[0].hit_rates
+            torch.testing.assert_close(router.history_bias, rates - rates.mean())
+    assert not ignorant._rater.routers[0].history_bias.any()
+    press.reset_stats()
+    compress(press, model, tokens(1, LENGTH))
+    assert not press._rater.routers[0].history_bias.any()

@@ -1,0 +1,27 @@
+"""The router whose loss can be chosen: each mode by hand."""
+
+import math
+
+import pytest
+import torch
+from router_cases import HIDDEN, hidden_states
+
+from moekv.routing.balance import TopKBalancedRouter
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("entropy", math.log(4) + 0.4 * math.log(0.4) + 0.6 * math.log(0.2)),
+        ("variance", 4 * (0.15**2 + 3 * 0.05**2)),
+        ("gini", 6 * 0.2 / 8),
+    ],
+)
+def test_balance_modes_match_hand_computed_values(mode, expected):
+    prior = [math.log(p) for p in (0.4, 0.2, 0.2, 0.2)]
+    router = TopKBalancedRouter(HIDDEN, 4, 2, prior=prior, balance_mode=mode, aux_loss_weight=1.0)
+    torch.testing.assert_close(
+        router(hidden_states(2, 3)).aux_loss.item(), expected, atol=1e-6, rtol=0
+    )
+    even = TopKBalancedRouter(HIDDEN, 4, 2, balance_mode=mode, aux_loss_weight=1.0)
+    assert abs(even(hidden_states(2, 3)).aux_loss.item()) < 1e-6
