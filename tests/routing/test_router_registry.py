@@ -44,7 +44,10 @@ def test_registry_builds_every_router():
             lambda: TopKBalancedRouter(HIDDEN, 4, balance_mode="std"),
             "balance_mode among entropy, variance, gini, got 'std'",
         ),
-        (lambda: PiKVMoERouter(HIDDEN, 4, cache_update_interval=0), "cache_update_interval >= 1"),
+        (
+            lambda: PiKVMoERouter(HIDDEN, 4, cache_update_interval=0),
+            "cache_update_interval an integer >= 1, got 0",
+        ),
         (lambda: PiKVMoERouter(HIDDEN, 4, history_decay=1.0), r"history_decay in \[0, 1\), got 1"),
         (lambda: PiKVMoERouter(HIDDEN, 4, history_weight=-1.0), "history_weight >= 0, got -1"),
         (lambda: EPLBRouter(HIDDEN, 4, balance_rounds=-1), "balance_rounds >= 0, got -1"),
