@@ -181,7 +181,7 @@ class Statistics:
         """
         layers = {i: layer for i, layer in sorted(self.layers.items())}
         count = max((layer.num_calls for layer in layers.values()), default=0)
-        aux_loss = sum((float(layer.aux_loss) for layer in layers.values()), 0.0)
+        aux_loss = sum(float(layer.aux_loss) for layer in layers.values())
         before, after = self.bytes
         pairs, kept = self.pairs
         return {
