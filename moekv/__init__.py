@@ -16,6 +16,8 @@ On top stand ``integrations`` (other people's houses) and ``cli``; ``files`` wri
 
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
+from logging import getLogger
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
@@ -114,9 +116,16 @@ def _needs_kvpress(name: str) -> Callable[..., Any]:
 
 def _find_press() -> str:
     """Where kvpress imports, the press is one of its presses."""
+    if find_spec("kvpress") is None:
+        return "press.press"
     try:
         import_module("kvpress")
-    except ImportError:
+    except ImportError as error:
+        getLogger("moekv").warning(
+            "kvpress is installed and cannot be imported (%s): MoERouterPress works in blocks of "
+            "its own, and not in kvpress's wrappers and pipeline",
+            error,
+        )
         return "press.press"
     return "integrations.kvpress.press"
 

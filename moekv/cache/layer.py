@@ -119,6 +119,8 @@ class CompressedLayer(CacheLayerMixin):
                 f"cannot crop to {wanted} positions: the first {self.context_length} were "
                 "compressed together, only tokens after them can be removed"
                 + (f", and the last {self.run} of them" if self.run else "")
+                + ". (Assisted decoding in a press's block takes back what it has guessed: there "
+                "have it guess fewer tokens, evict less, or assist behind the block.)"
             )
         self._forget(length - wanted)
         if into > 0:

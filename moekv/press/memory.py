@@ -42,8 +42,11 @@ class Routers:
     def check(self, modules: Iterable[nn.Module]) -> None:
         """Raise ``RuntimeError`` if a layer's router is of another model's."""
         for module in modules:
-            owner, _ = self._known.get(index_of(module), (None, None))
-            if owner is not None and owner() is not module:
+            owner, router = self._known.get(index_of(module), (None, None))
+            other = owner is not None and owner() is not module
+            # Of a copied press nobody knows whose they were, but for what shows.
+            size = getattr(module.config, "hidden_size", None)
+            if other or (router is not None and size not in (None, router.hidden_size)):
                 raise RuntimeError(
                     "expected the model whose statistics and history this press holds, got "
                     "another: call reset_stats() first, or make a press for each model"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -31,7 +32,7 @@ class MoERouterPress:
     is freed.
 
     Inside ``with press(model):`` each prefill is compressed once, when its last layer has run: an
-    exception anywhere leaves the cache whole. Until then the full cache is held, so the peak is
+    exception before that leaves the cache whole. Until then the full cache is held, so the peak is
     that of a prefill without compression (see `streaming`). Decoding steps compress nothing unless
     `decoding` says so (or ``kvpress.DecodingPress`` does). As a part of a kvpress wrapper the press
     acts on each layer at once.
@@ -151,6 +152,7 @@ class MoERouterPress:
         self._given: dict[str, Any] = {}
         self._checked: Options | None = None
         self._rater: Rater | None = None
+        self._model: Callable[[], PreTrainedModel | None] = _nobody  # a weak reference
         self._statistics = Statistics()
         self._session: Session | None = None
         self._opening = False
@@ -158,9 +160,9 @@ class MoERouterPress:
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an option. A folder of a router is read at once, the hub asked in a block alone."""
-        if not name.startswith("_") and not hasattr(type(self), name):
-            names = ", ".join(field.name for field in fields(self))
-            raise AttributeError(f"expected an option among {names}, got {name!r}")
+        names = [field.name for field in fields(self)]
+        if name not in names and not name.startswith("_"):
+            raise AttributeError(f"expected an option among {', '.join(names)}, got {name!r}")
         if name == "router" and isinstance(value, str) and value != "auto" and is_folder(value):
             value = load_router(value)
         object.__setattr__(self, name, value)
@@ -171,6 +173,7 @@ class MoERouterPress:
         state = {name: value for name, value in self.__dict__.items() if name not in left}
         state["_statistics"] = copy.copy(self._statistics)
         state["_rater"] = copy.copy(self._rater)
+        state["_model"] = _nobody
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -186,7 +189,7 @@ class MoERouterPress:
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         if isinstance(given["experts"], list):
             given["experts"] = tuple(given["experts"])
-        if self._checked is None or given != self._given:
+        if self._checked is None or not _same(given, self._given):
             known = [] if self._checked is None else [self._checked.routing]
             if self._rater is not None:
                 known.append(self._rater.routing)
@@ -197,10 +200,10 @@ class MoERouterPress:
     def _rater_for(self, options: Options) -> Rater:
         """Give the rater, which has to be one for these options."""
         with self._lock:
-            rater, session = self._rater, self._session
+            rater, model = self._rater, self._model()
             stale = rater is None or (rater.routing != options.routing and not rater.routers)
-            if stale and session is not None:  # reset in a block, or set before anything was rated
-                rater = self._rater = self._make_rater(options, session.model)
+            if stale and model is not None:  # reset in a block, or set before anything was rated
+                rater = self._rater = self._make_rater(options, model)
         assert rater is not None
         if rater.routing != options.routing:
             raise RuntimeError(
@@ -226,9 +229,12 @@ class MoERouterPress:
         """
         if isinstance(self.router, str) and self.router != "auto":
             self.router = load_router(self.router)
+        self._model = weakref.ref(model)
         options, rater = self._options(), self._rater
         if rater is not None and rater.routers:
             rater.routers.check(find_layers(model)[1])
+            if rater.calibrated is not None:
+                rater.calibrated.check(model)
             self._rater_for(options)
         else:
             self._rater = self._make_rater(options, model)
@@ -327,3 +333,13 @@ class MoERouterPress:
     def reset_stats(self) -> None:
         """Forget everything measured: statistics, routers' histories, and the model they are of."""
         self._rater, self._statistics = None, Statistics()
+
+
+def _nobody() -> None:
+    """Stand in for a weak reference to a model."""
+
+
+def _same(given: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Whether all options are as they were, in kind, too."""
+    pairs = ((value, before.get(name)) for name, value in given.items())
+    return all(a is b or (type(a) is type(b) and a == b) for a, b in pairs)

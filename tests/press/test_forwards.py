@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from growth_cases import EXPERTS
+from kvpress import CriticalAdaKVPress
 from random_router import random_router
 from tiny_models import prefill, tiny_model, tokens
 from torch import nn
@@ -299,3 +300,62 @@ def test_auto_is_asked_again_for_another_model() -> None:
             prefill(model, tokens(1, 40))
         assert stats_of(press) == stats_of(alone)
         press.reset_stats()
+
+
+def test_a_copied_press_knows_its_model() -> None:
+    """By what the router was calibrated for, or by its size; not by the module, which is gone."""
+    model = tiny_model()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.05 * torch.ones_like(parameter))
+    press = MoERouterPress(0.5, router=random_router(model))
+    with press(model):
+        prefill(model, tokens(1, 40))
+    for how in COPIES.values():
+        copied = how(press)
+        message = "expected the model that the router was calibrated"
+        with pytest.raises(ValueError, match=message), copied(other):
+            pass
+    press = MoERouterPress(0.5, num_experts=3)
+    with press(model):
+        prefill(model, tokens(1, 40))
+    copied = copy.deepcopy(press)
+    copied._rater.routers[0].hidden_size = 96
+    with pytest.raises(RuntimeError, match=r"reset_stats\(\) first"), copied(model):
+        pass
+
+
+def test_an_interrupted_stream_leaves_alone_what_is_in_use_again() -> None:
+    model, cache = tiny_model(), DynamicCache()
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with MoERouterPress(0.5, budget="model", streaming=True)(model), torch.no_grad():
+        handle = model.model.layers[-1].self_attn.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(tokens(1, 40), past_key_values=cache)
+        handle.remove()
+        cache.layers = []
+        model(tokens(1, 40), past_key_values=cache)
+    assert cache.get_seq_length() == 40
+
+
+def test_an_option_of_another_kind_is_checked_though_it_is_equal() -> None:
+    press = MoERouterPress()
+    press.cache_aware = 0
+    with (
+        pytest.raises(TypeError, match="expected cache_aware True or False, got 0"),
+        press(tiny_model()),
+    ):
+        pass
+    with pytest.raises(AttributeError, match="expected an option among .*, got 'get_stats'"):
+        press.get_stats = 3
+
+
+def test_a_wrapper_that_names_no_model_refuses_a_calibrated_router() -> None:
+    model = tiny_model()
+    press = CriticalAdaKVPress(MoERouterPress(0.5, router=random_router(model)))
+    with pytest.raises(ValueError, match="does not say which model"), press(model):
+        prefill(model, tokens(1, 40))

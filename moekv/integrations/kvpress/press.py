@@ -192,7 +192,12 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
         kwargs: dict[str, Any],
         options: Options,
     ) -> tuple[Rater, Look]:
-        if self._rater is None:  # called by hand, without a block
+        if self._rater is None and self._model() is None:  # no block has named the model
+            if options.routing.calibrated not in (None, "auto"):
+                raise ValueError(
+                    "expected no calibrated router inside a wrapper that does not say which model "
+                    "it is at work on, got one; use the press in a block of its own, or router=None"
+                )
             self._rater = Rater(options.routing, module.config)
         rater = self._rater_for(options)
         if hidden_states.shape[1] < keys.shape[2]:
