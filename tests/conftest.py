@@ -18,7 +18,12 @@ hypothesis.settings.register_profile("moekv", deadline=None, derandomize=True, m
 hypothesis.settings.load_profile("moekv")
 
 
-SLOW_FOLDERS = ("benchmarks", "simt", "tools")
+SLOW_FOLDERS = ("benchmarks", "calibration", "cli", "integrations", "simt", "tools")
+SLOW_FILES = (
+    *("test_backends", "test_compile", "test_expected_attention", "test_static"),
+    *("test_calibrated_growth", "test_chunks", "test_growth", "test_lives"),
+    *("test_models", "test_streaming"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,12 +31,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         folder = item.path.parent.name
         uses = getattr(item, "fixturenames", ())
-        if folder in SLOW_FOLDERS or "real_model" in uses:
+        slow = folder in SLOW_FOLDERS or item.path.stem in SLOW_FILES
+        if slow or "real_model" in uses:
             item.add_marker(pytest.mark.slow)
-        if folder == "simt":
-            item.add_marker(pytest.mark.xdist_group("simt"))
+        if folder == "simt":  # each builds kernels of its own
+            sanitized = item.path.stem == "test_simt_sanitized"
+            item.add_marker(pytest.mark.xdist_group("sanitized" if sanitized else "simt"))
         if "real_model" in uses:
             item.add_marker(pytest.mark.xdist_group("real model"))
+    # What takes longest first: at the end, one process would wait for the other.
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
 @pytest.fixture(params=TARGETS, ids=str)

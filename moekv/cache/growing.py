@@ -123,7 +123,9 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
             self._values = self._value_buffer = pairs.as_subclass(Tensor)
 
     def _shown(self, pairs: Tensor) -> Tensor:
-        return pairs if torch.compiler.is_compiling() else DensePairs.of(pairs, self)
+        if torch.compiler.is_compiling() or type(pairs) is not Tensor:
+            return pairs  # what a subclass of tensors is about would be lost
+        return DensePairs.of(pairs, self)
 
     def _is_cropped_by(self, pairs: Tensor) -> bool:
         """Whether pairs are a crop of this layer's own, which is then done."""

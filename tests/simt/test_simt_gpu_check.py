@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moekv import ops
+from moekv.ops import backends
 
 
 @pytest.mark.parametrize("name", op_cases.CHECKS)
@@ -37,7 +38,7 @@ def gpu(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> pretended.Prete
     """A pretended GPU and what else gpu_check asks of torch.cuda."""
     monkeypatch.setattr(torch.cuda, "Event", pretended.Event)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a pretended GPU")
-    monkeypatch.setattr(ops, "available_backends", lambda: dict.fromkeys(ops.BACKENDS))
+    monkeypatch.setattr(backends, "available_backends", lambda: dict.fromkeys(ops.BACKENDS))
     small = {
         "NUM_QUERY_HEADS": 4,
         "NUM_KV_HEADS": 2,
@@ -92,6 +93,6 @@ def test_gpu_check_compares_before_it_times(
 
 def test_gpu_check_says_why_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = dict.fromkeys(ops.BACKENDS) | {"cuda": "no device here"}
-    monkeypatch.setattr(ops, "available_backends", lambda: reasons)
+    monkeypatch.setattr(backends, "available_backends", lambda: reasons)
     with pytest.raises(SystemExit, match="backend 'cuda' is not available: no device here"):
         gpu_check.main([])

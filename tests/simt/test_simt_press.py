@@ -11,12 +11,13 @@ import torch
 from tiny_models import tiny_model
 
 from moekv import ops
+from moekv.ops import backends
 
 
 @pytest.fixture
 def gpu(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> pretended.PretendedGpu:
-    monkeypatch.setattr(ops, "available_backends", lambda: dict.fromkeys(ops.BACKENDS))
-    monkeypatch.setattr(ops, "_native", frozenset(("cpu", "cuda")))
+    monkeypatch.setattr(backends, "available_backends", lambda: dict.fromkeys(ops.BACKENDS))
+    monkeypatch.setattr(backends, "_native", frozenset(("cpu", "cuda")))
     return pretended.PretendedGpu(kernels)
 
 

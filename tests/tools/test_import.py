@@ -46,9 +46,10 @@ assert all(getattr(moekv, name) for name in names)
 assert MoERouterPress.__module__ == "moekv.press.press"
 config = LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2,
+    num_attention_heads=4, num_key_value_heads=2, eos_token_id=None,
 )
 model = LlamaForCausalLM(config).eval()
+model.generation_config.eos_token_id = None
 ids = torch.arange(3, 43)[None]
 for options in ({}, {"num_experts": 4}, {"budget": "uniform"}, {"streaming": True}):
     press = MoERouterPress(0.5, **options)
