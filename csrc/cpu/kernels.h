@@ -3,7 +3,8 @@
 //
 // Kernels live in anonymous namespaces and use no inline or template code from outside (no std::
 // containers or algorithms): the linker may keep any one copy of such code, and one that was
-// compiled for AVX-512 would crash an older processor. tests/tools/test_build.py looks for such symbols.
+// compiled for AVX-512 would crash an older processor. tests/tools/test_build.py looks for such
+// symbols.
 #pragma once
 
 #include "../params.h"

@@ -172,7 +172,7 @@ class StreamingBudget:
     def abort(self) -> None:
         """Empty the cache: part of a prefill is of no use. Unless it is somebody else's by now."""
         layers = self._cache.layers
-        if all(x.index < len(layers) and layers[x.index] is x.layer for x in self.layers):
+        if any(x.index < len(layers) and layers[x.index] is x.layer for x in self.layers):
             empty_cache(self._cache)
 
     def _trim(self, trimmed: Trimmed, kept: Kept) -> None:
