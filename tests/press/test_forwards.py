@@ -115,6 +115,7 @@ def states() -> list[Any]:
     return [x for x in gc.get_objects() if isinstance(x, Forward | Rated)]
 
 
+@pytest.mark.slow  # the collector runs through all objects there are
 @pytest.mark.parametrize("name", PRESSES)
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_nothing_is_held_behind_a_forward(name: str, kind: str) -> None:
