@@ -128,6 +128,10 @@ class CompressedLayer(CacheLayerMixin):
         if self.notes is not None:
             self.notes.crop(wanted)
 
+    def hold_run(self, run: int | None) -> None:
+        """Say how many of the last positions no head lacks; None: all of them."""
+        self.run = self.context_length if run is None else run
+
     def reset(self) -> None:
         """Refuse: what was evicted cannot be emptied in place.
 

@@ -104,7 +104,7 @@ def apply(
         before, after = evict(cache, index, kept, backend=plan.options.backend)
         layer = cache.layers[index]
         assert isinstance(layer, CompressedLayer)
-        layer.run = layer.context_length if run is None else run
+        layer.hold_run(run)
     return before, after
 
 

@@ -280,7 +280,7 @@ def adopt(
 
 def _expect(layer: CompressedLayer, plan: Plan, run: int | None) -> None:
     """Tell a layer how far it may be cropped, and how far it will grow, where that is known."""
-    layer.run = layer.context_length if run is None else run
+    layer.hold_run(run)
     decoding = plan.options.decoding
     if decoding is not None:
         layer.most = decoding.interval

@@ -127,8 +127,7 @@ class Planner:
         num_tokens = 0 if tokens is None else tokens.shape[1]
         num_cached = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
         self._check(options)
-        goes_on = options.decoding is not None or self._context_length is not None
-        if cache is not None and num_cached and goes_on:
+        if cache is not None and num_cached and self._goes_on(options):
             self._check_grown(options, cache)
         plan = self._plan(options, cache, wanted, num_tokens)
         view = ViewBuilder(self._rotary)
@@ -167,8 +166,10 @@ class Planner:
     def _may_be_ragged(self, options: Options, rater: Rater, cache: Any) -> bool:
         if is_static(cache) or has_own_attention(self.layers[0]) or options.policy == "dominant":
             return False
-        goes_on = options.decoding is not None or self._context_length is not None
-        return rater.calibrated is not None or (not goes_on and rater.comparable)
+        return rater.calibrated is not None or (not self._goes_on(options) and rater.comparable)
+
+    def _goes_on(self, options: Options) -> bool:
+        return options.decoding is not None or self._context_length is not None
 
     def _check_prefill(
         self, plan: Plan, cache: Any, num_tokens: int, given: Mapping[str, Any]

@@ -242,7 +242,7 @@ class Streaming(Prefill):
         run = self._run(rated[0].done)
         for r, trimmed in zip(rated, stream.layers, strict=True):
             if isinstance(trimmed.layer, CompressedLayer):
-                trimmed.layer.run = trimmed.layer.context_length if run is None else run
+                trimmed.layer.hold_run(run)
             adopt(r.cache, r.index, self.plan, r.done, trimmed.kept, r.states, r.read)
         record(
             [r.done for r in rated],
