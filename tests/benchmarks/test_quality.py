@@ -432,7 +432,7 @@ def test_suites_are_answered_in_their_own_format(model, tokenizer, few_methods, 
 
 
 @pytest.mark.usefixtures("local_texts")
-@pytest.mark.parametrize("name", presses.EAGER)
+@pytest.mark.parametrize("name", sorted(presses.EAGER))
 def test_methods_that_read_attention_weights_prefill_under_eager_attention(
     model, tokenizer, tmp_path, name
 ):
