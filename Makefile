@@ -11,6 +11,8 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 ARGS ?=
 JOBS ?= auto
+# What `make test-latest` takes; any release from 5.0 on.
+LATEST ?= transformers
 # What the CUDA library is tried with; the compiler is of the same release.
 CUDA_TORCH ?= torch==2.14.1
 cuda_compiler := $(addsuffix ==13.0.*,nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt \
@@ -26,7 +28,7 @@ cpp := $(shell find csrc $(wildcard tests benchmarks) -name '*.h' -o -name '*.cp
 torch := $(VENV)/.torch-$(shell echo '$(TORCH)' | cksum | cut -d ' ' -f 1)
 installed := $(VENV)/.installed
 
-.PHONY: demo test test-fast lint format install clean FORCE
+.PHONY: demo test test-fast test-latest lint format install clean FORCE
 .PHONY: bench bench-cpp instructions instructions-check
 .PHONY: cuda-build cuda-check cuda-resources cuda-link-check gpu-check
 
@@ -41,6 +43,13 @@ test: $(installed)  ## the whole test suite
 
 test-fast: $(installed)  ## what answers in seconds: all but builds, compiled graphs, real models and long lives
 	$(pytest) -m 'not slow' $(ARGS)
+
+# moekv is not installed there: it is imported from here, with the library that is built already.
+latest := .venv-latest
+stamp := $(latest)/.stamp-$(shell echo '$(TORCH) $(LATEST)' | cksum | cut -d ' ' -f 1)
+test-latest: $(installed) $(stamp)  ## the newest transformers, without kvpress: all that meets it
+	OMP_NUM_THREADS=1 $(latest)/bin/python -m pytest --dist loadgroup -n $(JOBS) \
+	    -m 'not slow' $(or $(ARGS),tests/cache tests/experts tests/models tests/press)
 
 lint: $(installed)  ## formatting, lint, types and which room imports which, all blocking
 	$(VENV)/bin/clang-format --dry-run --Werror $(cpp)
@@ -120,6 +129,13 @@ $(torch): | $(VENV)/bin/python
 	@echo '==> Installing $(TORCH) and the build tools into $(VENV) (once; torch is large)'
 	@$(pip) install --quiet $(TORCH) 'setuptools>=77' 'packaging>=23' 'cmake>=3.21' ninja
 	@rm -f $(VENV)/.torch-* && touch $@
+
+$(stamp): pyproject.toml tools/requirements.py $(installed)
+	@echo '==> Installing $(LATEST) into $(latest)'
+	@rm -rf $(latest) && $(python) -m venv $(latest)
+	@$(python) tools/requirements.py test | sed 's/^transformers>.*/$(LATEST)/' > $(latest)/requirements.txt
+	@$(latest)/bin/python -m pip install --quiet $(TORCH) -r $(latest)/requirements.txt
+	@touch $@
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("moekv needs Python 3.10 or later: make PYTHON=..." \

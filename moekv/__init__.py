@@ -108,7 +108,8 @@ def __getattr__(name: str) -> Any:
 def _needs_kvpress(name: str) -> Callable[..., Any]:
     def refuse(*args: Any, **kwargs: Any) -> NoReturn:
         raise ImportError(
-            f"moekv.{name} wraps presses of kvpress, which is not installed: pip install kvpress"
+            f"moekv.{name} wraps presses of kvpress, which is not installed: "
+            "pip install 'moekv[kvpress]'"
         )
 
     return refuse

@@ -8,6 +8,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from peers import HAS_KVPRESS
 from targets import NATIVE_TARGETS, TARGETS, Target
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,6 +18,9 @@ from moekv.models.loading import ModelUnavailableError, load_model
 hypothesis.settings.register_profile("moekv", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("moekv")
 
+
+# They are about kvpress.
+collect_ignore = [] if HAS_KVPRESS else ["integrations", "benchmarks/test_quality.py"]
 
 SLOW_FOLDERS = ("benchmarks", "calibration", "cli", "integrations", "simt", "tools")
 SLOW_FILES = (

@@ -14,6 +14,7 @@ from moekv.cache.attention import install
 from moekv.cache.buffers import append, gather_rows, storage_bytes
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.pairs import DensePairs
+from moekv.models.hooks import num_fed
 
 
 class GrowingLayer(CompressedLayer, DynamicLayer):
@@ -138,7 +139,8 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
         self,
         key_states: Tensor,
         value_states: Tensor,
-        cache_kwargs: dict[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Append the pairs of new tokens.
 
@@ -146,7 +148,7 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
         ----------
         key_states, value_states : Tensor
             [B, H, Q, D] and [B, H, Q, Dv].
-        cache_kwargs : dict, optional
+        *args, **kwargs
             Not used.
 
         Returns
@@ -166,13 +168,13 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
         """Positions seen so far, those of evicted pairs and of left padding included."""
         return self.evicted + self._keys.shape[2]
 
-    def get_mask_sizes(self, cache_position: Tensor) -> tuple[int, int]:
+    def get_mask_sizes(self, fed: Tensor | int) -> tuple[int, int]:
         """Length and offset of the mask, before the new tokens are appended.
 
         What is held stands for the last positions: whichever these are, all come before the new
         tokens, which see each other's past alone.
         """
-        return self._keys.shape[2] + cache_position.shape[0], self.evicted
+        return self._keys.shape[2] + num_fed(fed), self.evicted
 
     def _forget(self, count: int) -> None:
         held = self._keys.shape[2] - count

@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from moekv.budget import Kept
 from moekv.cache.recent import RecentStates
+from moekv.models.hooks import CROPS_BY_COUNT
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -96,13 +97,18 @@ class CompressedLayer(CacheLayerMixin):
     # -- what transformers asks of every layer -----------------------------------------------------
 
     is_sliding = False
+    is_croppable = True
 
-    def get_max_cache_shape(self) -> int:
+    def get_max_length(self) -> int:
         """Return -1: it grows without limit."""
         return -1
 
+    get_max_cache_shape = get_max_length  # as transformers once called it
+
     def crop(self, max_length: int) -> None:
         """Forget the tokens after the first ``max_length``, or the last ``-max_length``.
+
+        0 is that of the transformers that runs: the first 0, or the last 0.
 
         Raises
         ------
@@ -110,7 +116,8 @@ class CompressedLayer(CacheLayerMixin):
             If that would reach into the compressed context, where heads end with different tokens.
         """
         length = self.get_seq_length()
-        wanted = max(length + max_length, 0) if max_length < 0 else max_length
+        by_count = max_length < 0 or (max_length == 0 and CROPS_BY_COUNT)
+        wanted = max(length + max_length, 0) if by_count else max_length
         if wanted >= length:
             return
         into = self.context_length - wanted

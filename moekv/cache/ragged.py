@@ -15,6 +15,7 @@ from moekv.cache.attention import install
 from moekv.cache.buffers import append, gather_rows, storage_bytes
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.pairs import NOT_DENSE, RaggedPairs
+from moekv.models.hooks import num_fed
 
 
 class RaggedLayer(CompressedLayer):
@@ -199,7 +200,8 @@ class RaggedLayer(CompressedLayer):
         self,
         key_states: Tensor,
         value_states: Tensor,
-        cache_kwargs: dict[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[RaggedPairs, RaggedPairs]:
         """Append the pairs of new tokens to the tail, in amortised constant time.
 
@@ -207,7 +209,7 @@ class RaggedLayer(CompressedLayer):
         ----------
         key_states, value_states : Tensor
             [B, H, Q, D] and [B, H, Q, Dv].
-        cache_kwargs : dict, optional
+        *args, **kwargs
             Not used.
 
         Returns
@@ -224,9 +226,9 @@ class RaggedLayer(CompressedLayer):
         """Positions seen so far, those of evicted pairs and of left padding included."""
         return self.context_length + self.tail_length
 
-    def get_mask_sizes(self, cache_position: Tensor) -> tuple[int, int]:
+    def get_mask_sizes(self, fed: Tensor | int) -> tuple[int, int]:
         """Length and offset of the mask over all positions, before the new tokens are appended."""
-        return self.get_seq_length() + cache_position.shape[0], 0
+        return self.get_seq_length() + num_fed(fed), 0
 
     def _forget(self, count: int) -> None:
         into = max(count - self.tail_length, 0)

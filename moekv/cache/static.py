@@ -21,6 +21,7 @@ from transformers.cache_utils import StaticLayer
 from moekv import ops
 from moekv.budget import Kept
 from moekv.cache.attention import install
+from moekv.models.hooks import STATIC_COUNTS_SLOTS
 
 
 class CompactStaticLayer(StaticLayer):
@@ -74,6 +75,7 @@ class CompactStaticLayer(StaticLayer):
         key_states: Tensor,
         value_states: Tensor,
         cache_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Write the pairs of new tokens to the slots behind what is left.
 
@@ -81,20 +83,24 @@ class CompactStaticLayer(StaticLayer):
         ----------
         key_states, value_states : Tensor
             [B, H, Q, D] and [B, H, Q, Dv].
-        cache_kwargs : dict
-            With ``cache_position``, the tokens' true positions.
+        cache_kwargs : dict, optional
+            With ``cache_position``, the tokens' true positions, where layers do not count slots.
+        **kwargs
+            Not used.
 
         Returns
         -------
         tuple of Tensor
             The buffers.
         """
+        if STATIC_COUNTS_SLOTS:
+            return super().update(key_states, value_states)
         if self.is_initialized and cache_kwargs is not None:
             slots = cache_kwargs["cache_position"] - self.evicted
             cache_kwargs = cache_kwargs | {"cache_position": slots}
         return super().update(key_states, value_states, cache_kwargs)
 
-    def get_mask_sizes(self, cache_position: Tensor) -> tuple[int, int]:
+    def get_mask_sizes(self, fed: Tensor | int) -> tuple[int, int]:
         """Slots, and the position that the first one stands for."""
         if torch.compiler.is_compiling():  # a number would be compiled in
             return self.max_cache_len, self.evicted  # type: ignore[return-value]
@@ -127,8 +133,10 @@ class CompactStaticLayer(StaticLayer):
         assert count is not None and self.keys is not None and self.values is not None
         indices = kept.indices.view(batch, num_heads, count)
         ops.kv_compact_(self.keys, self.values, indices, backend=backend)
-        for pairs in (self.keys, self.values):  # StaticLayer counts slots that are not zero
+        for pairs in (self.keys, self.values):  # where StaticLayer counts slots that are not zero
             pairs[:, :, count:length].zero_()
+        if STATIC_COUNTS_SLOTS:
+            self.cumulative_length.sub_(length - count)  # type: ignore[attr-defined]
         self._num_evicted += length - count
         self.evicted.fill_(self._num_evicted)
 

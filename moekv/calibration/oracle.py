@@ -20,7 +20,7 @@ from moekv.experts.learned import places
 from moekv.experts.registry import build_experts
 from moekv.experts.view import LayerView
 from moekv.models.chat import user_turn
-from moekv.models.hooks import find_layers, is_sliding
+from moekv.models.hooks import cache_argument, find_layers, is_sliding
 from moekv.models.queries import logit_options, project_queries, rotate
 from moekv.ops import ScoreKind
 
@@ -142,7 +142,8 @@ class Oracle:
         hooks = [x.register_forward_pre_hook(keep, with_kwargs=True) for x in self.layers]
         try:
             self.decoder(
-                input_ids=torch.tensor([ids], device=self.model.device), past_key_values=cache
+                input_ids=torch.tensor([ids], device=self.model.device),
+                **cache_argument(self.decoder, cache),
             )
         finally:
             for hook in hooks:

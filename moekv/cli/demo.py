@@ -30,6 +30,7 @@ from transformers.utils import logging
 from moekv import MoERouterPress
 from moekv.cli.main import CommandError, make_console
 from moekv.models.chat import user_turn
+from moekv.models.hooks import cache_argument
 from moekv.models.loading import DEFAULT_MODEL, load_model
 
 INSTRUCTION = "Answer the question in a few words, from the text above."
@@ -295,7 +296,9 @@ def read(
         for layer in layers:
             stack.callback(layer.register_forward_hook(clock.stop).remove)
         begin = _now(model)
-        model(input_ids=prompt.ids.to(model.device), past_key_values=cache, logits_to_keep=1)
+        model(
+            input_ids=prompt.ids.to(model.device), **cache_argument(model, cache), logits_to_keep=1
+        )
         seconds = _now(model) - begin
     progress.remove_task(task)
     result = Result(
@@ -334,7 +337,7 @@ def ask(
             with torch.no_grad():
                 logits = model(
                     input_ids=ids,
-                    past_key_values=own,
+                    **cache_argument(model, own),
                     position_ids=positions[None],
                     logits_to_keep=1,
                 ).logits

@@ -1,12 +1,111 @@
-"""What the press takes for granted about transformers models, checked."""
+"""What is taken for granted about transformers and its models, checked.
 
-from collections.abc import Iterable, Iterator
+Versions of transformers differ in what is named here, and nowhere else. A press checks the rest
+when its block begins (:func:`check_transformers`, :func:`find_layers`), so that what a later
+version changes is an error and no press that does nothing.
+"""
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+CACHE_NAMES = ("past_key_values", "cache")
+"""What forwards call their cache, that of the transformers that runs first: since 5.24 the last."""
+if "cache" in inspect.signature(create_causal_mask).parameters:
+    CACHE_NAMES = CACHE_NAMES[::-1]
+
+CROPS_BY_COUNT = "tokens_to_remove" in inspect.signature(DynamicLayer.crop).parameters
+"""Whether 0 crops nothing off a cache, or everything, as it once did."""
+
+STATIC_COUNTS_SLOTS = "cumulative_length" in vars(StaticLayer(1))
+"""Whether static layers know how many slots are filled; else every call names its slots."""
+
+_LAYER_METHODS = {
+    "update": ({"key_states", "value_states"}, {"cache_kwargs", "args", "kwargs"}),
+    "get_mask_sizes": (set(), {"query_length", "cache_position"}),
+    "get_seq_length": (set(), set()),
+    "lazy_initialization": ({"key_states", "value_states"}, set()),
+    "offload": (set(), set()),
+    "prefetch": (set(), set()),
+    "reset": (set(), set()),
+    "reorder_cache": ({"beam_idx"}, set()),
+}
+"""Methods of cache layers: parameters that each version has, and that some have."""
+
+
+def check_transformers() -> None:
+    """Raise unless caches and attention of the transformers that runs are as is taken for granted.
+
+    Raises
+    ------
+    RuntimeError
+        Something is called otherwise.
+    """
+    for name, (needed, known) in _LAYER_METHODS.items():
+        parameters = set(inspect.signature(getattr(CacheLayerMixin, name)).parameters) - {"self"}
+        if not needed <= parameters or parameters - needed - known:
+            _unknown(f"{name}({', '.join(sorted(needed | known))})", f"{sorted(parameters)}")
+    abstract = set(CacheLayerMixin.__abstractmethods__)
+    if unknown := abstract - {*_LAYER_METHODS, "get_max_length", "get_max_cache_shape"}:
+        _unknown("no other abstract methods of cache layers", f"{sorted(unknown)}")
+    for kind in (DynamicCache, StaticCache):
+        if not issubclass(kind, Cache):
+            _unknown("caches that derive from Cache", kind.__name__)
+    if "sdpa" not in ALL_ATTENTION_FUNCTIONS or not hasattr(ALL_ATTENTION_FUNCTIONS, "__setitem__"):
+        _unknown("attention functions by name, such as 'sdpa'", f"{list(ALL_ATTENTION_FUNCTIONS)}")
+
+
+def _unknown(expected: str, got: str) -> None:
+    raise RuntimeError(
+        f"expected {expected}, got {got}: this moekv does not know transformers "
+        f"{transformers.__version__}; install another version of either"
+    )
+
+
+def num_fed(tokens: Tensor | int) -> int:
+    """Count the tokens that a cache layer is to make a mask for: given as such, or by positions."""
+    return tokens if isinstance(tokens, int) else tokens.shape[0]
+
+
+def cache_of(kwargs: Mapping[str, Any]) -> Any:
+    """Take the cache out of a forward's arguments, by whatever name; None where there is none."""
+    for name in CACHE_NAMES:
+        if kwargs.get(name) is not None:
+            return kwargs[name]
+    return None
+
+
+def cache_argument(module: nn.Module, cache: Cache) -> dict[str, Cache]:
+    """Name a cache as a model's forward wants it."""
+    parameters = inspect.signature(module.forward).parameters
+    return {next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[0]): cache}
+
+
+def is_prefill(kwargs: Mapping[str, Any], layer: Any, num_tokens: int) -> bool:
+    """Say whether an attention layer has just been fed the beginning of a text.
+
+    Parameters
+    ----------
+    kwargs : mapping
+        Of its forward.
+    layer : CacheLayerMixin
+        Of the cache, with the pairs of these tokens, or fewer where another press has cut them.
+    num_tokens : int
+        Tokens that were fed.
+    """
+    position = kwargs.get("cache_position")
+    if position is not None:
+        return int(position[-1]) + 1 == num_tokens
+    return int(layer.get_seq_length()) <= num_tokens
 
 
 def find_layers(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
@@ -139,19 +238,18 @@ def attentions_of(output: Any) -> torch.Tensor | None:
     return output[1] if isinstance(output, tuple) and len(output) > 1 else None
 
 
-def hook_arguments(kwargs: dict[str, Any], *names: str) -> list[Any]:
+def hook_arguments(kwargs: Mapping[str, Any]) -> tuple[Tensor, Any]:
     """Take from the keyword arguments of an attention layer what a press cannot do without.
 
     Parameters
     ----------
-    kwargs : dict
-    *names : str
-        Those to return; ``position_embeddings`` must be there as well.
+    kwargs : mapping
+        ``position_embeddings`` must be among them.
 
     Returns
     -------
-    list
-        The arguments of these names.
+    hidden_states : Tensor [B, Q, hidden]
+    cache : Cache
 
     Raises
     ------
@@ -159,13 +257,14 @@ def hook_arguments(kwargs: dict[str, Any], *names: str) -> list[Any]:
         One is missing, as in a version of transformers that calls its layers in another way; or
         there is no cache.
     """
-    for name in (*names, "position_embeddings"):
-        if name not in kwargs:
+    for names in (("hidden_states",), CACHE_NAMES, ("position_embeddings",)):
+        if not any(name in kwargs for name in names):
             raise RuntimeError(
-                f"expected attention layers to be called with `{name}`, got "
+                f"expected attention layers to be called with `{names[0]}`, got "
                 f"{sorted(kwargs)}: transformers {transformers.__version__} and this model are not "
                 "supported together"
             )
-    if kwargs["past_key_values"] is None:
+    cache = cache_of(kwargs)
+    if cache is None:
         raise RuntimeError("expected a KV cache to compress, got none; run with use_cache=True")
-    return [kwargs[name] for name in names]
+    return kwargs["hidden_states"], cache

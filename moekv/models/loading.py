@@ -14,9 +14,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-import httpx
 import torch
 from gguf import GGUFReader
 from huggingface_hub import constants, get_session, hf_hub_url, try_to_load_from_cache
@@ -143,9 +144,11 @@ def _sha256(path: Path) -> str:
 
 def _hub_answers(name: str) -> bool:
     """Ask the hub once, briefly: its own client would retry for half a minute."""
+    session = get_session()
+    http: Any = import_module(type(session).__module__.partition(".")[0])  # httpx, or its heir
     try:
-        get_session().head(hf_hub_url(name, "config.json"), timeout=5)
-    except (httpx.HTTPError, OfflineModeIsEnabled, ValueError):  # ValueError: no possible hub id
+        session.head(hf_hub_url(name, "config.json"), timeout=5)
+    except (http.HTTPError, OfflineModeIsEnabled, ValueError):  # ValueError: no possible hub id
         return False
     return True
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 from transformers.models.phi3.modeling_phi3 import Phi3Attention
@@ -177,9 +178,7 @@ def rotations(
     rotary: nn.Module | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Give the cosines and sines [B or 1, steps, dim] so many positions from the last token's."""
-    position_ids = kwargs.get("position_ids")
-    if position_ids is None:
-        position_ids = kwargs["cache_position"][None]
+    position_ids = positions_of(kwargs)
     positions = position_ids[:, -1:] + torch.arange(
         steps.start, steps.stop, device=position_ids.device
     )
@@ -190,6 +189,25 @@ def rotations(
         options["layer_type"] = module.layer_type
     cos, sin = rotary(hidden_states, positions, **options)
     return cos, sin
+
+
+def positions_of(kwargs: Mapping[str, Any]) -> Tensor:
+    """Find the positions [B or 1, Q] of the tokens that an attention layer was fed.
+
+    Raises
+    ------
+    RuntimeError
+        The layer was told none.
+    """
+    if (position_ids := kwargs.get("position_ids")) is not None:
+        return position_ids  # type: ignore[no-any-return]
+    if (position := kwargs.get("cache_position")) is not None:
+        return position[None]  # type: ignore[no-any-return]
+    raise RuntimeError(
+        "expected attention layers to be called with `position_ids`, got "
+        f"{sorted(kwargs)}: transformers {transformers.__version__} and this model are not "
+        "supported together"
+    )
 
 
 def project_queries(module: nn.Module, hidden_states: Tensor) -> Tensor:

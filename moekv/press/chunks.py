@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from moekv.models.hooks import cache_argument
 from moekv.press.press import MoERouterPress
 
 
@@ -74,8 +75,7 @@ def prefill_in_chunks(
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs = {"logits_to_keep": 1} | inputs
     length = input_ids.shape[1]
-    position = torch.arange(length, device=input_ids.device)
-    position_ids = position[None]
+    position_ids = torch.arange(length, device=input_ids.device)[None]
     if attention_mask is not None:
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad(), press(model, context_length=length):
@@ -85,8 +85,7 @@ def prefill_in_chunks(
                 input_ids=input_ids[:, begin:end],
                 attention_mask=None if attention_mask is None else attention_mask[:, :end],
                 position_ids=position_ids[:, begin:end],
-                cache_position=position[begin:end],
-                past_key_values=cache,
+                **cache_argument(model, cache),
                 use_cache=True,
                 **inputs,
             )

@@ -13,6 +13,7 @@ from moekv.cache.layer import CompressedLayer
 from moekv.cache.static import CompactStaticLayer
 from moekv.experts.builder import ViewBuilder, read_starts
 from moekv.models.hooks import (
+    cache_of,
     check_attention,
     has_own_attention,
     index_of,
@@ -121,7 +122,7 @@ class Planner:
             See docs/errors.md.
         """
         options = self._options()
-        cache = given.get("past_key_values")
+        cache = cache_of(given)
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         num_tokens = 0 if tokens is None else tokens.shape[1]

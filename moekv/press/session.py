@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from moekv.cache.attention import copy_last, install
 from moekv.models.hooks import (
     attentions_of,
+    check_transformers,
     find_layers,
     hook_arguments,
     is_pressed,
@@ -66,6 +67,7 @@ class Session:
         statistics: Callable[[], Statistics],
         context_length: int | None = None,
     ) -> None:
+        check_transformers()
         self.model = model
         self.decoder, layers = find_layers(model)
         if is_in_session(self.decoder) or any(is_pressed(layer) for layer in layers):
@@ -187,7 +189,7 @@ class Session:
         forward = self._stack[-1]
         if forward.strategy is None:
             return
-        hidden_states, cache = hook_arguments(kwargs, "hidden_states", "past_key_values")
+        hidden_states, cache = hook_arguments(kwargs)
         forward.strategy.take(
             Call(
                 module,
@@ -241,7 +243,12 @@ def is_in_session(decoder: nn.Module) -> bool:
 
 
 def _bound(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Mapping[str, Any]:
+    signature = inspect.signature(module.forward)
     try:
-        return inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        given = dict(signature.bind_partial(*args, **kwargs).arguments)
     except TypeError:
         return kwargs
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
+    return given

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from moekv.cache.growing import GrowingLayer
+from moekv.models.hooks import CROPS_BY_COUNT
 
 
 @settings(deadline=None, max_examples=40)
@@ -46,6 +47,8 @@ def test_a_growing_layer_is_a_dynamic_layer(length, steps):
                 layer.values = layer.values[:, :, :argument]
             elif name == "reorder_cache":
                 layer.reorder_cache(torch.arange(len(layer.keys)).roll(argument))
+            elif name == "crop" and layer is expected and CROPS_BY_COUNT and argument > 0:
+                layer.crop(min(argument - layer.get_seq_length(), 0))  # lengths it takes no more
             else:
                 getattr(layer, name)(argument)
         assert got.get_seq_length() == expected.get_seq_length()

@@ -179,6 +179,10 @@ def test_guesses_behind_a_compressed_context(press: MoERouterPress, how: str) ->
     text = looping(LENGTH + 9)
     cache = compressed(press, model, text[:, :LENGTH])
     expected = one_by_one(model, copy.deepcopy(cache), text)
+    whole = prefill(model, text[:, :LENGTH])
+    plain = generate(model, text, past_key_values=whole, **HELPERS[how]())
+    if not torch.equal(plain, generate(model, text)):
+        pytest.skip("this transformers feeds the text again, whatever the cache holds")
     got = generate(model, text, past_key_values=cache, **HELPERS[how]())
     assert torch.equal(got[:, text.shape[1] :], expected)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
-from kvpress import DecodingPress
+from peers import peer
 from random_router import random_router
 from refusals import LENGTH, assert_untouched, lengths, refuse_block
 from tiny_models import prefill, tiny_model, tokens
@@ -174,7 +174,7 @@ def test_calibrated_routers_and_kvpress_decoding(shipped: CalibratedRouter, aske
     model = tiny_model()
     cache = prefill(model, tokens(1, LENGTH))
     press = MoERouterPress(router=shipped) if asked else MoERouterPress()
-    wrapper = DecodingPress(press, compression_interval=3, target_size=16)
+    wrapper = peer("DecodingPress")(press, compression_interval=3, target_size=16)
     with wrapper(model), torch.no_grad():
         model(tokens(1, 1), past_key_values=cache)
         model(tokens(1, 1), past_key_values=cache)

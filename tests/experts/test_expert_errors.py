@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from growth_cases import decode
-from kvpress import DecodingPress, KnormPress
+from peers import peer
 from refusals import (
     LENGTH,
     Failing,
@@ -24,6 +24,13 @@ from moekv import DecodingConfig, MoERouterPress, register_expert
 NAN, INF = float("nan"), float("inf")
 
 
+class Scorer:
+    """Looks like a press of kvpress."""
+
+    def score(self, *_: Any) -> torch.Tensor:
+        raise NotImplementedError
+
+
 @pytest.mark.parametrize(
     ("experts", "error"),
     [
@@ -31,7 +38,7 @@ NAN, INF = float("nan"), float("inf")
         ("selective", TypeError),
         ([], ValueError),
         (["selective", "selective"], ValueError),
-        ([KnormPress(), KnormPress()], ValueError),
+        ([Scorer(), Scorer()], ValueError),
     ],
 )
 def test_experts_that_are_none(experts: Any, error: type[Exception]) -> None:
@@ -120,7 +127,7 @@ def test_experts_that_need_hidden_states_in_growing_caches() -> None:
         MoERouterPress(experts=["expected"], top_k=1, decoding=DecodingConfig(20, 5))
     alone = MoERouterPress(experts=["expected"], top_k=1)
     refuse_block(ValueError, message, model, alone, context_length=100)
-    press = DecodingPress(alone, compression_interval=4, target_size=12)
+    press = peer("DecodingPress")(alone, compression_interval=4, target_size=12)
     with pytest.raises(ValueError, match=message), press(model):
         model.generate(tokens(1, LENGTH), max_new_tokens=8, do_sample=False)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kvpress import KnormPress, SnapKVPress
+from peers import peer
 from torch import Tensor
 
 from moekv import Expert, LayerView, expert_names, ops, register_expert
@@ -142,7 +142,7 @@ def test_kinds_are_computed_once_for_all_experts(monkeypatch: pytest.MonkeyPatch
 
 def test_kvpress_scorers_are_called_as_by_kvpress() -> None:
     view = make_view()
-    norm, snap = build_experts([KnormPress(), SnapKVPress(window_size=4)])
+    norm, snap = build_experts([peer("KnormPress")(), peer("SnapKVPress")(window_size=4)])
     assert (norm.name, snap.name) == ("KnormPress", "SnapKVPress")
     assert torch.equal(norm.scores(view), -view.keys.norm(dim=-1))
     assert norm.kept(10, 0.7) == 3

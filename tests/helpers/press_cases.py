@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-import kvpress
 import torch
+from peers import peer
 from random_router import random_router
 from tiny_models import tokens
 from torch import Tensor
@@ -97,7 +97,7 @@ def second_prompt(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
 
 def another_press(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    with moekv.ragged(kvpress.AdaKVPress(kvpress.KnormPress(0.5)))(model):
+    with moekv.ragged(peer("AdaKVPress")(peer("KnormPress")(0.5)))(model):
         return generate(model, input_ids, DynamicCache())
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from transformers import (
     CohereConfig,
@@ -130,7 +131,10 @@ def tiny_model(name: str = "llama", attention: str = "sdpa") -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = (_MODELS | _PARTICULAR)[name]()
-    model.set_attn_implementation(attention)
+    try:
+        model.set_attn_implementation(attention)
+    except ValueError as error:  # Gemma 2 of newer ones, whose logits are capped
+        pytest.skip(f"this transformers says: {error}")
     model.generation_config.eos_token_id = None
     return model.eval()
 

@@ -1,5 +1,6 @@
 """Models that a press cannot serve, and versions of transformers that call them otherwise."""
 
+from abc import abstractmethod
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from refusals import LENGTH, assert_untouched, lengths, num_hooks, refuse_block
 from tiny_models import prefill, tiny_model, tokens
 from torch import Tensor, nn
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
+from transformers.cache_utils import CacheLayerMixin
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from moekv import MoERouterPress
@@ -101,6 +103,35 @@ def test_hooks_without_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(LlamaDecoderLayer, "forward", forward)
         with pytest.raises(RuntimeError, match=message), press(model):
             prefill(model, tokens(1, LENGTH))
+    assert_untouched(model, press)
+
+
+def _update(self: Any, key_states: Tensor, value_states: Tensor, *, window: int) -> None: ...
+
+
+def _sizes(self: Any, num_queries: int) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "message"),
+    [
+        ("update", _update, r"update\(.*cache_kwargs.*got .*'window'"),
+        ("get_mask_sizes", _sizes, r"get_mask_sizes\(.*got \['num_queries'\]"),
+        ("evict", abstractmethod(lambda self: None), r"no other abstract methods.*got \['evict'\]"),
+    ],
+)
+def test_caches_of_a_transformers_that_nobody_knows(
+    name: str, method: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, press = tiny_model(), MoERouterPress()
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheLayerMixin, name, method, raising=False)
+        patch.setattr(
+            CacheLayerMixin,
+            "__abstractmethods__",
+            CacheLayerMixin.__abstractmethods__ | ({name} if name == "evict" else set()),
+        )
+        refuse_block(RuntimeError, message + ".*does not know transformers", model, press)
     assert_untouched(model, press)
 
 

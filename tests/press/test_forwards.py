@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from growth_cases import EXPERTS
-from kvpress import CriticalAdaKVPress
+from peers import peer
 from random_router import random_router
 from tiny_models import prefill, tiny_model, tokens
 from torch import nn
@@ -357,6 +357,6 @@ def test_an_option_of_another_kind_is_checked_though_it_is_equal() -> None:
 
 def test_a_wrapper_that_names_no_model_refuses_a_calibrated_router() -> None:
     model = tiny_model()
-    press = CriticalAdaKVPress(MoERouterPress(0.5, router=random_router(model)))
+    press = peer("CriticalAdaKVPress")(MoERouterPress(0.5, router=random_router(model)))
     with pytest.raises(ValueError, match="does not say which model"), press(model):
         prefill(model, tokens(1, 40))

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from growth_cases import BUDGETS, EXPERTS, Uneven, assert_average, decode, make_press
-from kvpress import ExpectedAttentionPress, KeyDiffPress, KnormPress
 from masked_reference import Lockstep
+from peers import peer
 from tiny_models import TINY_MODELS, prefill, tiny_model, tokens
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -283,9 +283,10 @@ def test_history_follows_decoding() -> None:
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_scorers_of_kvpress_rate_what_decoding_press_would_give_them(budget: str) -> None:
+    scorers = [peer(f"{name}Press") for name in ("Knorm", "KeyDiff", "ExpectedAttention")]
     press = make_press(
         0.4,
-        experts=[KnormPress(), KeyDiffPress(), ExpectedAttentionPress(n_sink=0), "selective"],
+        experts=[*(make() for make in scorers[:2]), scorers[2](n_sink=0), "selective"],
         budget=budget,
         top_k=3,
         decoding=DecodingConfig(15, 5),

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peers import HAS_KVPRESS
 from press_probes import ALL, LENGTH, Fixed, Routed, compress, kept_positions, make_press
 from random_router import random_router
 from tiny_models import prefill, tiny_model, tokens
@@ -13,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from moekv import MoERouterPress
 from moekv.experts.registry import build_experts
-from moekv.models.hooks import find_layers
+from moekv.models.hooks import cache_of, find_layers
 from moekv.press import prefill as prefill_module
 from moekv.press import rating
 from moekv.routing.registry import ROUTERS
@@ -119,10 +120,12 @@ def scores_of(
     press: MoERouterPress, model: PreTrainedModel, input_ids: Tensor, **inputs: Any
 ) -> list[Tensor]:
     """What the press's `score` gives for every layer of a prefill."""
+    if not HAS_KVPRESS:
+        pytest.skip("kvpress is not installed")
     scores = []
 
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        layer = kwargs["past_key_values"].layers[module.layer_idx]
+        layer = cache_of(kwargs).layers[module.layer_idx]
         hidden_states = kwargs["hidden_states"]
         scores.append(press.score(module, hidden_states, layer.keys, layer.values, None, kwargs))
 

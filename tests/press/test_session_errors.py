@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from kvpress import KnormPress
+from peers import peer
 from refusals import LENGTH, assert_untouched, lengths, refuse_block
 from tiny_models import prefill, tiny_model, tokens
 from transformers import DynamicCache
@@ -24,7 +24,7 @@ def test_one_press_in_two_blocks() -> None:
     assert_untouched(model, press)
 
 
-@pytest.mark.parametrize("outer", [MoERouterPress, KnormPress])
+@pytest.mark.parametrize("outer", [MoERouterPress, peer("KnormPress")])
 def test_nested_presses(outer: Callable[..., Any]) -> None:
     model, press = tiny_model(), MoERouterPress()
     options = {"budget": "uniform"} if outer is MoERouterPress else {}
@@ -38,7 +38,8 @@ def test_nested_presses(outer: Callable[..., Any]) -> None:
 def test_cache_changed_by_another_press() -> None:
     model, press, cache = tiny_model(), MoERouterPress(), DynamicCache()
     message = "another hook has changed"
-    with pytest.raises(RuntimeError, match=message), press(model), KnormPress(0.25)(model):
+    other = peer("KnormPress")(0.25)
+    with pytest.raises(RuntimeError, match=message), press(model), other(model):
         model(tokens(1, LENGTH), past_key_values=cache)
     # The other press has done its work, but in the last layer; this one none.
     assert lengths(cache) == [LENGTH * 3 // 4, LENGTH]

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from kvpress import ScorerPress
-from kvpress.presses.base_press import is_prefilling
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,7 +18,7 @@ from moekv.budget import protect
 from moekv.cache.buffers import gather_rows, storage_bytes
 from moekv.cache.caches import cached_pairs, check_cache
 from moekv.experts.builder import ViewBuilder
-from moekv.models.hooks import attentions_of, hook_arguments, is_sliding
+from moekv.models.hooks import attentions_of, hook_arguments, is_prefill, is_sliding
 from moekv.press import press as core
 from moekv.press.commit import choose, observe, record
 from moekv.press.forward import Plan
@@ -167,13 +166,13 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
         RuntimeError, TypeError, ValueError
             As in a block of the press's own.
         """
-        hidden_states, cache, position = hook_arguments(
-            kwargs, "hidden_states", "past_key_values", "cache_position"
-        )
-        if is_sliding(module) or not is_prefilling(position, hidden_states.shape[1]):
+        hidden_states, cache = hook_arguments(kwargs)
+        if is_sliding(module):
+            return output
+        cache_layer = cache.layers[module.layer_idx]
+        if not is_prefill(kwargs, cache_layer, hidden_states.shape[1]):
             return output
         check_cache(cache)
-        cache_layer = cache.layers[module.layer_idx]
         keys, values = cached_pairs(cache_layer)
         cache_layer.keys, cache_layer.values = self.compress(
             module, hidden_states, keys, values, attentions_of(output), kwargs

@@ -18,6 +18,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from moekv import ops
 from moekv.budget import Kept
 from moekv.cache.ragged import RaggedLayer
+from moekv.models.hooks import cache_of
 
 
 def ragged(press: BasePress, *, backend: str = "auto") -> "RaggedPress":
@@ -92,8 +93,9 @@ class RaggedPress(BasePress):
         stored = 0
 
         def remember_cache(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            if kwargs.get("past_key_values") is not None:
-                caches[module.layer_idx] = kwargs["past_key_values"]
+            cache = cache_of(kwargs)
+            if cache is not None:
+                caches[module.layer_idx] = cache
 
         def store(*_: Any) -> None:
             nonlocal stored
