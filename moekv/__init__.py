@@ -112,6 +112,7 @@ def _needs_kvpress(name: str) -> Callable[..., Any]:
             "pip install 'moekv[kvpress]'"
         )
 
+    refuse.__name__ = name
     return refuse
 
 
