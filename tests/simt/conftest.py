@@ -2,9 +2,9 @@ import os
 from collections.abc import Callable
 from types import ModuleType
 
-import kernels as built
 import pytest
 import simulated
+import simulated_kernels as built
 import torch
 
 # "sanitized" needs AddressSanitizer's library preloaded; see test_simt_sanitized.py.

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kernels as built
 import pytest
+import simulated_kernels as built
 
 HERE = Path(__file__).parent
 
@@ -51,8 +51,8 @@ def test_all_ops_and_the_simulator_are_clean() -> None:
 
 
 SELFTEST = """
-import sys, kernels
-module = kernels.load(kernels.build("sanitized"))
+import sys, simulated_kernels as built
+module = built.load(built.build("sanitized"))
 memory = module.Memory(4096)
 module.selftest(sys.argv[1], memory.address, 0)
 print("nothing to report")

@@ -6,12 +6,12 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-import kernels as built
 import op_cases
 import pytest
 import ragged_cases as ragged
 import simulated
-from kernels import Edit
+import simulated_kernels as built
+from simulated_kernels import Edit
 
 
 @dataclasses.dataclass(frozen=True)
