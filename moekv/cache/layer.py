@@ -94,6 +94,10 @@ class CompressedLayer(CacheLayerMixin):
     def _forget(self, count: int) -> None:
         """Drop the last pairs of every head, which all of them have."""
 
+    def hold_run(self, run: int | None) -> None:
+        """Say how many of the last positions no head lacks; None: all of them."""
+        self.run = self.context_length if run is None else run
+
     # -- what transformers asks of every layer -----------------------------------------------------
 
     is_sliding = False
@@ -134,10 +138,6 @@ class CompressedLayer(CacheLayerMixin):
             self.context_length, self.run = wanted, self.run - into
         if self.notes is not None:
             self.notes.crop(wanted)
-
-    def hold_run(self, run: int | None) -> None:
-        """Say how many of the last positions no head lacks; None: all of them."""
-        self.run = self.context_length if run is None else run
 
     def reset(self) -> None:
         """Refuse: what was evicted cannot be emptied in place.

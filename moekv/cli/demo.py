@@ -326,7 +326,7 @@ def ask(
     stops = set(stop) if isinstance(stop, list) else {stop}
     task = progress.add_task(title, total=len(questions))
     for question in questions:
-        own = copy.deepcopy(cache)
+        own = cache_argument(model, copy.deepcopy(cache))
         ids = prompt.question_ids(question.text).to(model.device)
         # Positions stay those of the full context, however short the cache is.
         position = prompt.ids.shape[1]
@@ -337,7 +337,7 @@ def ask(
             with torch.no_grad():
                 logits = model(
                     input_ids=ids,
-                    **cache_argument(model, own),
+                    **own,
                     position_ids=positions[None],
                     logits_to_keep=1,
                 ).logits

@@ -259,12 +259,30 @@ def hook_arguments(kwargs: Mapping[str, Any]) -> tuple[Tensor, Any]:
     """
     for names in (("hidden_states",), CACHE_NAMES, ("position_embeddings",)):
         if not any(name in kwargs for name in names):
-            raise RuntimeError(
-                f"expected attention layers to be called with `{names[0]}`, got "
-                f"{sorted(kwargs)}: transformers {transformers.__version__} and this model are not "
-                "supported together"
-            )
+            raise _called_without(names[0], kwargs)
     cache = cache_of(kwargs)
     if cache is None:
         raise RuntimeError("expected a KV cache to compress, got none; run with use_cache=True")
     return kwargs["hidden_states"], cache
+
+
+def positions_of(kwargs: Mapping[str, Any]) -> Tensor:
+    """Find the positions [B or 1, Q] of the tokens that an attention layer was fed.
+
+    Raises
+    ------
+    RuntimeError
+        The layer was told none.
+    """
+    if (position_ids := kwargs.get("position_ids")) is not None:
+        return position_ids  # type: ignore[no-any-return]
+    if (position := kwargs.get("cache_position")) is not None:
+        return position[None]  # type: ignore[no-any-return]
+    raise _called_without("position_ids", kwargs)
+
+
+def _called_without(name: str, kwargs: Mapping[str, Any]) -> RuntimeError:
+    return RuntimeError(
+        f"expected attention layers to be called with `{name}`, got {sorted(kwargs)}: transformers "
+        f"{transformers.__version__} and this model are not supported together"
+    )

@@ -10,11 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 from transformers.models.phi3.modeling_phi3 import Phi3Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+from moekv.models.hooks import positions_of
 
 _rotates: weakref.WeakKeyDictionary[nn.Module, bool | None] = weakref.WeakKeyDictionary()
 """Whether an attention layer rotates its queries; None: they are none that can be formed here."""
@@ -189,25 +190,6 @@ def rotations(
         options["layer_type"] = module.layer_type
     cos, sin = rotary(hidden_states, positions, **options)
     return cos, sin
-
-
-def positions_of(kwargs: Mapping[str, Any]) -> Tensor:
-    """Find the positions [B or 1, Q] of the tokens that an attention layer was fed.
-
-    Raises
-    ------
-    RuntimeError
-        The layer was told none.
-    """
-    if (position_ids := kwargs.get("position_ids")) is not None:
-        return position_ids  # type: ignore[no-any-return]
-    if (position := kwargs.get("cache_position")) is not None:
-        return position[None]  # type: ignore[no-any-return]
-    raise RuntimeError(
-        "expected attention layers to be called with `position_ids`, got "
-        f"{sorted(kwargs)}: transformers {transformers.__version__} and this model are not "
-        "supported together"
-    )
 
 
 def project_queries(module: nn.Module, hidden_states: Tensor) -> Tensor:

@@ -74,6 +74,7 @@ def prefill_in_chunks(
         raise ValueError(f"expected an empty cache, got one that holds {cache.get_seq_length()}")
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs = {"logits_to_keep": 1} | inputs
+    named = cache_argument(model, cache)
     length = input_ids.shape[1]
     position_ids = torch.arange(length, device=input_ids.device)[None]
     if attention_mask is not None:
@@ -85,7 +86,7 @@ def prefill_in_chunks(
                 input_ids=input_ids[:, begin:end],
                 attention_mask=None if attention_mask is None else attention_mask[:, :end],
                 position_ids=position_ids[:, begin:end],
-                **cache_argument(model, cache),
+                **named,
                 use_cache=True,
                 **inputs,
             )

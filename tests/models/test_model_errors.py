@@ -13,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from moekv import MoERouterPress
+from moekv.models import hooks
 from moekv.models.hooks import find_layers
 
 
@@ -131,6 +132,23 @@ def test_caches_of_a_transformers_that_nobody_knows(
             "__abstractmethods__",
             CacheLayerMixin.__abstractmethods__ | ({name} if name == "evict" else set()),
         )
+        refuse_block(RuntimeError, message + ".*does not know transformers", model, press)
+    assert_untouched(model, press)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("DynamicCache", dict, "expected caches that derive from Cache, got dict"),
+        ("ALL_ATTENTION_FUNCTIONS", {"eager": None}, r"such as 'sdpa', got \['eager'\]"),
+    ],
+)
+def test_a_transformers_of_other_caches_or_attention_functions(
+    name: str, value: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, press = tiny_model(), MoERouterPress()
+    with monkeypatch.context() as patch:
+        patch.setattr(hooks, name, value)
         refuse_block(RuntimeError, message + ".*does not know transformers", model, press)
     assert_untouched(model, press)
 

@@ -32,7 +32,12 @@ def test_several_tokens_for_a_cache_that_holds_some() -> None:
         model(tokens(1, 3), past_key_values=cache, logits_to_keep=3)
     assert cache.get_seq_length() == LENGTH + 3
     with pytest.raises(RuntimeError, match="prefill in one forward"), press(model):
-        model.generate(tokens(1, LENGTH), prefill_chunk_size=16, max_new_tokens=2)
+        model.generate(
+            tokens(1, LENGTH),
+            past_key_values=DynamicCache(),
+            prefill_chunk_size=16,
+            max_new_tokens=2,
+        )
 
 
 def test_tokens_at_a_wrong_position() -> None:
