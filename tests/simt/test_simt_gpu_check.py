@@ -1,17 +1,20 @@
 """What is to run on a GPU, on a pretended one: tensors on the CPU and simulated kernels."""
 
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import gpu_check
 import op_cases
 import pretended
 import pytest
+import rehearsal
 import torch
-
-from moekv import ops
-from moekv.ops import backends
+from gpu_check import driver, end_to_end, machine, smoke, timing
+from gpu_check.driver import Step
+from gpu_check.machine import Finding
+from gpu_check.worker import Skip
 
 
 @pytest.mark.parametrize("name", op_cases.CHECKS)
@@ -34,46 +37,44 @@ def test_a_pretended_gpu_refuses_tensors_from_elsewhere(kernels: ModuleType) -> 
 
 
 @pytest.fixture
-def gpu(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> pretended.PretendedGpu:
-    """A pretended GPU and what else gpu_check asks of torch.cuda."""
-    monkeypatch.setattr(torch.cuda, "Event", pretended.Event)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a pretended GPU")
-    monkeypatch.setattr(backends, "available_backends", lambda: dict.fromkeys(ops.BACKENDS))
-    small = {
-        "NUM_QUERY_HEADS": 4,
-        "NUM_KV_HEADS": 2,
-        "HEAD_DIM": 32,
-        "NUM_QUERIES": 5,
-        "HIDDEN_SIZE": 64,
-        "REPEATS": 2,
-    }
-    for constant, value in small.items():
-        monkeypatch.setattr(gpu_check, constant, value)
-    return pretended.PretendedGpu(kernels)
+def gpu(kernels: ModuleType, tmp_path: Path) -> Iterator[rehearsal.Gpu]:
+    """gpu_check's device, pretended, at work."""
+    gpu = rehearsal.Gpu(tmp_path / "gpu-check.json")
+    with gpu.active():
+        yield gpu
 
 
-ARGUMENTS = ["--tokens", "64", "130", "--megabytes", "1"]
+def test_the_smoke_test_runs_every_op(gpu: rehearsal.Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = set()
+    op = gpu.mode.device.op
+    monkeypatch.setattr(gpu.mode.device, "op", lambda name: called.add(name) or op(name))
+    for check in smoke.items(gpu).values():
+        assert check() is None
+    assert called == {*op_cases.CHECKS, "ragged_attention"}
 
 
-def test_gpu_check_prints_its_table(gpu: pretended.PretendedGpu, capsys: Any) -> None:
-    with gpu:
-        gpu_check.main(ARGUMENTS)
-    out = capsys.readouterr().out
-    assert out.startswith(f"a pretended GPU, torch {torch.__version__}, device copy ")
-    rows = re.findall(
-        r"^\| `([^`]+)` \| (\d+) \| [\d.]+ \| \d+% \| \d+ \| \d+% \|$", out, re.MULTILINE
-    )
-    names = [name for name, tokens in rows if tokens == "64"]
-    assert {name.split()[0].rstrip(",") for name in names} == {*op_cases.CHECKS, "ragged_attention"}
-    assert rows == [(name, tokens) for tokens in ("64", "130") for name in names]
+def test_every_op_and_its_peers_are_timed(gpu: rehearsal.Gpu) -> None:
+    told, skipped = {}, []
+    for name, run in timing.items(gpu).items():
+        try:
+            told[name] = run() or {}
+        except Skip:
+            skipped.append(name)
+    (tokens,) = gpu.sizes.layer_tokens
+    assert {x.split()[0].rstrip(",:") for x in timing.OPS} == {*op_cases.CHECKS, "ragged_attention"}
+    assert set(told) >= {"roofline", *(f"{x} {tokens}" for x in (*timing.OPS, *timing.PEERS))}
+    assert set(skipped) <= {f"{x} {tokens}" for x in timing.COMPILED}
+    for name in timing.OPS:
+        assert told[f"{name} {tokens}"]["µs"] > 0
+        assert re.fullmatch(r"\d+%", told[f"{name} {tokens}"]["of the roofline"])
 
 
 @pytest.mark.parametrize("name", [*op_cases.CHECKS, "ragged_attention"])
-def test_gpu_check_compares_before_it_times(
-    gpu: pretended.PretendedGpu, monkeypatch: pytest.MonkeyPatch, name: str
+def test_results_are_compared_before_they_are_timed(
+    gpu: rehearsal.Gpu, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """An op that is wrong in one number is not timed."""
-    op = gpu.device.op(name)
+    op = gpu.mode.device.op(name)
 
     def wrong(*inputs: torch.Tensor, **options: Any) -> Any:
         result = op(*inputs, **options)
@@ -81,18 +82,78 @@ def test_gpu_check_compares_before_it_times(
         first.view(-1)[7] = first.view(-1)[7] * 1.03 + 1
         return result
 
-    with gpu:
-        timed = [x for x in gpu_check.make_ops(64, pretended.GPU) if x.name.startswith(name)]
-        for one in timed:
-            gpu_check.check(one)
-        monkeypatch.setattr(gpu.device, name, wrong)
-        for one in timed:
-            with pytest.raises(AssertionError, match=re.escape(one.name)):
-                gpu_check.check(one)
+    timed = [x for key, x in timing.make_ops(gpu, 64).items() if key.startswith(name)]
+    for one in timed:
+        timing.check(one)
+    monkeypatch.setattr(gpu.mode.device, name, wrong)
+    for one in timed:
+        with pytest.raises(AssertionError, match=re.escape(one.name)):
+            timing.check(one)
 
 
-def test_gpu_check_says_why_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    reasons = dict.fromkeys(ops.BACKENDS) | {"cuda": "no device here"}
-    monkeypatch.setattr(backends, "available_backends", lambda: reasons)
-    with pytest.raises(SystemExit, match="backend 'cuda' is not available: no device here"):
-        gpu_check.main([])
+def test_end_to_end(gpu: rehearsal.Gpu) -> None:
+    """Each item does what it says; graphs and streams are pretended, the numbers are right."""
+    told = {name: run() or {} for name, run in end_to_end.items(gpu).items()}
+    (prefill,) = gpu.sizes.prefills
+    columns = told[f"{prefill.tokens} tokens"]
+    assert columns["layers"] == prefill.layers
+    for name in ("full", "press", "uniform"):
+        assert columns[f"{name} s"] > 0 and columns[f"{name} tokens/s"] > 0
+    assert {"press's share", "uniform's share"} < set(columns)
+    for kind in ("static", "ragged"):
+        assert told[f"graph of a step, {kind} cache"]["graph ms"] > 0
+    assert told["waits of the host"]["step waits"] == 0
+
+
+def test_graphs_see_what_they_replay(gpu: rehearsal.Gpu) -> None:
+    """A pretended graph computes anew from what its inputs hold, and refuses to wait."""
+    x = torch.ones(3, device="cuda")
+    got: list[torch.Tensor] = []
+    replay = gpu.capture(lambda: got.append((x * 2)[1:].sum()))
+    x.copy_(torch.tensor([5.0, 6.0, 7.0], device="cuda"))
+    replay()
+    assert float(got[0].cpu()) == 26
+    for wait in (lambda: x.tolist(), lambda: x[x > 1], lambda: torch.tensor([1], device="cuda")):
+        with pytest.raises(RuntimeError, match="waits for the device while a graph is captured"):
+            gpu.capture(wait)
+        assert gpu.count_waits(wait) == 1
+    assert gpu.count_waits(lambda: (x.sum(), x.clone(), torch.zeros(3, device="cuda"))) == 0
+
+
+WRONG = """
+import contextlib
+import rehearsal
+
+class Gpu(rehearsal.Gpu):
+    @contextlib.contextmanager
+    def active(self):
+        with super().active():
+            device = self.mode.device
+            right = device.kv_compact_
+
+            def wrong(keys, *others, **options):
+                right(keys, *others, **options)
+                keys[0, 0, 0, 0] += 1
+
+            device.kv_compact_ = wrong
+            yield
+"""
+
+
+def test_a_wrong_kernel_fails_and_the_others_run(
+    kernels: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole way, with processes: only the build is left out."""
+    (tmp_path / "wrong_device.py").write_text(WRONG)
+    (tmp_path / "nothing.py").write_text("def items(gpu):\n    return {'nothing': lambda: None}\n")
+    found = [Finding("GPU", "a pretended one, compute capability 9.0, 80 GB, driver 1")]
+    monkeypatch.setattr(machine, "look", lambda: found)
+    for name in ("PYTHONPATH", "HF_HUB_OFFLINE", "PYTHONUNBUFFERED", "GPU_CHECK_ARCHITECTURE"):
+        monkeypatch.setenv(name, str(tmp_path))  # the driver sets them: so they are restored
+    known = {"build": Step("nothing", "", 60, 60), "a": driver.STEPS["a"]}
+    arguments = ["--device", "wrong_device", "--out", str(tmp_path), "--patience", "10"]
+    assert driver.main(arguments, known) == 1
+    lines = [x for x in (tmp_path / "gpu-check.md").read_text().splitlines() if "_compact_" in x]
+    assert len(lines) == 1 and "FAILED" in lines[0]
+    log = (tmp_path / "gpu-check.md").read_text()
+    assert log.count("| ok |") >= len(smoke.CASES)

@@ -1,0 +1,460 @@
+"""gpu_check where there is no GPU: what comes of steps that go wrong, and of what is missing.
+
+The steps themselves run in ``tests/simt/test_simt_gpu_check.py``.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gpu_check import build, driver, machine, profile, sanitizer, suite
+from gpu_check.driver import ROOT, Step
+from gpu_check.machine import Finding
+from gpu_check.worker import Skip
+
+DEVICE = """
+import contextlib
+
+class Gpu:
+    def __init__(self, results):
+        self.results = results
+        self.well = True
+
+    def active(self):
+        return contextlib.nullcontext()
+
+    def is_well(self):
+        return self.well
+"""
+STEP = """
+import os, signal, time
+from gpu_check.worker import Skip
+
+def items(gpu):
+    def wrong():
+        raise AssertionError("expected 1, got 2 | 3")
+
+    def error_of_the_device():
+        gpu.well = False
+        raise RuntimeError("an illegal memory access")
+
+    def skip():
+        raise Skip("not here")
+
+    return {
+        "right": lambda: {"us": 1234.5, "of": "61%"},
+        "wrong": wrong,
+        "hang": lambda: time.sleep(60),
+        "behind a hang": lambda: {"process": os.getpid()},
+        "crash": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+        "exit": lambda: os._exit(3),
+        "error of the device": error_of_the_device,
+        "another process": lambda: {"process": os.getpid()},
+        "skipped": skip,
+    }
+"""
+
+
+@pytest.fixture
+def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for modules of steps, beside a device that is none, on a machine that has it all."""
+    folder = tmp_path / "steps"
+    folder.mkdir()
+    (folder / "no_device.py").write_text(DEVICE)
+    (folder / "fine.py").write_text("def items(gpu):\n    return {'one': lambda: None}\n")
+    found = [Finding("GPU", "a pretended one, compute capability 9.0, 80 GB, driver 1")]
+    monkeypatch.setattr(machine, "look", lambda: found)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    for name in ("HF_HUB_OFFLINE", "PYTHONUNBUFFERED", "GPU_CHECK_ARCHITECTURE"):
+        monkeypatch.setenv(name, "")  # the driver sets them: so they are restored
+    return folder
+
+
+def run(
+    out: Path, known: dict[str, Step], *arguments: str
+) -> tuple[int, dict[str, dict[str, Any]], str]:
+    """What the driver makes of steps: its exit code, their lines by item, the Markdown."""
+    known = {"build": Step("fine", "the libraries", 20, 20), **known}
+    code = driver.main(["--device", "no_device", "--out", str(out), *arguments], known)
+    told = json.loads((out / "gpu-check.json").read_text())["steps"]
+    lines = {
+        name: {x["item"]: x for x in step["lines"]} | {"": step["status"]}
+        for name, step in told.items()
+    }
+    return code, lines, (out / "gpu-check.md").read_text()
+
+
+def test_whatever_comes_of_an_item_the_others_run(steps: Path, tmp_path: Path) -> None:
+    (steps / "faulty.py").write_text(STEP)
+    known = {
+        "a": Step("faulty", "all kinds of trouble", 50, 1.5),
+        "b": Step("fine", "none", 20, 20),
+    }
+    code, lines, text = run(tmp_path / "out", known)
+    assert code == 1
+    assert {item: x["status"] for item, x in lines["a"].items() if item} == {
+        "right": "ok",
+        "wrong": "FAILED",
+        "hang": "HANG",
+        "behind a hang": "ok",
+        "crash": "CRASHED",
+        "exit": "CRASHED",
+        "error of the device": "FAILED",
+        "another process": "ok",
+        "skipped": "skipped",
+    }
+    step = lines["a"]
+    assert step["wrong"]["message"] == "AssertionError: expected 1, got 2 | 3"
+    assert "SIGSEGV" in step["crash"]["message"] and "exit code 3" in step["exit"]["message"]
+    assert step["hang"]["message"] == "ended after 2 s" and 1.5 < step["hang"]["seconds"] < 20
+    assert step["behind a hang"]["data"] != step["another process"]["data"]
+    assert (step[""], lines["b"][""]) == ("FAILED", "ok")
+    assert "| right | 1,234 | 61% |" in text and r"expected 1, got 2 \| 3" in text
+
+
+def test_a_step_whose_time_is_over_says_what_it_did_not_do(steps: Path, tmp_path: Path) -> None:
+    (steps / "slow.py").write_text(
+        "import time\n"
+        "def items(gpu):\n"
+        "    return {'first': lambda: None, 'long': lambda: time.sleep(60), 'last': lambda: None}\n"
+    )
+    known = {"a": Step("slow", "", 3, 60), "b": Step("fine", "", 20, 20)}
+    code, lines, _ = run(tmp_path / "out", known)
+    assert code == 1
+    statuses = {item: x["status"] for item, x in lines["a"].items() if item}
+    assert statuses == {"first": "ok", "long": "HANG", "last": "not run"}
+    assert lines["b"][""] == "ok"
+
+
+def test_what_was_cut_short_has_not_passed(steps: Path, tmp_path: Path) -> None:
+    (steps / "many.py").write_text(
+        "import time\n"
+        "def items(gpu):\n"
+        "    return {str(i): lambda: time.sleep(0.01) for i in range(1000)}\n"
+    )
+    known = {"a": Step("many", "", 2, 60)}
+    code, lines, _ = run(tmp_path / "out", known)
+    assert code == 1
+    assert lines["a"][""] in ("cut short", "FAILED") and lines["a"]["999"]["status"] == "not run"
+
+
+def test_a_step_that_cannot_begin(steps: Path, tmp_path: Path) -> None:
+    (steps / "broken.py").write_text("import a_package_that_is_missing\n")
+    (steps / "endless.py").write_text(
+        "import os\ndef items(gpu):\n    return {str(i): lambda: os._exit(1) for i in range(20)}\n"
+    )
+    known = {"a": Step("broken", "", 20, 20), "b": Step("endless", "", 60, 20)}
+    code, lines, _ = run(tmp_path / "out", known)
+    assert code == 1
+    assert "No module named 'a_package_that_is_missing'" in lines["a"]["start"]["message"]
+    statuses = [x["status"] for item, x in lines["b"].items() if item]
+    assert statuses == ["CRASHED"] * 13 + ["not run"] * 7
+
+
+def test_several_processes_share_the_items(steps: Path, tmp_path: Path) -> None:
+    (steps / "shared.py").write_text(
+        "import os\n"
+        "def items(gpu):\n"
+        "    return {str(i): lambda: {'process': os.getpid()} for i in range(7)}\n"
+    )
+    code, lines, _ = run(tmp_path / "out", {"a": Step("shared", "", 20, 20, workers=3)})
+    assert code == 0
+    processes = {x["data"]["process"] for item, x in lines["a"].items() if item}
+    assert len(processes) == 3 and len(lines["a"]) == 8
+
+
+def test_some_of_the_steps(steps: Path, tmp_path: Path, capsys: Any) -> None:
+    known = {letter: Step("fine", letter, 20, 20) for letter in "abc"}
+    code, lines, _ = run(tmp_path / "out", known, "--steps", "c,a")
+    assert code == 0 and list(lines) == ["machine", "build", "c", "a"]
+    with pytest.raises(SystemExit):
+        run(tmp_path / "out", known, "--steps", "a,g")
+    assert "expected steps among a, b, c, got g" in capsys.readouterr().err
+
+
+def test_the_whole_takes_at_most_eight_minutes() -> None:
+    assert list(driver.STEPS) == ["build", *"abcdef"]
+    assert sum(step.limit for step in driver.STEPS.values()) <= 480
+    assert all(step.item_limit <= step.limit for step in driver.STEPS.values())
+
+
+# --- What is there --------------------------------------------------------------------------------
+
+H100 = "NVIDIA H100, 9.0, 81559 MiB, 580.65"
+
+
+@pytest.fixture
+def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine with all that is needed, as far as anybody looks: its programs."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    torch = tmp_path / "torch"
+    (torch / "lib").mkdir(parents=True)
+    (torch / "lib" / "libtorch_cuda.so").touch()
+    (torch / "version.py").write_text("__version__ = '2.13.0+cu130'\n")
+    for name in ("c++", "cmake", "ninja"):
+        program(programs / name, "true")
+    program(programs / "nvcc", "echo Cuda compilation tools, release 13.0, V13.0.88")
+    program(programs / "nvidia-smi", f'test "$1" = -L && echo GPU 0 || echo "{H100}"')
+    monkeypatch.setenv("PATH", str(programs))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(machine, "CUDA_FOLDER", tmp_path / "none")
+    monkeypatch.setattr(machine, "find_torch", lambda: torch)
+    monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: str(tmp_path / "none"))
+    monkeypatch.setattr(machine.sys, "executable", str(tmp_path / "none" / "python"))
+    return tmp_path
+
+
+def program(path: Path, *lines: str) -> None:
+    path.write_text("\n".join(["#!/bin/sh", *lines]) + "\n")
+    path.chmod(0o755)
+
+
+def problems() -> dict[str, str]:
+    return {x.part: x.problem for x in machine.look() if x.problem}
+
+
+def test_a_machine_that_has_it_all(box: Path) -> None:
+    assert problems() == {}
+    found = machine.look()
+    assert machine.architecture(found) == "90"
+    assert {x.part for x in found} > {"GPU", "Python", "torch", "transformers", "nvcc", "c++"}
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("GPU", lambda box: (box / "bin/nvidia-smi").unlink(), "no NVIDIA GPU is present"),
+        (
+            "GPU",
+            lambda box: program(box / "bin/nvidia-smi", "exit 9"),
+            "no NVIDIA GPU is present",
+        ),
+        (
+            "GPU",
+            lambda box: program(box / "bin/nvidia-smi", "echo V100, 7.0, 16 GB, 535"),
+            "expected compute capability 8.0 or higher, got V100",
+        ),
+        ("nvcc", lambda box: (box / "bin/nvcc").unlink(), "not found, neither in CUDA_HOME"),
+        ("nvcc", lambda box: program(box / "bin/nvcc", "exit 1"), "does not tell its release"),
+        ("c++", lambda box: (box / "bin/c++").unlink(), "not found in the PATH"),
+        ("ninja", lambda box: (box / "bin/ninja").unlink(), "not found in the PATH"),
+        (
+            "torch",
+            lambda box: (box / "torch/version.py").write_text("__version__ = '2.9.1'"),
+            "expected 2.10 or later, got 2.9.1",
+        ),
+        (
+            "torch",
+            lambda box: (box / "torch/lib/libtorch_cuda.so").unlink(),
+            "expected a build with CUDA, got 2.13.0",
+        ),
+    ],
+)
+def test_what_is_missing_is_said(
+    box: Path, capsys: Any, part: str, change: Any, message: str
+) -> None:
+    change(box)
+    assert list(problems()) == [part]
+    assert driver.main(["--out", str(box / "out")]) == 1
+    assert f"gpu-check: {part}: " in (told := capsys.readouterr().err) and message in told
+    assert message in (box / "out" / "gpu-check.md").read_text()
+
+
+def test_only_some_steps_need_some_packages(box: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "PACKAGES", ("transformers", "a-package-that-is-missing"))
+    (missing,) = (x for x in machine.look() if x.problem)
+    assert not missing.by_all and missing.of_index
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU")
+def test_it_says_at_once_that_there_is_no_gpu() -> None:
+    done = subprocess.run(
+        ["make", "gpu-check", f"PYTHON={sys.executable}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode != 0
+    assert "gpu-check: GPU: no NVIDIA GPU is present" in done.stderr
+
+
+# --- Steps that call other programs ---------------------------------------------------------------
+
+
+class Device:
+    __module__ = "no_device"
+
+    def __init__(self, folder: Path) -> None:
+        self.results = folder / "gpu-check.json"
+
+
+def test_the_build_is_for_the_gpu_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would be compiled, with which flags; nothing is."""
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    monkeypatch.setenv("GPU_CHECK_ARCHITECTURE", "90")
+    cuda = tmp_path / "toolkit"
+    for folder in ("bin", "include", "lib64"):
+        (cuda / folder).mkdir(parents=True)
+    (cuda / "include" / "cuda_runtime.h").touch()
+    (cuda / "lib64" / "libcudart_static.a").touch()
+    program(cuda / "bin" / "nvcc", f"echo '#$ TOP={cuda}' >&2")
+    monkeypatch.setenv("CUDA_HOME", str(cuda))
+    run_program = build._run
+
+    def dry(*command: str) -> str:
+        return run_program(*command, *(("--", "-n", "-v") if "--build" in command else ()))
+
+    monkeypatch.setattr(build, "_run", dry)
+    monkeypatch.setattr(build, "_seconds", list)
+    printed: list[str] = []
+    monkeypatch.setattr(build, "print", lambda text, **_: printed.append(text), raising=False)
+    build._build()
+    kernels = [x for x in printed[-1].splitlines() if f"{cuda}/bin/nvcc" in x]
+    assert len(kernels) == len(list((ROOT / "csrc" / "cuda").glob("*.cu")))
+    assert all("[compute_90,sm_90]" in x and "sm_80" not in x for x in kernels)
+    assert "Werror" not in printed[-1]
+
+    program(cuda / "bin" / "nvcc", "echo no such compiler >&2; exit 1")
+    (tmp_path / "CMakeCache.txt").unlink()
+    (cuda / "include" / "cuda_runtime.h").unlink()
+    with pytest.raises(RuntimeError, match=r"(?s)MOEKV_CUDA=ON:.*has no cuda_runtime\.h"):
+        build._build()
+
+
+@pytest.mark.parametrize("tool", sanitizer.TOOLS)
+@pytest.mark.parametrize(
+    ("summary", "wrong"), [("ERROR SUMMARY: 0 errors", False), ("SUMMARY: 2 hazards", True)]
+)
+def test_what_the_sanitizer_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, summary: str, wrong: bool
+) -> None:
+    done = '{\\"event\\": \\"done\\"}'
+    program(
+        tmp_path / "compute-sanitizer",
+        'while [ "$1" != --lines ]; do shift; done',
+        f'echo "{done}" > "$2"; echo "========= {summary}"',
+    )
+    monkeypatch.setattr(machine, "find_program", lambda name: str(tmp_path / name))
+    run_tool = sanitizer.items(Device(tmp_path))[tool]  # type: ignore[arg-type]
+    if wrong:
+        with pytest.raises(AssertionError, match="SUMMARY: 2"):
+            run_tool()
+    else:
+        run_tool()
+    program(tmp_path / "compute-sanitizer", f"echo {summary}")
+    with pytest.raises(AssertionError, match="finished: False"):
+        run_tool()
+    monkeypatch.setattr(machine, "find_program", lambda name: None)
+    with pytest.raises(Skip, match="no compute-sanitizer"):
+        run_tool()
+
+
+TABLE = (
+    '"ID","Kernel Name","gpu__time_duration.sum",'
+    '"dram__throughput.avg.pct_of_peak_sustained_elapsed"\n'
+    '"","","ns","%"\n'
+    '"0","void moekv::small_kernel<float>(Params)","1,000","3.5"\n'
+    '"1","void moekv::large_kernel<float>(Params)","64,000","71.25"'
+)
+
+
+def test_what_ncu_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "find_program", lambda name: str(tmp_path / name))
+    device: Any = Device(tmp_path)
+    program(
+        tmp_path / "ncu",
+        'if [ "$1" = --import ]; then cat <<EOF',
+        "==PROF== a line of ncu's own",
+        TABLE,
+        "EOF",
+        'else while [ "$1" != -o ]; do shift; done; touch "$2"; fi',
+    )
+    told = profile._profile(device, "expert_scores, all four", 4096)
+    assert told == {
+        "kernel": "void moekv::large_kernel<float>",
+        "µs": 64.0,
+        "DRAM %": 71.25,
+        "report": "expert_scores_all_four-4096.ncu-rep",
+    }
+    for path in tmp_path.glob("*.ncu-rep"):
+        path.unlink()
+    program(tmp_path / "ncu", "echo ERR_NVGPUCTRPERM: no permission")
+    with pytest.raises(Skip, match="may not read the GPU's counters"):
+        profile._profile(device, "mix_scores", 4096)
+    program(tmp_path / "ncu", "echo what is this")
+    with pytest.raises(RuntimeError, match="ncu wrote no report: what is this"):
+        profile._profile(device, "mix_scores", 4096)
+
+
+def test_profiles_are_of_what_is_furthest_from_the_roofline(tmp_path: Path) -> None:
+    results = tmp_path / "gpu-check.json"
+    assert profile._slowest(results, 4096) == list(profile.EXPECTED)
+    shares = {"mix_scores": "90%", "kv_compact_": "70%", "gating_topk": "9%", "select_kept": "31%"}
+    lines = [{"item": f"{x} 4096", "data": {"of the roofline": y}} for x, y in shares.items()]
+    lines.append({"item": "roofline", "data": {}})
+    results.write_text(json.dumps({"steps": {"b": {"lines": lines}}}))
+    assert profile._slowest(results, 4096) == ["gating_topk", "select_kept", "kv_compact_"]
+
+
+def test_what_the_tests_report(tmp_path: Path) -> None:
+    """In a process of its own: pytest within pytest shares what it imports."""
+    (tmp_path / "test_one.py").write_text(
+        "import pytest\n"
+        "def test_cuda_right(): pass\n"
+        "def test_cpu_wrong(): assert False\n"
+        "@pytest.mark.skip\n"
+        "def test_cuda_elsewhere(): pass\n"
+    )
+    (tmp_path / "test_two.py").write_text("def test_cuda_wrong(): assert 1 == 2\n")
+    script = (
+        "from pathlib import Path; from gpu_check import suite\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        "print('TOLD', suite._run(folder / 'test_one.py'))\n"
+        "try: suite._run(folder / 'test_two.py')\n"
+        "except AssertionError as error: print('TOLD', error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tools")},
+        cwd=tmp_path,
+        check=True,
+    )
+    told = [x for x in done.stdout.splitlines() if x.startswith("TOLD")]
+    assert told[0] == "TOLD {'passed': 1, 'failed': 0, 'skipped': 1}"
+    assert told[1].startswith("TOLD 1 failed: ") and "assert 1 == 2" in told[1]
+
+
+BLOCKED = """
+import sys
+for name in ("gguf", "kvpress", "matplotlib", "pybind11", "rich", "xdist"):
+    sys.modules[name] = None
+"""
+
+
+def test_the_tests_for_a_gpu_need_nothing_else(tmp_path: Path) -> None:
+    """They are collected where only torch, transformers, pytest and hypothesis are installed."""
+    (tmp_path / "blocked.py").write_text(BLOCKED)
+    files = [str(x) for x in suite.FIRST]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "blocked", "-p", "no:cacheprovider"]
+        + ["--collect-only", "-q", *files, "tests/ops"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "tests/press/test_press_cuda.py" in done.stdout

@@ -1,0 +1,52 @@
+"""Step d: the tests of the ops and the press, as far as they name the GPU."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from gpu_check.driver import ROOT
+
+if TYPE_CHECKING:
+    from gpu_check.gpu import Gpu
+    from gpu_check.worker import Items
+
+ON_GPU = False  # each test says for itself where it runs
+KEYWORD = "cuda"
+FIRST = [ROOT / "tests/ops/test_cuda.py", ROOT / "tests/press/test_press_cuda.py"]
+
+
+class Count:
+    """A plugin that counts outcomes and keeps the names of what failed."""
+
+    def __init__(self) -> None:
+        self.outcomes = {"passed": 0, "failed": 0, "skipped": 0}
+        self.failed: list[str] = []
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Take in one phase of a test."""
+        if report.when == "call" or report.outcome != "passed":
+            self.outcomes[report.outcome] += 1
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            self.failed.append(f"{report.nodeid}: {getattr(crash, 'message', '')[:200]}")
+
+
+def items(gpu: Gpu) -> Items:
+    """Return a run of each file, what concerns the GPU alone first."""
+    others = sorted(x for x in (ROOT / "tests/ops").glob("test_*.py") if x not in FIRST)
+    return {str(x.relative_to(ROOT)): partial(_run, x) for x in [*FIRST, *others]}
+
+
+def _run(path: Path) -> dict[str, Any]:
+    count = Count()
+    arguments = ["-q", "-k", KEYWORD, "-p", "no:cacheprovider", str(path)]
+    code = pytest.main(arguments, plugins=[count])
+    if count.failed:
+        raise AssertionError(f"{len(count.failed)} failed: " + "; ".join(count.failed[:5]))
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        raise RuntimeError(f"pytest ended with {code!r}")
+    return dict(count.outcomes)
