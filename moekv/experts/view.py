@@ -18,6 +18,7 @@ from moekv.models.queries import (
     rotations,
 )
 from moekv.ops import ScoreKind
+from moekv.ops.reference.expected_attention import REACH
 
 POOL = 5
 """Positions that ``ScoreKind.ATTENTION`` averages, as in SnapKV."""
@@ -208,20 +209,51 @@ class LayerView:
         """
         return self._expected
 
-    @functools.cached_property
-    def _expected(self) -> Tensor:
+    def expected_among(self, keys: Tensor) -> Tensor:
+        """Attention that the pairs can expect where they are the last of a longer layer.
+
+        As in :meth:`expected`, but nobody knows what the tokens before them would ask, which leaves
+        the first pairs some looks short. The view has to be ``aligned``.
+
+        Parameters
+        ----------
+        keys : Tensor [B, H, S, D]
+            Of the whole layer; the view's are its last T.
+
+        Returns
+        -------
+        Tensor [B, H, T], float32
+        """
+        back = self._turned_back()[:, None]
+        queries = torch.matmul(self._asked().to(keys.dtype), back.mT)  # fewer than keys
+        batch, heads, count, dim = queries.shape
+        grouped = queries.view(batch, keys.shape[1], -1, dim)
+        logits = torch.matmul(grouped, keys.mT).float()
+        if softcap := self._logits["softcap"]:
+            logits = softcap * torch.tanh(logits / softcap)
+        looks = logits.softmax(-1)[..., -count:].square()
+        looks = looks.view(batch, keys.shape[1], -1, count, count).mean(2)
+        behind = torch.ones_like(looks[0, 0]).triu().tril(REACH)  # from a token on, and no farther
+        return (looks * behind).sum(-2).clamp(min=1e-36).log() / 2
+
+    def _asked(self) -> Tensor:
+        """Give what the tokens ask [B, Hq, N, D]: queries that nobody has rotated."""
         if rotates(self.module) is None:
             raise ValueError(
                 "expected an attention layer whose queries are its projected inputs, normed or "
                 f"not, and rotated or not, got {type(self.module).__name__} whose are others; "
                 "choose experts that need no queries but the last, as MoERouterPress(num_experts=4)"
             )
-        projected = self.projected
-        if projected is None:
-            projected = project_queries(self.module, self.hidden_states)
+        if self.projected is not None:
+            return self.projected
+        return project_queries(self.module, self.hidden_states)
+
+    @functools.cached_property
+    def _expected(self) -> Tensor:
+        asked = self._asked()
         keys = torch.matmul(self.keys, self._turned_back()[:, None])
         return ops.expected_attention(
-            projected.to(keys.dtype),
+            asked.to(keys.dtype),
             keys,
             self.start,
             softcap=self._logits["softcap"],

@@ -1,47 +1,77 @@
 """What a press refuses as a part of one of kvpress's wrappers."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-from kvpress import BlockPress, ComposedPress, DecodingPress, KnormPress
+import torch
+from kvpress import BlockPress, ComposedPress, DMSPress, KnormPress
 from refusals import LENGTH, assert_untouched, num_hooks, padded
 from tiny_models import prefill, tiny_model, tokens
+from torch import Tensor, nn
 from transformers import DynamicCache
+from wrapping import WRAPPERS
 
 from moekv import DecodingConfig, MoERouterPress
 
 
-def composed(press: MoERouterPress) -> ComposedPress:
-    return ComposedPress([press])
+def run(model: nn.Module, name: str, press: MoERouterPress, mask: Tensor | None = None) -> None:
+    """Let a press act inside a wrapper: in a prefill, and in four steps after it."""
+    batch, cache = (1 if mask is None else len(mask)), DynamicCache()
+    with torch.no_grad(), WRAPPERS[name](press)(model):
+        model(tokens(batch, LENGTH), attention_mask=mask, past_key_values=cache)
+        for _ in range(4):
+            if mask is not None:
+                mask = torch.cat([mask, mask.new_ones(batch, 1)], dim=1)
+            model(tokens(batch, 1), attention_mask=mask, past_key_values=cache)
 
 
-def decoding(press: MoERouterPress) -> DecodingPress:
-    return DecodingPress(press, compression_interval=4, target_size=12)
-
-
-@pytest.mark.parametrize("budget", ["head", "model"])
-def test_ragged_budgets_in_a_wrapper(budget: str) -> None:
-    model, press = tiny_model(), composed(MoERouterPress(budget=budget))
-    message = "inside a kvpress wrapper, whose layers are dense"
-    with pytest.raises(ValueError, match=message), press(model):
-        prefill(model, tokens(1, LENGTH))
-
-
-@pytest.mark.parametrize("wrap", [composed, decoding])
-def test_compression_that_goes_on_in_a_wrapper(wrap: Callable[[MoERouterPress], Any]) -> None:
-    model, press = tiny_model(), MoERouterPress(decoding=DecodingConfig())
-    message = "expected no decoding inside a kvpress wrapper"
-    with pytest.raises(ValueError, match=message), wrap(press)(model):
-        model.generate(tokens(1, LENGTH), max_new_tokens=8, do_sample=False)
+def refuse(name: str, press: MoERouterPress, message: str, mask: Tensor | None = None) -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match=message):
+        run(model, name, press, mask)
     assert not num_hooks(model)
+    stats = press.get_stats()
+    assert stats["forward_count"] == 0 and stats["compression"]["bytes_before"] == 0
 
 
-def test_left_padding_in_a_wrapper() -> None:
-    model, press = tiny_model(), composed(MoERouterPress())
-    message = r"inside a kvpress wrapper, got \[0, 7\] padding"
-    with pytest.raises(ValueError, match=message), press(model):
-        model(tokens(2, LENGTH), attention_mask=padded(), past_key_values=DynamicCache())
+@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("budget", ["uniform", "head", "model"])
+def test_budgets_in_a_wrapper(name: str, budget: str) -> None:
+    message = rf"expected budget='auto' inside {name}, .*, got '{budget}'"
+    refuse(name, MoERouterPress(budget=budget), message)
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_compression_that_goes_on_in_a_wrapper(name: str) -> None:
+    decoding = DecodingConfig()
+    message = rf"expected decoding=None inside {name}, .*, got DecodingConfig"
+    refuse(name, MoERouterPress(decoding=decoding), message)
+    with pytest.raises(TypeError, match="context_length"):
+        WRAPPERS[name](MoERouterPress())(tiny_model(), context_length=LENGTH)
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_streaming_in_a_wrapper(name: str) -> None:
+    refuse(name, MoERouterPress(streaming=True), f"expected streaming=False inside {name}, .*True")
+
+
+def test_recent_pairs_and_a_sliding_window_of_the_wrapper() -> None:
+    message = "expected recent=16 inside DMSPress, .*, got 8"
+    refuse("DMSPress", MoERouterPress(recent=8), message)
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_left_padding_in_a_wrapper(name: str) -> None:
+    message = rf"without padding inside {name}, got \[0, \d+\] padding"
+    refuse(name, MoERouterPress(), message, padded())
+
+
+@pytest.mark.parametrize("options", [{"budget": "auto"}, {"decoding": None}, {"recent": 16}])
+def test_what_is_the_default_anyway_is_served(options: dict[str, Any]) -> None:
+    model, press = tiny_model(), MoERouterPress(**options)
+    with DMSPress(press, threshold=0.0)(model):
+        prefill(model, tokens(1, LENGTH))
+    assert press.get_stats()["forward_count"] == 1
 
 
 def test_cache_already_cut() -> None:

@@ -7,10 +7,12 @@ and each head keeps as many.
 from __future__ import annotations
 
 import weakref
+from dataclasses import fields
 from typing import Any
 
 import torch
-from kvpress import ScorerPress
+from kvpress import BasePress, DMSPress, ScorerPress
+from kvpress.utils import extract_keys_and_values
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,16 +20,38 @@ from moekv.budget import protect
 from moekv.cache.buffers import gather_rows, storage_bytes
 from moekv.cache.caches import cached_pairs, check_cache
 from moekv.experts.builder import ViewBuilder
-from moekv.models.hooks import attentions_of, hook_arguments, is_prefill, is_sliding
+from moekv.experts.view import LayerView
+from moekv.integrations.kvpress.wrappers import Outcomes, as_attention, wrapper_hook
+from moekv.models.hooks import (
+    attentions_of,
+    cache_of,
+    hook_arguments,
+    index_of,
+    is_prefill,
+    is_sliding,
+)
+from moekv.models.queries import rotates
 from moekv.press import press as core
 from moekv.press.commit import choose, observe, record
 from moekv.press.forward import Plan
 from moekv.press.options import Options
-from moekv.press.rating import Look, Rater, protected
+from moekv.press.rating import Rater, protected
+
+_UNSERVED = {
+    "budget": "which acts on one layer at once, and says how many pairs its heads keep",
+    "decoding": "which says itself when pairs leave",
+    "streaming": "which acts on each layer as it arrives",
+}
+"""Options of a block of the press's own: why a wrapper does not serve them."""
 
 
 class MoERouterPress(core.MoERouterPress, ScorerPress):
     """See ``moekv.press.press.MoERouterPress``: the same, and a scorer for kvpress's wrappers."""
+
+    def __post_init__(self) -> None:
+        """Check every option before a model is at hand."""
+        super().__post_init__()
+        self._outcomes = Outcomes()
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
         """Get ready for a model: kvpress calls this when a wrapper's block begins.
@@ -61,6 +85,7 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
         hidden_states : Tensor [B, N, hidden]
             Its input: a whole prefill, a slice of it, or the last N tokens of the cache.
         keys, values : Tensor [B, H, T, D]
+            All pairs of the layer, or those of a slice, or (``DMSPress``) of the last N tokens.
         attentions : Tensor or None
             For experts that use attention weights.
         kwargs : dict
@@ -69,19 +94,42 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
         Returns
         -------
         Tensor [B, H, T], float32
-            Finite; in a mixture sinks and recent positions come first, padding last.
+            Attention that pairs of the press's order can expect: positive, comparable over heads
+            and layers, distinct in each head. See :func:`as_attention`. In a mixture sinks and
+            recent positions come first; under ``DMSPress``, whose window stands for them, sinks.
 
         Raises
         ------
         ValueError
-            See ``moekv.experts.builder.ViewBuilder``; or an expert's scores are not [B, H, T].
+            See ``moekv.experts.builder.ViewBuilder``; or an expert's scores are not [B, H, T]; or
+            options are set that a wrapper cannot serve; or a wrapper is at work on padded rows.
         """
-        options = self._options()
-        rater, look = self._look(module, hidden_states, keys, values, attentions, kwargs, options)
-        (rating,) = rater.rate([look], options)
+        hook = wrapper_hook(module, self)
+        wrapper = None if hook is None else hook.__self__
+        options = self._options_inside(wrapper)
+        cache, whole = cache_of(kwargs), keys
+        fed = kwargs.get("hidden_states", hidden_states).shape[1]
+        if hook is not None and cache is not None:
+            whole, _ = extract_keys_and_values(cache, index_of(module))
+        rater, view = self._view(module, hidden_states, keys, values, attentions, kwargs, options)
+        if wrapper is not None:
+            _check_padding(view, wrapper)
+        expected = None
+        if keys.shape[2] == fed < whole.shape[2]:  # tokens of a text that has begun elsewhere
+            view.begins = view.ends = False
+            expected = view.expected_among(whole)
+        elif view.aligned and rotates(module) is not None and hasattr(module, "rotary_emb"):
+            expected = view.expected()
+        (rating,) = rater.rate([rater.look(view)], options)
         observe([rating], rater, self._statistics)
+        if hook is not None and cache is not None:
+            fresh = whole.shape[2] == fed
+            self._outcomes.expect(module, cache, hook, self._statistics, fresh=fresh)
         sinks, recent = protected(rating, options)
-        return protect(rating.scores, rating.start, sinks=sinks, recent=recent)
+        if isinstance(wrapper, DMSPress):
+            recent = 0
+        scores = protect(rating.scores, rating.start, sinks=sinks, recent=recent)
+        return as_attention(scores, expected, rating.start)
 
     def compress(
         self,
@@ -107,28 +155,15 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
         Raises
         ------
         ValueError
-            As in :meth:`score`, or the batch is padded.
+            As in :meth:`score`.
         """
-        options = self._options()
-        if options.budget not in ("auto", "uniform"):
-            raise ValueError(
-                f"expected budget 'uniform' inside a kvpress wrapper, whose layers are dense, got "
-                f"{options.budget!r}; use the press in a block of its own"
-            )
-        if options.decoding is not None:
-            raise ValueError(
-                "expected no decoding inside a kvpress wrapper, which decides itself when to "
-                "compress: use the press in a block of its own, or kvpress.DecodingPress without it"
-            )
-        rater, look = self._look(module, hidden_states, keys, values, attentions, kwargs, options)
-        if look.view.start is not None and options.evicts:
-            num_keys = keys.shape[2]
-            raise ValueError(
-                "expected rows without padding inside a kvpress wrapper, got "
-                f"{[num_keys - n for n in look.view.lengths]} padding positions: after eviction "
-                "the attention mask would no longer fit; use the press in a block of its own"
-            )
-        (rating,) = rater.rate([look], options)
+        hook = wrapper_hook(module, self)
+        wrapper = None if hook is None else hook.__self__
+        options = self._options_inside(wrapper)
+        rater, view = self._view(module, hidden_states, keys, values, attentions, kwargs, options)
+        if options.evicts:
+            _check_padding(view, wrapper)
+        (rating,) = rater.rate([rater.look(view)], options)
         plan = Plan(options, rater, self._statistics, (module,), "uniform", None, options.recent)
         (kept,) = choose([rating], plan)
         before = storage_bytes(keys, values)
@@ -179,9 +214,36 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
         )
         return output
 
+    # --- Statistics -------------------------------------------------------------------------------
+
+    def get_stats(self) -> dict[str, Any]:
+        """See ``moekv.press.press.MoERouterPress.get_stats``; pairs that are masked have left."""
+        self._outcomes.settle()
+        return super().get_stats()
+
+    def reset_stats(self) -> None:
+        """Forget everything measured, see ``moekv.press.press.MoERouterPress.reset_stats``."""
+        self._outcomes.settle()
+        self._outcomes = Outcomes()
+        super().reset_stats()
+
     # --- One layer by itself ----------------------------------------------------------------------
 
-    def _look(
+    def _options_inside(self, wrapper: BasePress | None) -> Options:
+        """Options as they are, if a wrapper leaves it to them what they say."""
+        known = {field.name: field.default for field in fields(self)}
+        unserved = dict(_UNSERVED)
+        if isinstance(wrapper, DMSPress):
+            unserved["recent"] = "whose sliding window says which last pairs stay"
+        for name, why in unserved.items():
+            if (value := getattr(self, name)) != known[name]:
+                raise ValueError(
+                    f"expected {name}={known[name]!r} inside {_name(wrapper)}, {why}, got "
+                    f"{value!r}; use the press in a block of its own"
+                )
+        return self._options()
+
+    def _view(
         self,
         module: nn.Module,
         hidden_states: Tensor,
@@ -190,7 +252,7 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
         attentions: Tensor | None,
         kwargs: dict[str, Any],
         options: Options,
-    ) -> tuple[Rater, Look]:
+    ) -> tuple[Rater, LayerView]:
         if self._rater is None and self._model() is None:  # no block has named the model
             if options.routing.calibrated not in (None, "auto"):
                 raise ValueError(
@@ -213,7 +275,7 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
                 kinds=rater.kinds,
                 backend=options.backend,
             )
-        return rater, rater.look(view)
+        return rater, view
 
     def _builder(self, kwargs: dict[str, Any]) -> ViewBuilder:
         """Give the forward's view builder: its layers share their rotations, and nobody else."""
@@ -231,6 +293,24 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
 
     def __getstate__(self) -> dict[str, Any]:
         """Take no forward along."""
-        state = super().__getstate__()
-        state.pop("_seen", None)
-        return state
+        self._outcomes.settle()
+        return {k: v for k, v in super().__getstate__().items() if k not in ("_seen", "_outcomes")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what was saved."""
+        super().__setstate__(state)
+        self._outcomes = Outcomes()
+
+
+def _name(wrapper: BasePress | None) -> str:
+    return "a kvpress wrapper" if wrapper is None else type(wrapper).__name__
+
+
+def _check_padding(view: LayerView, wrapper: BasePress | None) -> None:
+    if view.start is not None:
+        num_keys = view.keys.shape[2]
+        raise ValueError(
+            f"expected rows without padding inside {_name(wrapper)}, got "
+            f"{[num_keys - n for n in view.lengths]} padding positions: after eviction the "
+            "attention mask would no longer fit; use the press in a block of its own"
+        )
