@@ -14,14 +14,8 @@ from moekv.routing.registry import ROUTERS, make_router
 
 
 def test_registry_builds_every_router():
-    assert set(ROUTERS) == {
-        "base",
-        "topk_balanced",
-        "adaptive",
-        "pikv",
-        "eplb",
-        "hierarchical",
-    }
+    # The press's options and stored configurations name these.
+    assert {"base", "topk_balanced", "adaptive", "pikv", "eplb", "hierarchical"} <= set(ROUTERS)
     for name, cls in ROUTERS.items():
         assert type(make_router(name, HIDDEN, 4, 2)) is cls
 
