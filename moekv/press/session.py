@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moekv.cache.attention import copy_last, install
+from moekv.cache.static import CompactStaticLayer
 from moekv.models.hooks import (
     attentions_of,
+    cache_of,
     check_transformers,
     find_layers,
     hook_arguments,
@@ -166,8 +168,12 @@ class Session:
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Refuse what cannot be compressed before anything runs; else choose what is to be done."""
-        if torch.compiler.is_compiling():
-            return
+        tokens = kwargs.get("input_ids")
+        if not _is_compiled_step(kwargs.get("inputs_embeds") if tokens is None else tokens, kwargs):
+            self._begin(module, args, kwargs)
+
+    @torch.compiler.disable(reason="a press acts between the graphs of a compiled model")
+    def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._take_down()
         wanted, self._local.wanted = getattr(self._local, "wanted", 0), 0
         forward = Forward(self._planner.choose(_bound(module, args, kwargs), wanted))
@@ -184,8 +190,13 @@ class Session:
         self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
     ) -> None:
         """Hand over what a layer has done."""
-        if torch.compiler.is_compiling() or not self._stack:
-            return  # a step over a static cache, which is compressed after its prefill alone
+        if not _is_compiled_step(kwargs.get("hidden_states"), kwargs):
+            self._hand_over(module, args, kwargs, output)
+
+    @torch.compiler.disable(reason="a press acts between the graphs of a compiled model")
+    def _hand_over(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if not self._stack:
+            return
         forward = self._stack[-1]
         if forward.strategy is None:
             return
@@ -234,6 +245,17 @@ class Session:
             return True
         forward.strategy.abort()
         return False
+
+
+def _is_compiled_step(tokens: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a graph is being made of a step over a static cache that has been compressed.
+
+    There is nothing to do behind its prefill, and the graph is to stay whole.
+    """
+    if not torch.compiler.is_compiling() or tokens is None or tokens.shape[1] != 1:
+        return False
+    cache = cache_of(kwargs)
+    return cache is not None and any(isinstance(x, CompactStaticLayer) for x in cache.layers)
 
 
 def is_in_session(decoder: nn.Module) -> bool:
