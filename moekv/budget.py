@@ -141,7 +141,7 @@ class Kept:
         place = self.indices
         if batch > 1:
             place = place + self.rows() // (num_heads * num_keys) * num_keys
-        counts = torch.zeros(batch * num_keys, device=place.device)
+        counts = torch.zeros(batch * num_keys, dtype=torch.float32, device=place.device)
         counts.index_add_(0, place, counts.new_ones(()).expand(len(place)))
         return counts.view(batch, num_keys).div_(num_heads)
 

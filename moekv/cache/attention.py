@@ -23,12 +23,16 @@ from moekv.models.watching import report, watched
 _NATIVE = ops.available_backends()["cpu"] is None
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+_IGNORED = {"sdpa": frozenset({"softcap", "s_aux"})}
+"""What models ask for and an attention function leaves out: decoding leaves it out as well."""
+
 
 def install() -> None:
     """Teach every attention function of transformers to serve compressed layers. Idempotent."""
     for name, function in list(ALL_ATTENTION_FUNCTIONS.items()):
         if not getattr(function, "serves_compressed_layers", False):
-            ALL_ATTENTION_FUNCTIONS[name] = _serve_compressed_layers(function)
+            ignored = _IGNORED.get(name, frozenset())
+            ALL_ATTENTION_FUNCTIONS[name] = _serve_compressed_layers(function, ignored)
 
 
 @contextmanager
@@ -69,6 +73,7 @@ def _is_step(
     module: nn.Module,
     query: Tensor,
     keys: DensePairs,
+    values: Tensor,
     mask: Tensor | None,
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -85,8 +90,9 @@ def _is_step(
         and keys.device.type == "cpu"
         and keys.dtype in _DTYPES
         and query.shape[2] == 1
-        and query.dtype == keys.dtype
-        and not query.requires_grad
+        and query.dtype == keys.dtype == values.dtype
+        and not torch.is_autocast_enabled("cpu")
+        and not (torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad))
         and not dropout
         and not softcap  # some functions take it, others leave it out
         and s_aux is None
@@ -96,7 +102,9 @@ def _is_step(
     )
 
 
-def _serve_compressed_layers(function: Callable[..., Any]) -> Callable[..., Any]:
+def _serve_compressed_layers(
+    function: Callable[..., Any], ignored: frozenset[str] = frozenset()
+) -> Callable[..., Any]:
     @functools.wraps(function)
     def attention(
         module: nn.Module,
@@ -107,12 +115,12 @@ def _serve_compressed_layers(function: Callable[..., Any]) -> Callable[..., Any]
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if isinstance(key, RaggedPairs):
-            return attend(module, query, key, attention_mask, **kwargs), None
-        if isinstance(key, DensePairs) and _is_step(
-            module, query, key, attention_mask, *args, **kwargs
-        ):
-            return _attend_dense(query, key, value, attention_mask, kwargs.get("scaling")), None
+        if isinstance(key, (RaggedPairs, DensePairs)):
+            told = {name: x for name, x in kwargs.items() if name not in ignored}
+            if isinstance(key, RaggedPairs):
+                return attend(module, query, key, attention_mask, **told), None
+            if _is_step(module, query, key, value, attention_mask, *args, **told):
+                return _attend_dense(query, key, value, attention_mask, told.get("scaling")), None
         report(module, query)
         return function(module, query, key, value, attention_mask, *args, **kwargs)
 
@@ -172,17 +180,53 @@ def attend(
     if s_aux is not None:
         raise NotImplementedError("compressed caches do not support learned attention sinks")
     layer = key.layer
+    mask = _tail_mask(attention_mask, layer.get_seq_length(), layer.tail_length)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    softcap = softcap or 0.0
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, *key.tail)):
+        return _attend_with_gradients(query, key, mask, scaling, softcap)
+    tensors: tuple[Tensor, ...] = (query, *key.stored, *key.tail)
+    if torch.is_autocast_enabled(query.device.type):  # as PyTorch's own attention
+        dtype = torch.get_autocast_dtype(query.device.type)
+        tensors = tuple(x.to(dtype) for x in tensors)
+    query, keys, values, tail_keys, tail_values = tensors
     return ops.ragged_attention(
         query,
-        *key.stored,
+        keys,
+        values,
         layer.begin,
         layer.end,
-        *key.tail,
-        _tail_mask(attention_mask, layer.get_seq_length(), layer.tail_length),
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=softcap or 0.0,
+        tail_keys,
+        tail_values,
+        mask,
+        scaling=scaling,
+        softcap=softcap,
         backend=layer.backend,
     )
+
+
+def _attend_with_gradients(
+    query: Tensor, key: RaggedPairs, mask: Tensor | None, scaling: float, softcap: float
+) -> Tensor:
+    """Attention in plain operations, over padded pairs: gradients reach queries and the tail."""
+    layer = key.layer
+    keys, values, lengths = layer.to_dense()
+    num_queries, longest, tail_length = query.shape[2], keys.shape[2], layer.tail_length
+    place = torch.arange(longest, device=query.device)
+    latest = longest - num_queries + torch.arange(num_queries, device=query.device)
+    seen = (place >= (longest - lengths)[..., None, None]) & (place <= latest[:, None])
+    groups = query.shape[1] // keys.shape[1]
+    keys, values, seen = (x.repeat_interleave(groups, 1) for x in (keys, values, seen))
+    if mask is not None:
+        stored = mask.new_ones(()).expand(*mask.shape[:-1], longest - tail_length)
+        seen = seen & torch.cat([stored, mask], -1)
+    logits = (query @ keys.mT).float() * scaling
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    # No infinity: a query that sees nothing would have gradients that are no numbers.
+    logits = logits.masked_fill(~seen, torch.finfo(logits.dtype).min)
+    weights = logits.softmax(-1).masked_fill(~seen, 0).to(values.dtype)
+    return (weights @ values).transpose(1, 2)
 
 
 def _attend_dense(

@@ -1,5 +1,6 @@
 """What the layers share: buffers that grow, and rows that are copied."""
 
+import torch
 from torch import Tensor
 
 _LEAST_ROOM = 64  # tokens
@@ -17,6 +18,10 @@ def append(buffer: Tensor, length: int, states: Tensor, most: int | None) -> Ten
     A full buffer grows by an eighth, so that a pair is copied a bounded number of times however
     many tokens follow, and little memory waits in vain; where no more than ``most`` are expected,
     there is room for no more.
+
+    As concatenating would, pairs of a wider dtype (under autocast, of any) promote the buffer's,
+    and pairs that are to get gradients get them: then, and where the buffer may not be written to,
+    it is copied.
     """
     batch, num_kv_heads, capacity, dim = buffer.shape
     if states.shape[:2] != (batch, num_kv_heads) or states.shape[3] != dim:
@@ -24,21 +29,36 @@ def append(buffer: Tensor, length: int, states: Tensor, most: int | None) -> Ten
             f"expected new pairs [{batch}, {num_kv_heads}, num_queries, {dim}] for this cache, "
             f"got {list(states.shape)}"
         )
-    if states.dtype != buffer.dtype or states.device != buffer.device:
+    dtype = torch.promote_types(buffer.dtype, states.dtype)
+    mixes = dtype == states.dtype or torch.is_autocast_enabled(states.device.type)
+    if states.device != buffer.device or not mixes:
         raise ValueError(
             f"expected new pairs of {buffer.dtype} on {buffer.device} like the cache, "
             f"got {states.dtype} on {states.device}"
         )
+    if torch.is_grad_enabled() and (states.requires_grad or buffer.requires_grad):
+        return torch.cat([buffer[:, :, :length], states], dim=2)
     needed = length + states.shape[2]
-    if needed > capacity:
+    if needed > capacity or dtype != buffer.dtype or not is_writable(buffer):
         room = needed + max(needed // 8, _LEAST_ROOM)
         room = room if most is None else max(needed, min(room, most))
-        grown = buffer.new_empty((batch, num_kv_heads, room, dim))
-        grown[:, :, :length] = buffer[:, :, :length]
+        grown = buffer.new_empty((batch, num_kv_heads, room, dim), dtype=dtype)
+        grown[:, :, :length] = buffer[:, :, :length].detach()
         buffer = grown
-    # Detached: a cache that recorded gradients would hold every step of a generation.
     buffer[:, :, length:needed] = states.detach()
     return buffer
+
+
+def is_writable(buffer: Tensor) -> bool:
+    """Whether a tensor may be written to in place: in this mode, and without undoing gradients."""
+    if buffer.is_inference() and not torch.is_inference_mode_enabled():
+        return False
+    return not buffer.requires_grad
+
+
+def writable(buffer: Tensor) -> Tensor:
+    """Return a tensor that may be written to in place, or a copy of it."""
+    return buffer if is_writable(buffer) else buffer.detach().clone()
 
 
 def gather_rows(pairs: Tensor, rows: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 from moekv import ops
 from moekv.budget import Kept
 from moekv.cache.attention import install
-from moekv.cache.buffers import append, gather_rows, storage_bytes
+from moekv.cache.buffers import append, gather_rows, storage_bytes, writable
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.pairs import DensePairs
 from moekv.models.hooks import num_fed
@@ -93,11 +93,15 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
         batch, num_kv_heads, length = kept.shape
         indices = kept.indices.view(batch, num_kv_heads, kept.per_head)
         self.notes = notes = self.whole_notes()
+        self._key_buffer, self._value_buffer = map(writable, (self._key_buffer, self._value_buffer))
+        self._keys = self._key_buffer[:, :, :length]
+        self._values = self._value_buffer[:, :, :length]
         ops.kv_compact_(self._keys, self._values, indices, backend=self.backend)
         if notes is not None:
             notes.recompress(kept)
         self._keys = self._keys[:, :, : kept.per_head]
         self._values = self._values[:, :, : kept.per_head]
+        self.num_moves += 1
         self.evicted += length - kept.per_head
         self.context_length = self.get_seq_length()
 
@@ -130,7 +134,10 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
 
     def _is_cropped_by(self, pairs: Tensor) -> bool:
         """Whether pairs are a crop of this layer's own, which is then done."""
-        if not isinstance(pairs, DensePairs) or pairs.layer is not self or pairs.crop is None:
+        if not isinstance(pairs, DensePairs) or pairs.layer is not self:
+            return False
+        length = self.evicted + pairs.shape[2] if pairs.crop is None else pairs.crop
+        if self.has_lost(pairs.taken, length) or pairs.crop is None:
             return False
         self.crop(pairs.crop)
         return True
@@ -156,12 +163,14 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
         tuple of Tensor
             All keys and values that are held.
         """
+        self._branch()
         length = self._keys.shape[2]
         self._key_buffer = append(self._key_buffer, length, key_states, self.most)
         self._value_buffer = append(self._value_buffer, length, value_states, self.most)
         length += key_states.shape[2]
         self._keys = self._key_buffer[:, :, :length]
         self._values = self._value_buffer[:, :, :length]
+        self.dtype = self._keys.dtype
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
@@ -178,9 +187,12 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
 
     def _forget(self, count: int) -> None:
         held = self._keys.shape[2] - count
-        self._keys, self._values = self._keys[:, :, :held], self._values[:, :, :held]
+        # As the buffers, too: what is appended next goes elsewhere, and views of these tokens stay.
+        self._keys = self._key_buffer = self._keys[:, :, :held]
+        self._values = self._value_buffer = self._values[:, :, :held]
 
     def _select_rows(self, indices: Tensor) -> None:
+        self.num_moves += 1
         indices = indices.to(self._keys.device)
         self._keys = self._key_buffer = self._keys[indices]
         self._values = self._value_buffer = self._values[indices]

@@ -52,6 +52,11 @@ class CompressedLayer(CacheLayerMixin):
         self.recent: RecentStates | None = None
         self.counted: tuple[object, int] = (None, 0)
         self.notes: CompressedLayer | None = None
+        # Pairs that were handed out before one of these are not what the layer holds now: pairs
+        # left or rows were selected; other tokens took the place of some that were cropped.
+        self.num_moves = 0
+        self.num_branches = 0
+        self._is_cropped = False
 
     # -- what a kind of layer says -----------------------------------------------------------------
 
@@ -134,6 +139,7 @@ class CompressedLayer(CacheLayerMixin):
                 "have it guess fewer tokens, evict less, or assist behind the block.)"
             )
         self._forget(length - wanted)
+        self._is_cropped = True
         if into > 0:
             self.context_length, self.run = wanted, self.run - into
         if self.notes is not None:
@@ -151,20 +157,29 @@ class CompressedLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give batch row b the pairs of row ``beam_idx[b]``."""
-        self.batch_select_indices(beam_idx)
+        self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every batch row."""
         rows = torch.arange(self.batch_size)
-        self.batch_select_indices(rows.repeat_interleave(repeats))
+        self._select(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the batch rows that ``indices`` names."""
+        """Keep the batch rows that ``indices`` names, and give the memory of others back."""
+        self._select(indices)
+        self._give_back()
+        if self.notes is not None:
+            self.notes._give_back()
+
+    def _select(self, indices: Tensor) -> None:
         self._select_rows(indices)
         if self.recent is not None:
             self.recent.select(indices)
         if self.notes is not None:
-            self.notes.batch_select_indices(indices)
+            self.notes._select(indices)
+
+    def _give_back(self) -> None:
+        """Give the memory of pairs back that no row has. May wait for the device."""
 
     @property
     @abstractmethod
@@ -174,6 +189,37 @@ class CompressedLayer(CacheLayerMixin):
     @abstractmethod
     def _select_rows(self, indices: Tensor) -> None:
         """Give batch row b the pairs of row ``indices[b]``."""
+
+    def taken(self) -> tuple[int, int]:
+        """Say when pairs are handed out, for :meth:`has_lost`."""
+        return self.num_moves, self.num_branches
+
+    def _branch(self) -> None:
+        """Get ready for new tokens, which may take the place of some that were cropped."""
+        if self._is_cropped:
+            self.num_branches, self._is_cropped = self.num_branches + 1, False
+
+    def has_lost(self, taken: tuple[int, int], length: int) -> bool:
+        """Whether the first positions, as they were handed out earlier, are the layer's no more.
+
+        Then pairs that are assigned to it bring them back, and what was noted of others goes.
+
+        Raises
+        ------
+        ValueError
+            Pairs have left the layer since, or its rows are others.
+        """
+        if taken == self.taken() and length <= self.get_seq_length():
+            return False
+        if taken[0] != self.num_moves:
+            raise ValueError(
+                "expected pairs that the layer has handed out since it was last compressed or its "
+                "rows were selected, got older ones, which are not kept: copy.deepcopy(cache) "
+                "keeps a cache as it is"
+            )
+        self.notes = self.recent = None
+        self.num_branches += 1
+        return True
 
     # -- notes -------------------------------------------------------------------------------------
 

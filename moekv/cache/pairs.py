@@ -59,22 +59,27 @@ class DensePairs(Tensor):
     layer : GrowingLayer
     crop : int or None
         True positions that are left where this is such a slice.
+    taken : tuple of int
+        When it was made, see ``CompressedLayer.taken``.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     layer: GrowingLayer
     crop: int | None
+    taken: tuple[int, int]
 
     @classmethod
     def of(cls, pairs: Tensor, layer: GrowingLayer, crop: int | None = None) -> DensePairs:
         """Make a view of a tensor that belongs to a layer."""
         view = pairs.as_subclass(cls)
-        view.layer, view.crop = layer, crop
+        view.layer, view.crop, view.taken = layer, crop, layer.taken()
         return view
 
     def __getitem__(self, index: Any) -> Tensor:
         """Index as any tensor; see the class."""
         part = super().__getitem__(index)
+        if self.taken != self.layer.taken():  # of what the layer held once
+            return part.as_subclass(Tensor)
         crop = cropped_to(index, self.layer.get_seq_length())
         return part if crop is None else DensePairs.of(part, self.layer, crop)
 
@@ -110,6 +115,7 @@ class RaggedPairs:
         # As they are now: an offloaded cache moves a layer away before attention reads it.
         self.stored = layer.stored_keys, layer.stored_values
         self.tail = layer.tail_keys, layer.tail_values
+        self.taken = layer.taken()
 
     @property
     def shape(self) -> torch.Size:
@@ -131,7 +137,9 @@ class RaggedPairs:
         """Crop to the first positions: ``pairs[:, :, :n]`` or ``pairs[..., :n, :]``."""
         length = cropped_to(index, self.length)
         if length is not None:
-            return RaggedPairs(self.layer, self.dim, length)
+            part = RaggedPairs(self.layer, self.dim, length)
+            part.stored, part.tail, part.taken = self.stored, self.tail, self.taken
+            return part
         raise TypeError(f"expected a crop such as pairs[:, :, :n], got pairs[{index}]: {NOT_DENSE}")
 
     def __getattr__(self, name: str) -> NoReturn:

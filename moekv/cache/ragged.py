@@ -119,6 +119,7 @@ class RaggedLayer(CompressedLayer):
         self.notes = self.whole_notes()
         if self.notes is not None:
             self.notes.recompress(kept)
+        self.num_moves += 1
         self.context_length, self.tail_length = self.get_seq_length(), 0
         self.stored_keys, self.stored_values, self._stored_pairs = keys, values, None
         self.begin = kept.offsets[:-1].view(batch, num_kv_heads)
@@ -173,7 +174,9 @@ class RaggedLayer(CompressedLayer):
 
     @keys.setter
     def keys(self, pairs: Any) -> None:
-        self._crop_to(pairs)
+        if self._takes_back(pairs):
+            self.tail_length = pairs.length - self.context_length
+            self._tail_keys = pairs.tail[0][:, :, : self.tail_length]
 
     @property  # type: ignore[override]
     def values(self) -> RaggedPairs:
@@ -182,16 +185,22 @@ class RaggedLayer(CompressedLayer):
 
     @values.setter
     def values(self, pairs: Any) -> None:
-        self._crop_to(pairs)
+        if self._takes_back(pairs):
+            self.tail_length = pairs.length - self.context_length
+            self._tail_values = pairs.tail[1][:, :, : self.tail_length]
 
-    def _crop_to(self, pairs: Any) -> None:
+    def _takes_back(self, pairs: Any) -> bool:
+        """Whether pairs are of before a crop; a crop of those that there are is done here."""
         if pairs is None:  # as transformers' own constructor says
-            return
+            return False
         if not isinstance(pairs, RaggedPairs) or pairs.layer is not self:
             raise TypeError(
                 f"expected a crop of this layer's own pairs, got {type(pairs)}: {NOT_DENSE}"
             )
+        if self.has_lost(pairs.taken, pairs.length):
+            return True
         self.crop(pairs.length)
+        return False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: a ragged layer is born with its pairs."""
@@ -217,8 +226,11 @@ class RaggedLayer(CompressedLayer):
         tuple of RaggedPairs
             All keys and values, for attention.
         """
+        self._branch()
         self._tail_keys = append(self._tail_keys, self.tail_length, key_states, self.most)
         self._tail_values = append(self._tail_values, self.tail_length, value_states, self.most)
+        self.stored_keys = self.stored_keys.to(self._tail_keys.dtype)
+        self.stored_values = self.stored_values.to(self._tail_values.dtype)
         self.tail_length += key_states.shape[2]
         return self.keys, self.values
 
@@ -233,9 +245,12 @@ class RaggedLayer(CompressedLayer):
     def _forget(self, count: int) -> None:
         into = max(count - self.tail_length, 0)
         self.tail_length -= count - into
+        # As the buffers, too: what is appended next goes elsewhere, and views of these tokens stay.
+        self._tail_keys, self._tail_values = self.tail_keys, self.tail_values
         if into:  # a row of fewer pairs than that is padding there
             self.end = torch.maximum(self.end - into, self.begin)
             self._stored_pairs = None
+            self.num_moves += 1
 
     def _select_rows(self, indices: Tensor) -> None:
         """Give batch row b the pairs of row ``indices[b]``, sharing what is stored."""
@@ -243,6 +258,27 @@ class RaggedLayer(CompressedLayer):
         self.begin, self.end = self.begin[indices], self.end[indices]
         self._tail_keys, self._tail_values = self._tail_keys[indices], self._tail_values[indices]
         self._stored_pairs = None
+        self.num_moves += 1
+
+    def _give_back(self) -> None:
+        """Copy what is left, if that is less than what is stored."""
+        heads = self.begin.shape
+        # Rows that share what is stored go on sharing it.
+        bounds = torch.cat([self.begin, self.end], 1)
+        own, row = torch.unique(bounds, return_inverse=True, dim=0)
+        begin, end = own.chunk(2, 1)
+        counts = (end - begin).flatten().long()
+        ends = counts.cumsum(0)
+        left = int(counts.sum())
+        if left >= len(self.stored_keys):
+            return
+        # Of each pair, how far it moves, added to where it comes to stand.
+        shift = (begin.flatten() - (ends - counts)).repeat_interleave(counts, output_size=left)
+        place = torch.arange(left, device=self.device) + shift.to(self.device)
+        self.stored_keys = self.stored_keys.index_select(0, place)
+        self.stored_values = self.stored_values.index_select(0, place)
+        self.end = ends.to(self.end.dtype).view_as(end)[row].view(heads)
+        self.begin = (ends - counts).to(self.begin.dtype).view_as(begin)[row].view(heads)
 
     def offload(self) -> None:
         """Move the pairs to the CPU."""

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from moekv.cache.buffers import writable
+
 
 class RecentStates:
     """A ring of hidden states, from which the queries of the last tokens can be formed.
@@ -43,6 +45,7 @@ class RecentStates:
         states = states.detach()[:, -self.size :]
         fed = states.shape[1]
         until_end = min(fed, self.size - self._next)
+        self._ring = writable(self._ring)
         self._ring[:, self._next : self._next + until_end] = states[:, :until_end]
         self._ring[:, : fed - until_end] = states[:, until_end:]
         self._next = (self._next + fed) % self.size

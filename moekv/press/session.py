@@ -36,6 +36,13 @@ from moekv.press.rating import Rater
 from moekv.press.stats import Statistics
 
 
+def _between_graphs(function: Callable[..., None]) -> Callable[..., None]:
+    """Have a function run as it is where it is called in a model that is being compiled."""
+    reason = "a press acts between the graphs of a compiled model"
+    disabled: Callable[..., None] = torch.compiler.disable(function, reason=reason)  # type: ignore[no-untyped-call]
+    return disabled
+
+
 class Session:
     """A block in which prefills of a model are compressed.
 
@@ -172,7 +179,7 @@ class Session:
         if not _is_compiled_step(kwargs.get("inputs_embeds") if tokens is None else tokens, kwargs):
             self._begin(module, args, kwargs)
 
-    @torch.compiler.disable(reason="a press acts between the graphs of a compiled model")
+    @_between_graphs
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._take_down()
         wanted, self._local.wanted = getattr(self._local, "wanted", 0), 0
@@ -193,7 +200,7 @@ class Session:
         if not _is_compiled_step(kwargs.get("hidden_states"), kwargs):
             self._hand_over(module, args, kwargs, output)
 
-    @torch.compiler.disable(reason="a press acts between the graphs of a compiled model")
+    @_between_graphs
     def _hand_over(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if not self._stack:
             return

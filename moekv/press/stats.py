@@ -55,8 +55,8 @@ class LayerStats:
         self.num_tokens = 0
         self.load = torch.zeros(num_experts, dtype=torch.int64, device=device)
         # Of shares, of shares that came to a decision and of those removed; entropy; loss.
-        self.sums = torch.zeros(3 * num_experts + 2, device=device)
-        self.hit_rates = torch.zeros(num_experts, device=device)
+        self.sums = torch.zeros(3 * num_experts + 2, dtype=torch.float32, device=device)
+        self.hit_rates = torch.zeros(num_experts, dtype=torch.float32, device=device)
 
     @property
     def aux_loss(self) -> Tensor:
@@ -65,8 +65,9 @@ class LayerStats:
 
     def add(self, load: Tensor, sums: Tensor, hit_rates: Tensor, num_tokens: int) -> None:
         """Add one rating."""
-        self.load += load
-        self.sums += sums
+        # Not in place: the sums may have been begun in inference mode.
+        self.load = self.load + load
+        self.sums = self.sums + sums
         rates = hit_rates
         self.hit_rates = rates.lerp(self.hit_rates, HIT_RATE_DECAY) if self.num_calls else rates
         self.num_calls += 1
@@ -91,7 +92,7 @@ class LayerStats:
 
         return {
             "router_stats": {
-                "expert_usage_ratios": per_expert(self.load / self.load.sum().clamp(min=1)),
+                "expert_usage_ratios": per_expert(self.load.float() / self.load.sum().clamp(min=1)),
                 "expert_usage_count": per_expert(self.load),
                 "total_tokens": self.num_tokens,
                 "routing_decisions": int(self.load.sum()),

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from growth_cases import decode
 from quantized import quantized_cache
 from refusals import LENGTH, assert_same, compressed, held, padded, refuse
 from tiny_models import tiny_model, tokens
@@ -118,6 +119,28 @@ def test_other_tokens_for_a_compressed_cache(
             position_ids=where[None],
         )
     assert_same(cache, before)
+
+
+@pytest.mark.parametrize("budget", COMPRESSED)
+@pytest.mark.parametrize("how", ["compressed", "selected"])
+def test_pairs_of_before_a_compression(budget: str, how: str) -> None:
+    model = tiny_model()
+    cache = compressed(model, budget)
+    before = [(layer.keys, layer.values) for layer in cache.layers]
+    if how == "selected":
+        cache.reorder_cache(torch.tensor([0]))
+    else:
+        growing = DecodingConfig(12, 1)
+        options = {"experts": ["selective"], "top_k": 1, "budget": budget}
+        with MoERouterPress(decoding=growing, **options)(model):
+            decode(model, cache, LENGTH)
+    after = held(cache)
+    for layer, (keys, values) in zip(cache.layers, before, strict=True):
+        with pytest.raises(ValueError, match="older ones, which are not kept"):
+            layer.keys = keys
+        with pytest.raises(ValueError, match="older ones, which are not kept"):
+            layer.values = values
+    assert_same(cache, after)
 
 
 @pytest.mark.parametrize("failing", [1, 2], ids=["keys", "values"])

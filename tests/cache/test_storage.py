@@ -72,7 +72,7 @@ def test_a_cache_that_was_filled_with_gradients_is_saved(model, tmp_path):
     layer = cache.layers[1]
     cache.layers[1] = RaggedLayer.compress(layer.keys, layer.values, kept)
     model(torch.arange(2)[None], past_key_values=cache)
-    assert not cache.layers[1].tail_keys.requires_grad
+    assert cache.layers[1].tail_keys.requires_grad
     save_cache(cache, tmp_path / "x", model)
     assert load_cache(tmp_path / "x", model).get_seq_length() == 11
 
