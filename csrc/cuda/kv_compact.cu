@@ -118,6 +118,9 @@ __device__ __forceinline__ void wait_for_items_before(unsigned item, Progress* p
       word += kWarpSize;
     }
   }
+  // Acquire: what was read of the words comes before all writes of this block, and before the mark
+  // as well: whoever trusts that alone may overwrite what was read there.
+  __threadfence();
   if (lane == 0) atomicMax(&progress->first_word, last_word);
 }
 
@@ -186,10 +189,7 @@ __global__ void __launch_bounds__(kThreads, 4) kv_compact_kernel(Arguments argum
   __threadfence();
   __syncthreads();
   if (thread == 0) atomicOr(words_of(progress) + item.number / 32, 1u << item.number % 32);
-  if (thread < kWarpSize) {
-    wait_for_items_before(item.number, progress);
-    __threadfence();
-  }
+  if (thread < kWarpSize) wait_for_items_before(item.number, progress);
   __syncthreads();
   for_each_unit([&](int i, int pair, int unit) {
     reinterpret_cast<Unit*>(plane.data + target[pair])[unit] = units[i];

@@ -163,7 +163,9 @@ __global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
   constexpr int kBatch = 4 / RawChannels<T>::kWords;
   const RaggedAttentionParams& params = arguments.params;
   const Cut cut(arguments);
-  const Chunk chunk = cut.find(params, blockIdx.x);
+  const unsigned tiles = ceil_div(static_cast<unsigned>(arguments.rows), unsigned{kQueries});
+  const unsigned number = blockIdx.x / tiles;  // of the chunk; grid.y would end at 65,535
+  const Chunk chunk = cut.find(params, number);
   if (chunk.head == cut.num_heads) return;
   const HeadRows rows(params, chunk.head);
   const int64_t batch = chunk.head / params.num_kv_heads, head = chunk.head % params.num_kv_heads;
@@ -177,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
   const int first_channel = thread % arguments.lanes * kChannels;
   const int key_dim = static_cast<int>(params.key_dim);
   const int value_dim = static_cast<int>(params.value_dim);
-  const int first_query = static_cast<int>(blockIdx.y) * kQueries;
+  const int first_query = static_cast<int>(blockIdx.x % tiles) * kQueries;
   const int num_queries = static_cast<int>(params.num_queries);
   const Logit logit(params.scaling, params.softcap);
 
@@ -317,7 +319,7 @@ __global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
     }
     float* out =
         arguments.states +
-        (static_cast<int64_t>(blockIdx.x) * arguments.rows + first_query + q) * (value_dim + 2);
+        (static_cast<int64_t>(number) * arguments.rows + first_query + q) * (value_dim + 2);
     for (int channel = thread; channel < value_dim; channel += kThreads) {
       float sum = 0.0f;
 #pragma unroll
@@ -418,8 +420,8 @@ void run(const Arguments& arguments, Stream stream) {
   if (rows <= 4) {
     MOEKV_LAUNCH((ragged_attention_kernel<T, 4>), chunks, kThreads, 0, stream, arguments);
   } else {
-    MOEKV_LAUNCH((ragged_attention_kernel<T, 8>), dim3(chunks, ceil_div(rows, 8u)), kThreads, 0,
-                 stream, arguments);
+    MOEKV_LAUNCH((ragged_attention_kernel<T, 8>), chunks * ceil_div(rows, 8u), kThreads, 0, stream,
+                 arguments);
   }
   const auto heads = static_cast<unsigned>(params.batch * params.num_kv_heads);
   MOEKV_LAUNCH(ragged_attention_merge_kernel<T>, heads * rows, kThreads, 0, stream, arguments);

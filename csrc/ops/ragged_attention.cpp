@@ -8,6 +8,8 @@ namespace moekv::MOEKV_BACKEND {
 namespace {
 
 constexpr const char* kOp = "ragged_attention";
+// Of stored rows and tail together: kernels count them in 32 bits, and step beyond the last.
+constexpr int64_t kMaxRows = INT32_MAX - 65535;
 
 // The stored rows [num_stored, dim] or the tail [B, H, S, dim] must match the query in all but dim.
 void check_dtype_and_device(const char* name, const Tensor& tensor, const Tensor& query) {
@@ -38,8 +40,9 @@ Tensor ragged_attention_op(const Tensor& query_in, const Tensor& keys_in, const 
               shape(keys_in));
   MOEKV_CHECK(values_in.size(0) == keys_in.size(0), kOp, "expected values [", keys_in.size(0),
               ", value_dim], got ", shape(values_in));
-  MOEKV_CHECK(keys_in.size(0) <= INT32_MAX, kOp, "expected at most 2^31 - 1 stored rows, got ",
-              keys_in.size(0));
+  const int64_t num_tail = tail_keys_in && tail_keys_in->dim() == 4 ? tail_keys_in->size(2) : 0;
+  MOEKV_CHECK(keys_in.size(0) <= kMaxRows - num_tail, kOp, "expected at most ", kMaxRows,
+              " stored rows and tail positions, got ", keys_in.size(0), " and ", num_tail);
   MOEKV_CHECK(begin_in.size(0) == batch && num_kv_heads >= 1 && num_query_heads % num_kv_heads == 0,
               kOp, "expected begin [", batch, ", num_kv_heads], num_kv_heads dividing ",
               num_query_heads, ", got ", shape(begin_in));
@@ -84,7 +87,6 @@ Tensor ragged_attention_op(const Tensor& query_in, const Tensor& keys_in, const 
   std::optional<Tensor> tail_keys, tail_values;
   if (tail_keys_in) {
     check_rank(kOp, "tail_keys", *tail_keys_in, 4, "[batch, num_kv_heads, num_tail, head_dim]");
-    const int64_t num_tail = tail_keys_in->size(2);
     for (const auto& [name, tensor, dim] :
          {std::tuple{"tail_keys", &*tail_keys_in, key_dim},
           std::tuple{"tail_values", &*tail_values_in, value_dim}}) {

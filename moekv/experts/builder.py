@@ -30,6 +30,7 @@ class ViewBuilder:
         self._turned: dict[Any, Tensor] = {}
         self._mask: weakref.ref[Tensor] | None = None
         self._starts: tuple[int, ...] = ()
+        self._copies: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
     def __call__(
         self,
@@ -106,7 +107,7 @@ class ViewBuilder:
             queries = window_queries(module, hidden_states, kwargs, window, offset, self.rotary)
         start = None
         if any(starts):
-            start = torch.tensor(starts, dtype=torch.int32, device=keys.device)
+            start = self.on_device(tuple(starts), keys.device)
         return LayerView(
             module=module,
             hidden_states=hidden_states,
@@ -139,6 +140,13 @@ class ViewBuilder:
             self._starts = read_starts(mask)
             self._mask = weakref.ref(mask)
         return self._starts if len(self._starts) == batch else self._starts * batch
+
+    def on_device(self, numbers: tuple[int, ...], device: torch.device) -> Tensor:
+        """Return numbers as an int32 tensor. The host waits for a copy: one for all layers."""
+        if (numbers, device) not in self._copies:
+            copy = torch.tensor(numbers, dtype=torch.int32, device=device)
+            self._copies[numbers, device] = copy
+        return self._copies[numbers, device]
 
 
 def read_starts(mask: Tensor) -> tuple[int, ...]:

@@ -295,7 +295,10 @@ class Rater:
         check_able(self.experts, any(able))
         total = shares.sum(1, keepdim=True).repeat_interleave(view.folded, 0)
         # A little for all that can rate, in case that tokens chose none of them.
-        total = (total + 1e-6) * torch.tensor(able, device=total.device)
+        total = total + 1e-6
+        for index, can in enumerate(able):
+            if not can:
+                total[..., index].zero_()
         shares = (total / total.sum(-1, keepdim=True)) * view.real[..., None]
         chosen = torch.arange(len(able), dtype=torch.int32, device=total.device)
         return shares.contiguous(), chosen.expand(shares.shape).contiguous(), shares

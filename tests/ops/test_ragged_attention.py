@@ -115,6 +115,13 @@ BAD = {
         },
         "expected a tail of at least the 2 queries themselves, got 1 positions",
     ),
+    "long tail": (
+        lambda c: {
+            name: c[name][:, :, :1].expand(-1, -1, 2**31 - 1000, -1)
+            for name in ("tail_keys", "tail_values")
+        },
+        "expected at most 2147418112 stored rows and tail positions, got 700 and 2147482648",
+    ),
     "mask": (lambda c: {"mask": torch.ones(1, 1, 2, 5).bool()}, "expected mask broadcastable to"),
     "mask dtype": (lambda c: {"mask": torch.ones(1, 1, 2, 4)}, "expected mask of dtype bool"),
 }

@@ -81,11 +81,14 @@ class Fields : public py::class_<Params> {
   }
 };
 
+constexpr unsigned kResidents = 4;
+char a_stream;  // only its address counts
+
 template <typename Params>
 auto launcher(void (*launch)(const Params&, cuda::Stream)) {
-  return [launch](const Params& params, uint64_t seed) {
-    simt::set_schedule(seed);
-    launch(params, nullptr);
+  return [launch](const Params& params, uint64_t seed, unsigned residents) {
+    simt::set_schedule(seed, residents, &a_stream);
+    launch(params, &a_stream);
     simt::check_host();
   };
 }
@@ -103,8 +106,9 @@ PYBIND11_MODULE(simt_kernels, m) {
       .def("read", &Memory::read);
   m.def("seed", &simt::seed_bug);
   m.def("set_compute_capability", [](int times_10) { simt::compute_capability = times_10; });
+  m.attr("RESIDENTS") = kResidents;
   m.def("selftest", [](const std::string& name, uintptr_t data, uint64_t seed) {
-    simt::set_schedule(seed);
+    simt::set_schedule(seed, kResidents, nullptr);
     simt::selftest(name, reinterpret_cast<void*>(data));
     simt::check_host();
   });

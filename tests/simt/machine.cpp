@@ -24,6 +24,8 @@ constexpr uint64_t kStepsWithoutProgress = 3'000'000;
 constexpr uint64_t kMaxSteps = 400'000'000;
 
 uint64_t schedule_seed = 0, launches_in_schedule = 0;
+unsigned max_residents = 1;
+void* expected_stream = nullptr;
 int seeded_number = 0;
 
 // --- Fibers -------------------------------------------------------------------------------------
@@ -133,18 +135,24 @@ void leave() {
 #endif
 }
 
-// Stacks are kept for the next block; each has a page below it that must not be touched.
+// Stacks are kept for the next block. There may be tens of thousands, and a process has few
+// mappings: many stacks share one, with a page below them that must not be touched. Between them
+// stands a number that must not change.
+constexpr uint64_t kCanary = 0x5afe5afe5afe5afe;
 std::vector<char*> free_stacks;
 
 char* take_stack() {
   if (free_stacks.empty()) {
-    void* const memory = mmap(nullptr, kStackBytes + kGuardBytes, PROT_READ | PROT_WRITE,
+    constexpr size_t kBytes = kStacksPerMapping * kStackBytes;
+    void* const memory = mmap(nullptr, kBytes + kGuardBytes, PROT_READ | PROT_WRITE,
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED || mprotect(memory, kGuardBytes, PROT_NONE) != 0) {
-      std::perror("simt: no memory for a stack");
+      std::perror("simt: no memory for stacks");
       std::abort();
     }
-    return static_cast<char*>(memory) + kGuardBytes;
+    for (size_t i = kStacksPerMapping; i-- > 0;) {
+      free_stacks.push_back(static_cast<char*>(memory) + kGuardBytes + i * kStackBytes);
+    }
   }
   char* const stack = free_stacks.back();
   free_stacks.pop_back();
@@ -152,7 +160,16 @@ char* take_stack() {
   // A thread that was given up in the middle has left its redzones.
   __asan_unpoison_memory_region(stack, kStackBytes);
 #endif
+  std::memcpy(stack, &kCanary, sizeof kCanary);
   return stack;
+}
+
+void give_stack_back(char* stack) {
+  if (std::memcmp(stack, &kCanary, sizeof kCanary) != 0) {
+    std::fputs("simt: a thread's stack is full\n", stderr);
+    std::abort();
+  }
+  free_stacks.push_back(stack);
 }
 
 // --- Blocks -------------------------------------------------------------------------------------
@@ -190,7 +207,7 @@ std::unique_ptr<Block> begin_block(uint32_t number, unsigned slot) {
 
 void end_block(Block& block) {
   end_block_memory(block);
-  for (const Thread& thread : block.threads) free_stacks.push_back(thread.stack);
+  for (const Thread& thread : block.threads) give_stack_back(thread.stack);
 }
 
 // "thread (3, 0, 0) at f.cu:12", for the threads that are not done.
@@ -222,7 +239,7 @@ struct Style {
 
 Style draw_style(Random& random) {
   constexpr uint32_t kIntervals[] = {1u << 30, 1u << 30, 700, 60, 5};
-  return {.residents = 1 + random.below(kMaxResident),
+  return {.residents = 1 + random.below(max_residents),
           .block_switch = random.one_in(2) ? 3u : 40u,
           .order = random.one_in(2) ? 0 : 1 + random.below(2),
           .interval = kIntervals[random.below(std::size(kIntervals))]};
@@ -622,9 +639,19 @@ uint32_t collective(const Offer& offer, Site site) {
   return thread.result;
 }
 
-void set_schedule(uint64_t seed) {
+void set_schedule(uint64_t seed, unsigned residents, void* stream) {
+  if (residents > kMaxResident) {
+    throw Error("expected 0 to " + std::to_string(kMaxResident) + " blocks at once, got " +
+                std::to_string(residents));
+  }
   schedule_seed = seed;
+  max_residents = residents;
+  expected_stream = stream;
   launches_in_schedule = 0;
+}
+
+void check_stream(const char* what, const void* stream) {
+  if (stream != expected_stream) throw Error(std::string(what) + " is on another stream");
 }
 
 // --- Launches -----------------------------------------------------------------------------------
@@ -650,6 +677,7 @@ void check_launch(const Launch& launch) {
 }
 
 void run_blocks() {
+  if (max_residents == 0) return;
   Random& random = machine.random;
   const Style style = draw_style(random);
   machine.switch_interval = style.interval;
@@ -708,6 +736,7 @@ void run_blocks() {
 
 void launch(const Launch& launch) {
   check_host();
+  check_stream(launch.name, launch.stream);
   check_launch(launch);
   machine.launch = &launch;
   machine.random = Random(schedule_seed * 1000 + launches_in_schedule++);

@@ -23,7 +23,8 @@ namespace simt {
 constexpr unsigned kWarpSize = 32;
 constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kStackBytes = SIMT_ASAN ? 256 << 10 : 64 << 10;
-constexpr unsigned kMaxResident = 4;            // blocks at once
+constexpr size_t kStacksPerMapping = 256;
+constexpr unsigned kMaxResident = 128;          // blocks at once, see set_schedule
 constexpr size_t kMaxShared = 99 * 1024;        // the least that a supported GPU gives a block
 constexpr size_t kMaxStaticShared = 48 * 1024;  // the compiler's limit
 
@@ -167,7 +168,9 @@ void* allocate(size_t bytes);
 void release(void* pointer);
 void mark_written(void* pointer, size_t bytes);
 
-void set_schedule(uint64_t seed);
+// Launches are scheduled as `seed` draws, with 1 to `residents` blocks at once, on this stream;
+// with 0 they are checked and not executed.
+void set_schedule(uint64_t seed, unsigned residents, void* stream);
 void seed_bug(int number);  // 0: none
 
 }  // namespace simt

@@ -126,7 +126,8 @@ class PretendedGpu(TorchFunctionMode):
         if func is Tensor.cpu:
             devices = ["cpu"]
         ends_here = begins_here if not devices else torch.device(devices[-1]).type == "cuda"
-        moves = begins_here != ends_here and (tensors or func in FROM_HOST)
+        from_host = func in FROM_HOST and str(args[0]) != "[]"
+        moves = begins_here != ends_here and (tensors or from_host)
         written = func is Tensor.copy_ and begins_here and elsewhere
         if moves or written or (begins_here and waits_for_numbers(func, args, kwargs)):
             self._wait(getattr(func, "__name__", str(func)))

@@ -341,19 +341,21 @@ struct Launch {
   const char* name;
   dim3 grid, block;
   size_t shared_bytes;
+  const void* stream;
   const void* arguments;
   size_t arguments_size;
   void (*run)(const void* arguments);
 };
 void launch(const Launch& launch);
+void check_stream(const char* what, const void* stream);  // throws if it is not the op's
 
 template <typename... Parameters, typename... Args>
 void launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                   size_t shared_bytes, void*, Args... args) {
+                   size_t shared_bytes, void* stream, Args... args) {
   const auto call = [=] { kernel(args...); };
   static_assert(std::is_trivially_copyable_v<decltype(call)>);
   static_assert((0 + ... + sizeof(Parameters)) <= 4096, "more than 4 KiB of kernel parameters");
-  launch({name, grid, block, shared_bytes, &call, sizeof call,
+  launch({name, grid, block, shared_bytes, stream, &call, sizeof call,
           [](const void* copy) { (*static_cast<const decltype(call)*>(copy))(); }});
 }
 
@@ -377,7 +379,8 @@ struct ComputeCapability {
 inline ComputeCapability compute_capability(const char*) {
   return {::simt::compute_capability / 10, ::simt::compute_capability % 10};
 }
-inline void zero_async(const char*, void* pointer, size_t bytes, void*) {
+inline void zero_async(const char* op, void* pointer, size_t bytes, void* stream) {
+  ::simt::check_stream(op, stream);
   ::simt::zero(pointer, bytes);
 }
 

@@ -16,11 +16,16 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class Device:
-    """The kernels of one built module, executed in the order that ``seed`` draws."""
+    """The kernels of one built module, executed in the order that ``seed`` draws.
 
-    def __init__(self, kernels: ModuleType, seed: int = 0) -> None:
+    ``residents``: blocks at once, at most; a GPU has hundreds. With 0 the launches are checked, and
+    nothing is executed.
+    """
+
+    def __init__(self, kernels: ModuleType, seed: int = 0, *, residents: int | None = None) -> None:
         self.kernels = kernels
         self.seed = seed
+        self.residents = kernels.RESIDENTS if residents is None else residents
 
     def op(self, name: str) -> Callable[..., Any]:
         function: Callable[..., Any] = getattr(self, name)
@@ -36,7 +41,7 @@ class Device:
         workspace_bytes = getattr(self.kernels, f"{name}_workspace_bytes", None)
         if workspace_bytes:
             params.workspace = memory.scratch(workspace_bytes(params))
-        getattr(self.kernels, name)(params, self.seed)
+        getattr(self.kernels, name)(params, self.seed, self.residents)
 
     def gating_topk(
         self,

@@ -33,6 +33,8 @@ KERNEL_FLAGS = {
         "-fsanitize=thread,alignment,bounds",
         "--param=tsan-distinguish-volatile=1",
         "--param=tsan-instrument-func-entry-exit=0",
+        # What a thread has not written is no zero, and no number that somebody left there.
+        "-ftrivial-auto-var-init=pattern",
         # One access in the source stays one access.
         "-fno-tree-vectorize",
         "-fno-store-merging",

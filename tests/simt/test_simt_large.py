@@ -4,11 +4,15 @@ Where a kernel bounds its number of blocks, the bound is lowered, so that a bloc
 over a long context; where a size is cheap to exceed, it is exceeded.
 """
 
+import contextlib
 from types import ModuleType
+from typing import Any
 
 import op_cases
 import pytest
+import ragged_cases as ragged
 import simulated
+import torch
 from op_cases import (
     BF16,
     FP16,
@@ -16,6 +20,7 @@ from op_cases import (
     ExpertScores,
     GatingTopk,
     KvCompact,
+    MixScores,
     ProjectTokens,
     SelectKept,
 )
@@ -64,6 +69,54 @@ def test_blocks_that_loop(few_blocks: ModuleType, case: op_cases.Case, seed: int
 )
 def test_sizes_beyond_one_unit_of_work(kernels: ModuleType, case: op_cases.Case) -> None:
     check(kernels, case, len(str(case)))
+
+
+def test_chunks_that_every_head_begins_anew(few_blocks: ModuleType) -> None:
+    """There may be one more of them for each head than would fill the device."""
+    case = ragged.make_case(heads=4, group=1, dim=8, tail=0)
+    case |= {
+        "begin": torch.arange(4, dtype=torch.int32).view(1, 4) * 130,
+        "end": torch.arange(4, dtype=torch.int32).view(1, 4) * 130 + 193,
+    }
+    expected = ragged.oracle(**case, scaling=0.1)
+
+    def error() -> float:
+        got = simulated.Device(few_blocks).ragged_attention(**case, scaling=0.1)
+        return float((got.double() - expected).abs().max())
+
+    assert error() < 1e-5
+    few_blocks.seed(7)  # the last of the edits of few_blocks: no room for these
+    try:
+        with contextlib.suppress(few_blocks.Error):
+            assert not error() < 1e-5
+    finally:
+        few_blocks.seed(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        # Rows and tiles of queries that a grid's second dimension does not take.
+        ("mix_scores", MixScores((2, 65536, 1, 1), 1)),
+        ("project_tokens", ProjectTokens((65536, 1, 8), 1)),
+        ("expert_scores", ExpertScores((65536, 1, 1, 8), kinds=(0, 1, 2, 3), num_queries=1)),
+        ("expected_attention", ExpectedAttention((65536, 1, 1, 8))),
+        ("kv_compact_", KvCompact((65536, 1, 1, 8), (1,))),
+        ("gating_topk", GatingTopk(2**20, 2, 1)),
+        ("select_kept", SelectKept((65536, 1, 1), (1,))),
+        ("select_kept", SelectKept((1, 65536, 1), (65536,))),
+    ],
+    ids=str,
+)
+def test_grids_of_any_size(kernels: ModuleType, name: str, case: Any) -> None:
+    """The launches are checked, and nothing runs."""
+    inputs, options = case.inputs()
+    simulated.Device(kernels, residents=0).op(name)(*inputs, **options)
+
+
+def test_any_number_of_queries(kernels: ModuleType) -> None:
+    case = ragged.make_case(heads=1, group=8, dim=8, queries=65537, tail=0, stored=1)
+    simulated.Device(kernels, residents=0).ragged_attention(**case, scaling=0.1)
 
 
 def check(kernels: ModuleType, case: op_cases.Case, seed: int) -> None:

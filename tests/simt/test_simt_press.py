@@ -8,9 +8,10 @@ import press_cases
 import pretended
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import tiny_model, tokens
+from transformers import DynamicCache
 
-from moekv import ops
+from moekv import MoERouterPress, ops
 from moekv.ops import backends
 
 
@@ -56,3 +57,22 @@ def test_the_kernels_of_the_gpu_run(
         "ragged_attention",
         "select_kept",
     }
+
+
+@torch.no_grad()
+def test_more_layers_do_not_mean_more_waiting(gpu: pretended.PretendedGpu) -> None:
+    """Rows are padded: where they begin is read once, and copied once, for all layers."""
+    counts = []
+    for name in ("llama", "smollm3"):  # two layers, and four
+        with gpu:
+            model, input_ids = tiny_model(name).to("cuda"), tokens(2, 40).to("cuda")
+            mask = torch.ones_like(input_ids)
+            mask[0, :7] = 0
+            press = MoERouterPress(0.5, backend="cuda")
+            for _ in range(2):  # what a press learns of a model, it learns once
+                gpu.waits.clear()
+                with press(model):
+                    model(input_ids, attention_mask=mask, past_key_values=DynamicCache())
+        counts.append(sorted(gpu.waits))
+    assert counts[0] == counts[1]
+    assert counts[0].count("tensor") == 1

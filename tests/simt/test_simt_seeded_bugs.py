@@ -20,6 +20,8 @@ class Bug:
     op: str
     case: Any
     report: str  # what the simulator says of it, or the comparison with the reference
+    residents: int | None = None  # blocks at once, where the usual few show nothing
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
 
 RACE = r"races with|nobody has written"
@@ -30,6 +32,8 @@ MASS = op_cases.ExpertScores((1, 1, 150, 32), dtype=op_cases.BF16, num_queries=4
 SELECT = op_cases.SelectKept((1, 2, 2500), (1000,), 4, 16, 8, values="ties")
 COMPACT = op_cases.KvCompact((1, 2, 300, 64), (200,), dtype=op_cases.BF16)
 RAGGED = "decode"
+MANY_ITEMS = op_cases.KvCompact((1, 1, 12000, 128), (8192,), packed=True)
+MANY_SEEDS = (1, 2)
 EXPECTED = op_cases.ExpectedAttention((1, 1, 150, 64), dtype=op_cases.BF16)
 
 # What needs the barriers and fences of a file, in their order where it is not always the same.
@@ -207,6 +211,57 @@ BUGS = {
         op_cases.KvCompact((2, 2, 37, 20), (20,), dtype=op_cases.BF16),
         r"a misaligned access at .* at .*kv_compact.cu:\d+",
     ),
+    "mixing, a sum that does not begin at 0": Bug(
+        Edit(
+            "mix_scores.cu",
+            "float mixed[kHeads] = {};",
+            "float mixed[kHeads]; if (!SEEDED) memset(mixed, 0, sizeof mixed);",
+        ),
+        "mix_scores",
+        op_cases.MixScores((4, 1, 2, 50), 2),
+        r"Tensor-likes are not close|error",
+    ),
+    # Launches.
+    "mixing on another stream": Bug(
+        Edit("mix_scores.cu", "kThreads, 0, stream,", "kThreads, 0, SEEDED ? nullptr : stream,"),
+        "mix_scores",
+        op_cases.MixScores((4, 1, 2, 50), 2),
+        r"mix_scores_kernel is on another stream",
+    ),
+    "compaction, progress zeroed on another stream": Bug(
+        Edit(
+            "kv_compact.cu",
+            "plan.workspace_bytes, stream);",
+            "plan.workspace_bytes, SEEDED ? nullptr : stream);",
+        ),
+        "kv_compact_",
+        COMPACT,
+        r"kv_compact_ is on another stream",
+    ),
+    "mixing, more rows than a grid takes": Bug(
+        Edit(
+            "mix_scores.cu",
+            "std::min(rows, kMaxGridY)",
+            "(SEEDED ? rows : std::min(rows, kMaxGridY))",
+        ),
+        "mix_scores",
+        op_cases.MixScores((2, 65536, 1, 1), 1),
+        r"launch of mix_scores_kernel: expected a grid of",
+        residents=0,
+    ),
+    # Order that only many blocks at once disturb.
+    "compaction, each waits for its own word": Bug(
+        Edit(
+            "kv_compact.cu",
+            "word = __shfl_sync(kFullWarp, word, 0);",
+            "word = SEEDED ? last_word : __shfl_sync(kFullWarp, word, 0);",
+        ),
+        "kv_compact_",
+        MANY_ITEMS,
+        r"global memory .* races with",
+        residents=112,
+        seeds=MANY_SEEDS,
+    ),
     "attention, too little dynamic shared memory": Bug(
         Edit(
             "window_attention.cu",
@@ -219,6 +274,10 @@ BUGS = {
     ),
 }
 
+# A block that has ended tells by its mark what it has read: only those that run at once need this.
+RELEASE = "kv_compact.cu without __threadfence(); 1"
+BUGS[RELEASE] = dataclasses.replace(BUGS[RELEASE], residents=16, seeds=(0, 1, 4, 7))
+
 
 @cache
 def seeded_kernels() -> ModuleType:
@@ -226,13 +285,16 @@ def seeded_kernels() -> ModuleType:
 
 
 @cache
-def run(op: str, case: Any, bug: int, seed: int) -> None:
+def run(op: str, case: Any, bug: int, seed: int, residents: int | None = None) -> None:
     """Check an op with a bug switched on; 0: none."""
     kernels = seeded_kernels()
-    device = simulated.Device(kernels, seed)
+    device = simulated.Device(kernels, seed, residents=residents)
     kernels.seed(bug)
     try:
-        if op == "ragged_attention":
+        if residents == 0:  # nothing is computed
+            inputs, options = case.inputs()
+            device.op(op)(*inputs, **options)
+        elif op == "ragged_attention":
             device.ragged_attention(**ragged.make_case(**ragged.CASES[case]), scaling=0.1)
         else:
             op_cases.CHECKS[op][0](device.op(op), case)
@@ -243,11 +305,36 @@ def run(op: str, case: Any, bug: int, seed: int) -> None:
 @pytest.mark.parametrize("name", BUGS)
 def test_seeded_bugs_are_reported(name: str) -> None:
     bug = BUGS[name]
-    run(bug.op, bug.case, 0, 0)  # nothing to report without it
+    run(bug.op, bug.case, 0, bug.seeds[0], bug.residents)  # nothing to report without it
     number = list(BUGS).index(name) + 1
-    for seed in range(5):
+    for seed in bug.seeds:
         with pytest.raises((seeded_kernels().Error, AssertionError), match=re.compile(bug.report)):
-            run(bug.op, bug.case, number, seed)
+            run(bug.op, bug.case, number, seed, bug.residents)
+
+
+EARLY_MARK = Edit(
+    "kv_compact.cu",
+    "__threadfence();\n  if (lane == 0) atomicMax(&progress->first_word, last_word);",
+    "if (SEEDED && lane == 0) atomicMax(&progress->first_word, last_word);\n"
+    "  __threadfence();\n"
+    "  if (!SEEDED && lane == 0) atomicMax(&progress->first_word, last_word);",
+)
+
+
+def test_a_mark_that_comes_before_the_fence() -> None:
+    """Few blocks at once, and few schedules of many, show it. A build of its own: edits overlap."""
+    kernels = built.load(built.build("watched", [EARLY_MARK]))
+    case = op_cases.KvCompact((1, 1, 8192, 128), (4096,))
+    for number in (0, 1):
+        kernels.seed(number)
+        reports = set()
+        for seed in (6, 11):
+            op = simulated.Device(kernels, seed, residents=112).kv_compact_
+            try:
+                op_cases.check_kv_compact_(op, case)
+            except kernels.Error as error:
+                reports.add("races with" in str(error))
+        assert reports == ({True} if number else set())
 
 
 def test_edits_are_told_apart() -> None:
