@@ -1,9 +1,5 @@
-"""The demo and the README's usage, on the real model.
+"""The demo and the README's usage, on the real model."""
 
-Long texts are read in float32: in bfloat16 that takes four times as long on most processors.
-"""
-
-import copy
 import re
 import subprocess
 import sys
@@ -66,7 +62,6 @@ def test_demo(real_model: Loaded) -> None:
     asked = sum(question.facts[0] in prompt.text for question in demo.QUESTIONS)
     assert 0 < asked < len(demo.QUESTIONS)
     command = ["demo", "--context-tokens", "700", "--ratios", "0.5", "--max-new-tokens", "12"]
-    command += ["--dtype", "float32"]
     done = subprocess.run(
         [sys.executable, "-m", "moekv", *command], capture_output=True, text=True, check=False
     )
@@ -74,8 +69,8 @@ def test_demo(real_model: Loaded) -> None:
     out = re.sub(r"\s+", " ", done.stdout)
     length = prompt.ids.shape[1]
     assert f"{length:,} tokens of context, {asked} questions" in out
-    # 30 layers, keys and values, 3 heads of 64 numbers.
-    full, half = (30 * 2 * 3 * 64 * 4 * n / 2**20 for n in (length, length // 2))
+    # 30 layers, keys and values, 3 heads of 64 bf16 numbers.
+    full, half = (30 * 2 * 3 * 64 * 2 * n / 2**20 for n in (length, length // 2))
     assert f"KV cache │ {full:.2f} MiB │ {half:.2f} MiB" in out
     right = re.search(rf"Right answers │ (\d) of {asked} │ \d of {asked}", out)
     assert right is not None and int(right[1]) > 0
@@ -88,8 +83,7 @@ def test_usage_in_the_readme(
     real_model: Loaded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Every Python block of the README runs as it stands, in order."""
-    model, tokenizer = copy.deepcopy(real_model[0]).float(), real_model[1]
-    monkeypatch.setattr("moekv.models.loading.load_model", lambda *args: (model, tokenizer))
+    monkeypatch.setattr("moekv.models.loading.load_model", lambda *args: real_model)
     monkeypatch.chdir(tmp_path)  # where it saves a cache
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) >= 2
