@@ -139,7 +139,7 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
         length = self.evicted + pairs.shape[2] if pairs.crop is None else pairs.crop
         if self.has_lost(pairs.taken, length) or pairs.crop is None:
             return False
-        self.crop(pairs.crop)
+        self.crop_by_slice(pairs.crop)
         return True
 
     def update(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 
 import torch
@@ -144,6 +145,21 @@ class CompressedLayer(CacheLayerMixin):
             self.context_length, self.run = wanted, self.run - into
         if self.notes is not None:
             self.notes.crop(wanted)
+
+    def crop_by_slice(self, length: int) -> None:
+        """Forget the tokens after the first ``length``, whose pairs somebody assigns back.
+
+        So kvpress's pipeline takes an answer out of a cache. Where compression goes on, pairs of
+        the context may have left for those of the answer, and none of it can be taken out.
+        """
+        if self.recent is not None and self.context_length - length > self.run:
+            warnings.warn(
+                f"expected to keep the first {length} positions alone, got a cache that has been "
+                "compressed behind them: the tokens after them stay in it",
+                stacklevel=4,
+            )
+        else:
+            self.crop(length)
 
     def reset(self) -> None:
         """Refuse: what was evicted cannot be emptied in place.

@@ -199,7 +199,7 @@ class RaggedLayer(CompressedLayer):
             )
         if self.has_lost(pairs.taken, pairs.length):
             return True
-        self.crop(pairs.length)
+        self.crop_by_slice(pairs.length)
         return False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

@@ -132,6 +132,8 @@ class Planner:
             self._check_grown(options, cache)
         plan = self._plan(options, cache, wanted, num_tokens)
         view = ViewBuilder(self._rotary)
+        if is_static(cache):
+            _check_room(cache, index_of(self.layers[0]), num_tokens)
         if cache is not None and num_cached:
             self._check_more(plan, cache, num_cached, num_tokens, wanted, given)
             return Growth(plan, view) if plan.goes_on else None
@@ -175,6 +177,8 @@ class Planner:
     def _check_prefill(
         self, plan: Plan, cache: Any, num_tokens: int, given: Mapping[str, Any]
     ) -> None:
+        if plan.options.decoding is not None:
+            _check_positions(given, num_tokens)
         mask, padded = given.get("attention_mask"), False
         if isinstance(mask, Tensor) and plan.evicts:
             padded = any(read_starts(mask[..., :num_tokens] if is_static(cache) else mask))
@@ -223,6 +227,7 @@ class Planner:
                 f"expected tokens at position {num_cached}, behind what the cache has seen, got "
                 f"{num_tokens} at {first}: their masks would be wrong"
             )
+        _check_positions(given, num_cached + num_tokens)
 
 
 def _is_compressed(layer: Any) -> bool:
@@ -251,11 +256,27 @@ def _check_chunk(length: int, num_cached: int, num_tokens: int, given: Mapping[s
             f"expected a prompt of context_length = {length} tokens, got "
             f"{num_tokens} for a cache that holds {num_cached}"
         )
+    _check_positions(given, seen)
+
+
+def _check_positions(given: Mapping[str, Any], seen: int) -> None:
+    """Refuse tokens that stand behind the end of what is then seen."""
     position_ids = given.get("position_ids")
     if isinstance(position_ids, Tensor) and int(position_ids.max()) >= seen:
         raise RuntimeError(
-            f"expected positions below {seen} for a chunk of {num_tokens} tokens behind "
-            f"{num_cached}, got {int(position_ids.max())}: some versions of "
-            "transformers number the chunks of generate(prefill_chunk_size=...) wrongly; "
-            "moekv.prefill_in_chunks does not"
+            f"expected positions below {seen} for the last of {seen} tokens, got "
+            f"{int(position_ids.max())}: some versions of transformers number the chunks of "
+            "generate(prefill_chunk_size=...) wrongly; moekv.prefill_in_chunks does not"
+        )
+
+
+def _check_room(cache: Cache, index: int, num_tokens: int) -> None:
+    """Refuse tokens that a static cache has no slots for."""
+    layer = cache.layers[index]
+    slots: int = layer.max_cache_len  # type: ignore[attr-defined]
+    filled = int(layer.get_seq_length()) - int(getattr(layer, "evicted", 0))
+    if filled + num_tokens > slots:
+        raise ValueError(
+            f"expected a static cache of at least {filled + num_tokens} slots, got {slots}, of "
+            f"which {filled} are filled, and {num_tokens} more token(s)"
         )

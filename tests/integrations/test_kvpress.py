@@ -1,5 +1,6 @@
 """MoERouterPress inside kvpress's wrappers and pipeline, against selections made by hand."""
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,13 +20,13 @@ from kvpress import (
     PerLayerCompressionPress,
     PrefillDecodingPress,
 )
-from tiny_models import VOCABULARY, prefill, tiny_model, tokens
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_models import prefill, tiny_model, tokens
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from word_tokenizer import word_tokenizer
 
-from moekv import Expert, LayerView, MoERouterPress
+from moekv import DecodingConfig, Expert, LayerView, MoERouterPress
 from moekv.cache.ragged import RaggedLayer
 from moekv.ops import ScoreKind
 from moekv.press.press import find_layers
@@ -293,16 +294,8 @@ def test_prefill_and_decoding() -> None:
     assert [layer.keys.shape[2] for layer in out.past_key_values.layers] == [33, 33]
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    words = {f"w{i}": i for i in range(VOCABULARY)} | {"<s>": 1}
-    del words["w1"]
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", bos_token="<s>")
-
-
 def test_pipeline() -> None:
-    model, tokenizer = tiny_model(), make_tokenizer()
+    model, tokenizer = tiny_model(), word_tokenizer()
     pipe = KVPressTextGenerationPipeline(model=model, tokenizer=tokenizer)
     words = [f"w{i}" for i in tokens(1, LENGTH)[0].tolist()]
     cache = DynamicCache()
@@ -338,7 +331,7 @@ def test_pipeline_asks_several_questions_of_one_compressed_context(
     budget: str, streaming: bool
 ) -> None:
     """Each answer is the one that the question alone gets: nothing of the others is left."""
-    model, tokenizer = tiny_model(), make_tokenizer()
+    model, tokenizer = tiny_model(), word_tokenizer()
     pipe = KVPressTextGenerationPipeline(model=model, tokenizer=tokenizer)
     context = " ".join(f"w{i}" for i in tokens(1, LENGTH)[0].tolist())
     questions = ["w5 w6 w7", "w8", "w9 w10 w11 w12"]
@@ -361,3 +354,37 @@ def test_pipeline_asks_several_questions_of_one_compressed_context(
         pipe(context, question=q, press=press(), max_new_tokens=12)["answer"] for q in questions
     ]
     assert answers == alone and len(set(answers)) == 3
+
+
+@pytest.mark.parametrize("budget", ["auto", "model"])
+def test_pipeline_goes_on_compressing_while_it_answers(budget: str) -> None:
+    """As the press does in a block of its own, over context, question and answer."""
+    model, tokenizer = tiny_model(), word_tokenizer()
+    pipe = KVPressTextGenerationPipeline(model=model, tokenizer=tokenizer)
+    words = " ".join(f"w{i}" for i in tokens(1, LENGTH)[0].tolist())
+
+    def press() -> MoERouterPress:
+        decoding = DecodingConfig(target=40, interval=4)
+        return make_press(0.5, budget=budget, decoding=decoding)
+
+    cache, alone, used = DynamicCache(), DynamicCache(), press()
+    with pytest.warns(UserWarning, match=f"first {LENGTH + 1} positions alone, got a cache"):
+        answer = pipe(words, question="w5 w6 w7", press=used, cache=cache, max_new_tokens=30)
+    input_ids = tokenizer(f"<s> {words}", return_tensors="pt").input_ids
+    out = []
+    with torch.no_grad(), press()(model):
+        model(input_ids, past_key_values=alone)
+        token = torch.tensor([[5, 6, 7]])
+        for _ in range(30):
+            token = model(token, past_key_values=alone).logits[:, -1:].argmax(-1)
+            out.append(token.item())
+    assert answer["answer"] == tokenizer.decode(out, skip_special_tokens=True)
+    for layer, other in zip(cache.layers, alone.layers, strict=True):
+        assert layer.get_seq_length() == other.get_seq_length() == LENGTH + 1 + 3 + 29
+        assert layer.count_pairs([0]) == other.count_pairs([0])
+    held = sum(layer.count_pairs([0])[0] for layer in cache.layers)
+    assert held < 2 * len(cache) * 44
+    twin = pickle.loads(pickle.dumps(used))
+    assert twin.decoding == used.decoding and isinstance(twin, PrefillDecodingPress)
+    twin.decoding = None
+    assert not isinstance(twin, PrefillDecodingPress) and isinstance(twin, MoERouterPress)

@@ -4,11 +4,18 @@ from typing import Any
 
 import pytest
 import torch
-from kvpress import BlockPress, ComposedPress, DMSPress, KnormPress
+from kvpress import (
+    BlockPress,
+    ComposedPress,
+    DMSPress,
+    KnormPress,
+    KVPressTextGenerationPipeline,
+)
 from refusals import LENGTH, assert_untouched, num_hooks, padded
 from tiny_models import prefill, tiny_model, tokens
 from torch import Tensor, nn
 from transformers import DynamicCache
+from word_tokenizer import word_tokenizer
 from wrapping import WRAPPERS
 
 from moekv import DecodingConfig, MoERouterPress
@@ -72,6 +79,13 @@ def test_what_is_the_default_anyway_is_served(options: dict[str, Any]) -> None:
     with DMSPress(press, threshold=0.0)(model):
         prefill(model, tokens(1, LENGTH))
     assert press.get_stats()["forward_count"] == 1
+
+
+def test_several_questions_and_decoding() -> None:
+    press = MoERouterPress(decoding=DecodingConfig(target=20, interval=4))
+    pipe = KVPressTextGenerationPipeline(model=tiny_model(), tokenizer=word_tokenizer())
+    with pytest.raises(ValueError, match="multiple questions"):
+        pipe("w5 w6 w7", questions=["w8", "w9"], press=press)
 
 
 def test_cache_already_cut() -> None:

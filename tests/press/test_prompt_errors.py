@@ -8,14 +8,17 @@ from refusals import (
     LENGTH,
     Failing,
     assert_holds,
+    assert_same,
     assert_untouched,
+    held,
+    num_hooks,
     padded,
     refuse,
 )
 from tiny_models import prefill, tiny_model, tokens
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
-from moekv import MoERouterPress, prefill_in_chunks
+from moekv import DecodingConfig, MoERouterPress, prefill_in_chunks
 from moekv.cache.ragged import RaggedLayer
 
 
@@ -117,6 +120,40 @@ def test_chunks_at_wrong_positions() -> None:
     ):
         model(tokens(1, 10), past_key_values=cache, position_ids=where)
     assert not cache.get_seq_length()
+
+
+def test_chunks_at_wrong_positions_and_decoding() -> None:
+    """As ``generate(prefill_chunk_size=20)`` of some versions numbers a prompt of 50."""
+    model, cache = tiny_model(), DynamicCache()
+    press = MoERouterPress(decoding=DecodingConfig(target=16, interval=4))
+    message = "expected positions below {} for the last of {} tokens, got {}"
+    with torch.no_grad(), press(model):
+        with pytest.raises(RuntimeError, match=message.format(20, 20, 49)):
+            model(tokens(1, 20), past_key_values=cache, position_ids=torch.arange(30, 50)[None])
+        assert not cache.get_seq_length()
+        model(tokens(1, 20), past_key_values=cache)
+        before = held(cache)
+        with pytest.raises(RuntimeError, match=message.format(40, 40, 49)):
+            model(tokens(1, 20), past_key_values=cache, position_ids=torch.arange(30, 50)[None])
+    assert_same(cache, before)
+    assert not num_hooks(model)
+
+
+def test_static_cache_that_is_too_small() -> None:
+    model, press = tiny_model(), MoERouterPress(0.5)
+    cache = StaticCache(config=model.config, max_cache_len=LENGTH - 1)
+    message = "static cache of at least 40 slots, got 39, of which 0 are filled, and 40 more"
+    refuse(ValueError, message, model, press, cache)
+    cache, place = StaticCache(config=model.config, max_cache_len=LENGTH), LENGTH
+    message = "static cache of at least 41 slots, got 40, of which 40 are filled, and 1 more"
+    with torch.no_grad(), press(model):
+        model(tokens(1, LENGTH), past_key_values=cache)
+        with pytest.raises(ValueError, match=message):
+            for place in range(LENGTH, 2 * LENGTH):
+                where = torch.tensor([place])
+                model(tokens(1, 1), past_key_values=cache, cache_position=where)
+    assert place == LENGTH + LENGTH // 2  # half of the slots were free again
+    assert int(cache.layers[0].get_seq_length()) == place
 
 
 def test_arguments_of_prefill_in_chunks() -> None:

@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from kvpress import BasePress, DMSPress, ScorerPress
+from kvpress import BasePress, DMSPress, PrefillDecodingPress, ScorerPress
 from kvpress.utils import extract_keys_and_values
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -52,6 +52,13 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
         """Check every option before a model is at hand."""
         super().__post_init__()
         self._outcomes = Outcomes()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an option; `decoding` makes a press that kvpress's pipeline also decodes with."""
+        super().__setattr__(name, value)
+        if name == "decoding" and type(self) in (MoERouterPress, DecodingMoERouterPress):
+            kind = MoERouterPress if value is None else DecodingMoERouterPress
+            object.__setattr__(self, "__class__", kind)
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
         """Get ready for a model: kvpress calls this when a wrapper's block begins.
@@ -314,3 +321,10 @@ def _check_padding(view: LayerView, wrapper: BasePress | None) -> None:
             f"{[num_keys - n for n in view.lengths]} padding positions: after eviction the "
             "attention mask would no longer fit; use the press in a block of its own"
         )
+
+
+class DecodingMoERouterPress(MoERouterPress, PrefillDecodingPress):
+    """A ``MoERouterPress`` with `decoding`, which becomes one when the option is set.
+
+    kvpress's pipeline opens the block of a press for the answer as well if it is of this kind.
+    """
