@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import (
@@ -75,12 +76,16 @@ def _refuse(what: str, instead: str = _PLAIN) -> None:
 
 
 def cached_pairs(layer: CacheLayerMixin) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, H, T, D] of an initialised cache layer; of a static one, all slots."""
+    """Keys and values [B, H, T, D] of an initialised cache layer; of a static one, all slots.
+
+    In one dtype, the wider: autocast may leave rotated keys wider than values.
+    """
     if isinstance(layer, GrowingLayer):
         return layer.pairs()
     keys, values = layer.keys, layer.values
     assert keys is not None and values is not None
-    return keys, values
+    wide = torch.promote_types(keys.dtype, values.dtype)
+    return keys.to(wide), values.to(wide)
 
 
 def compressed(
