@@ -23,7 +23,7 @@ collect_ignore = [] if HAS_KVPRESS else ["integrations", "benchmarks/test_qualit
 
 SLOW_FOLDERS = ("benchmarks", "calibration", "cli", "integrations", "simt", "tools")
 SLOW_FILES = (
-    *("test_backends", "test_compile", "test_expected_attention", "test_static"),
+    *("test_backends", "test_compile", "test_compiled", "test_expected_attention", "test_static"),
     *("test_calibrated_growth", "test_chunks", "test_growth", "test_lives"),
     *("test_loading", "test_models", "test_streaming"),
 )
