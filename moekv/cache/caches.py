@@ -88,6 +88,15 @@ def cached_pairs(layer: CacheLayerMixin) -> tuple[Tensor, Tensor]:
     return keys.to(wide), values.to(wide)
 
 
+def held_bytes(layer: CacheLayerMixin) -> int:
+    """Bytes of the storages that hold the pairs of an initialised cache layer, as they are."""
+    if isinstance(layer, CompressedLayer):
+        return layer.nbytes
+    keys, values = layer.keys, layer.values
+    assert keys is not None and values is not None
+    return storage_bytes(keys, values)
+
+
 def compressed(
     keys: Tensor, values: Tensor, kept: Kept, *, backend: str = "auto"
 ) -> GrowingLayer | RaggedLayer:
@@ -130,9 +139,9 @@ def evict(cache: Cache, index: int, kept: Kept, *, backend: str) -> tuple[int, i
         Bytes of the storages of keys and values. Memory is free once nobody else holds the
         layer's old tensors; these stay as they were.
     """
-    keys, values = cached_pairs(cache.layers[index])
-    layer = cache.layers[index] = compressed(keys, values, kept, backend=backend)
-    return storage_bytes(keys, values), layer.nbytes
+    before = cache.layers[index]
+    layer = cache.layers[index] = compressed(*cached_pairs(before), kept, backend=backend)
+    return held_bytes(before), layer.nbytes
 
 
 def growing(cache: Cache, index: int, *, backend: str) -> CompressedLayer:

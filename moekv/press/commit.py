@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import Cache
 
 from moekv.budget import Kept, select, without_padding
-from moekv.cache.buffers import storage_bytes
-from moekv.cache.caches import cached_pairs, empty_cache, evict, is_static
+from moekv.cache.caches import empty_cache, evict, held_bytes, is_static
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.static import compact
 from moekv.press.forward import Plan
@@ -97,7 +96,7 @@ def apply(
     before, after : int
         Bytes of the layer's storages.
     """
-    before = after = storage_bytes(*cached_pairs(cache.layers[index]))
+    before = after = held_bytes(cache.layers[index])
     if is_static(cache):
         compact(cache, index, kept, backend=plan.options.backend)
     elif kept is not None:

@@ -16,8 +16,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from moekv.budget import Kept, select, select_over_layers, without_padding
-from moekv.cache.buffers import storage_bytes
-from moekv.cache.caches import cached_pairs, compressed, empty_cache
+from moekv.cache.caches import cached_pairs, compressed, empty_cache, held_bytes
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.ragged import RaggedLayer
 from moekv.experts.builder import ViewBuilder
@@ -58,9 +57,7 @@ class Trimmed:
     @property
     def after(self) -> int:
         """Bytes of the storages that hold its pairs now."""
-        if isinstance(self.layer, RaggedLayer):
-            return self.layer.nbytes
-        return storage_bytes(*cached_pairs(self.layer))
+        return held_bytes(self.layer)
 
 
 class StreamingBudget:
@@ -126,7 +123,7 @@ class StreamingBudget:
             Somebody else has replaced a layer of the stream.
         """
         layer = self._cache.layers[index]
-        before = storage_bytes(*cached_pairs(layer))
+        before = held_bytes(layer)
         self.layers.append(Trimmed(index, layer, before, None, scores.numel()))
         if self._budget == "model":
             self._scores.append(scores)

@@ -8,7 +8,7 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from moekv.budget import Kept
 from moekv.cache.buffers import gather_rows, storage_bytes
-from moekv.cache.caches import cached_pairs, check_cache, evict
+from moekv.cache.caches import cached_pairs, check_cache, evict, held_bytes
 
 
 def test_dynamic_caches_are_served() -> None:
@@ -91,3 +91,13 @@ def test_storage_bytes_counts_what_is_allocated() -> None:
     assert storage_bytes(x[:2]) == 160
     assert storage_bytes(x[:2], x[3:]) == 160
     assert storage_bytes(x, torch.zeros(2)) == 168
+
+
+def test_bytes_are_those_of_pairs_as_they_are() -> None:
+    """Autocast may leave keys wider than values; nothing is widened to be counted."""
+    cache = DynamicCache()
+    cache.update(*torch.zeros(2, 1, 2, 5, 8), 0)
+    layer = cache.layers[0]
+    layer.keys, layer.values = layer.keys.clone(), layer.values.bfloat16()
+    assert held_bytes(layer) == 2 * 5 * 8 * (4 + 2)
+    assert [x.dtype for x in cached_pairs(layer)] == [torch.float32] * 2

@@ -71,14 +71,17 @@ def test_pairs_before_a_crop_are_not_written_over(budget: str) -> None:
     assert torch.equal(view, before)
 
 
+def noting(model: Any, budget: str) -> MoERouterPress:
+    """Make a press whose calibrated router notes what it reads of tokens."""
+    router = random_router(model)
+    return MoERouterPress(0.3, router=router, budget=budget, decoding=DecodingConfig(60, 2))
+
+
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_what_was_noted_of_other_tokens_goes_with_them(budget: str) -> None:
     """A calibrated router does not take them for those that are put back."""
     model = tiny_model()
-    press = MoERouterPress(
-        0.3, router=random_router(model), budget=budget, decoding=DecodingConfig(60, 2)
-    )
-    with press(model):
+    with noting(model, budget)(model):
         cache = prefill(model, tokens(1, LENGTH))
         feed(model, cache, tokens(1, 1, 1), LENGTH)
         before = snapshot(cache)
@@ -94,10 +97,7 @@ def test_what_was_noted_of_other_tokens_goes_with_them(budget: str) -> None:
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_a_crop_by_slices_keeps_notes(budget: str) -> None:
     model = tiny_model()
-    press = MoERouterPress(
-        0.3, router=random_router(model), budget=budget, decoding=DecodingConfig(60, 2)
-    )
-    with press(model):
+    with noting(model, budget)(model):
         cache = prefill(model, tokens(1, LENGTH))
         for step in range(3):
             feed(model, cache, tokens(1, 1, step), LENGTH + step)

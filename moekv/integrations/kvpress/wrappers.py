@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import QuantizedLayer
 
-from moekv.cache.buffers import storage_bytes
-from moekv.cache.caches import cached_pairs
+from moekv.cache.caches import held_bytes
 from moekv.cache.ragged import RaggedLayer
 from moekv.models.hooks import index_of
 from moekv.press.stats import Statistics
@@ -153,11 +152,12 @@ def _size(module: nn.Module, cache: Cache) -> tuple[int, int]:
     """Pairs of a layer that attention still sees, and bytes of its storages."""
     layer = cache.layers[index_of(module)]
     if isinstance(layer, RaggedLayer):
-        return sum(layer.count_pairs([0] * layer.batch_size)), layer.nbytes
+        return sum(layer.count_pairs([0] * layer.batch_size)), held_bytes(layer)
     if isinstance(layer, QuantizedLayer):  # how, and in how many bytes, its library knows
         keys, _ = dequantize_layer(layer)
         return keys.shape[:3].numel(), 0
-    keys, values = cached_pairs(layer)
+    keys = layer.keys
+    assert keys is not None
     masked = getattr(module, "masked_key_indices", None)
     num_masked = 0 if masked is None else len(masked[0])
-    return keys.shape[:3].numel() - num_masked, storage_bytes(keys, values)
+    return keys.shape[:3].numel() - num_masked, held_bytes(layer)
