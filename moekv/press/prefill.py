@@ -77,8 +77,10 @@ class Prefill(Strategy):
 
     def _look_at(self, call: Call) -> Rated:
         plan, module = self.plan, call.module
-        keys, values = cached_pairs(call.cache.layers[call.index])
-        held = weakref.ref(keys)
+        layer = call.cache.layers[call.index]
+        keys, values = cached_pairs(layer)
+        assert layer.keys is not None
+        held = weakref.ref(layer.keys)  # what is read may be a copy
         kwargs = call.kwargs
         if is_static(call.cache):
             num_tokens = call.hidden_states.shape[1]

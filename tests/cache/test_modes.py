@@ -126,3 +126,23 @@ def test_other_default_dtypes(name: str) -> None:
     for logits, compression in outs[1:]:
         torch.testing.assert_close(logits, outs[0][0])
         assert compression == outs[0][1]
+
+
+def test_values_that_are_wider_than_keys() -> None:
+    """Then keys are copied to be read, and the cache is still known to be the same."""
+    model, cache = tiny_model(), DynamicCache()
+
+    def narrow(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        layer = cache.layers[module.layer_idx]
+        layer.keys = layer.keys.bfloat16()
+
+    handles = [
+        block.self_attn.register_forward_hook(narrow, with_kwargs=True)
+        for block in model.model.layers
+    ]
+    with MoERouterPress(0.5)(model):
+        model(tokens(1, LENGTH), past_key_values=cache)
+    for handle in handles:
+        handle.remove()
+    assert sum(sum(layer.stored_pairs) for layer in cache.layers) == 2 * 2 * (LENGTH // 2)
+    assert all(layer.stored_keys.dtype == torch.float32 for layer in cache.layers)
