@@ -1,17 +1,34 @@
 """Files that are there whole or not at all."""
 
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Raise unless a path is that of a regular file, or of none yet.
+
+    Raises
+    ------
+    ValueError
+        There is a folder, a device or a pipe.
+    """
+    if os.path.isdir(path):
+        raise ValueError(f"expected a file, got the folder {os.fspath(path)}")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"expected a file, got {os.fspath(path)}, a device or a pipe")
 
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[str]:
     """Give a temporary name to write to; at the end the file takes its place.
 
-    A crash or an exception leaves what was there before.
+    A crash or an exception leaves what was there before. What a symbolic link points to is
+    replaced, and not the link. A file that is replaced hands its mode on; a new one has the mode
+    that any new file of this process has.
 
     Parameters
     ----------
@@ -25,17 +42,23 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[str]:
 
     Raises
     ------
+    ValueError
+        There is a folder, a device or a pipe.
     OSError
         The file cannot be written.
     """
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    check_file(path)
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}")
+    # Opened as any file is, and not by tempfile, so that the umask says who may read it.
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
-        yield temporary
+        if target.exists():
+            os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
+        yield str(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except BaseException:
         os.unlink(temporary)
         raise

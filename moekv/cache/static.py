@@ -118,6 +118,11 @@ class CompactStaticLayer(StaticLayer):
             self._num_evicted = 0
             self.evicted.zero_()
 
+    def set_evicted(self, count: int) -> None:
+        """Say how many pairs have left each head of a layer whose slots are filled already."""
+        self._num_evicted = count
+        self.evicted.fill_(count)
+
     def compact(self, kept: Kept, *, backend: str) -> None:
         """Move the chosen pairs to the front of each head, in place, and clear what was behind.
 
@@ -137,8 +142,7 @@ class CompactStaticLayer(StaticLayer):
             pairs[:, :, count:length].zero_()
         if STATIC_COUNTS_SLOTS:
             self.cumulative_length.sub_(length - count)  # type: ignore[attr-defined]
-        self._num_evicted += length - count
-        self.evicted.fill_(self._num_evicted)
+        self.set_evicted(self._num_evicted + length - count)
 
 
 def compact(cache: Cache, index: int, kept: Kept | None, *, backend: str) -> None:

@@ -3,36 +3,39 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
-from moekv.cache.caches import cached_pairs
-from moekv.cache.growing import GrowingLayer
-from moekv.cache.layer import CompressedLayer
-from moekv.cache.ragged import RaggedLayer
-from moekv.files import whole_file
-from moekv.models.fingerprint import fingerprint
+from moekv.cache.caches import is_static
+from moekv.cache.described import check
+from moekv.cache.parts import put_together, take_apart
+from moekv.files import check_file, whole_file
+from moekv.models.fingerprint import check_same, fingerprint
+from moekv.models.hooks import find_layers, index_of
+from moekv.models.weights import device_of, language_model, shard_of
 
-_FORMAT = "moekv-cache-1"
-_RAGGED = ("stored_keys", "stored_values", "begin", "end", "tail_keys", "tail_values")
-_TABLES = ("begin", "end")  # those of notes are their layer's
+_FORMAT = "moekv-cache-2"
+_KEYS = {"format", "model", "dtype", "shard", "layers", "sha256"}
 
 
 def save_cache(cache: Cache, path: str | os.PathLike[str], model: PreTrainedModel) -> None:
     """Write a cache to one safetensors file.
 
     The file appears under its name only when it is whole: a crash leaves what was there before.
+    What a growing cache needs for its next compression goes along. Under tensor parallelism every
+    rank writes a file of its own heads.
 
     Parameters
     ----------
     cache : Cache
-        A ``DynamicCache`` whose layers are compressed, dense, or both.
+        A ``DynamicCache`` or ``StaticCache`` whose layers are compressed or not, offloaded or not,
+        with sliding windows or without.
     path : str or path
         The file to write or replace.
     model : PreTrainedModel
@@ -41,40 +44,57 @@ def save_cache(cache: Cache, path: str | os.PathLike[str], model: PreTrainedMode
     Raises
     ------
     TypeError
-        If a layer is of another kind.
+        If a layer is of another kind, such as a quantised one.
     ValueError
-        If the cache is empty.
+        If the cache is empty or not that of the model, or the path a folder's.
     OSError
         If the file cannot be written.
     """
+    check_file(path)
+    model = language_model(model)
     if not len(cache.layers):
         raise ValueError("expected a cache that a model has filled, got one without layers")
     tensors: dict[str, Tensor] = {}
     layers = []
     for index, layer in enumerate(cache.layers):
-        parts, description = _take_apart(layer, index)
-        tensors |= {f"{index}.{name}": part.detach().contiguous() for name, part in parts.items()}
+        parts, description = take_apart(layer, index)
+        tensors |= {f"{index}.{name}": _plain(part) for name, part in parts.items()}
         layers.append(description)
-    header = {"format": _FORMAT, "model": fingerprint(model), "layers": json.dumps(layers)}
+    header = {
+        "format": _FORMAT,
+        "model": fingerprint(model),
+        "dtype": str(model.dtype),
+        "shard": shard_of(model),
+        "layers": json.dumps(layers),
+    }
+    found = {name: (_NAMES.get(x.dtype, "other"), list(x.shape)) for name, x in tensors.items()}
+    _check_layers(header, found, model)
     header["sha256"] = _checksum(header, tensors)
     with whole_file(path) as temporary:
         save_file(tensors, temporary, metadata=header)
 
 
-def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> DynamicCache:
+def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> DynamicCache | StaticCache:
     """Read a cache that :func:`save_cache` wrote.
+
+    All that the file says of itself is checked before any tensor is read. It can hold numbers and
+    texts only: nothing of it is run, looked up or opened. (A checksum tells a damaged file, not
+    one that somebody has made to mislead: see SECURITY.md.)
 
     Parameters
     ----------
     path : str or path
         The file.
     model : PreTrainedModel
-        The model that is to go on with the cache. Pairs go to the devices of its layers.
+        The model that is to go on with the cache: the same architecture with the same rotation,
+        and weights as near as ``moekv.models.fingerprint.TOLERANCE`` says, in the same dtype. Pairs
+        go to the devices of its layers.
 
     Returns
     -------
-    DynamicCache
-        Ready for ``model.generate(..., past_key_values=cache)``.
+    DynamicCache or StaticCache
+        Ready for ``model.generate(..., past_key_values=cache)``. An offloaded one comes back as
+        one that is not.
 
     Raises
     ------
@@ -83,103 +103,113 @@ def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> DynamicC
     ValueError
         If the file is not a whole cache of moekv, or was filled by another model.
     """
+    check_file(path)
+    model = language_model(model)
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            header = dict(file.metadata() or {})
+            names = list(file.keys())
+            slices = {name: file.get_slice(name) for name in names}
+            found = {name: (x.get_dtype(), x.get_shape()) for name, x in slices.items()}
+            try:
+                layers = _check_header(header, found, model)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+            tensors = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    if header.get("format") != _FORMAT:
-        raise ValueError(
-            f"expected {path} to be a cache of format {_FORMAT}, got {header.get('format')!r}"
-        )
-    if header.pop("sha256", None) != _checksum(header, tensors):
+    if header.pop("sha256") != _checksum(header, tensors):
         raise ValueError(f"{path} was damaged or altered: its checksum does not match its contents")
-    expected = fingerprint(model)
-    if header["model"] != expected:
-        raise ValueError(
-            f"expected a cache of this model ({expected}), {path} was filled by {header['model']}"
-        )
-    cache = DynamicCache()
-    devices = _layer_devices(model)
-    for index, description in enumerate(json.loads(header["layers"])):
+    devices = _devices(model, len(layers))
+    made = []
+    for index, description in enumerate(layers):
         prefix = f"{index}."
         parts = {
             name.removeprefix(prefix): tensor.to(devices[index])
             for name, tensor in tensors.items()
             if name.startswith(prefix)
         }
-        cache.layers.append(_put_together(parts, description))
+        try:
+            made.append(put_together(parts, description))
+        except ValueError as error:
+            raise ValueError(f"{path}: layer {index}: {error}") from error
+    cache: DynamicCache | StaticCache = DynamicCache()
+    cache.layers = made
+    if is_static(cache):
+        slots = max(description.get("slots", 0) for description in layers)
+        cache = StaticCache(config=model.config, max_cache_len=slots)
+        cache.layers = made
     return cache
 
 
-def _take_apart(layer: CacheLayerMixin, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    parts, description = _pairs_of(layer, index)
-    if isinstance(layer, CompressedLayer) and (notes := layer.whole_notes()) is not None:
-        noted, description["notes"] = _pairs_of(notes, index)
-        parts |= {f"notes.{name}": x for name, x in noted.items() if name not in _TABLES}
-    return parts, description
+_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+}
 
 
-def _pairs_of(layer: CacheLayerMixin, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if isinstance(layer, RaggedLayer):
-        parts = {name: getattr(layer, name) for name in _RAGGED}
-        parts["end"] = parts["end"].clone()  # a file may not hold one memory under two names
-        return parts, _counts(layer)
-    if type(layer) in (DynamicLayer, GrowingLayer) and layer.is_initialized:
-        keys, values = cached_pairs(layer)
-        parts = {"keys": keys, "values": values}
-        if isinstance(layer, GrowingLayer):
-            return parts, _counts(layer) | {"evicted": layer.evicted}
-        return parts, {}
-    raise TypeError(
-        f"expected compressed or dense dynamic layers, layer {index} is a {type(layer).__name__}"
-    )
+def _plain(part: Tensor) -> Tensor:
+    return part.detach().contiguous()
 
 
-def _counts(layer: CompressedLayer) -> dict[str, Any]:
-    return {
-        "context_length": layer.context_length,
-        "run": layer.run,
-        "backend": layer.backend,
-    }
+def _check_header(
+    header: dict[str, str], found: dict[str, tuple[str, list[int]]], model: PreTrainedModel
+) -> list[dict[str, Any]]:
+    """Check all that a file says of itself; give the descriptions of its layers."""
+    if header.get("format") != _FORMAT:
+        raise ValueError(f"expected a cache of format {_FORMAT}, got {header.get('format')!r:.99}")
+    if set(header) != _KEYS:
+        raise ValueError(f"expected a header of {sorted(_KEYS)}, got {sorted(header)!r:.300}")
+    check_same(header["model"], model, "a cache of this model")
+    for name, own in (("dtype", str(model.dtype)), ("shard", shard_of(model))):
+        if header[name] != own:
+            raise ValueError(
+                f"expected a cache of this model with {name} {own}, got one with "
+                f"{header[name]!r:.99}"
+            )
+    return _check_layers(header, found, model)
 
 
-def _put_together(parts: dict[str, Tensor], description: dict[str, Any]) -> CacheLayerMixin:
-    noted = {
-        name.removeprefix("notes."): parts.pop(name)
-        for name in list(parts)
-        if name.startswith("notes.")
-    }
-    layer: Any = _layer_of(parts, description)
-    if noted:
-        noted |= {name: parts[name] for name in _TABLES if name in parts}
-        layer.notes = _layer_of(noted, description["notes"])
-    return layer  # type: ignore[no-any-return]
-
-
-def _layer_of(parts: dict[str, Tensor], description: dict[str, Any]) -> CacheLayerMixin:
-    if "keys" in parts and description.get("evicted") is not None:
-        growing = GrowingLayer(parts["keys"], parts["values"], backend=description["backend"])
-        growing.evicted = description["evicted"]
-        # Files of earlier versions count the pairs of the context instead.
-        compressed = growing.evicted + description.get("compressed", 0)
-        growing.context_length = description.get("context_length", compressed)
-        growing.run = description.get("run", 0)
-        return growing
-    if "keys" in parts:
-        dense = DynamicLayer()  # type: ignore[no-untyped-call]
-        dense.update(parts["keys"], parts["values"])
-        return dense
-    layer = RaggedLayer(
-        *(parts[name] for name in _RAGGED[:4]),
-        length=description["context_length"],
-        backend=description["backend"],
-    )
-    layer.run = description.get("run", 0)
-    if parts["tail_keys"].shape[2]:
-        layer.update(parts["tail_keys"], parts["tail_values"])
-    return layer
+def _check_layers(
+    header: dict[str, str], found: dict[str, tuple[str, list[int]]], model: PreTrainedModel
+) -> list[dict[str, Any]]:
+    try:
+        layers = json.loads(header["layers"])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected descriptions of layers, got no JSON: {error}") from None
+    if not isinstance(layers, list) or not layers:
+        raise ValueError(f"expected a list of layers, got {layers!r:.99}")
+    config = model.config.get_text_config(decoder=True)
+    wanted = len(DynamicCache(config=config).layers)
+    if len(layers) != wanted:
+        raise ValueError(f"expected a cache of {wanted} layers, got {len(layers)}")
+    by_layer: list[dict[str, tuple[str, list[int]]]] = [{} for _ in layers]
+    for name, what in found.items():
+        number, _, part = name.partition(".")
+        if not (number.isascii() and number.isdigit() and len(number) < 6) or int(number) >= wanted:
+            raise ValueError(f"expected tensors of {wanted} layers, got {name!r:.99}")
+        if part in by_layer[int(number)]:
+            raise ValueError(f"expected each tensor once, got {name!r:.99} again")
+        by_layer[int(number)][part] = what
+    widths = _widths(model, wanted)
+    first: tuple[int, int] | None = None
+    for index, (description, own) in enumerate(zip(layers, by_layer, strict=True)):
+        within = f"layer {index}"
+        batch, heads, key_dim, _, length = check(description, own, within=within)
+        if widths[index] not in (None, heads * key_dim):
+            raise ValueError(
+                f"{within}: expected keys of {widths[index]} numbers for each token, got "
+                f"{heads} heads of {key_dim}"
+            )
+        first = first or (batch, length)
+        if (batch, length) != first:
+            raise ValueError(
+                f"{within}: expected {first[0]} rows of {first[1]} positions as in layer 0, got "
+                f"{batch} of {length}"
+            )
+    return layers
 
 
 def _checksum(header: dict[str, str], tensors: dict[str, Tensor]) -> str:
@@ -190,7 +220,25 @@ def _checksum(header: dict[str, str], tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _layer_devices(model: PreTrainedModel) -> list[torch.device]:
-    base: Any = getattr(model, model.base_model_prefix, model)
-    layers = getattr(base, "language_model", base).layers
-    return [next(layer.parameters()).device for layer in layers]
+def _attention_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
+    return find_layers(model)[1]
+
+
+def _widths(model: PreTrainedModel, count: int) -> list[int | None]:
+    """Numbers of a token's keys in each layer, all heads together, where a projection says so."""
+    widths: list[int | None] = [None] * count
+    for layer in _attention_layers(model):
+        weight: Any = getattr(getattr(layer, "k_proj", None), "weight", None)
+        if hasattr(weight, "to_local"):  # DTensor
+            weight = weight.to_local()
+        plain = isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
+        if plain and index_of(layer) < count:
+            widths[index_of(layer)] = weight.shape[0]
+    return widths
+
+
+def _devices(model: PreTrainedModel, count: int) -> list[torch.device]:
+    """Where the layers' pairs go; those of layers that are unknown to the first one's."""
+    known = {index_of(layer): device_of(layer) for layer in _attention_layers(model)}
+    default = next(iter(known.values()))
+    return [known.get(index, default) for index in range(count)]

@@ -39,8 +39,9 @@ from moekv.calibration.config import CalibrationConfig
 from moekv.calibration.gates import train_gates
 from moekv.calibration.oracle import Oracle, Reading
 from moekv.calibration.ridge import Sums, fit_ridge
-from moekv.calibration.router import CalibratedRouter, model_fingerprint
+from moekv.calibration.router import CalibratedRouter
 from moekv.files import whole_file
+from moekv.models.fingerprint import fingerprint
 
 _JUDGED = 512  # tokens of a held-out text, at most
 
@@ -125,7 +126,7 @@ def calibrate(
     layer: Any = oracle.layers[0]
     keys = layer.config.num_key_value_heads
     router = CalibratedRouter(
-        model=model_fingerprint(model),
+        model=fingerprint(model),
         layers=[int(x.layer_idx) for x in oracle.layers],  # type: ignore[arg-type]
         hidden_size=int(layer.config.hidden_size),
         num_kv_heads=keys,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from moekv.models.fingerprint import short
+
 if TYPE_CHECKING:
     from moekv.calibration.router import CalibratedRouter
 
@@ -29,8 +31,9 @@ with press(model):
 {% for key, value in facts.items() -%}
 - {{ key }}: {{ value }}
 {% endfor %}
-Models with another fingerprint are refused; `moekv calibrate` makes routers for them. `config.json`
-holds all settings and the loss after every epoch.
+Models of another architecture, or whose weights are further from these than rounding to 4 bits
+takes them, are refused; `moekv calibrate` makes routers for them. `config.json` holds all settings
+and the loss after every epoch.
 """
 
 
@@ -38,7 +41,7 @@ def facts(router: CalibratedRouter) -> dict[str, str]:
     """Say for which model a router is, what it consists of and how it was fitted."""
     recipe = router.recipe
     found = {
-        "fingerprint": f"`{router.model}`",
+        "fingerprint": f"`{short(router.model)}`",
         "layers": f"{len(router.layers)}, with hidden states of {router.hidden_size} and "
         f"{router.num_kv_heads} KV heads",
         "experts": f"{', '.join(expert.name for expert in router.experts)}, "

@@ -13,8 +13,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import json
+import logging
 import os
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,10 @@ from transformers import PreTrainedModel
 from moekv.calibration.model_card import TEMPLATE, facts
 from moekv.experts.learned import LearnedExpert
 from moekv.experts.registry import build_experts
-from moekv.models.fingerprint import fingerprint
+from moekv.models.fingerprint import TOLERANCE, check_same, describe, distance, fingerprint, short
 from moekv.routing.base import BaseMoERouter, RouterOutput
+
+_logger = logging.getLogger("moekv")
 
 FORMAT = 2
 """Of what is saved: 2 has a gate over all experts, 1 had one over those beside ``learned``."""
@@ -179,15 +182,26 @@ class CalibratedRouter(
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self
 
-    def check(self, model: PreTrainedModel) -> None:
-        """Raise ``ValueError`` naming both models unless the router was fitted to this one."""
-        if (found := model_fingerprint(model)) != self.model:
-            name = self.recipe.get("model_name", "another model")
-            raise ValueError(
-                f"expected the model that the router was calibrated for, {name} ({self.model}), "
-                f"got {model.config.name_or_path or type(model).__name__} ({found}); "
-                "`moekv calibrate` makes a router for it"
-            )
+    def check(self, model: PreTrainedModel) -> float:
+        """Check that the router was fitted to a model, and say how far the model's weights are.
+
+        Returns
+        -------
+        float
+            See ``moekv.models.fingerprint.distance``.
+
+        Raises
+        ------
+        ValueError
+            It was fitted to another; names both.
+        """
+        name = self.recipe.get("model_name", "another model")
+        given = model.config.name_or_path or type(model).__name__
+        what = f"the model that the router was calibrated for, {name} ({short(self.model)})"
+        try:
+            return check_same(self.model, model, what)
+        except ValueError as error:
+            raise ValueError(f"{error}: {given}; `moekv calibrate` makes a router for it") from None
 
     def surrogate(self, index: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Say what the ``learned`` expert of a layer adds to what it reads of hidden states.
@@ -268,17 +282,7 @@ class CalibratedRouter(
         return self._gates[key]
 
 
-_fingerprints: weakref.WeakKeyDictionary[PreTrainedModel, str] = weakref.WeakKeyDictionary()
-
-
-def model_fingerprint(model: PreTrainedModel) -> str:
-    """Fingerprint of a model, computed once for each object."""
-    if model not in _fingerprints:
-        _fingerprints[model] = fingerprint(model)
-    return _fingerprints[model]
-
-
-def shipped_router(model: PreTrainedModel) -> CalibratedRouter | None:
+def shipped_router(model: PreTrainedModel) -> tuple[CalibratedRouter | None, float]:
     """Find the router that comes with the package for a model.
 
     Parameters
@@ -287,11 +291,34 @@ def shipped_router(model: PreTrainedModel) -> CalibratedRouter | None:
 
     Returns
     -------
-    CalibratedRouter or None
-        None where no fingerprint matches.
+    router : CalibratedRouter or None
+        None where there is none for weights as near as ``moekv.models.fingerprint.TOLERANCE`` says.
+        If there is one for the architecture, a warning of the logger ``moekv`` says how far.
+    distance : float
+        Of the model's weights from those that it was fitted to.
     """
-    folder = SHIPPED / model_fingerprint(model)
-    return _load(folder) if folder.is_dir() else None
+    files = sorted(SHIPPED.glob("*/config.json"))
+    folders = {file.parent: _model_of(file.parent) for file in files}
+    if not folders:
+        return None, float("inf")
+    own = fingerprint(model)
+    far, folder = min((distance(name, own), folder) for folder, name in folders.items())
+    if far <= TOLERANCE:
+        return _load(folder), far
+    if far < float("inf"):
+        _logger.warning(
+            "the router that comes with moekv for this architecture is left out, as the weights "
+            "that it was fitted to are not these: %s. `moekv calibrate` makes a router for them; "
+            "router=None says that none is wanted",
+            describe(folders[folder], own),
+        )
+    return None, far
+
+
+def _model_of(folder: Path) -> str:
+    """Read for which model the router in a folder of the package is."""
+    found: Any = json.loads((folder / "config.json").read_text())
+    return str(found["model"])
 
 
 def is_folder(name: str) -> bool:

@@ -4,6 +4,7 @@
 ``queries``      how an attention layer forms its queries
 ``watching``     seeing what attention layers ask
 ``fingerprint``  telling models apart
+``weights``      reading weights wherever and however they are stored
 ``chat``         where a text stands in a chat
 ``loading``      models of the demo, the tests and the benchmarks
 

@@ -1,38 +1,308 @@
-"""Tell models apart: what was computed with one model must not be used with another."""
+"""Tell models apart: what was computed with one model must not be used with another.
 
+A fingerprint has two parts. What must be **equal**: the architecture, its sizes and how positions
+are rotated. And how **near** the weights are: a sketch of them, some hundred sums, which bf16,
+fp16, 8- and 4-bit round trips, sharding and offloading leave where it is, and a fine-tune does not.
+
+What a fine-tune does to a weight is a hundredth of what rounding to 4 bits does to it, so that no
+projection of matrices tells the two apart. But vectors are rounded to 16 bits at most, and noise
+cancels in sums over many weights. Hence three groups of sums, each with a scale of its own: the
+largest change in any round trip (see `_SCALES`; docs/design.md has the measurements).
+
+``norms``    vectors: norms' weights and biases, as they are and rounded to bf16 and to fp16. Of
+             these three the nearest counts: rounding once more changes nothing.
+``means``    what the rows of the embedding have in common: thousands of weights in a number.
+``weights``  rows of matrices in three layers, and of the embedding in their order, which is the
+             tokenizer's. They tell unrelated models.
+
+Nothing is remembered: every call reads the weights as they are.
+"""
+
+from __future__ import annotations
+
+import base64
 import hashlib
+import json
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
 
+import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-_SAMPLES = 64  # values of each parameter that enter the fingerprint
+from moekv.models.hooks import find_layers
+from moekv.models.weights import has_weight, language_model, mesh_of, read_weight
+
+TOLERANCE = 2.0
+"""Largest distance of weights that count as the same: twice that of any round trip."""
+
+_SCALES = {"norms": 1e-5, "means": 2.7e-3, "weights": 0.15}
+"""Largest change of each group in round trips of SmolLM2's weights, those to 4 bits, where every
+piece has a mean square of 1. Norms do not change at all, but sums of floats may."""
+
+_FORMS = ("norms", "norms in bf16", "norms in fp16")
+_COUNTS = {**dict.fromkeys(_FORMS, 32), "means": 32, "weights": 64}  # sums
+_FORM = re.compile(r"(\w{1,32}-[0-9a-f]{16})-([\w-]{4,})", re.ASCII)
+_ROWS = 64  # of a matrix
+_TOKENS = 8192  # rows of the embedding
+_FIELDS = (
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "layer_types", "sliding_window"),
+    *("hidden_act", "hidden_activation", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
+    *("attention_bias", "attn_logit_softcapping", "query_pre_attn_scalar", "attention_multiplier"),
+    *("use_qk_norm", "qk_layernorm", "clip_qkv", "no_rope_layers", "attention_chunk_size"),
+    *("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"),
+    *("num_experts", "num_local_experts", "num_experts_per_tok", "num_kv_shared_layers"),
+    *("residual_multiplier", "embedding_multiplier"),
+)
 
 
 def fingerprint(model: PreTrainedModel) -> str:
     """Name a model by its architecture and its weights.
 
-    Names and shapes of all parameters and a sample of their values, rounded to bfloat16, so that a
-    checkpoint has one fingerprint in whichever floating-point format it was loaded.
-
     Parameters
     ----------
     model : PreTrainedModel
-        Any model.
+        A language model, with or without a head; quantised, offloaded, sharded or wrapped by PEFT
+        (an adapter that is active is a part of the weights). Under tensor parallelism every rank
+        has to call.
 
     Returns
     -------
     str
-        The model's type and 16 hexadecimal digits, such as ``llama-0123456789abcdef``.
+        ``TYPE-EQUAL-SKETCH``: the type of the model, 16 hexadecimal digits, and the sketch. It is
+        the same from call to call, and on a device bit for bit. :func:`distance` compares two.
+
+    Raises
+    ------
+    TypeError
+        The model has no decoder layers with attention.
     """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {list(parameter.shape)}".encode())
-        digest.update(_sample(parameter.detach()).view(torch.uint8).numpy().data)
-    return f"{model.config.model_type}-{digest.hexdigest()[:16]}"
+    inner = language_model(model)
+    decoder, _ = find_layers(inner)
+    digest = hashlib.sha256(json.dumps(_what_must_be_equal(inner), sort_keys=True).encode())
+    kind = re.sub(r"[^A-Za-z0-9_]", "_", str(inner.config.model_type))[:32]
+    numbers = _sketch(decoder, mesh_of(inner))
+    sketch = base64.urlsafe_b64encode(numbers.astype("<f4").tobytes()).decode().rstrip("=")
+    return f"{kind}-{digest.hexdigest()[:16]}-{sketch}"
 
 
-def _sample(parameter: Tensor) -> Tensor:
-    values = parameter.flatten()
-    step = max(len(values) // _SAMPLES, 1)
-    return values[::step][:_SAMPLES].to("cpu", torch.bfloat16).contiguous()
+def short(name: str) -> str:
+    """Shorten a fingerprint for people: its type, what must be equal, a digest of the sketch."""
+    kind, _, rest = name.partition("-")
+    equal, _, sketch = rest.partition("-")
+    return f"{kind[:32]}-{equal[:16]}-{hashlib.sha256(sketch.encode()).hexdigest()[:8]}"
+
+
+def distance(one: str, other: str) -> float:
+    """Say how far the weights of two models are apart.
+
+    Parameters
+    ----------
+    one, other : str
+        Fingerprints.
+
+    Returns
+    -------
+    float
+        0: the same. 1: as far as the worst of the round trips by which it was measured. Infinite:
+        another architecture or rotation, or no fingerprint of this version of moekv.
+    """
+    first, second = _parts(one), _parts(other)
+    if first is None or second is None or first[0] != second[0]:
+        return float("inf")
+    changes, begin = {}, 0
+    for group, count in _COUNTS.items():
+        a, b = (sums[begin : begin + count] for _, sums in (first, second))
+        begin += count
+        if not (numpy.isnan(a).any() or numpy.isnan(b).any()):  # else it could not be read
+            both = numpy.isfinite(a).all() and numpy.isfinite(b).all()
+            changes[group] = numpy.square(a - b).mean() ** 0.5 if both else float("inf")
+    if not changes:
+        return float("inf")
+    forms = [changes.pop(form) for form in _FORMS if form in changes]
+    if forms:
+        changes["norms"] = min(forms)
+    return max(float(change / _SCALES[group]) for group, change in changes.items())
+
+
+def check_same(name: str, model: PreTrainedModel, what: str) -> float:
+    """Raise unless a fingerprint is that of a model.
+
+    Parameters
+    ----------
+    name : str
+        The fingerprint.
+    model : PreTrainedModel
+    what : str
+        What was expected, for the message.
+
+    Returns
+    -------
+    float
+        The distance of the weights, at most ``TOLERANCE``.
+
+    Raises
+    ------
+    ValueError
+        It is not; says in what they differ.
+    """
+    own = fingerprint(model)
+    far = distance(name, own)
+    if far <= TOLERANCE:
+        return far
+    raise ValueError(f"expected {what} ({short(own)}), got one of {describe(name, own)}")
+
+
+def describe(name: str, own: str) -> str:
+    """Say how another model differs from one's own."""
+    parts, mine = _parts(name), _parts(own)
+    if parts is None or mine is None:
+        return f"{name[:60]!r}, which is no fingerprint of this version of moekv"
+    if parts[0] != mine[0]:
+        return f"another architecture, size or rotation ({short(name)})"
+    return (
+        f"other weights ({short(name)}), {distance(name, own):.1f} from it, where round trips to 4 "
+        f"bits stay below {TOLERANCE:.0f}"
+    )
+
+
+def _parts(name: str) -> tuple[str, Any] | None:
+    """Take a fingerprint apart: what must be equal, and the numbers of its sketch."""
+    if not isinstance(name, str) or not (found := _FORM.fullmatch(name)):
+        return None
+    equal, sketch = found.groups()
+    raw = base64.urlsafe_b64decode(sketch + "=" * (-len(sketch) % 4))
+    if len(raw) != 4 * sum(_COUNTS.values()):
+        return None
+    return equal, numpy.frombuffer(raw, "<f4").astype(numpy.float64)
+
+
+# --- What must be equal ---------------------------------------------------------------------------
+
+
+def _what_must_be_equal(model: Any) -> dict[str, Any]:
+    config = model.config.get_text_config(decoder=True)
+    equal = {name: value for name in _FIELDS if (value := getattr(config, name, None)) is not None}
+    heads = config.num_attention_heads
+    equal["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // heads
+    rotation = getattr(config, "rope_parameters", None) or {
+        "rope_theta": getattr(config, "rope_theta", None),
+        "rope_scaling": getattr(config, "rope_scaling", None),
+    }
+    kinds = str(rotation)
+    if "'default'" not in kinds and "rope_type" in kinds:  # others may go by it
+        equal["max_position_embeddings"] = getattr(config, "max_position_embeddings", None)
+    equal["rotation"] = rotation
+    return _normal(equal)  # type: ignore[no-any-return]
+
+
+def _normal(value: Any) -> Any:
+    """Numbers to six digits, as formats of files round them, and nothing that is None."""
+    if isinstance(value, dict):
+        return {str(key): _normal(x) for key, x in value.items() if x is not None}
+    if isinstance(value, list | tuple):
+        return [_normal(x) for x in value]
+    return f"{value:.6g}" if isinstance(value, int | float) else str(value)
+
+
+# --- How near the weights are ---------------------------------------------------------------------
+
+
+class _Sums:
+    """The sums of one group: every piece adds to each of them, with signs of its own."""
+
+    def __init__(self, count: int) -> None:
+        self.values = torch.zeros(count, dtype=torch.float64)
+        self._pieces = self._size = 0
+
+    def add(self, piece: Tensor | None) -> None:
+        """Add a vector [N] or rows [R, N]; None could not be read: the sums are unknown (NaN)."""
+        self._pieces += 1
+        if piece is None:
+            self.values.fill_(float("nan"))
+            return
+        if not bool(piece.isfinite().all()):  # such weights are near to none, their own included
+            self.values += float("inf")
+            return
+        rows = piece.reshape(-1, piece.shape[-1])
+        count = len(self.values)
+        exact = torch.float64 if len(rows) == 1 else torch.float32  # one row is no work
+        rows = rows.to("cpu" if len(rows) == 1 else rows.device, exact)
+        summed = rows @ _signs(rows.shape[1], count, 0).to(rows.device, exact)  # [R, count]
+        own = _signs(len(rows), count, self._pieces)
+        self.values += (summed.to("cpu", torch.float64) * own).sum(0)
+        self._size += rows.numel()
+
+    def result(self) -> Tensor:
+        """Scaled so that their number does not matter: [count]; NaN where there was nothing."""
+        return self.values / max(self._size, 1) ** 0.5 if self._pieces else self.values / 0
+
+
+@torch.no_grad()
+def _sketch(decoder: nn.Module, mesh: Any) -> Any:
+    sums = {group: _Sums(count) for group, count in _COUNTS.items()}
+    layers: Any = decoder.layers
+    embedding = read_weight(decoder.get_input_embeddings(), mesh=mesh)  # type: ignore[operator]
+    if embedding is not None:
+        if len(embedding) >= _TOKENS:  # of fewer, noise does not cancel
+            mean = _evened(_spread(embedding, _TOKENS)).mean(0)
+            sums["means"].add(mean - mean.mean())
+        sums["weights"].add(_evened(_spread(embedding, _ROWS)))
+    vectors: list[Tensor | None] = []
+    chosen = {0, len(layers) // 2, len(layers) - 1}
+    for index, layer in enumerate(layers):
+        for leaf in _leaves(layer):
+            weight: Any = getattr(leaf, "weight", None)
+            if isinstance(weight, Tensor) and weight.dim() == 1:
+                vectors.append(read_weight(leaf, mesh=mesh))
+            elif index in chosen:
+                rows = read_weight(leaf, mesh=mesh)
+                if rows is None or rows.dim() == 2:
+                    sums["weights"].add(None if rows is None else _evened(_spread(rows, _ROWS)))
+            if _has_bias(leaf):
+                vectors.append(read_weight(leaf, "bias", mesh=mesh))
+    for form, dtype in zip(_FORMS, (torch.float32, torch.bfloat16, torch.float16), strict=True):
+        for vector in vectors:
+            sums[form].add(None if vector is None else _evened(vector.to(dtype)))
+    return torch.cat([sums[group].result() for group in _COUNTS]).numpy()
+
+
+def _spread(rows: Tensor, count: int) -> Tensor:
+    """As many rows of a matrix, evenly spread."""
+    return rows[:: max(len(rows) // count, 1)][:count]
+
+
+def _evened(piece: Tensor) -> Tensor:
+    """Scale to a mean square of 1, so that no piece drowns the others."""
+    piece = piece.float() if piece.dim() > 1 else piece.to("cpu", torch.float64)
+    return piece / piece.square().mean().sqrt().clamp(min=1e-30)
+
+
+def _leaves(module: nn.Module) -> Iterator[nn.Module]:
+    """Modules with a weight, as they were before anything was wrapped around them, by name."""
+    if has_weight(module):
+        yield module
+        return
+    for _, inner in sorted(module.named_children()):
+        yield from _leaves(inner)
+
+
+def _has_bias(leaf: Any) -> bool:
+    bias = getattr(leaf, "bias", None)
+    return (bias() if callable(bias) and not isinstance(bias, Tensor) else bias) is not None
+
+
+@lru_cache(maxsize=64)
+def _signs(length: int, count: int, seed: int) -> Tensor:
+    """Signs [length, count] that depend on their places alone, the same on every machine."""
+    place = numpy.arange(length * count, dtype=numpy.uint64) + numpy.uint64(seed << 40)
+    mixed = place
+    with numpy.errstate(over="ignore"):  # the finaliser of SplitMix64
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            mixed = (mixed ^ (mixed >> numpy.uint64(shift))) * numpy.uint64(factor)
+    signs = (mixed >> numpy.uint64(63)).astype(numpy.float64) * 2 - 1
+    return torch.from_numpy(signs).view(length, count)

@@ -136,8 +136,8 @@ def find_layers(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
             "expected a decoder-only transformers model with `model.layers[i].self_attn`, "
             f"got {type(model).__name__}"
         )
-    dtype = next(layers[0].parameters()).dtype
-    if dtype == torch.float64:
+    first = next(layers[0].parameters(), None)  # none: quantised as torch does it
+    if first is not None and first.dtype == torch.float64:
         raise TypeError("expected a model in float32, float16 or bfloat16, got float64")
     return decoder, layers
 

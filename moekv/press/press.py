@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from moekv.calibration.router import CalibratedRouter, is_folder, load_router
 from moekv.experts.base import Expert
 from moekv.models.hooks import find_layers
+from moekv.models.weights import language_model
 from moekv.press.options import DecodingConfig, Options
 from moekv.press.rating import Rater, name_router
 from moekv.press.session import Session
@@ -234,7 +235,7 @@ class MoERouterPress:
         if rater is not None and rater.routers:
             rater.routers.check(find_layers(model)[1])
             if rater.calibrated is not None:
-                rater.calibrated.check(model)
+                rater.distance = _check_again(rater.calibrated, model)
             self._rater_for(options)
         else:
             self._rater = self._make_rater(options, model)
@@ -250,6 +251,7 @@ class MoERouterPress:
         Parameters
         ----------
         model : PreTrainedModel
+            Or PEFT's wrapper around one.
         context_length : int, optional
             Length of a prompt, padding included, that is fed in several forwards (which
             ``moekv.prefill_in_chunks`` does). Pairs leave after each, as many as it takes to hold
@@ -266,6 +268,7 @@ class MoERouterPress:
             A press is at work on the model, or this one on another; or, from a forward in the
             block: it cannot be compressed, or nothing was, although something was to be.
         """
+        model = language_model(model)
         with self._lock:
             if self._session is not None or self._opening:
                 raise RuntimeError("expected a press in one block at a time, got a second one")
@@ -299,7 +302,8 @@ class MoERouterPress:
             prefill, and for each compression while decoding or between chunks.
             ``total_aux_loss``: auxiliary losses, summed over layers and forwards;
             ``avg_aux_loss``: that per forward.
-            ``router``: which kind is at work, and for which model it was calibrated.
+            ``router``: which kind is at work, for which model it was calibrated, and how far its
+            weights are from those here, if they are not the same.
             ``compression``: ``bytes_before``, ``bytes_after``, ``bytes_freed`` of the storages of
             the layers that the press compressed, and ``ratio``, the exact share of real
             pairs removed. Where a cache is compressed again, every pair counts once: before,
@@ -328,11 +332,20 @@ class MoERouterPress:
         found = routing.calibrated if rater is None else rater.calibrated
         calibrated = found if isinstance(found, CalibratedRouter) else None
         names = [] if rater is None else rater.names
-        return self._statistics.report(names, name_router(routing, calibrated))
+        distance = 0.0 if rater is None else rater.distance
+        return self._statistics.report(names, name_router(routing, calibrated, distance))
 
     def reset_stats(self) -> None:
         """Forget everything measured: statistics, routers' histories, and the model they are of."""
         self._rater, self._statistics = None, Statistics()
+
+
+def _check_again(calibrated: CalibratedRouter, model: PreTrainedModel) -> float:
+    """Check that a router is the model's whose statistics there are: its weights may change."""
+    try:
+        return calibrated.check(model)
+    except ValueError as error:
+        raise ValueError(f"{error}; reset_stats() first, for another router or none") from None
 
 
 def _nobody() -> None:

@@ -20,6 +20,7 @@ from moekv.experts.expected import ExpectedExpert
 from moekv.experts.registry import build_experts, expert_names
 from moekv.experts.scorer import PressExpert
 from moekv.experts.view import LayerView
+from moekv.models.fingerprint import TOLERANCE, short
 from moekv.models.hooks import index_of
 from moekv.ops import ScoreKind
 from moekv.press.memory import Routers
@@ -75,13 +76,20 @@ class Rater:
         Of the model's text decoder.
     calibrated : CalibratedRouter, optional
         Brings its own experts and gates.
+    distance : float
+        Of the model's weights from those that it was fitted to.
     """
 
     def __init__(
-        self, routing: Routing, config: Any, calibrated: CalibratedRouter | None = None
+        self,
+        routing: Routing,
+        config: Any,
+        calibrated: CalibratedRouter | None = None,
+        distance: float = 0.0,
     ) -> None:
         self.routing = routing
         self.calibrated = calibrated
+        self.distance = distance
         self.routers = Routers()
         self._own = _experts_for(routing, config)
 
@@ -98,13 +106,13 @@ class Rater:
         ValueError
             The calibrated router that was asked for is another model's.
         """
-        calibrated = routing.calibrated
+        calibrated, distance = routing.calibrated, 0.0
         if calibrated == "auto":
-            calibrated = shipped_router(model)
+            calibrated, distance = shipped_router(model)
         elif isinstance(calibrated, CalibratedRouter):
-            calibrated.check(model)
+            distance = calibrated.check(model)
         assert not isinstance(calibrated, str)
-        rater = cls(routing, config, calibrated)
+        rater = cls(routing, config, calibrated, distance)
         for expert in rater.experts:
             if isinstance(expert, PressExpert) and hasattr(expert.press, "post_init_from_model"):
                 expert.press.post_init_from_model(model)
@@ -123,7 +131,7 @@ class Rater:
     @property
     def router_name(self) -> str:
         """Which kind of router is at work, and for which model it was calibrated."""
-        return name_router(self.routing, self.calibrated)
+        return name_router(self.routing, self.calibrated, self.distance)
 
     @property
     def expects(self) -> bool:
@@ -368,12 +376,17 @@ class Rater:
         return (hits / heads).clamp(max=1)
 
 
-def name_router(routing: Routing, calibrated: CalibratedRouter | None) -> str:
-    """Say which kind of router is at work, and for which model it was calibrated."""
+def name_router(
+    routing: Routing, calibrated: CalibratedRouter | None, distance: float = 0.0
+) -> str:
+    """Say which kind of router is at work, for which model, and how far its weights were."""
     if calibrated is None:
         kind = routing.router_name if routing.own_choice else "shared expert"
         return f"{kind}, not calibrated"
-    return f"calibrated for {calibrated.recipe.get('model_name', calibrated.model)}"
+    name = f"calibrated for {calibrated.recipe.get('model_name', short(calibrated.model))}"
+    if distance == 0:
+        return name
+    return f"{name}, whose weights are at a distance of {distance:.2g} ({TOLERANCE:g} allowed)"
 
 
 def kept_alone(expert: Expert, lengths: Sequence[int], options: Options) -> list[int]:

@@ -1,5 +1,6 @@
 """Saved caches: what comes back, and what is refused."""
 
+import copy
 import os
 
 import pytest
@@ -8,10 +9,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
+from moekv import DecodingConfig, MoERouterPress
 from moekv.budget import Kept
 from moekv.cache.ragged import RaggedLayer
 from moekv.cache.storage import load_cache, save_cache
-from moekv.models.fingerprint import fingerprint
+from moekv.models.fingerprint import fingerprint, short
+from tests.helpers.quantized import quantized_cache
+from tests.helpers.random_router import random_router
+from tests.helpers.tiny_models import tiny_model, tokens
 
 
 def make_model(seed: int = 0, **changes) -> LlamaForCausalLM:
@@ -81,7 +86,7 @@ def test_the_file_holds_the_kept_pairs_only(model, cache, tmp_path):
     path = tmp_path / "context.safetensors"
     save_cache(cache, path, model)
     dense, compressed = 2 * 2 * 41 * 8 * 4, 2 * (45 + 2) * 8 * 4
-    assert dense + 2 * compressed <= path.stat().st_size <= dense + 2 * compressed + 2500
+    assert dense + 2 * compressed <= path.stat().st_size <= dense + 2 * compressed + 4500
 
 
 def test_another_model_is_refused_by_name(model, cache, tmp_path):
@@ -90,17 +95,8 @@ def test_another_model_is_refused_by_name(model, cache, tmp_path):
     other = make_model(seed=1)
     with pytest.raises(ValueError) as error:
         load_cache(path, other)
-    assert fingerprint(model) in str(error.value) and fingerprint(other) in str(error.value)
-
-
-def test_fingerprints_differ_by_weights_and_shapes_not_by_dtype(model):
-    names = {
-        fingerprint(model),
-        fingerprint(make_model(1)),
-        fingerprint(make_model(0, vocab_size=51)),
-    }
-    assert len(names) == 3
-    assert fingerprint(make_model().bfloat16()) == fingerprint(model)
+    for each in (model, other):
+        assert short(fingerprint(each)) in str(error.value)
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, -1])
@@ -128,7 +124,7 @@ def test_altered_layer_descriptions_are_refused(model, cache, tmp_path):
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    header["layers"] = header["layers"].replace("40", "39")
+    header["layers"] = header["layers"].replace('"run": 0', '"run": 1')
     save_file(tensors, path, metadata=header)
     with pytest.raises(ValueError, match="checksum does not match"):
         load_cache(path, model)
@@ -138,14 +134,99 @@ def test_other_files_and_caches_are_refused(model, tmp_path):
     with pytest.raises(FileNotFoundError):
         load_cache(tmp_path / "nothing", model)
     save_file({"x": torch.zeros(1)}, tmp_path / "x")
-    with pytest.raises(ValueError, match="to be a cache of format moekv-cache-1, got None"):
+    with pytest.raises(ValueError, match="a cache of format moekv-cache-2, got None"):
         load_cache(tmp_path / "x", model)
     with pytest.raises(ValueError, match="got one without layers"):
         save_cache(DynamicCache(), tmp_path / "y", model)
-    static = StaticCache(config=model.config, max_cache_len=8)
-    with pytest.raises(TypeError, match="layer 0 is a StaticLayer"):
-        save_cache(static, tmp_path / "y", model)
+    quantized = quantized_cache()
+    with torch.no_grad():
+        model(torch.arange(9)[None], past_key_values=quantized)
+    with pytest.raises(TypeError, match="layer 0 is a IdentityLayer"):
+        save_cache(quantized, tmp_path / "y", model)
     assert not (tmp_path / "y").exists()
+
+
+def goes_on_alike(model, cache, path, steps: int = 3) -> None:
+    """Save a cache, load it, and feed both the same tokens: logits are equal bit for bit."""
+    save_cache(cache, path, model)
+    loaded = load_cache(path, model)
+    assert [type(layer) for layer in loaded.layers] == [type(layer) for layer in cache.layers]
+    with torch.no_grad():
+        for step in range(steps):
+            ids = torch.full((1, 1), 5 + step)
+            seen = int(cache.get_seq_length())
+            position = torch.tensor([seen])
+            assert int(loaded.get_seq_length()) == seen
+            logits = [
+                model(ids, past_key_values=x, position_ids=position[None]).logits
+                for x in (cache, loaded)
+            ]
+            assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("pressed", [True, False])
+def test_static_caches(pressed, tmp_path):
+    model = tiny_model()
+    cache = StaticCache(config=model.config, max_cache_len=70)
+    press = MoERouterPress(0.5 if pressed else 0, router=None)
+    with torch.no_grad(), press(model):
+        model(tokens(1, 40), past_key_values=cache)
+    assert pressed == (int(cache.layers[0].evicted) > 0)
+    goes_on_alike(model, cache, tmp_path / "x")
+    # The pairs that are held, and no empty slots.
+    assert (tmp_path / "x").stat().st_size < 2 * 2 * 2 * 16 * 4 * (20 if pressed else 40) + 4500
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_sliding_windows(static, tmp_path):
+    model = tiny_model("gemma3")
+    cache = DynamicCache(config=model.config)
+    if static:
+        cache = StaticCache(config=model.config, max_cache_len=70)
+    with torch.no_grad(), MoERouterPress(0.5, router=None)(model):
+        model(tokens(1, 40), past_key_values=cache)
+    goes_on_alike(model, cache, tmp_path / "x", steps=20)
+
+
+@pytest.mark.parametrize("budget", ["uniform", "model"])
+@pytest.mark.parametrize("router", [True, False])
+def test_a_growing_cache_goes_on_as_it_would_have(budget, router, tmp_path):
+    model = tiny_model()
+    options = {"decoding": DecodingConfig(20, 4), "budget": budget}
+    options["router"] = random_router(model) if router else None
+    if not router and budget == "uniform":
+        options["experts"] = ["selective", "semantic"]
+        del options["router"]
+    press = MoERouterPress(0.5, **options)
+    cache = DynamicCache()
+    with torch.no_grad(), press(model):
+        model(tokens(1, 40), past_key_values=cache)
+        for step in range(6):  # between two compressions
+            model(tokens(1, 1, seed=step), past_key_values=cache)
+    save_cache(cache, tmp_path / "x", model)
+    loaded, twin = load_cache(tmp_path / "x", model), copy.deepcopy(press)
+    for each, its in ((cache, press), (loaded, twin)):
+        with torch.no_grad(), its(model):
+            for step in range(15):
+                last = model(tokens(1, 1, seed=50 + step), past_key_values=each).logits
+        if each is cache:
+            wanted = last
+    assert torch.equal(last, wanted)
+    assert [x.context_length for x in loaded.layers] == [x.context_length for x in cache.layers]
+    assert twin.get_stats()["compression"] == press.get_stats()["compression"]
+
+
+def test_offloaded_models(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model, plain = tiny_model(), tiny_model()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert next(model.parameters()).is_meta
+    cache = DynamicCache()
+    with torch.no_grad(), MoERouterPress(0.5, router=random_router(plain))(model):
+        model(tokens(1, 40), past_key_values=cache)
+    goes_on_alike(model, cache, tmp_path / "x")
+    loaded = load_cache(tmp_path / "x", plain)
+    assert loaded.layers[0].stored_keys.device.type == "cpu"
 
 
 def test_a_failed_write_leaves_the_old_file(model, cache, tmp_path, monkeypatch):

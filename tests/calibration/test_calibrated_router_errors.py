@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from moekv import CalibratedRouter, DecodingConfig, MoERouterPress
 from moekv.calibration import router as router_module
-from moekv.calibration.router import model_fingerprint
+from moekv.models.fingerprint import fingerprint, short
 
 UNSEEN = "tokens have all been fed in a block of this press.*router=None"
 
@@ -113,7 +113,7 @@ def test_a_router_of_an_earlier_format(tmp_path: Path) -> None:
 
 def test_router_of_another_model() -> None:
     model, other = tiny_model(), tiny_model("qwen2")
-    names = f"a tiny model \\({model_fingerprint(model)}\\).*{model_fingerprint(other)}"
+    names = f"a tiny model \\({short(fingerprint(model))}\\).*{short(fingerprint(other))}"
     refuse_block(ValueError, names, other, MoERouterPress(router=random_router(model)))
 
 
@@ -124,7 +124,7 @@ def test_router_of_another_model() -> None:
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CalibratedRouter:
     """A router that comes with the package for the tiny model."""
     router = random_router(tiny_model())
-    router.save_pretrained(tmp_path / router.model)
+    router.save_pretrained(tmp_path / "tiny")
     monkeypatch.setattr(router_module, "SHIPPED", tmp_path)
     return router
 
@@ -186,3 +186,19 @@ def test_calibrated_routers_and_kvpress_decoding(shipped: CalibratedRouter, aske
         model(tokens(1, 1), past_key_values=cache)
     assert lengths(cache)[1] == 16
     assert press.get_stats()["router"] == "shared expert, not calibrated"
+
+
+def test_weights_that_change_under_a_press(shipped: CalibratedRouter) -> None:
+    model, press = tiny_model(), MoERouterPress(0.5)
+
+    def name() -> str:
+        with press(model):
+            prefill(model, tokens(1, LENGTH))
+        return str(press.get_stats()["router"])
+
+    assert "calibrated for" in name()
+    model.model.layers[0].input_layernorm.weight.data[::2] += 0.1
+    with pytest.raises(ValueError, match="other weights.*reset_stats"):
+        name()
+    press.reset_stats()
+    assert "not calibrated" in name()

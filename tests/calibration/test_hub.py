@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 
-from moekv.calibration.router import CalibratedRouter, model_fingerprint
+from moekv.calibration.router import CalibratedRouter
+from moekv.models.fingerprint import fingerprint, short
 
 REPO, COMMIT = "someone/router", "1" * 40
 
@@ -103,7 +104,7 @@ def hub() -> Iterator[ThreadingHTTPServer]:
 def make_router() -> CalibratedRouter:
     curve = [{"epoch": float(i), "ranking_loss": loss} for i, loss in enumerate((0.3, 0.1))]
     router = CalibratedRouter(
-        model=model_fingerprint(tiny_model()),
+        model=fingerprint(tiny_model()),
         layers=[0, 1],
         hidden_size=32,
         num_kv_heads=2,
@@ -165,7 +166,7 @@ def test_the_model_card_says_what_the_router_is(tmp_path: Path) -> None:
     router = make_router()
     router.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
-    assert f"- fingerprint: `{router.model}`\n" in card
+    assert f"- fingerprint: `{short(router.model)}`\n" in card
     assert "- layers: 2, with hidden states of 32 and 2 KV heads\n" in card
     assert "- experts: learned, expected, of which each token trusts 2\n" in card
     assert "- texts: 7, SHA-256 0123456789abcdef...\n" in card

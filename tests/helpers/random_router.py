@@ -5,14 +5,14 @@ from typing import Any
 import torch
 
 from moekv import CalibratedRouter
-from moekv.calibration.router import model_fingerprint
+from moekv.models.fingerprint import fingerprint
 
 
 def random_router(model: Any, seed: int = 0, **options: Any) -> CalibratedRouter:
     """Build a router for a tiny model whose every number matters."""
     options = {"experts": ["expected", "semantic"], "top_k": 2} | options
     router = CalibratedRouter(
-        model=model_fingerprint(model),
+        model=fingerprint(model),
         layers=list(range(model.config.num_hidden_layers)),
         hidden_size=model.config.hidden_size,
         num_kv_heads=model.config.num_key_value_heads,

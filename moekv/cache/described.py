@@ -1,0 +1,162 @@
+"""What a file says of a cache layer, checked before any tensor is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moekv.cache.layer import CompressedLayer
+from moekv.cache.parts import KINDS, TABLES, backend_of, notes_of
+
+FLOATING = ("F32", "F16", "BF16")
+"""Dtypes of pairs and of hidden states, as safetensors calls them."""
+
+_MOST = 2**40  # tokens or pairs
+_MOST_SLOTS = 2**24  # which are allocated
+_NUMBERS = {"context_length", "run", "most", "counted", "backend"}
+_OPTIONAL = {"recent", "notes"}
+
+
+def check(
+    description: Any, found: Mapping[str, tuple[str, Sequence[int]]], *, within: str
+) -> tuple[int, int, int, int, int]:
+    """Check what a file says of a layer before any tensor is read.
+
+    Parameters
+    ----------
+    description : Any
+        As a file has it.
+    found : mapping
+        Dtypes, as safetensors calls them, and shapes of the layer's tensors, by their names.
+    within : str
+        Names the layer, for messages.
+
+    Returns
+    -------
+    batch, heads, key_dim, value_dim, length : int
+
+    Raises
+    ------
+    ValueError
+        It is no layer that :func:`take_apart` may have given; says what is wrong.
+    """
+    if not isinstance(description, dict) or description.get("kind") not in (*KINDS,):
+        kind = description.get("kind") if isinstance(description, dict) else description
+        raise ValueError(f"{within}: expected a kind among {', '.join(KINDS)}, got {kind!r:.99}")
+    kind = KINDS[description["kind"]]
+    compressed = issubclass(kind.layer, CompressedLayer)
+    wanted = {"kind", *kind.numbers} | (_NUMBERS if compressed else set())
+    named = set(description) - (_OPTIONAL if compressed else set())
+    if named != wanted:
+        raise ValueError(f"{within}: expected {sorted(wanted)}, got {sorted(named)!r:.300}")
+    for name in (*kind.numbers, *(("context_length", "run", "most") if compressed else ())):
+        if not (name == "most" and description[name] is None):
+            _check_number(description[name], f"{within}: expected {name}")
+    shapes = dict(kind.tensors)
+    if compressed:
+        _check_beside(description, within)
+        shapes |= {"recent": "BMC"} if "recent" in description else {}
+    own = {name: x for name, x in found.items() if not name.startswith("notes.")}
+    size = _sizes(own, shapes, within)
+    length = kind.length(description, size)
+    _check_counts(description, size, length, within)
+    if "notes" in description:
+        _check_notes(description, found, size, length, within)
+    elif len(own) != len(found):
+        raise ValueError(f"{within}: expected no notes, got tensors of some")
+    return size["B"], size["H"], size["D"], size["V"], length
+
+
+def _check_number(number: Any, expected: str, least: int = 0, most: int = _MOST) -> None:
+    if type(number) is not int or not least <= number <= most:
+        raise ValueError(f"{expected} an integer from {least} to {most}, got {number!r:.99}")
+
+
+def _check_beside(description: dict[str, Any], within: str) -> None:
+    """Check what only compressed layers have."""
+    match description["counted"]:
+        case [None | str(), int()]:
+            pass
+        case other:
+            raise ValueError(f"{within}: expected counted pairs of statistics, got {other!r:.99}")
+    if not isinstance(description["backend"], str):
+        raise ValueError(f"{within}: expected a backend, got {description['backend']!r:.99}")
+    backend_of(description)
+    if "recent" in description:
+        recent = description["recent"]
+        if not isinstance(recent, dict) or set(recent) != {"size", "end"}:
+            raise ValueError(f"{within}: expected size and end of inputs, got {recent!r:.99}")
+        _check_number(recent["size"], f"{within}: expected remembered inputs", 1, _MOST_SLOTS)
+        _check_number(recent["end"], f"{within}: expected an end of inputs")
+
+
+def _sizes(
+    found: Mapping[str, tuple[str, Sequence[int]]], shapes: Mapping[str, str], within: str
+) -> dict[str, int]:
+    """Sizes by their letters, of tensors which have to agree on them."""
+    if set(found) != set(shapes):
+        raise ValueError(f"{within}: expected tensors {sorted(shapes)}, got {sorted(found)!r:.300}")
+    size: dict[str, int] = {}
+    for name, letters in shapes.items():
+        dtype, shape = found[name]
+        dtypes = ("I32",) if name in TABLES else FLOATING
+        if dtype not in dtypes:
+            raise ValueError(f"{within}: expected {name} in {' or '.join(dtypes)}, got {dtype}")
+        wanted = [size.get(letter, n) for letter, n in zip(letters, shape, strict=False)]
+        if list(shape) != wanted or len(shape) != len(letters):
+            known = ", ".join(str(size.get(letter, letter)) for letter in letters)
+            raise ValueError(f"{within}: expected {name} [{known}], got {list(shape)}")
+        size |= zip(letters, shape, strict=True)
+    if not all(size[letter] for letter in "BHDV"):
+        raise ValueError(f"{within}: expected rows, heads and sizes above 0, got {size}")
+    return size
+
+
+def _check_counts(
+    description: dict[str, Any], size: Mapping[str, int], length: int, within: str
+) -> None:
+    """Check that the numbers of a layer go together."""
+    held = size["N"]
+    context, run = description.get("context_length", 0), description.get("run", 0)
+    evicted = description.get("evicted", 0)
+    if not run <= context <= length or (evicted > context and "run" in description):
+        raise ValueError(
+            f"{within}: expected a context of at most {length} positions, with {evicted} pairs "
+            f"evicted and a run of {run} within, got {context}"
+        )
+    if "window" in description:
+        _check_number(description["window"], f"{within}: expected a window", 1)
+        window = description["window"]
+        most = length if window == 1 else min(length, window - 1)
+        if held != most:
+            raise ValueError(f"{within}: expected {most} pairs in a window, got {held}")
+    if "slots" in description:
+        slots = description["slots"]
+        _check_number(slots, f"{within}: expected slots", max(held, 1), _MOST_SLOTS)
+        if "seen" in description and held != slots:
+            raise ValueError(f"{within}: expected {slots} slots, got {held}")
+    if "recent" in description and size["M"] > description["recent"]["size"]:
+        raise ValueError(f"{within}: expected {description['recent']} inputs, got {size['M']}")
+
+
+def _check_notes(
+    description: dict[str, Any],
+    found: Mapping[str, tuple[str, Sequence[int]]],
+    size: Mapping[str, int],
+    length: int,
+    within: str,
+) -> None:
+    notes, within = description["notes"], f"{within}, notes"
+    if not isinstance(notes, dict) or not _OPTIONAL.isdisjoint(notes):
+        raise ValueError(f"{within}: expected notes without notes, got {notes!r:.99}")
+    if notes.get("kind") != description["kind"]:
+        raise ValueError(f"{within}: expected those of their layer, got {notes!r:.99}")
+    noted = check(notes, notes_of(found), within=within)
+    if noted != (size["B"], size["H"], 1, 1, length):
+        raise ValueError(
+            f"{within}: expected one number for each of {length} positions, got {noted}"
+        )
+    # Where heads differ, tables say which pairs are theirs: see `put_together`.
+    for name in ("keys", "stored_keys", "tail_keys"):
+        if name in found and found[f"notes.{name}"][1][:-1] != found[name][1][:-1]:
+            raise ValueError(f"{within}: expected one for each pair, got other shapes")

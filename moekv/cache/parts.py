@@ -1,0 +1,285 @@
+"""What a cache layer consists of, as tensors and numbers that a file can hold, and back again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from moekv import ops
+from moekv.cache.caches import cached_pairs
+from moekv.cache.growing import GrowingLayer
+from moekv.cache.layer import CompressedLayer
+from moekv.cache.ragged import RaggedLayer
+from moekv.cache.recent import RecentStates
+from moekv.cache.static import CompactStaticLayer
+
+_DENSE = {"keys": "BHND", "values": "BHNV"}
+_RAGGED = {
+    "stored_keys": "SD",
+    "stored_values": "SV",
+    "begin": "BH",
+    "end": "BH",
+    "tail_keys": "BHND",
+    "tail_values": "BHNV",
+}
+TABLES = ("begin", "end")
+"""Tensors that say which of the stored pairs are a head's."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of layer in a file.
+
+    Attributes
+    ----------
+    layer : type
+        Layers of exactly this class.
+    tensors : mapping
+        Names and shapes: B rows, H heads, N pairs or slots of each head, S stored pairs of all, D
+        and V the sizes of a key and a value.
+    numbers : tuple of str
+        What else it takes.
+    length : callable
+        The true length, by the numbers and the sizes.
+    make : callable
+        The layer, of tensors and a description.
+    """
+
+    layer: type
+    tensors: Mapping[str, str]
+    numbers: tuple[str, ...]
+    length: Callable[[Mapping[str, Any], Mapping[str, int]], int]
+    make: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Any]
+
+
+def take_apart(layer: Any, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Take tensors and a description out of a layer.
+
+    Parameters
+    ----------
+    layer : CacheLayerMixin
+    index : int
+        Of the layer, for messages.
+
+    Returns
+    -------
+    tensors : dict
+    description : dict
+        What JSON can hold.
+
+    Raises
+    ------
+    TypeError
+        The layer is of another kind than files know.
+    ValueError
+        It is empty.
+    """
+    name = next((name for name, kind in KINDS.items() if type(layer) is kind.layer), None)
+    if name is None:
+        raise TypeError(
+            f"expected compressed, dense or static layers, layer {index} is a "
+            f"{type(layer).__name__}"
+        )
+    if not layer.is_initialized:
+        raise ValueError(f"expected a cache that a model has filled, layer {index} is empty")
+    kind = KINDS[name]
+    parts = dict(zip(_DENSE, cached_pairs(layer), strict=True)) if kind.tensors is _DENSE else {}
+    description: dict[str, Any] = {"kind": name}
+    if isinstance(layer, RaggedLayer):
+        parts = {part: getattr(layer, part) for part in _RAGGED}
+        # A file may not hold one memory under two names.
+        parts |= {part: parts[part].clone() for part in TABLES}
+    elif type(layer) is not StaticSlidingWindowLayer and isinstance(layer, StaticLayer):
+        filled = int(layer.get_seq_length()) - _evicted(layer)
+        parts = {part: pairs[:, :, :filled] for part, pairs in parts.items()}
+    numbers = {
+        "evicted": _evicted(layer),
+        "seen": int(getattr(layer, "cumulative_length", 0)),
+        "slots": getattr(layer, "max_cache_len", 0),
+        "window": getattr(layer, "sliding_window", 0),
+    }
+    description |= {key: numbers[key] for key in kind.numbers}
+    if isinstance(layer, CompressedLayer):
+        parts |= _beside(layer, index, description)
+    return parts, description
+
+
+def _evicted(layer: Any) -> int:
+    return int(getattr(layer, "evicted", 0))
+
+
+def _beside(layer: CompressedLayer, index: int, description: dict[str, Any]) -> dict[str, Tensor]:
+    """Tensors of what a compressed layer has beside its pairs; the rest goes to the description."""
+    description |= {
+        "context_length": layer.context_length,
+        "run": layer.run,
+        "most": layer.most,
+        "counted": list(layer.counted),
+        "backend": layer.backend,
+    }
+    parts: dict[str, Tensor] = {}
+    if layer.recent is not None and layer.recent.count:
+        parts["recent"] = layer.recent.states(layer.recent.count)
+        description["recent"] = {"size": layer.recent.size, "end": layer.recent.end}
+    if (notes := layer.whole_notes()) is not None:
+        noted, description["notes"] = take_apart(notes, index)
+        parts |= {f"notes.{name}": part for name, part in noted.items()}
+    return parts
+
+
+def put_together(parts: Mapping[str, Tensor], description: Mapping[str, Any]) -> Any:
+    """Make a layer of what :func:`take_apart` gave, if ``described.check`` has passed it.
+
+    Raises
+    ------
+    ValueError
+        A table points beyond the pairs.
+    """
+    layer = KINDS[description["kind"]].make(parts, description)
+    if isinstance(layer, CompressedLayer):
+        layer.context_length, layer.run = description["context_length"], description["run"]
+        layer.most = description["most"]
+        epoch, count = description["counted"]
+        layer.counted = (epoch, count)
+        if recent := description.get("recent"):
+            layer.recent = RecentStates(recent["size"])
+            layer.recent.append(parts["recent"], recent["end"])
+        if "notes" in description:
+            layer.notes = notes = put_together(notes_of(parts), description["notes"])
+            for name in TABLES:
+                if name in parts and not torch.equal(getattr(notes, name), parts[name]):
+                    raise ValueError("expected notes of the pairs that are held, got others")
+    return layer
+
+
+def notes_of(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors of a layer's notes, or what is known of them, by their own names."""
+    prefix = "notes."
+    return {name[len(prefix) :]: part for name, part in parts.items() if name.startswith(prefix)}
+
+
+def _dense(parts: Mapping[str, Tensor], _: Mapping[str, Any]) -> DynamicLayer:
+    layer = DynamicLayer()  # type: ignore[no-untyped-call]
+    layer.update(parts["keys"], parts["values"])
+    return layer
+
+
+def _sliding(parts: Mapping[str, Tensor], description: Mapping[str, Any]) -> Any:
+    layer = DynamicSlidingWindowLayer(description["window"])
+    layer.lazy_initialization(parts["keys"], parts["values"])
+    layer.keys, layer.values = parts["keys"], parts["values"]
+    layer.cumulative_length = description["seen"]
+    return layer
+
+
+def _growing(parts: Mapping[str, Tensor], description: Mapping[str, Any]) -> GrowingLayer:
+    backend = backend_of(description)
+    layer = GrowingLayer(parts["keys"], parts["values"], backend=backend)
+    layer.evicted = description["evicted"]
+    return layer
+
+
+def _ragged(parts: Mapping[str, Tensor], description: Mapping[str, Any]) -> RaggedLayer:
+    stored_keys, stored_values, begin, end = (parts[name] for name in list(_RAGGED)[:4])
+    length = description["context_length"]
+    heads = end.long() - begin.long()
+    if not (
+        bool((begin >= 0).all() and (heads >= 0).all() and (end <= len(stored_keys)).all())
+        and bool((heads <= length).all())
+    ):
+        raise ValueError(
+            f"expected tables of heads within {len(stored_keys)} stored pairs of {length} "
+            "positions, got others"
+        )
+    layer = RaggedLayer(
+        stored_keys, stored_values, begin, end, length=length, backend=backend_of(description)
+    )
+    if parts["tail_keys"].shape[2]:
+        layer.update(parts["tail_keys"], parts["tail_values"])
+    return layer
+
+
+def _static(parts: Mapping[str, Tensor], description: Mapping[str, Any]) -> StaticLayer:
+    return _filled(StaticLayer(description["slots"]), parts, parts["keys"].shape[2])
+
+
+def _compact_static(parts: Mapping[str, Tensor], description: Mapping[str, Any]) -> StaticLayer:
+    layer = CompactStaticLayer(description["slots"])
+    _filled(layer, parts, parts["keys"].shape[2])
+    layer.set_evicted(description["evicted"])
+    return layer
+
+
+def _static_sliding(parts: Mapping[str, Tensor], description: Mapping[str, Any]) -> StaticLayer:
+    slots = description["slots"]
+    return _filled(StaticSlidingWindowLayer(slots, slots), parts, description["seen"])
+
+
+def _filled(layer: StaticLayer, parts: Mapping[str, Tensor], seen: int) -> StaticLayer:
+    """Write pairs to the first slots of a new layer."""
+    layer.lazy_initialization(parts["keys"], parts["values"])
+    assert layer.keys is not None and layer.values is not None
+    for buffer, pairs in ((layer.keys, parts["keys"]), (layer.values, parts["values"])):
+        buffer[:, :, : pairs.shape[2]] = pairs
+    counted = getattr(layer, "cumulative_length", None)
+    if isinstance(counted, Tensor):  # compiled graphs know it by its address
+        counted.fill_(seen)
+    elif counted is not None:
+        layer.cumulative_length = seen
+    return layer
+
+
+def backend_of(description: Mapping[str, Any]) -> str:
+    """Name of a backend; that of a machine which has none is not this one's."""
+    try:
+        ops.check_backend(description["backend"])
+    except RuntimeError:
+        return "auto"
+    return str(description["backend"])
+
+
+KINDS = {
+    "dense": Kind(DynamicLayer, _DENSE, (), lambda _, size: size["N"], _dense),
+    "sliding": Kind(
+        DynamicSlidingWindowLayer, _DENSE, ("seen", "window"), lambda n, _: n["seen"], _sliding
+    ),
+    "growing": Kind(
+        GrowingLayer,
+        _DENSE,
+        ("evicted",),
+        lambda numbers, size: numbers["evicted"] + size["N"],
+        _growing,
+    ),
+    "ragged": Kind(
+        RaggedLayer,
+        _RAGGED,
+        (),
+        lambda numbers, size: numbers["context_length"] + size["N"],
+        _ragged,
+    ),
+    "static": Kind(StaticLayer, _DENSE, ("slots",), lambda _, size: size["N"], _static),
+    "compact static": Kind(
+        CompactStaticLayer,
+        _DENSE,
+        ("slots", "evicted"),
+        lambda numbers, size: numbers["evicted"] + size["N"],
+        _compact_static,
+    ),
+    "static sliding": Kind(
+        StaticSlidingWindowLayer,
+        _DENSE,
+        ("slots", "seen"),
+        lambda numbers, _: numbers["seen"],
+        _static_sliding,
+    ),
+}
