@@ -10,7 +10,6 @@ caches outlive the blocks in which they were compressed.
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +17,9 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moekv import ops
+from moekv.cache.masks import as_seen, check_masks, held_of, shows_or_hides, tail_of
 from moekv.cache.pairs import DensePairs, RaggedPairs
-from moekv.models.watching import Asked, report, watched
+from moekv.models.watching import report, watched
 
 _NATIVE = ops.available_backends()["cpu"] is None
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -29,46 +29,16 @@ _IGNORED = {"sdpa": frozenset({"softcap", "s_aux"})}
 
 
 def install() -> None:
-    """Teach every attention function of transformers to serve compressed layers. Idempotent.
-
-    Eager attention, which is not among them, is shown to whoever watches.
-    """
+    """Teach every attention function of transformers to serve compressed layers. Idempotent."""
+    check_masks()
     for name, function in list(ALL_ATTENTION_FUNCTIONS.items()):
         if not getattr(function, "serves_compressed_layers", False):
             ignored = _IGNORED.get(name, frozenset())
             ALL_ATTENTION_FUNCTIONS[name] = _serve_compressed_layers(function, ignored)
-    kind = type(ALL_ATTENTION_FUNCTIONS)
-    if not getattr(kind.get_interface, "shows_eager_attention", False):
-        kind.get_interface = _show_eager_attention(kind.get_interface)  # type: ignore[method-assign]
-
-
-def _show_eager_attention(get_interface: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(get_interface)
-    def get(self: Any, name: str, default: Callable[..., Any]) -> Any:
-        function = get_interface(self, name, default)
-        known = getattr(function, "serves_compressed_layers", False)
-        return function if known else _shown(function)
-
-    get.shows_eager_attention = True  # type: ignore[attr-defined]
-    return get
-
-
-@functools.lru_cache(maxsize=256)
-def _shown(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the eager attention of a model's file, which no name stands for."""
-
-    @functools.wraps(function)
-    def attention(
-        module: nn.Module, query: Tensor, key: Any, value: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        report(module, query, key, value, kwargs)
-        return function(module, query, key, value, *args, **kwargs)
-
-    return attention
 
 
 @contextmanager
-def last_queries(layers: Iterable[nn.Module], window: int) -> Iterator[dict[nn.Module, Asked]]:
+def last_queries(layers: Iterable[nn.Module], window: int) -> Iterator[dict[nn.Module, Tensor]]:
     """Note what attention layers ask last, which nobody has to compute again.
 
     Parameters
@@ -81,15 +51,15 @@ def last_queries(layers: Iterable[nn.Module], window: int) -> Iterator[dict[nn.M
     Yields
     ------
     dict
-        For each layer its last call, with copies [B, Hq, W, D] of its queries, without pairs. Calls
-        inside compiled graphs go unseen.
+        For each layer copies [B, Hq, W, D] of the rotated queries of its last call that had
+        several. Eager attention, and calls inside compiled graphs, go unseen.
     """
     install()
-    seen: dict[nn.Module, Asked] = {}
+    seen: dict[nn.Module, Tensor] = {}
 
-    def notice(module: nn.Module, asked: Asked) -> None:
-        last = copy_last(asked.query, window)
-        seen[module] = replace(asked, query=last, key=None, value=None)
+    def notice(module: nn.Module, query: Tensor) -> None:
+        if query.shape[2] > 1:
+            seen[module] = copy_last(query, window)
 
     with watched(layers, notice):
         yield seen
@@ -128,6 +98,7 @@ def _is_step(
         and not dropout
         and not softcap  # some functions take it, others leave it out
         and s_aux is None
+        and shows_or_hides(mask)
         and (mask is None or mask.shape[-1] == keys.shape[2])
         # The function that kvpress has wrapped writes to the keys that its head-wise presses mask.
         and getattr(module, "masked_key_indices", None) is None
@@ -147,14 +118,15 @@ def _serve_compressed_layers(
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        told = {name: x for name, x in kwargs.items() if name not in ignored}
-        report(module, query, key, value, told)
-        if isinstance(key, RaggedPairs):
-            return attend(module, query, key, attention_mask, **told), None
-        if isinstance(key, DensePairs) and _is_step(
-            module, query, key, value, attention_mask, *args, **told
-        ):
-            return _attend_dense(query, key, value, attention_mask, told.get("scaling")), None
+        if isinstance(key, DensePairs) and isinstance(attention_mask, Tensor):
+            attention_mask = held_of(attention_mask, key.layer, key.shape[2])
+        if isinstance(key, (RaggedPairs, DensePairs)):
+            told = {name: x for name, x in kwargs.items() if name not in ignored}
+            if isinstance(key, RaggedPairs):
+                return attend(module, query, key, attention_mask, **told), None
+            if _is_step(module, query, key, value, attention_mask, *args, **told):
+                return _attend_dense(query, key, value, attention_mask, told.get("scaling")), None
+        report(module, query)
         return function(module, query, key, value, attention_mask, *args, **kwargs)
 
     attention.serves_compressed_layers = True  # type: ignore[attr-defined]
@@ -185,7 +157,7 @@ def attend(
         What the layer's ``update`` returned.
     attention_mask : Tensor, optional
         bool [B or 1, Hq or 1, Q, T], additive of the same shape (0 or very negative), or bool or
-        integer [B, T] over all positions; only the columns of the tail matter.
+        integer [B, T] over all positions. Of what was compressed it may hide padding alone.
     scaling, softcap : float, optional
         Factor of the scores (default ``D ** -0.5``) and their tanh cap (default none).
     dropout : float
@@ -203,7 +175,7 @@ def attend(
     NotImplementedError
         On dropout or learned attention sinks.
     ValueError
-        If the mask does not cover all positions.
+        If the mask does not cover all positions, hides some that may be stored, or adds numbers.
     """
     if dropout:
         raise NotImplementedError(
@@ -213,7 +185,7 @@ def attend(
     if s_aux is not None:
         raise NotImplementedError("compressed caches do not support learned attention sinks")
     layer = key.layer
-    mask = _tail_mask(attention_mask, layer.get_seq_length(), layer.tail_length)
+    mask = tail_of(attention_mask, layer, layer.tail_length)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     softcap = softcap or 0.0
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, *key.tail)):
@@ -266,7 +238,7 @@ def _attend_dense(
     query: Tensor, key: DensePairs, value: Tensor, mask: Tensor | None, scaling: float | None
 ) -> Tensor:
     """Attention of one query over the dense keys [B, H, T, D]: a tail with nothing before it."""
-    batch, num_kv_heads, length, dim = key.shape
+    batch, num_kv_heads, _, dim = key.shape
     nothing = torch.zeros((batch, num_kv_heads), dtype=torch.int32)
     return ops.ragged_attention(
         query,
@@ -276,22 +248,7 @@ def _attend_dense(
         nothing,
         key,
         value,
-        _tail_mask(mask, length, length),
+        None if mask is None else as_seen(mask),
         scaling=dim**-0.5 if scaling is None else scaling,
         backend=key.layer.backend,
     )
-
-
-def _tail_mask(mask: Tensor | None, length: int, tail_length: int) -> Tensor | None:
-    """Cut the columns of the tail out of transformers' mask, as bool [B, Hq, Q, S]."""
-    if mask is None:
-        return None
-    if mask.shape[-1] != length:
-        raise ValueError(
-            f"expected an attention mask over all {length} positions of the compressed cache, "
-            f"got one over {mask.shape[-1]}"
-        )
-    tail = mask[..., length - tail_length :]
-    if tail.ndim == 2:
-        return tail[:, None, None].bool()
-    return tail if tail.dtype == torch.bool else tail == 0

@@ -2,6 +2,9 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from moekv.budget import Kept
 
 _LEAST_ROOM = 64  # tokens
 
@@ -59,6 +62,14 @@ def is_writable(buffer: Tensor) -> bool:
 def writable(buffer: Tensor) -> Tensor:
     """Return a tensor that may be written to in place, or a copy of it."""
     return buffer if is_writable(buffer) else buffer.detach().clone()
+
+
+def first_kept(kept: Kept) -> Tensor:
+    """Find the first place that any head of each row keeps: [B], int64; T where none does."""
+    batch, num_heads, length = kept.shape
+    begin, end = kept.offsets[:-1].long(), kept.offsets[1:]
+    place = functional.pad(kept.indices, (0, 1)).index_select(0, begin)
+    return torch.where(begin < end, place, length).view(batch, num_heads).amin(1).long()
 
 
 def gather_rows(pairs: Tensor, rows: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ from moekv.cache.layer import CompressedLayer
 from moekv.cache.parts import KINDS, TABLES, backend_of, notes_of
 
 FLOATING = ("F32", "F16", "BF16")
-"""Dtypes of pairs, hidden states and queries, as safetensors calls them."""
+"""Dtypes of pairs and of hidden states, as safetensors calls them."""
 
 _MOST = 2**40  # tokens or pairs
 _MOST_SLOTS = 2**24  # which are allocated
-_NUMBERS = {"context_length", "run", "most", "counted", "backend"}
+_NUMBERS = {"context_length", "run", "most", "first", "counted", "backend"}
 _OPTIONAL = {"recent", "notes"}
 
 
@@ -55,7 +55,7 @@ def check(
     shapes = dict(kind.tensors)
     if compressed:
         _check_beside(description, within)
-        shapes |= {"recent": "BMC", "asked": "BMQE"} if "recent" in description else {}
+        shapes |= {"recent": "BMC"} if "recent" in description else {}
     own = {name: x for name, x in found.items() if not name.startswith("notes.")}
     size = _sizes(own, shapes, within)
     length = kind.length(description, size)
@@ -119,7 +119,7 @@ def _check_counts(
     held = size["N"]
     context, run = description.get("context_length", 0), description.get("run", 0)
     evicted = description.get("evicted", 0)
-    if not run <= context <= length or (evicted > context and "run" in description):
+    if not run <= context <= length or (evicted > context and "context_length" in description):
         raise ValueError(
             f"{within}: expected a context of at most {length} positions, with {evicted} pairs "
             f"evicted and a run of {run} within, got {context}"
@@ -135,6 +135,10 @@ def _check_counts(
         _check_number(slots, f"{within}: expected slots", max(held, 1), _MOST_SLOTS)
         if "seen" in description and held != slots:
             raise ValueError(f"{within}: expected {slots} slots, got {held}")
+    if (first := description.get("first")) is not None:
+        wanted = isinstance(first, list) and len(first) == size["B"]
+        if not wanted or any(type(x) is not int or not 0 <= x <= length for x in first):
+            raise ValueError(f"{within}: expected first positions of rows, got {first!r:.99}")
     if "recent" in description and size["M"] > description["recent"]["size"]:
         raise ValueError(f"{within}: expected {description['recent']} inputs, got {size['M']}")
 

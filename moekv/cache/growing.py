@@ -11,8 +11,9 @@ from transformers.cache_utils import DynamicLayer
 from moekv import ops
 from moekv.budget import Kept
 from moekv.cache.attention import install
-from moekv.cache.buffers import append, gather_rows, storage_bytes, writable
+from moekv.cache.buffers import append, first_kept, gather_rows, storage_bytes, writable
 from moekv.cache.layer import CompressedLayer
+from moekv.cache.masks import offset_of
 from moekv.cache.pairs import DensePairs
 from moekv.models.hooks import num_fed
 
@@ -79,6 +80,7 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
             backend=backend,
         )
         layer.evicted, layer.context_length = length - kept.per_head, length
+        layer.first = first_kept(kept)
         return layer
 
     def recompress(self, kept: Kept) -> None:
@@ -102,6 +104,8 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
         self._keys = self._keys[:, :, : kept.per_head]
         self._values = self._values[:, :, : kept.per_head]
         self.num_moves += 1
+        if not self.evicted:  # places are positions
+            self.first = first_kept(kept)
         self.evicted += length - kept.per_head
         self.context_length = self.get_seq_length()
 
@@ -183,7 +187,8 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
         What is held stands for the last positions: whichever these are, all come before the new
         tokens, which see each other's past alone.
         """
-        return self._keys.shape[2] + num_fed(fed), self.evicted
+        offset = offset_of(self, self.evicted) if self.evicted else 0
+        return self._keys.shape[2] + num_fed(fed), offset
 
     def _forget(self, count: int) -> None:
         held = self._keys.shape[2] - count

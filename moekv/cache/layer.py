@@ -40,6 +40,8 @@ class CompressedLayer(CacheLayerMixin):
         Last inputs of the attention layer, where compression will go on.
     counted : tuple
         Whose statistics count how many of the pairs as kept.
+    first : Tensor [B], int64, or None
+        Positions of each row before which nothing is stored: its padding. None: there are none.
     notes : CompressedLayer or None
         What a calibrated router noted of each pair, as a layer of its own.
     """
@@ -52,6 +54,7 @@ class CompressedLayer(CacheLayerMixin):
         self.most: int | None = None
         self.recent: RecentStates | None = None
         self.counted: tuple[object, int] = (None, 0)
+        self.first: Tensor | None = None
         self.notes: CompressedLayer | None = None
         # Pairs that were handed out before one of these are not what the layer holds now: pairs
         # left or rows were selected; other tokens took the place of some that were cropped.
@@ -189,6 +192,8 @@ class CompressedLayer(CacheLayerMixin):
 
     def _select(self, indices: Tensor) -> None:
         self._select_rows(indices)
+        if self.first is not None:
+            self.first = self.first[indices.to(self.first.device)]
         if self.recent is not None:
             self.recent.select(indices)
         if self.notes is not None:

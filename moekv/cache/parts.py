@@ -104,6 +104,7 @@ def take_apart(layer: Any, index: int) -> tuple[dict[str, Tensor], dict[str, Any
         parts = {part: pairs[:, :, :filled] for part, pairs in parts.items()}
     numbers = {
         "evicted": _evicted(layer),
+        "context_length": getattr(layer, "context_length", 0),
         "seen": int(getattr(layer, "cumulative_length", 0)),
         "slots": getattr(layer, "max_cache_len", 0),
         "window": getattr(layer, "sliding_window", 0),
@@ -124,13 +125,13 @@ def _beside(layer: CompressedLayer, index: int, description: dict[str, Any]) -> 
         "context_length": layer.context_length,
         "run": layer.run,
         "most": layer.most,
+        "first": None if layer.first is None else layer.first.tolist(),
         "counted": list(layer.counted),
         "backend": layer.backend,
     }
     parts: dict[str, Tensor] = {}
     if layer.recent is not None and layer.recent.count:
         parts["recent"] = layer.recent.states(layer.recent.count)
-        parts["asked"] = layer.recent.queries(layer.recent.count).transpose(1, 2)
         description["recent"] = {"size": layer.recent.size, "end": layer.recent.end}
     if (notes := layer.whole_notes()) is not None:
         noted, description["notes"] = take_apart(notes, index)
@@ -150,11 +151,13 @@ def put_together(parts: Mapping[str, Tensor], description: Mapping[str, Any]) ->
     if isinstance(layer, CompressedLayer):
         layer.context_length, layer.run = description["context_length"], description["run"]
         layer.most = description["most"]
+        if (first := description["first"]) is not None:
+            layer.first = torch.tensor(first, device=next(iter(parts.values())).device)
         epoch, count = description["counted"]
         layer.counted = (epoch, count)
         if recent := description.get("recent"):
             layer.recent = RecentStates(recent["size"])
-            layer.recent.append(parts["recent"], parts["asked"].transpose(1, 2), recent["end"])
+            layer.recent.append(parts["recent"], recent["end"])
         if "notes" in description:
             layer.notes = notes = put_together(notes_of(parts), description["notes"])
             for name in TABLES:
@@ -218,6 +221,7 @@ def _compact_static(parts: Mapping[str, Tensor], description: Mapping[str, Any])
     layer = CompactStaticLayer(description["slots"])
     _filled(layer, parts, parts["keys"].shape[2])
     layer.set_evicted(description["evicted"])
+    layer.context_length = description["context_length"]
     return layer
 
 
@@ -272,7 +276,7 @@ KINDS = {
     "compact static": Kind(
         CompactStaticLayer,
         _DENSE,
-        ("slots", "evicted"),
+        ("slots", "evicted", "context_length"),
         lambda numbers, size: numbers["evicted"] + size["N"],
         _compact_static,
     ),

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from moekv.budget import Kept
 from moekv.cache.attention import install
-from moekv.cache.buffers import append, gather_rows, storage_bytes
+from moekv.cache.buffers import append, first_kept, gather_rows, storage_bytes
 from moekv.cache.layer import CompressedLayer
+from moekv.cache.masks import offset_of
 from moekv.cache.pairs import NOT_DENSE, RaggedPairs
 from moekv.models.hooks import num_fed
 
@@ -79,7 +80,7 @@ class RaggedLayer(CompressedLayer):
         """
         rows = kept.rows()
         batch, num_kv_heads, length = kept.shape
-        return cls(
+        layer = cls(
             gather_rows(keys, rows),
             gather_rows(values, rows),
             kept.offsets[:-1].view(batch, num_kv_heads),
@@ -87,6 +88,8 @@ class RaggedLayer(CompressedLayer):
             length=length,
             backend=backend,
         )
+        layer.first = first_kept(kept)
+        return layer
 
     def recompress(self, kept: Kept) -> None:
         """Leave only the chosen pairs, in new memory; the tail becomes part of what is stored.
@@ -120,6 +123,10 @@ class RaggedLayer(CompressedLayer):
         if self.notes is not None:
             self.notes.recompress(kept)
         self.num_moves += 1
+        first = first_kept(kept)
+        known = longest - self.tail_length  # where places begin to say positions
+        before = torch.zeros_like(first) if self.first is None else self.first
+        self.first = torch.where(first < known, before, first - longest + self.get_seq_length())
         self.context_length, self.tail_length = self.get_seq_length(), 0
         self.stored_keys, self.stored_values, self._stored_pairs = keys, values, None
         self.begin = kept.offsets[:-1].view(batch, num_kv_heads)
@@ -146,7 +153,7 @@ class RaggedLayer(CompressedLayer):
         """
         rows = torch.searchsorted(of.rows(), kept.rows())  # both ascend
         heads = self.begin.shape
-        return RaggedLayer(
+        layer = RaggedLayer(
             self.stored_keys.index_select(0, rows),
             self.stored_values.index_select(0, rows),
             kept.offsets[:-1].view(heads),
@@ -154,6 +161,8 @@ class RaggedLayer(CompressedLayer):
             length=self.context_length,
             backend=self.backend,
         )
+        layer.first = self.first
+        return layer
 
     # -- what transformers asks of a layer ---------------------------------------------------------
 
@@ -240,7 +249,7 @@ class RaggedLayer(CompressedLayer):
 
     def get_mask_sizes(self, fed: Tensor | int) -> tuple[int, int]:
         """Length and offset of the mask over all positions, before the new tokens are appended."""
-        return self.get_seq_length() + num_fed(fed), 0
+        return self.get_seq_length() + num_fed(fed), offset_of(self, 0)
 
     def _forget(self, count: int) -> None:
         into = max(count - self.tail_length, 0)

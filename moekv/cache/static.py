@@ -21,6 +21,7 @@ from transformers.cache_utils import StaticLayer
 from moekv import ops
 from moekv.budget import Kept
 from moekv.cache.attention import install
+from moekv.cache.masks import offset_of
 from moekv.models.hooks import STATIC_COUNTS_SLOTS
 
 
@@ -38,11 +39,15 @@ class CompactStaticLayer(StaticLayer):
     ----------
     evicted : Tensor, scalar int64
         Pairs that have left each head, on the layer's device.
+    context_length : int
+        Positions that were compressed together.
     """
+
+    first = None  # it has no padding
 
     def __init__(self, max_cache_len: int) -> None:
         super().__init__(max_cache_len)
-        self._num_evicted = 0
+        self._num_evicted = self.context_length = 0
         self.evicted: Tensor
 
     @classmethod
@@ -104,7 +109,7 @@ class CompactStaticLayer(StaticLayer):
         """Slots, and the position that the first one stands for."""
         if torch.compiler.is_compiling():  # a number would be compiled in
             return self.max_cache_len, self.evicted  # type: ignore[return-value]
-        return self.max_cache_len, self._num_evicted
+        return self.max_cache_len, offset_of(self, self._num_evicted)
 
     def get_seq_length(self) -> int:
         """Positions seen so far."""
@@ -115,7 +120,7 @@ class CompactStaticLayer(StaticLayer):
         """Empty the layer."""
         super().reset()
         if self.is_initialized:
-            self._num_evicted = 0
+            self._num_evicted = self.context_length = 0
             self.evicted.zero_()
 
     def set_evicted(self, count: int) -> None:
@@ -142,6 +147,7 @@ class CompactStaticLayer(StaticLayer):
             pairs[:, :, count:length].zero_()
         if STATIC_COUNTS_SLOTS:
             self.cumulative_length.sub_(length - count)  # type: ignore[attr-defined]
+        self.context_length = length + self._num_evicted
         self.set_evicted(self._num_evicted + length - count)
 
 

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from moekv.experts.view import LayerView
-from moekv.models.queries import learn_rotation, logit_options, window_queries
-from moekv.models.watching import Asked
+from moekv.models.queries import (
+    as_queries,
+    learn_rotation,
+    window_queries,
+)
 from moekv.ops import ScoreKind
 
 
@@ -24,7 +27,7 @@ class ViewBuilder:
 
     def __init__(self, rotary: nn.Module | None = None) -> None:
         self.rotary = rotary
-        self._turned: dict[Any, Any] = {}
+        self._turned: dict[Any, Tensor] = {}
         self._mask: weakref.ref[Tensor] | None = None
         self._starts: tuple[int, ...] = ()
         self._copies: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
@@ -41,8 +44,8 @@ class ViewBuilder:
         window: int,
         kinds: Sequence[ScoreKind],
         backend: str,
-        asked: Asked | None = None,
-        expects: bool = False,
+        queries: Tensor | None = None,
+        projected: Tensor | None = None,
     ) -> LayerView:
         """Look at one layer.
 
@@ -58,11 +61,12 @@ class ViewBuilder:
             Scores that the view can give.
         backend : str
             Of the ops.
-        asked : Asked, optional
-            What the layer asked in its last call, at least for the window. None, or for fewer
-            tokens: it is asked again.
-        expects : bool
-            Whether the queries of all tokens are wanted, see ``LayerView.expected``.
+        queries : Tensor [B, Hq, W, D], optional
+            The last rotated queries of a whole prefill, where they are at hand. None, or another
+            number than `window` asks for: they are computed from the hidden states.
+        projected : Tensor, optional
+            What the layer's query projection gave for the hidden states, see
+            :func:`projected_queries`.
 
         Returns
         -------
@@ -96,19 +100,11 @@ class ViewBuilder:
             min(max(start - first, 0), num_keys)
             for start in self.row_starts(kwargs.get("attention_mask"), len(keys))
         ]
-        count, everything = min(window, num_tokens), None
-        if asked is None or asked.query.shape[2] < count:
-            asked = window_queries(module, hidden_states, kwargs, window, offset, self.rotary)
-        elif (
-            expects
-            and asked.query.shape[2] == num_tokens
-            and learn_rotation(module, hidden_states, kwargs, asked.query) is not None
-        ):
-            everything = asked.query
-        queries = asked.query[:, :, asked.query.shape[2] - count :]
-        if isinstance(asked.key, Tensor) and _row_of(asked.key) != _row_of(keys):
-            # They were made of what is cached; of a static cache's all slots, filled or not.
-            keys, values = asked.key[:, :, :num_keys], asked.value[:, :, :num_keys]
+        projected = as_queries(module, projected, num_tokens)
+        if queries is not None and whole and offset is not None:
+            learn_rotation(module, hidden_states, kwargs, queries, projected)
+        if queries is None or queries.shape[2] != min(window, num_tokens):
+            queries = window_queries(module, hidden_states, kwargs, window, offset, self.rotary)
         start = None
         if any(starts):
             start = self.on_device(tuple(starts), keys.device)
@@ -117,7 +113,7 @@ class ViewBuilder:
             hidden_states=hidden_states,
             keys=keys,
             values=values,
-            queries=queries.to(keys.dtype, copy=True, memory_format=torch.contiguous_format),
+            queries=queries.to(keys.dtype),
             start=start,
             lengths=tuple(num_keys - start for start in starts),
             begins=first == 0,
@@ -126,10 +122,9 @@ class ViewBuilder:
             kwargs=kwargs,
             kinds=kinds,
             backend=backend,
-            asked=everything,
+            projected=projected,
             rotary=self.rotary,
             turned=self._turned,
-            logits=logit_options(module, asked, queries.shape[3]),
         )
 
     def row_starts(self, mask: Any, batch: int) -> tuple[int, ...]:
@@ -170,11 +165,10 @@ def read_starts(mask: Tensor) -> tuple[int, ...]:
     Raises
     ------
     ValueError
-        A row has padding elsewhere than at its left.
+        A row has padding elsewhere than at its left; or what the last query does not see others
+        do, as in packed texts, or in heads with masks of their own.
     """
-    row = mask[:, 0, -1] if mask.dim() == 4 else mask
-    additive = mask.dim() == 4 and mask.is_floating_point()
-    seen = row > torch.finfo(row.dtype).min / 2 if additive else row != 0
+    seen = _seen(mask[:, 0, -1] if mask.dim() == 4 else mask, mask.dim() == 4)
     real = seen.sum(-1)
     first = torch.where(real > 0, seen.int().argmax(-1), seen.shape[-1])
     starts, is_left = torch.stack([first, (first + real == seen.shape[-1]).long()]).tolist()
@@ -183,13 +177,33 @@ def read_starts(mask: Tensor) -> tuple[int, ...]:
             "expected padding at the left of the rows only, got a mask with gaps or padding at "
             "the right; set tokenizer.padding_side = 'left'"
         )
+    if mask.dim() == 4 and (any(starts) or mask.shape[1] > 1):
+        _check_padding(_seen(mask, True), first)
     return tuple(starts)
 
 
-def _row_of(pairs: Tensor) -> tuple[int, ...]:
-    """Give the sizes of all the pairs of a token: rows, heads, channels."""
-    batch, heads, _, dim = pairs.shape
-    return batch, heads, dim
+def _seen(mask: Tensor, additive: bool) -> Tensor:
+    if additive and mask.is_floating_point():
+        return mask > torch.finfo(mask.dtype).min / 2
+    return mask != 0
+
+
+def _check_padding(seen: Tensor, first: Tensor) -> None:
+    """Raise unless what a mask [B, Hq or 1, Q, T] hides from the last query is padding for all."""
+    num_queries, length = seen.shape[2:]
+    position = torch.arange(length, device=seen.device)
+    is_padding = (position < first[:, None])[:, None]  # [B, 1, T]
+    asks = ~is_padding[..., length - num_queries :]  # [B, 1, Q]
+    wrong = (seen & is_padding[:, :, None]).any(-1) & asks
+    # Queries at padding see nothing, or everything, which spares them an empty softmax.
+    wrong |= (seen.any(-1) != seen.all(-1)) & ~asks
+    wrong |= (seen[:, :, -1] != seen[:, :1, -1]).any(-1, keepdim=True)
+    if bool(wrong.any()):
+        raise ValueError(
+            "expected a causal attention mask with padding at the left of the rows, got one that "
+            "hides from the last token what others see, as of several texts in a row: what is to "
+            "stay of these, nobody can say"
+        )
 
 
 def _offset_in(part: Tensor, fed: Tensor) -> int | None:

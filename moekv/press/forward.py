@@ -13,7 +13,6 @@ from transformers import Cache
 from moekv.budget import kept_pairs
 from moekv.experts.builder import ViewBuilder
 from moekv.models.hooks import index_of
-from moekv.models.watching import Asked
 from moekv.press.options import Options
 from moekv.press.rating import Rater
 from moekv.press.stats import Statistics
@@ -100,8 +99,10 @@ class Call:
         Of its forward.
     attentions : Tensor or None
         Attention weights, where the implementation returns them.
-    asked : Asked or None
-        What it asked, where that was seen.
+    queries : Tensor [B, Hq, W, D] or None
+        Its last rotated queries, where they were seen.
+    projected : Tensor or None
+        See ``moekv.models.queries.projected_queries``.
     """
 
     module: nn.Module
@@ -109,7 +110,8 @@ class Call:
     cache: Cache
     kwargs: dict[str, Any]
     attentions: Tensor | None
-    asked: Asked | None
+    queries: Tensor | None
+    projected: Tensor | None
 
     @property
     def index(self) -> int:
@@ -126,6 +128,9 @@ class Strategy(ABC):
     view : ViewBuilder
         Of this forward.
     """
+
+    asks = False
+    """Whether it wants to see the layers' queries."""
 
     def __init__(self, plan: Plan, view: ViewBuilder) -> None:
         self.plan = plan
@@ -152,12 +157,18 @@ class Forward:
     ----------
     strategy : Strategy or None
         None: nothing is to be done, as in a decode step over what was compressed.
-    asked : dict
-        What each layer asked, until it hands that over.
+    queries, projected : dict
+        Of each layer, until it hands them over.
     handle : RemovableHandle
         Of the hook that ends it.
     """
 
     strategy: Strategy | None
-    asked: dict[nn.Module, Asked] = field(default_factory=dict)
+    queries: dict[nn.Module, Tensor] = field(default_factory=dict)
+    projected: dict[nn.Module, Tensor] = field(default_factory=dict)
     handle: Any = None
+
+    @property
+    def asks(self) -> bool:
+        """Whether the layers' queries are wanted."""
+        return self.strategy is not None and self.strategy.asks

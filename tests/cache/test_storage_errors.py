@@ -99,6 +99,8 @@ CHANGES: dict[str, tuple[str, Change]] = {
     "NaN": ("expected run an integer", number("run", float("nan"))),
     "long run": ("a run of 99 within", number("run", 99)),
     "other length": ("for each of 43 positions", number("context_length", 41, 1)),
+    "first": ("first positions of rows", number("first", [1, 2])),
+    "first beyond": ("first positions of rows", number("first", [99])),
     "backend": ("backend", number("backend", "os.system")),
     "counted": ("counted pairs", number("counted", [1, 2])),
     "recent": ("size and end", number("recent", {})),

@@ -1,0 +1,166 @@
+"""Attention masks over compressed layers: their meaning is kept, or they are refused.
+
+The pairs that stay of a context do not know their positions any more. A mask over positions can
+therefore only show all that is stored, and hide padding, which never was; what it says of later
+tokens holds. transformers makes a mask of what the caller gives, once for all layers of a forward,
+and asks a layer of the cache for its size: that is where the caller's mask is seen whole.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+if TYPE_CHECKING:
+    from moekv.cache.layer import CompressedLayer
+    from moekv.cache.static import CompactStaticLayer
+
+_seen_whole = WeakIdKeyDictionary()
+"""Masks that were made of such as have been checked."""
+
+
+class Offset(int):
+    """Position of a mask's first column, which knows the layer that said so."""
+
+    layer: "CompressedLayer | CompactStaticLayer"
+
+
+def offset_of(layer: "CompressedLayer | CompactStaticLayer", offset: int) -> int:
+    """Say where a layer's mask begins, so that the mask is checked when it is made."""
+    if torch.compiler.is_compiling() or not layer.context_length:
+        return offset
+    marked = Offset(offset)
+    marked.layer = layer
+    return marked
+
+
+def check_masks() -> None:
+    """Have transformers' makers of masks check those for compressed layers. Idempotent."""
+    for name, function in list(ALL_MASK_ATTENTION_FUNCTIONS.items()):
+        if not getattr(function, "checks_masks", False):
+            ALL_MASK_ATTENTION_FUNCTIONS[name] = _checking(function)
+
+
+def _checking(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        offset, given = kwargs.get("kv_offset"), kwargs.get("attention_mask")
+        if not isinstance(offset, Offset):
+            return function(*args, **kwargs)
+        if isinstance(given, Tensor):
+            check_context(given.bool(), offset.layer)
+        made = function(*args, **kwargs)
+        if isinstance(made, Tensor):
+            _seen_whole[made] = True
+        return made
+
+    make.checks_masks = True  # type: ignore[attr-defined]
+    return make
+
+
+def check_context(seen: Tensor, layer: "CompressedLayer | CompactStaticLayer") -> None:
+    """Raise ``ValueError`` unless a mask shows all positions of a context that may be stored.
+
+    Waits for the device.
+
+    Parameters
+    ----------
+    seen : Tensor [B or 1, ..., T], bool
+        From position 0 on.
+    layer : CompressedLayer
+    """
+    length = layer.context_length
+    hidden = ~seen[..., :length]
+    if layer.first is not None:
+        first = layer.first.to(seen.device).view(-1, *[1] * (seen.dim() - 1))
+        hidden = hidden & (torch.arange(hidden.shape[-1], device=seen.device) >= first)
+    if seen.shape[-1] < length or bool(hidden.any()):
+        _refuse(layer, seen.shape[-1])
+
+
+def _refuse(layer: "CompressedLayer | CompactStaticLayer", width: int) -> None:
+    raise ValueError(
+        f"expected an attention mask that shows the {layer.context_length} positions that were "
+        f"compressed together, but for padding at their left, got one over {width} that hides some "
+        "of them: pairs that are left of a context do not know their positions"
+    )
+
+
+def as_seen(mask: Tensor) -> Tensor:
+    """Read a mask as bool [B or 1, Hq or 1, Q or 1, T], True where a key is seen.
+
+    Raises
+    ------
+    ValueError
+        It adds anything but 0 and the most negative number, or less.
+    """
+    if mask.dim() == 2:
+        return mask[:, None, None].bool()
+    if not mask.is_floating_point():
+        return mask.bool()
+    seen = mask == 0
+    hides = mask <= torch.finfo(mask.dtype).min / 2
+    if mask not in _seen_whole and not bool((seen | hides).all()):
+        raise ValueError(
+            "expected an attention mask that shows or hides keys, got one that adds finite "
+            "numbers, which attention over a compressed layer leaves out"
+        )
+    return seen
+
+
+def shows_or_hides(mask: Tensor | None) -> bool:
+    """Say, without looking at its numbers, whether a mask is known to do no more than that."""
+    return mask is None or not mask.is_floating_point() or mask in _seen_whole
+
+
+def tail_of(mask: Tensor | None, layer: "CompressedLayer", tail_length: int) -> Tensor | None:
+    """Cut the columns of the last positions out of a mask, as bool [B, Hq, Q, S].
+
+    Parameters
+    ----------
+    mask : Tensor, optional
+        As attention gets it, over all positions.
+    layer : CompressedLayer
+        With the tokens that are asking.
+    tail_length : int
+        Positions that are masked; all others have to be seen.
+    """
+    if mask is None:
+        return None
+    length = layer.get_seq_length()
+    if mask.shape[-1] != length:
+        raise ValueError(
+            f"expected an attention mask over all {length} positions of the compressed cache, "
+            f"got one over {mask.shape[-1]}"
+        )
+    seen = as_seen(mask)
+    if mask not in _seen_whole:
+        check_context(seen, layer)
+    return seen[..., length - tail_length :]
+
+
+def held_of(mask: Tensor, layer: "CompressedLayer", held: int) -> Tensor:
+    """Cut a mask that the caller made himself to what a dense layer holds.
+
+    Parameters
+    ----------
+    mask : Tensor
+        As attention gets it, over all positions or over those that are held.
+    layer : CompressedLayer
+        With the tokens that are asking.
+    held : int
+        Pairs of a head.
+    """
+    length = layer.get_seq_length()
+    if held == length or mask in _seen_whole or mask.shape[-1] not in (held, length):
+        return mask  # places are positions; or it was checked; or it does not fit
+    context = layer.context_length - (length - mask.shape[-1])
+    part = mask[..., :context]
+    seen = part == 0 if part.is_floating_point() else part.bool()
+    if not bool(seen.all()):
+        _refuse(layer, mask.shape[-1])
+    return mask[..., mask.shape[-1] - held :]

@@ -1,0 +1,171 @@
+"""Masks after a compression: their meaning is kept for all that is stored, or they are refused."""
+
+from typing import Any
+
+import pytest
+import torch
+from ragged_cases import keep_all
+from tiny_models import prefill, tiny_model, tokens
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+from moekv import MoERouterPress, load_cache, save_cache
+
+LENGTH, NUM_NEW = 24, 3
+PADDING = (0, 9)
+
+
+def compressed(model: PreTrainedModel, kind: str) -> Any:
+    """A compressed cache of two rows, of which the second is padded where that is served."""
+    cache: Any = DynamicCache()
+    options: dict[str, Any] = {}
+    if kind == "static":
+        cache = StaticCache(model.config, max_cache_len=40)
+    elif kind == "padded":
+        options["attention_mask"] = whole(LENGTH)
+    budget = "model" if kind in ("ragged", "padded") else "uniform"
+    with MoERouterPress(0.3, router=None, budget=budget)(model), torch.no_grad():
+        model(tokens(2, LENGTH), past_key_values=cache, **options)
+    return cache
+
+
+def whole(length: int) -> Tensor:
+    mask = torch.ones(2, length, dtype=torch.long)
+    mask[1, : PADDING[1]] = 0
+    return mask
+
+
+def ask(model: PreTrainedModel, cache: Any, mask: Tensor | None, count: int = NUM_NEW) -> Tensor:
+    position = torch.arange(LENGTH, LENGTH + count)
+    with torch.no_grad():
+        return model(
+            tokens(2, count, 1),
+            past_key_values=cache,
+            attention_mask=mask,
+            position_ids=position[None],
+            cache_position=position,
+        ).logits
+
+
+def four_d(mask: Tensor, count: int) -> Tensor:
+    """The mask that transformers makes of one over positions."""
+    length = mask.shape[1]
+    causal = torch.ones(count, length).tril(length - count).bool()
+    return causal & mask.bool()[:, None, None]
+
+
+@pytest.mark.parametrize("kind", ["ragged", "uniform", "static"])
+@pytest.mark.parametrize("hidden", [slice(10, 20), slice(0, 2), slice(LENGTH - 1, LENGTH)], ids=str)
+@pytest.mark.parametrize("count", [1, NUM_NEW])
+def test_masks_that_hide_what_may_be_stored(kind: str, hidden: slice, count: int) -> None:
+    model = tiny_model()
+    cache = compressed(model, kind)
+    mask = torch.ones(2, LENGTH + count, dtype=torch.long)
+    mask[1, hidden] = 0
+    with pytest.raises(ValueError, match=f"shows the {LENGTH} positions that were compressed"):
+        ask(model, cache, mask, count)
+
+
+@pytest.mark.parametrize("kind", ["ragged", "uniform"])
+@pytest.mark.parametrize("additive", [False, True])
+def test_masks_of_the_callers_own(kind: str, additive: bool) -> None:
+    """In four dimensions, over all positions: transformers hands them on as they are."""
+    model = tiny_model()
+    expected = ask(model, compressed(model, kind), None)
+    mask = four_d(torch.ones(2, LENGTH + NUM_NEW), NUM_NEW)
+    hiding = mask.clone()
+    hiding[1, :, :, 12] = False
+    if additive:
+        low = torch.finfo(torch.float32).min
+        mask, hiding = ((~x).float() * low for x in (mask, hiding))
+    got = ask(model, compressed(model, kind), mask)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="positions that were compressed"):
+        ask(model, compressed(model, kind), hiding)
+
+
+def test_masks_that_add_numbers() -> None:
+    model = tiny_model()
+    mask = (~four_d(torch.ones(2, LENGTH + NUM_NEW), NUM_NEW)).float() * -1e30
+    mask[..., -2] -= 0.5
+    with pytest.raises(ValueError, match="adds finite numbers"):
+        ask(model, compressed(model, "ragged"), mask)
+
+
+@pytest.mark.parametrize("kind", ["ragged", "uniform"])
+@pytest.mark.parametrize("count", [1, NUM_NEW])
+def test_masks_over_later_tokens(kind: str, count: int) -> None:
+    """They hide what they say, as in a cache that lacks nothing."""
+    model = tiny_model()
+    full, cache = (prefill(model, tokens(2, LENGTH)) for _ in range(2))
+    keep_all(cache, kind == "ragged")
+    mask = torch.ones(2, LENGTH + 4 + count, dtype=torch.long)
+    mask[1, LENGTH + 1 : LENGTH + 3] = 0
+    logits = []
+    for each in (full, cache):
+        ask(model, each, None, 4)
+        position = torch.arange(LENGTH + 4, LENGTH + 4 + count)[None]
+        with torch.no_grad():
+            out = model(
+                tokens(2, count, 2),
+                past_key_values=each,
+                attention_mask=mask,
+                position_ids=position,
+            )
+        logits.append(out.logits)
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
+
+
+def test_padding_stays_hidden(tmp_path: Any) -> None:
+    """By whatever mask: padding was never stored. Rows keep theirs when they change places."""
+    model = tiny_model()
+    cache = compressed(model, "padded")
+    save_cache(cache, tmp_path / "cache", model)
+    caches = [cache, load_cache(tmp_path / "cache", model)]
+    mask = whole(LENGTH + NUM_NEW)
+    logits = [ask(model, each, mask) for each in caches]
+    assert torch.equal(*logits)
+    more = mask.clone()
+    more[1, PADDING[1]] = 0
+    for each in caches:
+        each.crop(LENGTH)
+        with pytest.raises(ValueError, match="hides some"):
+            ask(model, each, more)
+        each.reorder_cache(torch.tensor([1, 0]))
+        with pytest.raises(ValueError, match="hides some"):
+            ask(model, each, mask)
+        ask(model, each, mask.flip(0))
+
+
+@pytest.mark.parametrize("kind", ["packed", "blocks", "heads"])
+def test_prompts_of_several_texts(kind: str) -> None:
+    """What the last token does not see is no padding where others see it."""
+    model = tiny_model()
+    mask = torch.ones(LENGTH, LENGTH).tril().bool().repeat(2, 4, 1, 1)
+    if kind == "heads":
+        mask[:, 1, 9:, :9] = False
+    else:
+        cuts = [9] if kind == "packed" else [1, 9]
+        for cut in cuts:
+            mask[1, :, cut:, :cut] = False
+    cache = DynamicCache()
+    press = MoERouterPress(0.3, router=None)
+    with press(model), torch.no_grad(), pytest.raises(ValueError, match="others see"):
+        model(tokens(2, LENGTH), past_key_values=cache, attention_mask=mask)
+    assert press.get_stats()["forward_count"] == 0
+    assert all(layer.keys.shape[2] == LENGTH for layer in cache.layers[:1])
+
+
+@pytest.mark.parametrize("fill", [False, True])
+def test_padding_in_masks_of_four_dimensions(fill: bool) -> None:
+    model = tiny_model()
+    mask = four_d(whole(LENGTH), LENGTH)
+    if fill:
+        mask |= ~mask.any(-1, keepdim=True)
+    counts = []
+    for given in (whole(LENGTH), mask):
+        press = MoERouterPress(0.3, router=None)
+        with press(model):
+            prefill(model, tokens(2, LENGTH), attention_mask=given)
+        counts.append(press.get_stats()["compression"])
+    assert counts[0] == counts[1]
