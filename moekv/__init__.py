@@ -2,6 +2,7 @@
 
 Rooms, along the data's way; each imports only from those below it:
 
+``contexts``     a document that is compressed once, and asked often
 ``press``        the conductor: what a user holds, and what runs in its block
 ``calibration``  what can be learned, and the routers that come of it
 ``cache``        what is stored, and how it is attended to
@@ -25,10 +26,13 @@ if TYPE_CHECKING:
     from moekv.calibration.calibrate import calibrate
     from moekv.calibration.config import CalibrationConfig
     from moekv.calibration.router import CalibratedRouter
+    from moekv.contexts.context import CompressedContext, compress, load_context
+    from moekv.contexts.documents import read_document
     from moekv.experts.base import Expert
     from moekv.experts.registry import expert_names, register_expert
     from moekv.experts.view import LayerView
     from moekv.integrations.kvpress.ragged import ragged
+    from moekv.models.loading import load_model
     from moekv.press.chunks import prefill_in_chunks
     from moekv.press.options import DecodingConfig
     from moekv.press.press import MoERouterPress
@@ -47,6 +51,7 @@ _HOMES = {
     "BaseMoERouter": "routing.base",
     "CalibratedRouter": "calibration.router",
     "CalibrationConfig": "calibration.config",
+    "CompressedContext": "contexts.context",
     "DecodingConfig": "press.options",
     "EPLBRouter": "routing.eplb",
     "Expert": "experts.base",
@@ -56,10 +61,14 @@ _HOMES = {
     "RouterOutput": "routing.base",
     "TopKBalancedRouter": "routing.balance",
     "calibrate": "calibration.calibrate",
+    "compress": "contexts.context",
     "expert_names": "experts.registry",
     "load_cache": "cache.storage",
+    "load_context": "contexts.context",
+    "load_model": "models.loading",
     "prefill_in_chunks": "press.chunks",
     "ragged": "integrations.kvpress.ragged",
+    "read_document": "contexts.documents",
     "register_expert": "experts.registry",
     "save_cache": "cache.storage",
 }
@@ -68,6 +77,7 @@ __all__ = [
     "BaseMoERouter",
     "CalibratedRouter",
     "CalibrationConfig",
+    "CompressedContext",
     "DecodingConfig",
     "EPLBRouter",
     "Expert",
@@ -78,10 +88,14 @@ __all__ = [
     "RouterOutput",
     "TopKBalancedRouter",
     "calibrate",
+    "compress",
     "expert_names",
     "load_cache",
+    "load_context",
+    "load_model",
     "prefill_in_chunks",
     "ragged",
+    "read_document",
     "register_expert",
     "save_cache",
 ]

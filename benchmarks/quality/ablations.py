@@ -3,8 +3,9 @@
 Fits the shipped router again without one of its parts, from what `moekv calibrate
 --keep-checkpoint` has read, and writes each to a folder of its own for
 `python -m benchmarks.quality run --routers FOLDER`. Experts that only ablations have, such as
-`selective`, need a checkpoint that has read them: `moekv calibrate --experts expected selective
-semantic temporal --keep-checkpoint`; with the shipped router's own they are left out.
+`selective`, need a checkpoint that has read them: `moekv calibrate --expert expected --expert
+selective --expert semantic --expert temporal --keep-checkpoint`; with the shipped router's own they
+are left out.
 
 ``ranking_losses.json`` has each one's loss on held-out texts. Routers without a comparable expert
 beside `learned` are judged by the oracle alone: their losses do not compare with the others'.

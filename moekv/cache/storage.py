@@ -21,10 +21,17 @@ from moekv.models.hooks import find_layers, index_of
 from moekv.models.weights import device_of, language_model, shard_of
 
 _FORMAT = "moekv-cache-2"
+_TOKENS = "input_ids"
 _KEYS = {"format", "model", "dtype", "shard", "layers", "sha256"}
 
 
-def save_cache(cache: Cache, path: str | os.PathLike[str], model: PreTrainedModel) -> None:
+def save_cache(
+    cache: Cache,
+    path: str | os.PathLike[str],
+    model: PreTrainedModel,
+    *,
+    input_ids: Tensor | None = None,
+) -> None:
     """Write a cache to one safetensors file.
 
     The file appears under its name only when it is whole: a crash leaves what was there before.
@@ -40,13 +47,16 @@ def save_cache(cache: Cache, path: str | os.PathLike[str], model: PreTrainedMode
         The file to write or replace.
     model : PreTrainedModel
         The model that filled the cache; its fingerprint goes into the file.
+    input_ids : Tensor [B, T], integer, optional
+        The tokens that filled it, to go along: :func:`load_filled` gives them back.
 
     Raises
     ------
     TypeError
         If a layer is of another kind, such as a quantised one.
     ValueError
-        If the cache is empty or not that of the model, or the path a folder's.
+        If the cache is empty or not that of the model, or the path a folder's; or `input_ids` are
+        not of its rows and length.
     OSError
         If the file cannot be written.
     """
@@ -60,6 +70,8 @@ def save_cache(cache: Cache, path: str | os.PathLike[str], model: PreTrainedMode
         parts, description = take_apart(layer, index)
         tensors |= {f"{index}.{name}": _plain(part) for name, part in parts.items()}
         layers.append(description)
+    if input_ids is not None:
+        tensors[_TOKENS] = _plain(input_ids).to(torch.int32)
     header = {
         "format": _FORMAT,
         "model": fingerprint(model),
@@ -103,6 +115,20 @@ def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> DynamicC
     ValueError
         If the file is not a whole cache of moekv, or was filled by another model.
     """
+    return load_filled(path, model)[0]
+
+
+def load_filled(
+    path: str | os.PathLike[str], model: PreTrainedModel
+) -> tuple[DynamicCache | StaticCache, Tensor | None]:
+    """Read a cache as :func:`load_cache` does, and the tokens that filled it.
+
+    Returns
+    -------
+    cache : DynamicCache or StaticCache
+    input_ids : Tensor [B, T] int64, or None
+        None where they were not saved.
+    """
     check_file(path)
     model = language_model(model)
     try:
@@ -120,6 +146,7 @@ def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> DynamicC
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     if header.pop("sha256") != _checksum(header, tensors):
         raise ValueError(f"{path} was damaged or altered: its checksum does not match its contents")
+    tokens = tensors.pop(_TOKENS, None)
     devices = _devices(model, len(layers))
     made = []
     for index, description in enumerate(layers):
@@ -139,7 +166,7 @@ def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> DynamicC
         slots = max(description.get("slots", 0) for description in layers)
         cache = StaticCache(config=model.config, max_cache_len=slots)
         cache.layers = made
-    return cache
+    return cache, None if tokens is None else tokens.long()
 
 
 _NAMES = {
@@ -186,7 +213,10 @@ def _check_layers(
     if len(layers) != wanted:
         raise ValueError(f"expected a cache of {wanted} layers, got {len(layers)}")
     by_layer: list[dict[str, tuple[str, list[int]]]] = [{} for _ in layers]
+    tokens = found.get(_TOKENS)
     for name, what in found.items():
+        if name == _TOKENS:
+            continue
         number, _, part = name.partition(".")
         if not (number.isascii() and number.isdigit() and len(number) < 6) or int(number) >= wanted:
             raise ValueError(f"expected tensors of {wanted} layers, got {name!r:.99}")
@@ -209,6 +239,8 @@ def _check_layers(
                 f"{within}: expected {first[0]} rows of {first[1]} positions as in layer 0, got "
                 f"{batch} of {length}"
             )
+    if tokens not in (None, ("I32", list(first or ()))):
+        raise ValueError(f"expected input_ids I32 {list(first or ())}, got {tokens}")
     return layers
 
 

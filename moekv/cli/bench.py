@@ -6,21 +6,21 @@ its options.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from moekv.cli.main import CommandError
+from moekv.cli.common import CommandError
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Pass everything on to the benchmark."""
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="run|report ...")
-
-
-def run(args: argparse.Namespace) -> None:
+def run(arguments: Sequence[str]) -> None:
     """Run the benchmark of the source tree that moekv is imported from.
+
+    Parameters
+    ----------
+    arguments : sequence of str
+        Those of the benchmark; options alone are those of a run.
 
     Raises
     ------
@@ -28,6 +28,9 @@ def run(args: argparse.Namespace) -> None:
         There is no source tree, or something that the benchmark needs is not installed or not to be
         had: a file, or the hub.
     """
+    given = list(arguments)
+    if given[:1] not in (["run"], ["report"], ["-h"], ["--help"]):
+        given.insert(0, "run")
     root = Path(__file__).parents[2]
     if not (root / "benchmarks" / "quality").is_dir():
         raise CommandError(
@@ -37,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
         sys.path.insert(0, str(root))
     try:
         benchmark = importlib.import_module("benchmarks.quality.__main__")
-        benchmark.main(args.arguments)
+        benchmark.main(given)
     except ModuleNotFoundError as error:
         raise CommandError(f"{error}; run `pip install 'moekv[bench]'`") from error
     except OSError as error:

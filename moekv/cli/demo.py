@@ -7,34 +7,29 @@ the cache's tensors, times on the clock.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
-import io
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from moekv import MoERouterPress
-from moekv.cli.main import CommandError, make_console
-from moekv.models.chat import user_turn
+from moekv.cli.common import CommandError, load, make_console, make_progress, size
+from moekv.contexts.context import encode, turn
 from moekv.models.hooks import cache_argument
-from moekv.models.loading import DEFAULT_MODEL, load_model
+from moekv.models.loading import DEFAULT_MODEL
 
 INSTRUCTION = "Answer the question in a few words, from the text above."
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -82,136 +77,97 @@ class Result:
 # --- Command --------------------------------------------------------------------------------------
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    add = parser.add_argument
-    add("--model", metavar="NAME", help="hub id or local folder (default: SmolLM2-135M-Instruct)")
-    add(
-        "--ratios",
-        type=_ratio,
-        nargs="+",
-        default=[0.5, 0.75],
-        metavar="R",
-        help="shares of the cache to remove (default: 0 0.5 0.75); 0, the full cache, always runs",
-    )
-    add("--context", type=Path, metavar="FILE", help="a text of your own instead of the story")
-    add(
-        "--question",
-        action="append",
-        metavar="TEXT",
-        help="a question of your own, may be repeated; --context needs one",
-    )
-    add("--context-tokens", type=_positive, metavar="N", help="read the text's first N tokens only")
-    add("--max-new-tokens", type=_positive, default=24, metavar="N", help="default: %(default)s")
-    add("--num-experts", type=_positive, metavar="N", help="default: what the press takes")
-    add("--top-k", type=_positive, metavar="K", help="default: what the press takes")
-    add("--router", metavar="TYPE", help="default: what the press takes")
-    add("--budget", default="auto", help="auto, uniform, head or model (default: %(default)s)")
-    add("--backend", default="auto", help="auto, cpu, cuda or torch (default: %(default)s)")
-    add("--device", help="where the model runs (default: the GPU if there is one)")
-    add("--dtype", choices=DTYPES, default=DTYPES[0], help="default: %(default)s")
+def run(
+    *,
+    model: str | None,
+    ratios: Sequence[float],
+    context: Path | None,
+    questions: Sequence[str],
+    context_tokens: int | None,
+    max_new_tokens: int,
+    options: dict[str, Any],
+    device: str | None,
+    dtype: str,
+) -> None:
+    """Run the demo.
 
+    Parameters
+    ----------
+    options : dict
+        Of the press, but for the ratio.
 
-def run(args: argparse.Namespace) -> None:
-    """Run the demo."""
+    Raises
+    ------
+    CommandError
+        An option is wrong, a file cannot be read, or the model is not to be had.
+    """
 
     def make_press(ratio: float) -> MoERouterPress:
-        return MoERouterPress(
-            compression_ratio=ratio,
-            num_experts=args.num_experts,
-            top_k=args.top_k,
-            router_type=args.router,
-            budget=args.budget,
-            backend=args.backend,
-        )
+        return MoERouterPress(compression_ratio=ratio, **options)
 
     console = make_console()
-    name = args.model or DEFAULT_MODEL
+    name = model or DEFAULT_MODEL
     begin = time.perf_counter()
     try:
-        if args.context is not None and not args.question:
+        if context is not None and not questions:
             raise ValueError("expected a --question about --context")
-        text = _story() if args.context is None else args.context.read_text(encoding="utf-8")
-        make_press(0.5)  # a wrong option shows before the model is loaded
-        with console.status(f"Loading {name}"), _quiet():
-            model, tokenizer = load_model(name, getattr(torch, args.dtype), args.device)
-        prompt = Prompt(tokenizer, text, args.context_tokens)
-    except (ValueError, RuntimeError, OSError) as error:
+        text = _story() if context is None else context.read_text(encoding="utf-8")
+        for ratio in ratios:
+            make_press(ratio)  # a wrong option shows before the model is loaded
+        with console.status(f"Loading {name}"):
+            loaded, tokenizer = load(name, dtype, device)
+        prompt = Prompt(tokenizer, text, context_tokens)
+    except (ValueError, OSError) as error:
         raise CommandError(str(error)) from error
-    questions = [Question(question) for question in args.question or ()] or [
+    asked = [Question(question) for question in questions] or [
         question for question in QUESTIONS if question.facts[0] in prompt.text
     ]
-    if not questions:
-        raise CommandError(f"the first {args.context_tokens} tokens have no fact to ask for")
+    if not asked:
+        raise CommandError(f"the first {context_tokens} tokens have no fact to ask for")
 
-    layers = model.config.get_text_config().num_hidden_layers
+    layers = loaded.config.get_text_config().num_hidden_layers
     console.print(
-        f"[bold]{name}[/], {layers} layers, {args.dtype} on {model.device}, "
+        f"[bold]{name}[/], {layers} layers, {dtype} on {loaded.device}, "
         f"loaded in {time.perf_counter() - begin:.1f} s; {torch.get_num_threads()} threads"
     )
-    console.print(f"{prompt.ids.shape[1]:,} tokens of context, {len(questions)} questions")
+    console.print(f"{prompt.ids.shape[1]:,} tokens of context, {len(asked)} questions")
 
     results: list[Result] = []
-    with _progress(console) as progress:
+    with make_progress(console) as progress:
         # The first pass pays for memory and kernels that the others find ready.
-        read(model, prompt, None, progress, "Warming up")
-        for ratio in sorted({0.0, *args.ratios}):
+        read(loaded, prompt, None, progress, "Warming up")
+        for ratio in sorted({0.0, *ratios}):
             title = _title(ratio)
             press = make_press(ratio) if ratio > 0 else None
             try:
-                result, cache = read(model, prompt, press, progress, f"{title}: reading")
+                result, cache = read(loaded, prompt, press, progress, f"{title}: reading")
             except (TypeError, ValueError) as error:  # the press cannot serve this model
                 raise CommandError(str(error)) from error
             if results:
                 _check_compressed(result, results[0])
             ask(
-                model,
+                loaded,
                 prompt,
-                questions,
+                asked,
                 cache,
                 result,
                 progress,
                 f"{title}: answering",
-                args.max_new_tokens,
+                max_new_tokens,
             )
             results.append(result)
 
-    for table in (
-        answers_table(questions, results),
-        costs_table(questions, results),
-        *(router_table(result) for result in results[-1:] if result.ratio > 0),
-    ):
+    plain = console.options.ascii_only
+    for table in (answers_table(asked, results, plain), costs_table(asked, results)):
         console.print()
         console.print(table)
-
-
-def _ratio(text: str) -> float:
-    ratio = float(text)
-    if not 0 <= ratio < 1:
-        raise argparse.ArgumentTypeError(f"expected a ratio in [0, 1), got {text}")
-    return ratio
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
-    return number
+    console.print()
+    for line in outcome(asked, results):
+        console.print(line)
 
 
 def _story() -> str:
     return resources.files("moekv").joinpath("data/lighthouse.txt").read_text(encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back the progress bars of transformers, which has several kinds of them."""
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _check_compressed(result: Result, full: Result) -> None:
@@ -254,17 +210,12 @@ class Prompt:
             if max_tokens > len(ids):
                 raise ValueError(f"expected at most {len(ids)} --context-tokens, got {max_tokens}")
             self.text = str(tokenizer.decode(ids[:max_tokens]))
-        plain = (tokenizer.bos_token or "", "\nAnswer:")
-        before, self._after = user_turn(tokenizer) or plain
-        self.ids = self._encode(before + self.text)
+        before, self._after = turn(tokenizer)
+        self.ids = encode(tokenizer, before + self.text)
 
     def question_ids(self, question: str) -> Tensor:
         """Token ids [1, n] of what follows the context when a question is asked."""
-        return self._encode(f"\n\n{INSTRUCTION} {question}{self._after}")
-
-    def _encode(self, text: str) -> Tensor:
-        ids: Tensor = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-        return ids
+        return encode(self.tokenizer, f"\n\n{INSTRUCTION} {question}{self._after}")
 
 
 def read(
@@ -394,17 +345,6 @@ def cache_bytes(cache: DynamicCache) -> int:
 # --- Showing --------------------------------------------------------------------------------------
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        console=console,
-        transient=True,
-    )
-
-
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
@@ -421,17 +361,20 @@ def _results_table(title: str, first: str, results: Sequence[Result], **options:
     return table
 
 
-def answers_table(questions: Sequence[Question], results: Sequence[Result]) -> Table:
-    """Show the answers side by side; a right one is green, a wrong one red."""
+_MARKS = {None: ("", "", ""), True: ("✓ ", "right: ", "green"), False: ("✗ ", "wrong: ", "red")}
+
+
+def answers_table(
+    questions: Sequence[Question], results: Sequence[Result], plain: bool = False
+) -> Table:
+    """Show the answers side by side; a right one is green, a wrong one red; plain in ASCII."""
     table = _results_table("Answers", "Question", results, show_lines=True, expand=True)
     for number, question in enumerate(questions):
         cells = []
         for result in results:
             answer = " ".join(result.answers[number].split())
-            mark, style = {None: ("", ""), True: ("✓ ", "green"), False: ("✗ ", "red")}[
-                question.is_right(answer)
-            ]
-            cells.append(Text(mark + answer, style))
+            mark, word, style = _MARKS[question.is_right(answer)]
+            cells.append(Text((word if plain else mark) + answer, style))
         table.add_row(question.text, *cells)
     return table
 
@@ -467,41 +410,30 @@ def costs_table(questions: Sequence[Question], results: Sequence[Result]) -> Tab
         ),
     )
     if all(question.facts for question in questions):
-        right = (
-            sum(bool(q.is_right(answer)) for q, answer in zip(questions, r.answers, strict=True))
-            for r in results
-        )
+        right = (_count_right(questions, result) for result in results)
         row("Right answers", (f"{count} of {len(questions)}" for count in right))
     return table
 
 
-def router_table(result: Result) -> Table:
-    """Show the say of the experts in each layer, and what each alone would have kept."""
-    layers = result.stats["layer_stats"]
-    names = list(layers[min(layers)]["router_stats"]["expert_usage_ratios"])
-    table = Table(
-        title=f"Experts at {_title(result.ratio)}: their share of the weight, and the share of the "
-        "last tokens' attention on what each alone would keep (hit rate); the router is "
-        f"{result.stats['router']}",
-        title_justify="left",
-        title_style="bold",
-        padding=0,
-    )
-    table.add_column("Layer", justify="right")
-    for name in names:
-        table.add_column(name, min_width=_HEAT_WIDTH)
-    for index, stats in layers.items():
-        measured = stats["expert_compression_stats"]
-        say, hits = measured["expert_usage"], measured["cache_hit_rates"]
-        table.add_row(str(index), *(_heat(say[name], hits[name]) for name in names))
-    return table
+def outcome(questions: Sequence[Question], results: Sequence[Result]) -> list[str]:
+    """Say in three lines what the smallest cache costs and gives."""
+    full, last = results[0], results[-1]
+    if last is full:
+        return []
+    lines = [
+        f"Cache   {size(full.cache_bytes)} -> {size(last.cache_bytes)}, "
+        f"{_percent(last.cache_bytes / full.cache_bytes)} of the full one",
+        f"Press   {_percent(last.press_seconds / last.prefill_seconds)} of the prefill's time",
+    ]
+    if all(question.facts for question in questions):
+        right, before = (_count_right(questions, result) for result in (last, full))
+        lines.append(f"Answers {right} of {len(questions)} right, {before} with the full cache")
+    else:
+        same = sum(a == b for a, b in zip(last.answers, full.answers, strict=True))
+        lines.append(f"Answers {same} of {len(questions)} word for word as with the full cache")
+    return lines
 
 
-_HEAT_WIDTH = 13
-
-
-def _heat(share: float, hits: float) -> Text:
-    """Weight and hit rate in percent, on a ground that is the bluer the more it hits."""
-    red, green, blue = (round(20 + hits * (top - 20)) for top in (40, 110, 255))
-    text = f"{100 * share:.0f} %, {100 * hits:.0f} %"
-    return Text(text.center(_HEAT_WIDTH), f"white on rgb({red},{green},{blue})")
+def _count_right(questions: Sequence[Question], result: Result) -> int:
+    pairs = zip(questions, result.answers, strict=True)
+    return sum(bool(question.is_right(answer)) for question, answer in pairs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import os
 import platform
@@ -13,17 +12,13 @@ import torch
 from rich.table import Table
 
 from moekv import __version__, ops
-from moekv.cli.main import make_console
+from moekv.cli.common import make_console
 
 PACKAGE = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "kvpress")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments: none."""
-
-
-def run(args: argparse.Namespace) -> None:
+def run() -> None:
     """Print the report."""
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold")

@@ -1,31 +1,324 @@
-"""The command line: ``moekv info``, ``demo``, ``calibrate``, ``bench``.
+"""The command line: ``moekv info``, ``demo``, ``ask``, ``bench``, ``calibrate``.
 
-A command is a module with ``add_arguments(parser)`` and ``run(args)``; the first line of its
-docstring is its summary. ``run`` raises :class:`CommandError` for what the user can mend; any other
-exception is a bug, and shows its traceback.
+Here stand the commands' options and help. What they do is a module each, imported when it is
+called for: ``moekv --help`` waits for neither torch nor transformers.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import sys
+import traceback
 from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
+import typer
 
 from moekv import __version__
+from moekv.cli.common import CommandError
 
-COMMANDS = {
-    "info": "moekv.cli.info",
-    "demo": "moekv.cli.demo",
-    "calibrate": "moekv.cli.calibrate",
-    "bench": "moekv.cli.bench",
-}
+_HELP = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(
+    name="moekv",
+    no_args_is_help=True,
+    # Plain text: the same in every terminal, in pipes and in documents.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings=_HELP,
+)
 
 
-class CommandError(Exception):
-    """A failure that a message explains; the command exits with status 1."""
+class DType(str, Enum):
+    """Dtypes of weights."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Hub id or local folder.", show_default="SmolLM2-135M-Instruct"
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Where the model runs.", show_default="the GPU if there is one"),
+]
+Weights = Annotated[DType, typer.Option("--dtype", help="Dtype of the weights.")]
+Experts = Annotated[
+    int | None,
+    typer.Option(
+        "--num-experts", min=1, metavar="N", help="Routed experts.", show_default="as the press"
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        "--top-k", min=1, metavar="K", help="Experts of a token.", show_default="as the press"
+    ),
+]
+Router = Annotated[
+    str | None,
+    typer.Option(
+        "--router",
+        metavar="TYPE",
+        help="How tokens are routed, such as pikv or adaptive.",
+        show_default="as the press",
+    ),
+]
+Budget = Annotated[
+    str,
+    typer.Option(metavar="KIND", help="What the budget is set over: uniform, head or model."),
+]
+Backend = Annotated[str, typer.Option(metavar="NAME", help="What computes: cpu, cuda or torch.")]
+NewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, metavar="N", help="Tokens of an answer at most.")
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"moekv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Mixture-of-experts compression of KV caches."""
+
+
+@app.command()
+def info() -> None:
+    """Show what moekv runs on: versions, instruction sets, libraries, and the backends there are.
+
+    \b
+    Example:
+      moekv info
+    """
+    from moekv.cli.info import run
+
+    run()
+
+
+@app.command()
+def demo(
+    model: Model = None,
+    ratio: Annotated[
+        list[float],
+        typer.Option(
+            "--ratio",
+            "-r",
+            metavar="R",
+            min=0,
+            help="Share of the cache to remove, in [0, 1); may be repeated. 0 always runs.",
+        ),
+    ] = [0.5, 0.75],  # noqa: B006
+    context: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A text of your own instead of the story.")
+    ] = None,
+    question: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--question",
+            "-q",
+            metavar="TEXT",
+            help="A question of your own, may be repeated; --context needs one.",
+        ),
+    ] = None,
+    context_tokens: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Read the text's first N tokens only.")
+    ] = None,
+    max_new_tokens: NewTokens = 24,
+    num_experts: Experts = None,
+    top_k: TopK = None,
+    router: Router = None,
+    budget: Budget = "auto",
+    backend: Backend = "auto",
+    device: Device = None,
+    dtype: Weights = DType.bfloat16,
+) -> None:
+    """Compress the cache of a real model, and ask it about what it has read.
+
+    The model reads a story of about 1,900 tokens with facts in it. Its cache is compressed before
+    any question is known; then it answers. Every figure is measured: bytes on the storages of the
+    cache's tensors, times on the clock.
+
+    \b
+    Examples:
+      moekv demo
+      moekv demo --ratio 0.9 --question "Who keeps the lighthouse?"
+    """
+    from moekv.cli.demo import run
+
+    run(
+        model=model,
+        ratios=ratio,
+        context=context,
+        questions=question or [],
+        context_tokens=context_tokens,
+        max_new_tokens=max_new_tokens,
+        options={
+            "num_experts": num_experts,
+            "top_k": top_k,
+            "router_type": router,
+            "budget": budget,
+            "backend": backend,
+        },
+        device=device,
+        dtype=dtype.value,
+    )
+
+
+@app.command()
+def ask(
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="FILE...", help="Text, Markdown, HTML or PDF; - is standard input."),
+    ] = None,
+    question: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--question",
+            "-q",
+            metavar="TEXT",
+            help="May be repeated. Without one, questions are read from the terminal.",
+        ),
+    ] = None,
+    ratio: Annotated[
+        float,
+        typer.Option(
+            "--ratio", "-r", min=0, metavar="R", help="Share of the cache to remove, in [0, 1)."
+        ),
+    ] = 0.75,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the compressed context to a file.")
+    ] = None,
+    load: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Take a context that --save wrote, and read no file."),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Show the full cache's answers as well.")
+    ] = False,
+    chunk_size: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Read N tokens at a time, for long documents."),
+    ] = None,
+    model: Model = None,
+    max_new_tokens: NewTokens = 128,
+    router: Router = None,
+    budget: Budget = "auto",
+    backend: Backend = "auto",
+    device: Device = None,
+    dtype: Weights = DType.bfloat16,
+) -> None:
+    """Read documents once, compress their cache, and answer questions from it.
+
+    \b
+    Examples:
+      moekv ask report.pdf -q "Who signed it?" -q "What did it cost?"
+      moekv ask notes/*.md --save notes.safetensors
+      moekv ask --load notes.safetensors -q "What is left to do?"
+    """
+    from moekv.cli.ask import run
+
+    run(
+        files=files or [],
+        questions=question or [],
+        ratio=ratio,
+        save=save,
+        load=load,
+        compare=compare,
+        chunk_size=chunk_size,
+        model=model,
+        max_new_tokens=max_new_tokens,
+        options={"router_type": router, "budget": budget, "backend": backend},
+        device=device,
+        dtype=dtype.value,
+    )
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    },
+)
+def bench(context: typer.Context) -> None:
+    """Measure the quality of compressed caches: `moekv bench run` and `moekv bench report`.
+
+    The benchmark is part of the source tree; `moekv bench run --help` lists its options.
+    """
+    from moekv.cli.bench import run
+
+    run(context.args)
+
+
+@app.command()
+def calibrate(
+    texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="Text files, one each.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the router goes.")],
+    model: Model = None,
+    length: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Tokens read of a text.", show_default="1024"),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="K", help="Experts of a token.", show_default="2"),
+    ] = None,
+    expert: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Beside learned, may be repeated.", show_default="expected"
+        ),
+    ] = None,
+    exponent: Annotated[
+        float | None, typer.Option(help="Of the scores that gates weigh.", show_default="2.0")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of what is drawn.", show_default="0")
+    ] = None,
+    keep_checkpoint: Annotated[
+        bool, typer.Option("--keep-checkpoint", help="Leave what was read, for ablations.")
+    ] = False,
+) -> None:
+    """Fit a router to a model.
+
+    The folder is what `MoERouterPress(router=FOLDER)` takes. An interrupted run goes on where it
+    was.
+
+    \b
+    Example:
+      moekv calibrate texts/*.txt --out router
+    """
+    from moekv.cli.calibrate import run
+
+    settings = {
+        "length": length,
+        "top_k": top_k,
+        "experts": tuple(expert) if expert else None,
+        "exponent": exponent,
+        "seed": seed,
+    }
+    run(
+        texts=texts,
+        out=out,
+        model=model,
+        settings={name: value for name, value in settings.items() if value is not None},
+        keep_checkpoint=keep_checkpoint,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,43 +332,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit status: 0, 1 for a failed command, 130 where the user interrupted it. Wrong
-        arguments exit with status 2.
+        The exit status: 0; 2 where a command failed or its arguments are wrong; 130 where the user
+        interrupted it.
     """
-    parser = argparse.ArgumentParser(
-        prog="moekv", description="Mixture-of-experts compression of KV caches."
-    )
-    parser.add_argument("--version", action="version", version=f"moekv {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, path in COMMANDS.items():
-        module = importlib.import_module(path)
-        description = module.__doc__ or ""
-        command = commands.add_parser(
-            name,
-            help=description.partition("\n")[0],
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
     given = list(sys.argv[1:] if argv is None else argv)
-    if given[:1] == ["bench"] and given[1:2] not in (["run"], ["report"], ["-h"], ["--help"]):
-        given.insert(1, "run")  # options alone are those of a run
-    args = parser.parse_args(given)
+    debug = "--debug" in given
+    # Taken anywhere: it is asked for when something has failed, at the end of the line.
+    given = [argument for argument in given if argument != "--debug"]
+    name = f"moekv {given[0]}" if given and not given[0].startswith("-") else "moekv"
     try:
-        args.run(args)
-    except CommandError as error:
-        print(f"moekv {args.command}: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
+        return int(app(given, standalone_mode=False) or 0)
+    except (KeyboardInterrupt, typer.Abort):
         print(file=sys.stderr)
         return 130
-    return 0
+    except BrokenPipeError:  # `moekv ... | head`
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        if debug and not hasattr(error, "format_message"):
+            traceback.print_exc()
+            return 2
+        print(_explain(name, error, bool(given)), file=sys.stderr)
+        return 2
 
 
-def make_console() -> Console:
-    """Return where commands print to; not too narrow for tables where there is no terminal."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 100)
-    return console
+def _explain(name: str, error: Exception, anything: bool) -> str:
+    if isinstance(error, CommandError):
+        return f"{name}: error: {error}"
+    if not hasattr(error, "format_message"):
+        kind = type(error).__name__
+        return f"{name}: error: {kind}: {error} (--debug shows where)"
+    message = str(error.format_message())
+    if not anything:
+        return message  # the help
+    return f"{name}: error: {message.rstrip('.')}; see {name} --help"

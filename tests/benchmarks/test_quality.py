@@ -750,13 +750,13 @@ def test_moekv_bench_runs_the_benchmark(capsys, command):
 
 
 def test_bench_says_which_file_is_missing(capsys, tmp_path):
-    assert cli.main(["bench", "report", "--out", str(tmp_path)]) == 1
+    assert cli.main(["bench", "report", "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("moekv bench: error: ")
-    assert cli.main(["bench", "run", "--suite", "ruler", "--data", str(tmp_path / "nowhere")]) == 1
+    assert cli.main(["bench", "run", "--suite", "ruler", "--data", str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
 
 
 def test_bench_needs_a_source_tree(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(bench, "__file__", str(tmp_path / "moekv" / "cli" / "bench.py"))
-    assert cli.main(["bench", "report"]) == 1
+    assert cli.main(["bench", "report"]) == 2
     assert "in a source tree" in capsys.readouterr().err

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from character_tokenizer import character_tokenizer
 from tiny_models import tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers import DynamicCache
 
 import moekv
+from moekv.calibration.config import CalibrationConfig
 from moekv.cli import demo, info
 from moekv.cli.main import main
 
@@ -27,11 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A language model of a few weights in a local folder; its tokens are ASCII characters."""
     path = tmp_path_factory.mktemp("model")
     tiny_model().save_pretrained(path)
-    characters = [*map(chr, range(33, 127)), "Ġ", "Ċ"]  # the last two: space and line feed
-    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(characters)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(path)
+    character_tokenizer().save_pretrained(path)
     return path
 
 
@@ -67,32 +64,87 @@ def test_the_module_runs_as_a_command(command: list[str]) -> None:
     assert done.stdout == f"moekv {moekv.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["info", "demo"])
+def test_help_and_version_wait_for_nothing() -> None:
+    """Neither torch nor transformers is imported to say what there is."""
+    script = (
+        "import sys; from moekv.cli.main import main; "
+        "codes = [main([a]) for a in ('--version', '--help')]; "
+        "print(codes, [m for m in ('torch', 'transformers', 'kvpress') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[0, 0] []"
+
+
+@pytest.mark.parametrize("command", ["info", "demo", "ask", "calibrate"])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit:
-        main([command, "--help"])
-    assert exit.value.code == 0
-    assert lines(capsys).startswith(f"usage: moekv {command}")
+    assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Usage: ")
+    assert re.search(rf"\n  Examples?:\n    moekv {command}", out)
+    assert "``" not in out
+
+
+def test_help_of_calibrate_tells_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["calibrate", "--help"]) == 0
+    out = lines(capsys)
+    config = CalibrationConfig()
+    for name in ("length", "top_k", "exponent", "seed"):
+        option = f"--{name.replace('_', '-')}"
+        assert re.search(rf"{option} .*?default: \(?{getattr(config, name)}[;\])]", out), name
+    assert f"default: ({', '.join(config.experts)})" in out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: COMMAND"),
-        (["nonsense"], "invalid choice: 'nonsense'"),
-        (["demo", "--ratios", "1"], "expected a ratio in [0, 1), got 1"),
-        (["demo", "--ratios", "much"], "invalid _ratio value"),
-        (["demo", "--max-new-tokens", "0"], "expected a number of at least 1, got 0"),
-        (["demo", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["nonsense"], "No such command 'nonsense'"),
+        (["demo", "--ratio", "much"], "valid number"),
+        (["demo", "--max-new-tokens", "0"], "greater than or equal to 1"),
+        (["demo", "--dtype", "int8"], "int8"),
+        (["demo", "--nonsense"], "--nonsense"),
+        (["demo", "--ratio", "1"], "compression_ratio"),
+        (["ask"], "expected files to read, or --load"),
+        (["ask", __file__, "--load", "x"], "expected files to read, or --load"),
+        (["ask", "--load", "x", "--compare"], "with files to read"),
+        (["ask", "--load", "missing"], "there is no file missing"),
+        (["ask", "-"], "expected a --question where the document is standard input"),
+        (["ask", "missing.txt"], "missing.txt"),
+        (["ask", __file__, "--save", "/nowhere/at/all"], "in a folder that exists"),
+        (["ask", __file__, "--device", "toaster"], "expected a --device that is there"),
+        (["ask", __file__, "--ratio", "1.5"], "compression_ratio"),
+        (["calibrate", "missing.txt", "--out", __file__], "expected a folder for the router"),
     ],
 )
-def test_wrong_arguments(
+def test_mistakes_are_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as exit:
-        main(arguments)
-    assert exit.value.code == 2
-    assert message in capsys.readouterr().err
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    command = f"moekv {arguments[0]}"
+    assert error.startswith(f"{command}: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_no_command_is_answered_with_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "Commands:" in capsys.readouterr().err
+
+
+def test_a_bug_shows_its_traceback_when_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError("of nothing")
+
+    monkeypatch.setattr(info, "run", fail)
+    assert main(["info"]) == 2
+    expected = "moekv info: error: ZeroDivisionError: of nothing (--debug shows where)\n"
+    assert capsys.readouterr().err == expected
+    assert main(["info", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -111,7 +163,7 @@ def test_wrong_arguments(
 def test_mistakes_are_explained_without_a_traceback(
     arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["demo", *(str(folder) if a == "FOLDER" else a for a in arguments)]) == 1
+    assert main(["demo", *(str(folder) if a == "FOLDER" else a for a in arguments)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("moekv demo: error: ")
     assert message in error
@@ -120,7 +172,7 @@ def test_mistakes_are_explained_without_a_traceback(
 def test_demo_on_a_local_folder(
     folder: Path, story: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(_demo(folder, story, "--ratios", "0.75", "0.5")) == 0
+    assert main(_demo(folder, story, "--ratio", "0.75", "--ratio", "0.5")) == 0
     out = lines(capsys)
     length = len(STORY.strip())
     assert f"{length} tokens of context, 1 questions" in out
@@ -132,9 +184,9 @@ def test_demo_on_a_local_folder(
     shares = " │ ".join(f"{100 * n / length:.1f} %" for n in sizes)
     assert f"of the full cache's bytes │ {shares}" in out
     assert re.search(r"of it in the press │ - │ \d\.\d{3} s", out)
-    assert "Experts at 75 % removed: their share of the weight" in out
-    assert re.search(r"expected +┃ ?selective +┃ ?semantic", out)
-    assert re.search(r"│ 1 ?│ +50 %, \d+ %", out)
+    assert re.search(r"Cache +\d+\.\d KiB -> \d+\.\d KiB, 2[45]\.\d % of the full one", out)
+    assert re.search(r"Press +\d+\.\d % of the prefill's time", out)
+    assert re.search(r"Answers [01] of 1 word for word as with the full cache", out)
 
 
 def test_demo_fails_where_the_press_does_nothing(
@@ -144,7 +196,7 @@ def test_demo_fails_where_the_press_does_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(moekv.MoERouterPress, "__call__", lambda self, model: nullcontext())
-    assert main(_demo(folder, story)) == 1
+    assert main(_demo(folder, story)) == 2
     assert "the press did nothing: 50 % removed was asked for" in capsys.readouterr().err
 
 

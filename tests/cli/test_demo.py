@@ -61,7 +61,7 @@ def test_demo(real_model: Loaded) -> None:
     prompt = demo.Prompt(real_model[1], demo._story(), 700)
     asked = sum(question.facts[0] in prompt.text for question in demo.QUESTIONS)
     assert 0 < asked < len(demo.QUESTIONS)
-    command = ["demo", "--context-tokens", "700", "--ratios", "0.5", "--max-new-tokens", "12"]
+    command = ["demo", "--context-tokens", "700", "--ratio", "0.5", "--max-new-tokens", "12"]
     done = subprocess.run(
         [sys.executable, "-m", "moekv", *command], capture_output=True, text=True, check=False
     )

@@ -1,0 +1,151 @@
+"""Read documents once, compress their cache, and answer questions from it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moekv.cli import common
+from moekv.cli.common import CommandError, check_output, make_console, make_progress, size
+from moekv.contexts.context import CompressedContext, compress, load_context
+from moekv.contexts.documents import read_document
+from moekv.models.loading import DEFAULT_MODEL
+from moekv.press.press import MoERouterPress
+
+STANDARD_INPUT = "-"
+
+
+def run(
+    *,
+    files: Sequence[str],
+    questions: Sequence[str],
+    ratio: float,
+    save: Path | None,
+    load: Path | None,
+    compare: bool,
+    chunk_size: int | None,
+    model: str | None,
+    max_new_tokens: int,
+    options: dict[str, Any],
+    device: str | None,
+    dtype: str,
+) -> None:
+    """Compress, save, answer.
+
+    Raises
+    ------
+    CommandError
+        A file cannot be read or written, an option is wrong, or the model is not to be had.
+    """
+    if bool(files) == (load is not None):
+        raise CommandError("expected files to read, or --load with a saved context")
+    if load is not None and (compare or save or chunk_size):
+        raise CommandError("expected --compare, --save and --chunk-size with files to read")
+    if STANDARD_INPUT in files and not questions and save is None:
+        raise CommandError("expected a --question where the document is standard input")
+    if save is not None:
+        check_output(save)
+    if load is not None and not load.is_file():
+        raise CommandError(f"expected a saved context, there is no file {load}")
+    try:
+        presses = [MoERouterPress(compression_ratio=ratio, **options)]
+        document = "\n\n".join(map(_read, files))
+    except (OSError, ValueError, ImportError) as error:
+        raise CommandError(str(error)) from error
+    if compare:
+        presses.append(MoERouterPress(compression_ratio=0.0, backend=options["backend"]))
+
+    console = make_console()
+    name = model or DEFAULT_MODEL
+    with console.status(f"Loading {name}"):
+        loaded = common.load(name, dtype, device)
+    try:
+        if load is not None:
+            contexts = [load_context(load, *loaded)]
+            console.print(f"{load}: {_describe(contexts[0])}")
+        else:
+            contexts = [_compress(console, loaded, document, one, chunk_size) for one in presses]
+    except (OSError, TypeError, ValueError) as error:
+        raise CommandError(str(error)) from error
+    if save is not None:
+        try:
+            contexts[0].save(save)
+        except OSError as error:
+            raise CommandError(str(error)) from error
+        console.print(f"saved: {save}, {size(save.stat().st_size)}")
+    for question in questions or ([] if save is not None else _asked(console)):
+        _answer(console, contexts, question, max_new_tokens, titled=bool(questions))
+
+
+def _read(file: str) -> str:
+    if file != STANDARD_INPUT:
+        return read_document(file)
+    text = sys.stdin.read().strip()
+    if not text:
+        raise ValueError("expected text at standard input, got none")
+    return text
+
+
+def _compress(
+    console: Console,
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    document: str,
+    press: MoERouterPress,
+    chunk_size: int | None,
+) -> CompressedContext:
+    begin = time.perf_counter()
+    with make_progress(console) as progress:
+        task = progress.add_task("Reading", total=None)
+
+        def advance(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        context = compress(*loaded, document, press=press, chunk_size=chunk_size, progress=advance)
+    seconds = time.perf_counter() - begin
+    console.print(f"{_describe(context)}, read in {seconds:.1f} s")
+    return context
+
+
+def _describe(context: CompressedContext) -> str:
+    share = 100 * context.nbytes / context.full_nbytes
+    return (
+        f"{len(context):,} tokens; cache {size(context.full_nbytes)} -> {size(context.nbytes)} "
+        f"({share:.0f} %)"
+    )
+
+
+def _asked(console: Console) -> Iterator[str]:
+    """Read questions from the terminal until there are no more."""
+    if sys.stdin.isatty():
+        console.print("Ask what you like; an empty line ends.")
+    while True:
+        try:
+            question = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if not question:
+            return
+        yield question
+
+
+def _answer(
+    console: Console,
+    contexts: Sequence[CompressedContext],
+    question: str,
+    max_new_tokens: int,
+    *,
+    titled: bool,
+) -> None:
+    if titled:
+        console.print(f"\n[bold]{escape(question)}[/]")
+    for context, title in zip(contexts, ("", "full cache: "), strict=False):
+        begin = time.perf_counter()
+        answer = context.ask(question, max_new_tokens=max_new_tokens)
+        console.print(f"{title}{escape(answer)}  [dim]{time.perf_counter() - begin:.1f} s[/]")

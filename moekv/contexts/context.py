@@ -1,0 +1,299 @@
+"""A document's compressed cache, with a model that answers from it."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from moekv.cache.caches import held_bytes
+from moekv.cache.layer import CompressedLayer
+from moekv.cache.storage import load_filled, save_cache
+from moekv.models.chat import user_turn
+from moekv.models.hooks import cache_argument, find_layers
+from moekv.press.chunks import prefill_in_chunks
+from moekv.press.press import MoERouterPress
+
+MAX_NEW_TOKENS = 128
+"""Tokens of an answer at most, unless said."""
+
+
+class CompressedContext:
+    """A document that a model has read, its cache compressed: made by :func:`compress`.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        What filled the cache.
+    tokenizer : PreTrainedTokenizerBase
+    cache : Cache
+        Filled with `input_ids`, compressed or not.
+    input_ids : Tensor [1, T], int64
+        The tokens of the document, and of what comes before it in a chat.
+    stats : dict, optional
+        What the press measured, see ``MoERouterPress.get_stats``.
+
+    Raises
+    ------
+    ValueError
+        The cache has another length than the tokens, or more rows than one.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        cache: Cache,
+        input_ids: Tensor,
+        stats: dict[str, Any] | None = None,
+    ) -> None:
+        if input_ids.dim() != 2 or input_ids.shape[0] != 1:
+            raise ValueError(f"expected input_ids [1, T], got {list(input_ids.shape)}")
+        if cache.get_seq_length() != input_ids.shape[1]:
+            raise ValueError(
+                f"expected a cache of {input_ids.shape[1]} tokens, as input_ids, got one of "
+                f"{cache.get_seq_length()}"
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.cache = cache
+        self.input_ids = input_ids
+        self.stats = stats or {}
+
+    def __len__(self) -> int:
+        """Tokens that were read."""
+        return self.input_ids.shape[1]
+
+    def __repr__(self) -> str:
+        """Tokens, bytes and model."""
+        return (
+            f"CompressedContext({len(self)} tokens, {self.nbytes} of {self.full_nbytes} bytes, "
+            f"{type(self.model).__name__})"
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cache holds."""
+        return sum(held_bytes(layer) for layer in self.cache.layers)
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes that it would hold with every pair of the document."""
+        return sum(_full_bytes(layer) for layer in self.cache.layers)
+
+    @torch.no_grad()
+    def ask(self, question: str, *, max_new_tokens: int = MAX_NEW_TOKENS, **options: Any) -> str:
+        """Answer a question from the document.
+
+        Every question is asked of the document alone: neither earlier questions nor their answers
+        are part of it, and the context stays as it is.
+
+        Parameters
+        ----------
+        question : str
+        max_new_tokens : int, optional
+            Tokens of the answer at most.
+        **options
+            For ``model.generate``, such as ``streamer=`` or ``do_sample=True``; by default the
+            likeliest token is taken each time.
+
+        Returns
+        -------
+        str
+            The answer, without white space around it.
+
+        Raises
+        ------
+        TypeError
+            `question` is no str.
+        ValueError
+            It is empty.
+        """
+        if not isinstance(question, str):
+            raise TypeError(f"expected a question as str, got {type(question).__name__}")
+        if not question.strip():
+            raise ValueError("expected a question, got an empty one")
+        _, after = turn(self.tokenizer)
+        asked = encode(self.tokenizer, f"\n\n{question.strip()}{after}")
+        ids = torch.cat([self.input_ids, asked], dim=1).to(self.model.device)
+        if not options.get("do_sample"):
+            # A model's own settings for sampling would only bring warnings.
+            options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | (
+                options
+            )
+        generate: Any = self.model.generate
+        made = generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            **cache_argument(self.model, copy.deepcopy(self.cache)),
+            **{"max_new_tokens": max_new_tokens, "pad_token_id": _padding(self.model)} | options,
+        )
+        answer = self.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+        return str(answer).strip()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the context to one safetensors file, for :func:`load_context`.
+
+        The file holds the tokens of the document: whoever reads it can read the document.
+
+        Raises
+        ------
+        ValueError, OSError
+            As :func:`moekv.save_cache`.
+        """
+        save_cache(self.cache, path, self.model, input_ids=self.input_ids)
+
+
+def compress(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    document: str,
+    *,
+    press: MoERouterPress | None = None,
+    chunk_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CompressedContext:
+    """Let a model read a document once, and compress its cache.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    tokenizer : PreTrainedTokenizerBase
+        Where it knows chats, the document begins the user's turn, and a question ends it.
+    document : str
+        Its text; :func:`moekv.contexts.documents.read_document` makes one of a file.
+    press : MoERouterPress, optional
+        How to compress; by default ``MoERouterPress()``. ``MoERouterPress(compression_ratio=0)``
+        keeps every pair.
+    chunk_size : int, optional
+        Read so many tokens at a time and compress after each, for documents whose full cache does
+        not fit; by default all at once.
+    progress : callable, optional
+        Called with the number of layers that are done, and of all that there are to do.
+
+    Returns
+    -------
+    CompressedContext
+
+    Raises
+    ------
+    TypeError
+        `document` is no str, or what is to be a press is none.
+    ValueError
+        The document is empty; or as in a block of the press.
+
+    Examples
+    --------
+    >>> context = moekv.compress(model, tokenizer, text)  # doctest: +SKIP
+    >>> context.ask("Who keeps the lighthouse?")  # doctest: +SKIP
+    'Thomas'
+    """
+    if not isinstance(document, str):
+        raise TypeError(
+            f"expected the text of a document as str, got {type(document).__name__}; "
+            "moekv.contexts.documents.read_document makes one of a file"
+        )
+    if not document.strip():
+        raise ValueError("expected the text of a document, got an empty one")
+    if press is None:
+        press = MoERouterPress()
+    if not isinstance(press, MoERouterPress):
+        raise TypeError(f"expected a MoERouterPress, got {press!r:.99}")
+    before, _ = turn(tokenizer)
+    ids = encode(tokenizer, before + document.strip())
+    given = ids.to(model.device)
+    with ExitStack() as stack:
+        if progress is not None:
+            forwards = 1 if chunk_size is None else -(-ids.shape[1] // max(chunk_size, 1))
+            _count(stack, model, forwards, progress)
+        if chunk_size is not None:
+            with torch.no_grad():
+                done = prefill_in_chunks(press, model, given, chunk_size=chunk_size)
+            cache = done.past_key_values
+        else:
+            cache = DynamicCache(config=model.config)
+            stack.enter_context(press(model))
+            with torch.no_grad():
+                model(given, **cache_argument(model, cache), logits_to_keep=1)
+    return CompressedContext(model, tokenizer, cache, ids, press.get_stats())
+
+
+def load_context(
+    path: str | os.PathLike[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> CompressedContext:
+    """Read a context that :meth:`CompressedContext.save` wrote.
+
+    Parameters
+    ----------
+    path : path
+    model : PreTrainedModel
+        The one that read the document, see :func:`moekv.load_cache`.
+    tokenizer : PreTrainedTokenizerBase
+
+    Returns
+    -------
+    CompressedContext
+        Without statistics.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    ValueError
+        It holds no context, or one of another model.
+    """
+    cache, input_ids = load_filled(path, model)
+    if input_ids is None:
+        raise ValueError(
+            f"{path} holds a cache without the tokens that filled it: expected a context, see "
+            "CompressedContext.save; moekv.load_cache reads it"
+        )
+    return CompressedContext(model, tokenizer, cache, input_ids)
+
+
+def turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Say what stands before a document, and between a question and its answer."""
+    return user_turn(tokenizer) or (tokenizer.bos_token or "", "\nAnswer:")
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """Token ids [1, n] of a piece of a turn."""
+    ids: Tensor = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    return ids
+
+
+def _padding(model: PreTrainedModel) -> int | None:
+    """Name a token to pad with, where a model has none: nothing is padded, but one is asked for."""
+    settings: Any = model.generation_config
+    pad: int | None = getattr(settings, "pad_token_id", None)
+    end: Any = getattr(settings, "eos_token_id", None)
+    return (end[0] if isinstance(end, list) else end) if pad is None else pad
+
+
+def _full_bytes(layer: Any) -> int:
+    if not isinstance(layer, CompressedLayer):
+        return held_bytes(layer)
+    pairs = layer.batch_size * layer.num_heads * int(layer.get_seq_length())
+    return pairs * layer.bytes_per_pair
+
+
+def _count(
+    stack: ExitStack, model: PreTrainedModel, forwards: int, progress: Callable[[int, int], None]
+) -> None:
+    """Report each attention layer that is done."""
+    layers = find_layers(model)[1]
+    total, done = forwards * len(layers), 0
+
+    def report(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
+
+    for layer in layers:
+        stack.callback(layer.register_forward_hook(report).remove)

@@ -1,0 +1,119 @@
+"""``moekv ask``: a document is read once, and answers come from its compressed cache."""
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+from character_tokenizer import character_tokenizer
+from tiny_models import tiny_model
+
+import moekv
+from moekv import MoERouterPress
+from moekv.cli.main import main
+
+STORY = "The tide covers the causeway twice a day. " * 8
+QUESTIONS = ("When?", "Where [is] it?")  # text, and no markup
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(path)
+    character_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> Path:
+    path = tmp_path / "story.txt"
+    path.write_text(STORY)
+    return path
+
+
+def ask(folder: Path, *arguments: str) -> int:
+    options = ["--dtype", "float32", "--max-new-tokens", "5"]
+    return main(["ask", "--model", str(folder), *options, *arguments])
+
+
+def answers(folder: Path, text: str, ratio: float) -> list[str]:
+    """What the context says in Python."""
+    press = MoERouterPress(compression_ratio=ratio)
+    context = moekv.compress(tiny_model(), character_tokenizer(), text, press=press)
+    return [" ".join(context.ask(q, max_new_tokens=5).split()) for q in QUESTIONS]
+
+
+def printed(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_questions_are_answered_from_the_compressed_cache(
+    folder: Path, story: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ask(folder, str(story), "-q", QUESTIONS[0], "-q", QUESTIONS[1]) == 0
+    out = printed(capsys)
+    tokens = len(STORY.strip())
+    full = 2 * 2 * 2 * 16 * 4 * tokens / 2**10
+    kept = full * (tokens // 4) / tokens
+    assert f"{tokens} tokens; cache {full:.1f} KiB -> {kept:.1f} KiB (25 %)" in out
+    for question, answer in zip(QUESTIONS, answers(folder, STORY, 0.75), strict=True):
+        assert f"{question} {answer}" in out
+
+
+def test_several_files_are_one_document(
+    folder: Path, story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.html"
+    other.write_text("<p>Nobody knows.</p>")
+    assert ask(folder, str(story), str(other), "-q", QUESTIONS[0], "--ratio", "0.5") == 0
+    expected, _ = answers(folder, f"{STORY.strip()}\n\nNobody knows.", 0.5)
+    assert f"{QUESTIONS[0]} {expected}" in printed(capsys)
+
+
+def test_the_full_cache_answers_beside(
+    folder: Path, story: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ask(folder, str(story), "-q", QUESTIONS[0], "--ratio", "0.9", "--compare") == 0
+    out = printed(capsys)
+    assert re.search(r"\(10 %\), read in .*\(100 %\), read in", out)
+    small, _ = answers(folder, STORY, 0.9)
+    full, _ = answers(folder, STORY, 0.0)
+    assert re.search(rf"{re.escape(small)} [\d.]+ s full cache: {re.escape(full)} [\d.]+ s", out)
+
+
+def test_a_context_is_saved_and_asked_later(
+    folder: Path, story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = tmp_path / "story.safetensors"
+    assert ask(folder, str(story), "--save", str(saved)) == 0
+    assert f"saved: {saved}" in printed(capsys).replace("\n", "")
+    assert ask(folder, "--load", str(saved), "-q", QUESTIONS[0]) == 0
+    expected, _ = answers(folder, STORY, 0.75)
+    assert f"{QUESTIONS[0]} {expected}" in printed(capsys)
+    assert ask(folder, "--load", str(story), "-q", QUESTIONS[0]) == 2
+    assert "is not a whole safetensors file" in capsys.readouterr().err
+
+
+def test_questions_come_from_the_terminal_until_an_empty_line(
+    folder: Path,
+    story: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*QUESTIONS, "", "never asked"])))
+    assert ask(folder, str(story)) == 0
+    out = printed(capsys)
+    first, second = answers(folder, STORY, 0.75)
+    assert re.search(rf"{re.escape(first)} [\d.]+ s {re.escape(second)} [\d.]+ s$", out)
+
+
+def test_standard_input_is_a_document(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(STORY))
+    assert ask(folder, "-", "-q", QUESTIONS[0]) == 0
+    expected, _ = answers(folder, STORY, 0.75)
+    assert expected in printed(capsys)
+    monkeypatch.setattr("sys.stdin", io.StringIO(" "))
+    assert ask(folder, "-", "-q", QUESTIONS[0]) == 2
+    assert "expected text at standard input" in capsys.readouterr().err

@@ -1,0 +1,76 @@
+"""Documents, questions and tokens that make no context."""
+
+from pathlib import Path
+
+import pytest
+from character_tokenizer import character_tokenizer
+from tiny_models import tiny_model
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+import moekv
+from moekv import CompressedContext, MoERouterPress
+
+DOCUMENT = "The tide covers the causeway twice a day. " * 6
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return character_tokenizer()
+
+
+def test_tokens_that_are_not_of_the_cache_are_refused(
+    tmp_path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    context = moekv.compress(model, tokenizer, DOCUMENT)
+    ids = context.input_ids[:, 1:]
+    with pytest.raises(ValueError, match=r"expected input_ids I32 \[1, \d+\]"):
+        moekv.save_cache(context.cache, tmp_path / "short", model, input_ids=ids)
+    with pytest.raises(ValueError, match="expected a cache of"):
+        CompressedContext(model, tokenizer, context.cache, ids)
+    with pytest.raises(ValueError, match=r"expected input_ids \[1, T\]"):
+        CompressedContext(model, tokenizer, DynamicCache(), ids[0])
+
+
+@pytest.mark.parametrize(
+    ("document", "press", "error", "message"),
+    [
+        (["a", "b"], None, TypeError, "expected the text of a document as str, got list"),
+        (Path("a.txt"), None, TypeError, "read_document makes one of a file"),
+        ("  \n", None, ValueError, "got an empty one"),
+        ("text", MoERouterPress, TypeError, "expected a MoERouterPress, got <class"),
+    ],
+)
+def test_wrong_documents_and_presses(
+    document: object,
+    press: object,
+    error: type[Exception],
+    message: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    with pytest.raises(error, match=message):
+        moekv.compress(model, tokenizer, document, press=press)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("question", "error", "message"),
+    [
+        (["one", "two"], TypeError, "expected a question as str, got list"),
+        (" ", ValueError, "expected a question, got an empty one"),
+    ],
+)
+def test_wrong_questions(
+    question: object,
+    error: type[Exception],
+    message: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    context = moekv.compress(model, tokenizer, DOCUMENT)
+    with pytest.raises(error, match=message):
+        context.ask(question)  # type: ignore[arg-type]
