@@ -32,6 +32,7 @@ from moekv.cache.attention import attend
 from moekv.cache.buffers import storage_bytes
 from moekv.cache.growing import GrowingLayer
 from moekv.cache.ragged import RaggedLayer
+from moekv.models.watching import Asked
 
 from .runs import Run, random_ids
 
@@ -69,8 +70,10 @@ def random_context(model: PreTrainedModel, length: int) -> Recording:
 
     hidden = random(length, config.hidden_size)
     heads = config.num_key_value_heads, length, module.head_dim
+    query = random(config.num_attention_heads, length, module.head_dim)
+    asked = Asked(query, None, None, module.scaling)
     layers = [
-        LayerTape(random(*heads), random(*heads), hidden, hidden)
+        LayerTape(random(*heads), random(*heads), hidden, hidden, asked)
         for _ in range(config.num_hidden_layers)
     ]
     return Recording(random_ids(model, length), layers)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,10 @@ from kvpress import BasePress
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from moekv.cache.attention import install
 from moekv.cache.caches import storage_bytes
 from moekv.cache.ragged import RaggedLayer
+from moekv.models.watching import Asked, report, watched
 
 
 @dataclass
@@ -31,6 +33,7 @@ class LayerTape:
     values: Tensor  # [B, H, T, Dv]
     attention: Tensor  # [B, T, hidden]
     mlp: Tensor  # [B, T, hidden]
+    asked: Asked  # its queries [B, Hq, T, D] and how they are used
 
 
 @dataclass
@@ -63,15 +66,28 @@ def record(model: PreTrainedModel, input_ids: Tensor) -> Recording:
         outputs[module] = output[0] if isinstance(output, tuple) else output
 
     modules = [m for layer in decoder_layers(model) for m in (layer.self_attn, layer.mlp)]
+    asked: dict[nn.Module, Asked] = {}
+
+    def hear(module: nn.Module, what: Asked) -> None:
+        asked[module] = replace(what, key=None, value=None)
+
     hooks = [module.register_forward_hook(keep) for module in modules]
     cache = DynamicCache()
+    install()
     try:
-        model.model(input_ids=input_ids, past_key_values=cache)
+        with watched([layer.self_attn for layer in decoder_layers(model)], hear):
+            model.model(input_ids=input_ids, past_key_values=cache)
     finally:
         for hook in hooks:
             hook.remove()
     tapes = [
-        LayerTape(cached.keys, cached.values, outputs[layer.self_attn], outputs[layer.mlp])
+        LayerTape(
+            cached.keys,
+            cached.values,
+            outputs[layer.self_attn],
+            outputs[layer.mlp],
+            asked[layer.self_attn],
+        )
         for layer, cached in zip(decoder_layers(model), cache.layers, strict=True)
     ]
     return Recording(input_ids, tapes)
@@ -82,9 +98,15 @@ def recalling(model: PreTrainedModel, recording: Recording) -> Iterator[None]:
     """Make the model's attention and MLP modules return what they returned for the recording."""
 
     def recall(attention: nn.Module, tape: LayerTape) -> None:
+        own = attention.forward
+
         def forward(
             hidden_states: Tensor, *args: Any, past_key_values: Cache, **kwargs: Any
         ) -> Any:
+            if hidden_states.shape[1] != recording.input_ids.shape[1]:  # a press asks the layer
+                return own(hidden_states, *args, past_key_values=past_key_values, **kwargs)
+            told = {"scaling": tape.asked.scaling, "softcap": tape.asked.softcap}
+            report(attention, tape.asked.query, tape.keys, tape.values, told)
             # kvpress forgets the last context's masks here, in its attention function.
             attention.masked_key_indices = None
             past_key_values.update(tape.keys.clone(), tape.values.clone(), attention.layer_idx)

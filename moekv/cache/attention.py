@@ -10,6 +10,7 @@ caches outlive the blocks in which they were compressed.
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from moekv import ops
 from moekv.cache.masks import as_seen, check_masks, held_of, shows_or_hides, tail_of
 from moekv.cache.pairs import DensePairs, RaggedPairs
-from moekv.models.watching import report, watched
+from moekv.models.watching import Asked, report, watched
 
 _NATIVE = ops.available_backends()["cpu"] is None
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -29,16 +30,47 @@ _IGNORED = {"sdpa": frozenset({"softcap", "s_aux"})}
 
 
 def install() -> None:
-    """Teach every attention function of transformers to serve compressed layers. Idempotent."""
+    """Teach every attention function of transformers to serve compressed layers. Idempotent.
+
+    Eager attention, which is not among them, is shown to whoever watches.
+    """
     check_masks()
     for name, function in list(ALL_ATTENTION_FUNCTIONS.items()):
         if not getattr(function, "serves_compressed_layers", False):
             ignored = _IGNORED.get(name, frozenset())
             ALL_ATTENTION_FUNCTIONS[name] = _serve_compressed_layers(function, ignored)
+    kind = type(ALL_ATTENTION_FUNCTIONS)
+    if not getattr(kind.get_interface, "shows_eager_attention", False):
+        kind.get_interface = _show_eager_attention(kind.get_interface)  # type: ignore[method-assign]
+
+
+def _show_eager_attention(get_interface: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(get_interface)
+    def get(self: Any, name: str, default: Callable[..., Any]) -> Any:
+        function = get_interface(self, name, default)
+        known = getattr(function, "serves_compressed_layers", False)
+        return function if known else _shown(function)
+
+    get.shows_eager_attention = True  # type: ignore[attr-defined]
+    return get
+
+
+@functools.lru_cache(maxsize=256)
+def _shown(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the eager attention of a model's file, which no name stands for."""
+
+    @functools.wraps(function)
+    def attention(
+        module: nn.Module, query: Tensor, key: Any, value: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        report(module, query, key, value, kwargs)
+        return function(module, query, key, value, *args, **kwargs)
+
+    return attention
 
 
 @contextmanager
-def last_queries(layers: Iterable[nn.Module], window: int) -> Iterator[dict[nn.Module, Tensor]]:
+def last_queries(layers: Iterable[nn.Module], window: int) -> Iterator[dict[nn.Module, Asked]]:
     """Note what attention layers ask last, which nobody has to compute again.
 
     Parameters
@@ -51,15 +83,15 @@ def last_queries(layers: Iterable[nn.Module], window: int) -> Iterator[dict[nn.M
     Yields
     ------
     dict
-        For each layer copies [B, Hq, W, D] of the rotated queries of its last call that had
-        several. Eager attention, and calls inside compiled graphs, go unseen.
+        For each layer its last call, with copies [B, Hq, W, D] of its queries, without pairs. Calls
+        inside compiled graphs go unseen.
     """
     install()
-    seen: dict[nn.Module, Tensor] = {}
+    seen: dict[nn.Module, Asked] = {}
 
-    def notice(module: nn.Module, query: Tensor) -> None:
-        if query.shape[2] > 1:
-            seen[module] = copy_last(query, window)
+    def notice(module: nn.Module, asked: Asked) -> None:
+        last = copy_last(asked.query, window)
+        seen[module] = replace(asked, query=last, key=None, value=None)
 
     with watched(layers, notice):
         yield seen
@@ -120,13 +152,14 @@ def _serve_compressed_layers(
     ) -> Any:
         if isinstance(key, DensePairs) and isinstance(attention_mask, Tensor):
             attention_mask = held_of(attention_mask, key.layer, key.shape[2])
-        if isinstance(key, (RaggedPairs, DensePairs)):
-            told = {name: x for name, x in kwargs.items() if name not in ignored}
-            if isinstance(key, RaggedPairs):
-                return attend(module, query, key, attention_mask, **told), None
-            if _is_step(module, query, key, value, attention_mask, *args, **told):
-                return _attend_dense(query, key, value, attention_mask, told.get("scaling")), None
-        report(module, query)
+        told = {name: x for name, x in kwargs.items() if name not in ignored}
+        report(module, query, key, value, told)
+        if isinstance(key, RaggedPairs):
+            return attend(module, query, key, attention_mask, **told), None
+        if isinstance(key, DensePairs) and _is_step(
+            module, query, key, value, attention_mask, *args, **told
+        ):
+            return _attend_dense(query, key, value, attention_mask, told.get("scaling")), None
         return function(module, query, key, value, attention_mask, *args, **kwargs)
 
     attention.serves_compressed_layers = True  # type: ignore[attr-defined]

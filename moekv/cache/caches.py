@@ -1,5 +1,6 @@
 """Which caches can be served, and how pairs leave them."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -21,12 +22,20 @@ from moekv.cache.ragged import RaggedLayer
 from moekv.cache.static import CompactStaticLayer
 
 
-def check_cache(cache: Any, *, grown: bool = False, static: str | None = None) -> None:
+def check_cache(
+    cache: Any,
+    *,
+    indices: Collection[int] | None = None,
+    grown: bool = False,
+    static: str | None = None,
+) -> None:
     """Raise unless pairs can be evicted from a cache.
 
     Parameters
     ----------
     cache : transformers.Cache
+    indices : collection of int, optional
+        Of the layers that are to be compressed, by default all; others may be of any kind.
     grown : bool
         Whether its layers may have been compressed before.
     static : str, optional
@@ -45,7 +54,8 @@ def check_cache(cache: Any, *, grown: bool = False, static: str | None = None) -
             f"an offloaded {type(cache).__name__}, whose layers are not where they are rated",
             "fill and compress a plain one, and give its layers to the offloaded one",
         )
-    kinds = {type(layer) for layer in cache.layers}
+    layers = [x for i, x in enumerate(cache.layers) if indices is None or i in indices]
+    kinds = {type(layer) for layer in layers}
     kinds.add(cache.layer_class_to_replicate or DynamicLayer)
     served = {DynamicLayer, DynamicSlidingWindowLayer}
     if is_static(cache):
@@ -147,7 +157,7 @@ def evict(cache: Cache, index: int, kept: Kept, *, backend: str) -> tuple[int, i
 def growing(cache: Cache, index: int, *, backend: str) -> CompressedLayer:
     """Make sure that a layer appends in place and remembers; a plain one is replaced."""
     layer = cache.layers[index]
-    if type(layer) is DynamicLayer:
+    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):  # whose window never fills
         layer = cache.layers[index] = GrowingLayer(*cached_pairs(layer), backend=backend)
     assert isinstance(layer, CompressedLayer)
     return layer

@@ -9,7 +9,7 @@ from moekv.cache.layer import CompressedLayer
 from moekv.cache.parts import KINDS, TABLES, backend_of, notes_of
 
 FLOATING = ("F32", "F16", "BF16")
-"""Dtypes of pairs and of hidden states, as safetensors calls them."""
+"""Dtypes of pairs, hidden states and queries, as safetensors calls them."""
 
 _MOST = 2**40  # tokens or pairs
 _MOST_SLOTS = 2**24  # which are allocated
@@ -55,7 +55,7 @@ def check(
     shapes = dict(kind.tensors)
     if compressed:
         _check_beside(description, within)
-        shapes |= {"recent": "BMC"} if "recent" in description else {}
+        shapes |= {"recent": "BMC", "asked": "BMQE"} if "recent" in description else {}
     own = {name: x for name, x in found.items() if not name.startswith("notes.")}
     size = _sizes(own, shapes, within)
     length = kind.length(description, size)

@@ -12,20 +12,22 @@ from moekv.cache.layer import CompressedLayer
 from moekv.cache.recent import RecentStates
 
 
-def remember(layer: CompressedLayer, hidden_states: Tensor, window: int) -> None:
-    """Keep the last inputs of an attention layer beside its cache.
+def remember(layer: CompressedLayer, hidden_states: Tensor, queries: Tensor, window: int) -> None:
+    """Keep the last inputs of an attention layer, and what it asked, beside its cache.
 
     Parameters
     ----------
     layer : CompressedLayer
         Already with the pairs of these tokens.
     hidden_states : Tensor [B, Q, hidden]
+    queries : Tensor [B, Hq, W, D]
+        Of the last of these tokens; all, or as many as are to be remembered.
     window : int
         Tokens to remember.
     """
     if layer.recent is None or layer.recent.size != window:
         layer.recent = RecentStates(window)
-    layer.recent.append(hidden_states, layer.get_seq_length())
+    layer.recent.append(hidden_states, queries, layer.get_seq_length())
 
 
 def take_notes(read: Tensor, kept: Kept | None, *, backend: str) -> CompressedLayer:

@@ -132,6 +132,7 @@ def _beside(layer: CompressedLayer, index: int, description: dict[str, Any]) -> 
     parts: dict[str, Tensor] = {}
     if layer.recent is not None and layer.recent.count:
         parts["recent"] = layer.recent.states(layer.recent.count)
+        parts["asked"] = layer.recent.queries(layer.recent.count).transpose(1, 2)
         description["recent"] = {"size": layer.recent.size, "end": layer.recent.end}
     if (notes := layer.whole_notes()) is not None:
         noted, description["notes"] = take_apart(notes, index)
@@ -157,7 +158,7 @@ def put_together(parts: Mapping[str, Tensor], description: Mapping[str, Any]) ->
         layer.counted = (epoch, count)
         if recent := description.get("recent"):
             layer.recent = RecentStates(recent["size"])
-            layer.recent.append(parts["recent"], recent["end"])
+            layer.recent.append(parts["recent"], parts["asked"].transpose(1, 2), recent["end"])
         if "notes" in description:
             layer.notes = notes = put_together(notes_of(parts), description["notes"])
             for name in TABLES:

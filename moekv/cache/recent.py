@@ -1,4 +1,4 @@
-"""The last inputs of an attention layer, kept beside its cache."""
+"""The last inputs of an attention layer and what it asked, kept beside its cache."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from moekv.cache.buffers import writable
 
 
 class RecentStates:
-    """A ring of hidden states, from which the queries of the last tokens can be formed.
+    """A ring of hidden states and queries of the last tokens.
 
     It belongs to a cache layer, whose rows it follows when they are reordered, and whose length
     tells it about tokens that were taken off or came unseen.
@@ -23,14 +23,16 @@ class RecentStates:
         self.count = 0
         self.end = 0  # length of the cache layer behind the newest token
         self._next = 0
-        self._ring: Tensor | None = None
+        self._rings: list[Tensor] = []  # [B, size, hidden] and [B, size, Hq, D]
 
-    def append(self, states: Tensor, end: int) -> None:
+    def append(self, states: Tensor, queries: Tensor, end: int) -> None:
         """Remember the states of new tokens.
 
         Parameters
         ----------
         states : Tensor [B, Q, hidden]
+        queries : Tensor [B, Hq, W, D]
+            Of the last of these tokens; all, or as many as are to be remembered.
         end : int
             Length of the cache layer, the new tokens included.
         """
@@ -38,16 +40,16 @@ class RecentStates:
         # Fewer: tokens were taken off the cache. More: some came that were not seen here.
         self.forget(self.count if unseen > 0 else -unseen)
         self.end = end
-        batch, _, dim = states.shape
-        if self._ring is None or self._ring.shape[0] != batch:
-            self._ring = states.new_empty(batch, self.size, dim)
+        new = (states[:, -self.size :], queries[:, :, -self.size :].transpose(1, 2))
+        if not self._rings or self._rings[0].shape[0] != len(states):
+            self._rings = [x.new_empty(len(x), self.size, *x.shape[2:]) for x in new]
             self.count = self._next = 0
-        states = states.detach()[:, -self.size :]
-        fed = states.shape[1]
+        fed = new[0].shape[1]
         until_end = min(fed, self.size - self._next)
-        self._ring = writable(self._ring)
-        self._ring[:, self._next : self._next + until_end] = states[:, :until_end]
-        self._ring[:, : fed - until_end] = states[:, until_end:]
+        self._rings = [writable(ring) for ring in self._rings]
+        for ring, x in zip(self._rings, new, strict=True):
+            ring[:, self._next : self._next + until_end] = x[:, :until_end].detach()
+            ring[:, : fed - until_end] = x[:, until_end:].detach()
         self._next = (self._next + fed) % self.size
         self.count = min(self.count + fed, self.size)
 
@@ -63,13 +65,18 @@ class RecentStates:
 
     def states(self, newest: int) -> Tensor:
         """Return the newest states [B, N, hidden] in order, ``N = min(newest, count)``."""
-        assert self._ring is not None
+        return self._newest(self._rings[0], newest)
+
+    def queries(self, newest: int) -> Tensor:
+        """Return what was asked for the newest tokens: [B, Hq, N, D]."""
+        return self._newest(self._rings[1], newest).transpose(1, 2)
+
+    def _newest(self, ring: Tensor, newest: int) -> Tensor:
         begin = self._next - min(newest, self.count)
         if begin >= 0:
-            return self._ring[:, begin : self._next]
-        return torch.cat([self._ring[:, begin:], self._ring[:, : self._next]], dim=1)
+            return ring[:, begin : self._next]
+        return torch.cat([ring[:, begin:], ring[:, : self._next]], dim=1)
 
     def select(self, rows: Tensor) -> None:
         """Give batch row b the states of row ``rows[b]``."""
-        if self._ring is not None:
-            self._ring = self._ring[rows.to(self._ring.device)]
+        self._rings = [ring[rows.to(ring.device)] for ring in self._rings]

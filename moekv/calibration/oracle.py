@@ -20,8 +20,9 @@ from moekv.experts.learned import places
 from moekv.experts.registry import build_experts
 from moekv.experts.view import LayerView
 from moekv.models.chat import user_turn
-from moekv.models.hooks import cache_argument, find_layers, is_sliding
-from moekv.models.queries import logit_options, project_queries, rotate
+from moekv.models.hooks import cache_argument, find_layers, is_sliding, rotary_in
+from moekv.models.queries import logit_options
+from moekv.models.watching import Asked, ask
 from moekv.ops import ScoreKind
 
 REPEAT = "\n\nRepeat the previous context exactly."
@@ -114,7 +115,7 @@ class Oracle:
         cache = DynamicCache()
         with last_queries(self.layers, self.config.window) as queries:
             first = self._run(prompt, cache)
-        look_at = ViewBuilder(getattr(self.decoder, "rotary_emb", None))
+        look_at = ViewBuilder(rotary_in(self.decoder))
         scores, novelty = [], []
         for layer in self.layers:
             view = self._look(look_at, layer, cache, *first[layer], queries.get(layer))
@@ -157,7 +158,7 @@ class Oracle:
         cache: DynamicCache,
         hidden: Tensor,
         kwargs: dict[str, Any],
-        queries: Tensor | None,
+        asked: Asked | None,
     ) -> LayerView:
         kinds = sorted({ScoreKind.DIVERSITY}.union(*(expert.kinds for expert in self.experts)))
         keys, values = cached_pairs(cache.layers[layer.layer_idx])  # type: ignore[index]
@@ -171,7 +172,7 @@ class Oracle:
             window=self.config.window,
             kinds=kinds,
             backend="auto",
-            queries=queries,
+            asked=asked,
         )
 
     def _attention(
@@ -186,10 +187,12 @@ class Oracle:
         keys, _ = cached_pairs(cache.layers[layer.layer_idx])  # type: ignore[index]
         keys = keys[0]
         num_heads, total, dim = keys.shape
-        queries = rotate(layer, project_queries(layer, hidden), *kwargs["position_embeddings"])
-        queries = queries[0].to(keys.dtype)
+        asked = ask(layer, hidden, kwargs, num_keys)
+        queries = asked.query[0].to(keys.dtype)
         num_queries = queries.shape[1]
-        scaling, softcap = (logit_options(layer)[name] for name in ("scaling", "softcap"))
+        scaling, softcap = (
+            logit_options(layer, asked, dim)[name] for name in ("scaling", "softcap")
+        )
         exponent = self.config.exponent
         column = torch.arange(total, device=keys.device)
         seen = torch.zeros(num_heads, num_keys, device=keys.device)

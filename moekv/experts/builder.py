@@ -8,11 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from moekv.experts.view import LayerView
-from moekv.models.queries import (
-    as_queries,
-    learn_rotation,
-    window_queries,
-)
+from moekv.models.queries import learn_rotation, logit_options, window_queries
+from moekv.models.watching import Asked
 from moekv.ops import ScoreKind
 
 
@@ -27,7 +24,7 @@ class ViewBuilder:
 
     def __init__(self, rotary: nn.Module | None = None) -> None:
         self.rotary = rotary
-        self._turned: dict[Any, Tensor] = {}
+        self._turned: dict[Any, Any] = {}
         self._mask: weakref.ref[Tensor] | None = None
         self._starts: tuple[int, ...] = ()
         self._copies: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
@@ -44,8 +41,8 @@ class ViewBuilder:
         window: int,
         kinds: Sequence[ScoreKind],
         backend: str,
-        queries: Tensor | None = None,
-        projected: Tensor | None = None,
+        asked: Asked | None = None,
+        expects: bool = False,
     ) -> LayerView:
         """Look at one layer.
 
@@ -61,12 +58,11 @@ class ViewBuilder:
             Scores that the view can give.
         backend : str
             Of the ops.
-        queries : Tensor [B, Hq, W, D], optional
-            The last rotated queries of a whole prefill, where they are at hand. None, or another
-            number than `window` asks for: they are computed from the hidden states.
-        projected : Tensor, optional
-            What the layer's query projection gave for the hidden states, see
-            :func:`projected_queries`.
+        asked : Asked, optional
+            What the layer asked in its last call, at least for the window. None, or for fewer
+            tokens: it is asked again.
+        expects : bool
+            Whether the queries of all tokens are wanted, see ``LayerView.expected``.
 
         Returns
         -------
@@ -100,11 +96,19 @@ class ViewBuilder:
             min(max(start - first, 0), num_keys)
             for start in self.row_starts(kwargs.get("attention_mask"), len(keys))
         ]
-        projected = as_queries(module, projected, num_tokens)
-        if queries is not None and whole and offset is not None:
-            learn_rotation(module, hidden_states, kwargs, queries, projected)
-        if queries is None or queries.shape[2] != min(window, num_tokens):
-            queries = window_queries(module, hidden_states, kwargs, window, offset, self.rotary)
+        count, everything = min(window, num_tokens), None
+        if asked is None or asked.query.shape[2] < count:
+            asked = window_queries(module, hidden_states, kwargs, window, offset, self.rotary)
+        elif (
+            expects
+            and asked.query.shape[2] == num_tokens
+            and learn_rotation(module, hidden_states, kwargs, asked.query) is not None
+        ):
+            everything = asked.query
+        queries = asked.query[:, :, asked.query.shape[2] - count :]
+        if isinstance(asked.key, Tensor) and _row_of(asked.key) != _row_of(keys):
+            # They were made of what is cached; of a static cache's all slots, filled or not.
+            keys, values = asked.key[:, :, :num_keys], asked.value[:, :, :num_keys]
         start = None
         if any(starts):
             start = self.on_device(tuple(starts), keys.device)
@@ -113,7 +117,7 @@ class ViewBuilder:
             hidden_states=hidden_states,
             keys=keys,
             values=values,
-            queries=queries.to(keys.dtype),
+            queries=queries.to(keys.dtype, copy=True, memory_format=torch.contiguous_format),
             start=start,
             lengths=tuple(num_keys - start for start in starts),
             begins=first == 0,
@@ -122,9 +126,10 @@ class ViewBuilder:
             kwargs=kwargs,
             kinds=kinds,
             backend=backend,
-            projected=projected,
+            asked=everything,
             rotary=self.rotary,
             turned=self._turned,
+            logits=logit_options(module, asked, queries.shape[3]),
         )
 
     def row_starts(self, mask: Any, batch: int) -> tuple[int, ...]:
@@ -180,6 +185,12 @@ def read_starts(mask: Tensor) -> tuple[int, ...]:
     if mask.dim() == 4 and (any(starts) or mask.shape[1] > 1):
         _check_padding(_seen(mask, True), first)
     return tuple(starts)
+
+
+def _row_of(pairs: Tensor) -> tuple[int, ...]:
+    """Give the sizes of all the pairs of a token: rows, heads, channels."""
+    batch, heads, _, dim = pairs.shape
+    return batch, heads, dim
 
 
 def _seen(mask: Tensor, additive: bool) -> Tensor:

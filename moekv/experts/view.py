@@ -10,13 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moekv import ops
-from moekv.models.queries import (
-    logit_options,
-    project_queries,
-    rotate,
-    rotates,
-    rotations,
-)
+from moekv.models.queries import behind, logit_options, next_queries
 from moekv.ops import ScoreKind
 from moekv.ops.reference.expected_attention import REACH
 
@@ -68,14 +62,17 @@ class LayerView:
     notes : tuple of two Tensor [B, H, T], float32, or None
         For a calibrated router, of a cache that is compressed again: what it read of each pair's
         hidden state when the token came, and the token's position in its row.
-    projected : Tensor [B, Hq, N, D] or None
-        What the layer asks before queries are rotated, where it is at hand.
+    asked : Tensor [B, Hq, N, D] or None
+        What the layer asks for all tokens, where that is at hand and can be turned on.
     read : Tensor [B, N, H + E] or None
         What a calibrated router has read of the hidden states.
     rotary : nn.Module or None
         The decoder's rotary embedding, for layers that have none of their own.
     turned : dict
-        Shared by the views of a forward: what turns keys back from its end.
+        Shared by the views of a forward: what turns its queries on to its end.
+    logits : dict
+        ``scaling`` and ``softcap``, which make logits of the products of queries and keys; not
+        given: as the layer itself says.
     """
 
     module: nn.Module
@@ -92,10 +89,15 @@ class LayerView:
     kinds: Sequence[ScoreKind] = tuple(ScoreKind)
     backend: str = "auto"
     notes: tuple[Tensor, Tensor] | None = None
-    projected: Tensor | None = None
+    asked: Tensor | None = None
     read: Tensor | None = None
     rotary: nn.Module | None = None
-    turned: dict[Any, Tensor] = field(default_factory=dict)
+    turned: dict[Any, Any] = field(default_factory=dict)
+    logits: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Ask the layer for what was not given."""
+        self.logits = self.logits or logit_options(self.module, None, self.queries.shape[3])
 
     def released(self) -> "LayerView":
         """Give this view without hidden states and queries; what was made of them stays.
@@ -106,7 +108,7 @@ class LayerView:
         view = copy.copy(self)
         view.hidden_states = self.hidden_states.new_empty(*self.hidden_states.shape[:2], 0)
         view.queries = view.hidden_states
-        view.attentions, view.projected, view.kwargs = None, None, {}
+        view.attentions, view.asked, view.kwargs = None, None, {}
         return view
 
     @property
@@ -185,7 +187,7 @@ class LayerView:
             queries,
             self.start,
             kinds=kinds,
-            **self._logits,
+            **self.logits,
             pool=POOL,
             lag=LAG,
             backend=self.backend,
@@ -204,8 +206,8 @@ class LayerView:
 
         Raises
         ------
-        ValueError
-            The layer forms its queries in a way of its own.
+        NotImplementedError
+            The layer's queries can neither be seen nor asked for.
         """
         return self._expected
 
@@ -224,62 +226,30 @@ class LayerView:
         -------
         Tensor [B, H, T], float32
         """
-        back = self._turned_back()[:, None]
-        queries = torch.matmul(self._asked().to(keys.dtype), back.mT)  # fewer than keys
-        batch, heads, count, dim = queries.shape
-        grouped = queries.view(batch, keys.shape[1], -1, dim)
+        queries = self._behind().to(keys.dtype) * self.logits["scaling"]
+        batch, _, count, dim = queries.shape
+        grouped = queries.reshape(batch, keys.shape[1], -1, dim)
         logits = torch.matmul(grouped, keys.mT).float()
-        if softcap := self._logits["softcap"]:
+        if softcap := self.logits["softcap"]:
             logits = softcap * torch.tanh(logits / softcap)
         looks = logits.softmax(-1)[..., -count:].square()
         looks = looks.view(batch, keys.shape[1], -1, count, count).mean(2)
-        behind = torch.ones_like(looks[0, 0]).triu().tril(REACH)  # from a token on, and no farther
-        return (looks * behind).sum(-2).clamp(min=1e-36).log() / 2
+        near = torch.ones_like(looks[0, 0]).triu().tril(REACH)  # from a token on, and no farther
+        return (looks * near).sum(-2).clamp(min=1e-36).log() / 2
 
-    def _asked(self) -> Tensor:
-        """Give what the tokens ask [B, Hq, N, D]: queries that nobody has rotated."""
-        if rotates(self.module) is None:
-            raise ValueError(
-                "expected an attention layer whose queries are its projected inputs, normed or "
-                f"not, and rotated or not, got {type(self.module).__name__} whose are others; "
-                "choose experts that need no queries but the last, as MoERouterPress(num_experts=4)"
-            )
-        if self.projected is not None:
-            return self.projected
-        return project_queries(self.module, self.hidden_states)
+    def _behind(self) -> Tensor:
+        """Give what the tokens ask where they stand behind the last one: [B, Hq, N, D]."""
+        given = self.module, self.hidden_states, self.kwargs, self.rotary
+        if self.asked is None:
+            return next_queries(*given)
+        return behind(self.asked, *given, self.turned)
 
     @functools.cached_property
     def _expected(self) -> Tensor:
-        asked = self._asked()
-        keys = torch.matmul(self.keys, self._turned_back()[:, None])
         return ops.expected_attention(
-            asked.to(keys.dtype),
-            keys,
+            self._behind().to(self.keys.dtype),
+            self.keys,
             self.start,
-            softcap=self._logits["softcap"],
+            **self.logits,
             backend=self.backend,
         )
-
-    @functools.cached_property
-    def _logits(self) -> dict[str, float]:
-        return logit_options(self.module)
-
-    def _turned_back(self) -> Tensor:
-        """Matrices [B or 1, D, D] that turn keys back by the position behind the last token.
-
-        Their products with queries that nobody has rotated are then the logits of queries that
-        stand there: a query turned forward is many numbers more.
-        """
-        scaling = self._logits["scaling"]
-        dtype, device = self.keys.dtype, self.keys.device
-        # The layers of a forward most likely share their rotations, and this as well.
-        shared = id(self.kwargs["position_embeddings"][0])  # as long as the forward lasts
-        key = shared, scaling, dtype, device, rotates(self.module)
-        back = self.turned.get(key)
-        if back is None:
-            eye = torch.eye(self.keys.shape[3], device=device)
-            cos, sin = rotations(self.module, eye, self.kwargs, range(1, 2), self.rotary)
-            forward = rotate(self.module, eye.expand(len(cos), 1, -1, -1), cos, sin)[:, 0]
-            back = (forward.mT * scaling).to(dtype)
-            self.turned[key] = back
-        return back

@@ -187,8 +187,10 @@ def _parts(name: str) -> tuple[str, Any] | None:
 def _what_must_be_equal(model: Any) -> dict[str, Any]:
     config = model.config.get_text_config(decoder=True)
     equal = {name: value for name in _FIELDS if (value := getattr(config, name, None)) is not None}
-    heads = config.num_attention_heads
-    equal["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // heads
+    equal["head_dim"] = getattr(config, "head_dim", None)
+    heads, size = equal.get("num_attention_heads"), equal.get("hidden_size")
+    if equal["head_dim"] is None and isinstance(heads, int) and isinstance(size, int):
+        equal["head_dim"] = size // heads
     rotation = getattr(config, "rope_parameters", None) or {
         "rope_theta": getattr(config, "rope_theta", None),
         "rope_scaling": getattr(config, "rope_scaling", None),
@@ -245,7 +247,7 @@ class _Sums:
 @torch.no_grad()
 def _sketch(decoder: nn.Module, mesh: Any) -> Any:
     sums = {group: _Sums(count) for group, count in _COUNTS.items()}
-    layers: Any = decoder.layers
+    layers = _blocks(decoder)
     embedding = read_weight(decoder.get_input_embeddings(), mesh=mesh)  # type: ignore[operator]
     if embedding is not None:
         if len(embedding) >= _TOKENS:  # of fewer, noise does not cancel
@@ -269,6 +271,14 @@ def _sketch(decoder: nn.Module, mesh: Any) -> Any:
         for vector in vectors:
             sums[form].add(None if vector is None else _evened(vector.to(dtype)))
     return torch.cat([sums[group].result() for group in _COUNTS]).numpy()
+
+
+def _blocks(decoder: nn.Module) -> nn.ModuleList:
+    """Find the list of a decoder's blocks, by whatever name."""
+    attention = set(find_layers(decoder)[1])
+    lists = (x for x in decoder.modules() if isinstance(x, nn.ModuleList))
+    found = (x for x in lists if attention <= set(x.modules()))
+    return next(found, nn.ModuleList([decoder]))
 
 
 def _spread(rows: Tensor, count: int) -> Tensor:

@@ -5,6 +5,7 @@ when its block begins (:func:`check_transformers`, :func:`find_layers`), so that
 version changes is an error and no press that does nothing.
 """
 
+import functools
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,15 +14,15 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-CACHE_NAMES = ("past_key_values", "cache")
-"""What forwards call their cache, that of the transformers that runs first: since 5.24 the last."""
+CACHE_NAMES: tuple[str, ...] = ("past_key_values", "cache", "past_key_value", "layer_past")
+"""What forwards call their cache, that of the transformers that runs first: since 5.24 `cache`."""
 if "cache" in inspect.signature(create_causal_mask).parameters:
-    CACHE_NAMES = CACHE_NAMES[::-1]
+    CACHE_NAMES = ("cache", *(name for name in CACHE_NAMES if name != "cache"))
 
 CROPS_BY_COUNT = "tokens_to_remove" in inspect.signature(DynamicLayer.crop).parameters
 """Whether 0 crops nothing off a cache, or everything, as it once did."""
@@ -119,84 +120,151 @@ def find_layers(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
     Returns
     -------
     decoder : nn.Module
+        The innermost model that holds them all.
     layers : list of nn.Module
+        Those that write pairs of their own to a cache: no cross attention, no recurrent layers.
 
     Raises
     ------
     TypeError
-        The model has no ``layers[i].self_attn``, or is in float64.
+        There is none, or what there is cannot be served: positions that are told by distances
+        within the cache, float64.
     """
-    decoder: Any = getattr(model, "model", model)
-    decoder = getattr(decoder, "language_model", decoder)
-    layers: list[Any] = [
-        getattr(layer, "self_attn", None) for layer in getattr(decoder, "layers", ())
+    layers = [
+        module
+        for name, module in model.named_modules()
+        if _is_attention(module) and not any(word in name for word in ("cross", "encoder_attn"))
     ]
-    if not layers or not all(hasattr(layer, "layer_idx") for layer in layers):
+    layers = [layer for layer in layers if not any(_is_attention(x) for x in _inside(layer))]
+    layers = [layer for layer in layers if not getattr(layer, "is_kv_shared_layer", False)]
+    indices = [index_of(layer) for layer in layers]
+    if not layers or sorted(set(indices)) != sorted(indices):
         raise TypeError(
-            "expected a decoder-only transformers model with `model.layers[i].self_attn`, "
-            f"got {type(model).__name__}"
+            "expected a decoder-only transformers model, each of whose attention layers has a "
+            f"cache layer of its own by `layer_idx`, got {type(model).__name__} with those of "
+            f"{sorted(indices)}"
+        )
+    biased = {"alibi", "position_bias", "rel_pos"} & set(_parameters(_kind(layers[0])))
+    biased -= {"alibi"} if getattr(config_of(layers[0]), "alibi", True) is False else set()
+    if biased or "relative" in str(getattr(layers[0], "position_embedding_type", "")):
+        raise TypeError(
+            "expected a model that tells positions by its keys, got "
+            f"{type(model).__name__}, which tells them by distances within the cache "
+            f"({', '.join(biased) or 'relative positions'}): they are wrong once pairs are evicted"
         )
     first = next(layers[0].parameters(), None)  # none: quantised as torch does it
     if first is not None and first.dtype == torch.float64:
         raise TypeError("expected a model in float32, float16 or bfloat16, got float64")
+    layers.sort(key=index_of)
+    decoder = model
+    for module in model.modules():  # from the outside in
+        if isinstance(module, PreTrainedModel) and set(layers) <= set(module.modules()):
+            decoder = module
     return decoder, layers
 
 
-def is_sliding(layer: Any) -> bool:
+def _inside(layer: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in layer.modules() if module is not layer)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """Say whether a module is a decoder's attention layer, by its name and what it takes."""
+    name = type(module).__name__
+    return (
+        isinstance(getattr(module, "layer_idx", None), int)
+        and any(word in name for word in ("Attention", "Attn", "MLA"))
+        and not any(word in name for word in _NO_ATTENTION)
+        and not getattr(module, "is_cross_attention", False)
+        and not {"encoder_hidden_states", "key_value_states", "cross_attention_states"}
+        & set(_needed(_kind(module)))
+        and _parameters(_kind(module))[:1] == ("hidden_states",)
+        and any(name in _parameters(_kind(module)) for name in CACHE_NAMES)
+    )
+
+
+_NO_ATTENTION = ("CrossAttention", "DecoderLayer", "Block", "Delta", "Lightning", "Mamba")
+"""What layers are called that hold attention layers, or no pairs."""
+
+
+def _kind(module: nn.Module) -> Any:
+    return type(module)
+
+
+@functools.cache
+def _parameters(kind: Any) -> tuple[str, ...]:
+    """Names of what a module's forward takes, in order."""
+    forward: Any = inspect.unwrap(kind.forward)
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+@functools.cache
+def _needed(kind: Any) -> tuple[str, ...]:
+    """Names of what a module's forward cannot do without."""
+    forward: Any = inspect.unwrap(kind.forward)
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    return tuple(x.name for x in parameters if x.default is x.empty)
+
+
+def needed_by(layer: nn.Module) -> tuple[str, ...]:
+    """Name the arguments, but for its inputs, that an attention layer cannot do without."""
+    return _needed(_kind(layer))[1:]
+
+
+def config_of(layer: nn.Module, default: Any = None) -> Any:
+    """Return the configuration that an attention layer goes by."""
+    return getattr(layer, "config", default)
+
+
+def is_sliding(layer: Any, config: Any = None) -> bool:
     """Say whether an attention layer sees anything but the whole past.
+
+    A window that no text of the model's fills hides nothing (Phi-3.5, Phi-4).
 
     Parameters
     ----------
     layer : nn.Module
-        With ``config`` and ``layer_idx``.
+        With ``layer_idx``.
+    config : PreTrainedConfig, optional
+        Of the text decoder, for layers without one.
 
     Returns
     -------
     bool
     """
-    config = layer.config
-    if getattr(config, "layer_types", None) is not None:
-        kind: str = config.layer_types[layer.layer_idx]
-        return kind != "full_attention"
-    return getattr(config, "sliding_window", None) is not None
+    config = config_of(layer, config)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    kind = kinds[layer.layer_idx] if kinds is not None else None
+    if kind in ("full_attention", "attention"):
+        return False
+    if kind is None and window is None:
+        return getattr(config, "attention_chunk_size", None) is not None
+    if kind not in (None, "sliding_attention") or not isinstance(window, int):
+        return True
+    return window < (getattr(config, "max_position_embeddings", None) or window + 1)
 
 
-def has_own_attention(layer: Any) -> bool:
-    """Say whether an attention layer runs attention of its model's own file.
-
-    So does eager attention, and every implementation of models that have a class for each
-    (Nemotron, DiffLlama).
-    """
-    of_class = type(layer).__name__.endswith(("SdpaAttention", "FlashAttention2"))
-    return of_class or layer.config._attn_implementation == "eager"
+def looks_up(layer: nn.Module) -> bool:
+    """Say whether an attention layer calls a function that is looked up by name."""
+    return _looks_up(_kind(layer))
 
 
-def check_attention(layer: nn.Module, what: str) -> None:
-    """Raise unless the model's attention implementation can serve ragged layers.
+@functools.cache
+def _looks_up(kind: Any) -> bool:
+    names = inspect.unwrap(kind.forward).__code__.co_names
+    return "ALL_ATTENTION_FUNCTIONS" in names
 
-    Parameters
-    ----------
-    layer : nn.Module
-        An attention layer of the model.
-    what : str
-        What makes the layers ragged, for the message.
 
-    Raises
-    ------
-    ValueError
-        It is of the model's own file, out of reach.
-    """
-    if layer.config._attn_implementation == "eager":  # type: ignore[union-attr]
-        raise ValueError(
-            f"expected an attention implementation such as 'sdpa' for {what}, got 'eager', which "
-            'reads dense caches only; load the model with attn_implementation="sdpa"'
-        )
-    if has_own_attention(layer):
-        raise ValueError(
-            f"expected a model whose attention can be replaced for {what}, got "
-            f"{type(layer).__name__}, which reads dense caches only; use budget='uniform' and rows "
-            "without padding"
-        )
+def implementation_of(layer: nn.Module) -> str:
+    """Name an attention layer's implementation."""
+    return str(getattr(getattr(layer, "config", None), "_attn_implementation", "eager"))
+
+
+def rotary_in(decoder: nn.Module) -> nn.Module | None:
+    """Find a decoder's rotary embedding, by whatever name."""
+    found: Any = getattr(decoder, "rotary_emb", None)
+    children = (x for x in decoder.children() if "Rotary" in type(x).__name__)
+    return found if found is not None else next(children, None)
 
 
 @contextmanager
@@ -209,7 +277,7 @@ def lent_rotary(decoder: nn.Module, layers: Iterable[nn.Module]) -> Iterator[Non
     layers : iterable of nn.Module
         Its attention layers; those that have one of their own keep it.
     """
-    rotary: Any = getattr(decoder, "rotary_emb", None)
+    rotary: Any = rotary_in(decoder)
     bare = [layer for layer in layers if not hasattr(layer, "rotary_emb")]
     try:
         for layer in bare:
@@ -238,13 +306,21 @@ def attentions_of(output: Any) -> torch.Tensor | None:
     return output[1] if isinstance(output, tuple) and len(output) > 1 else None
 
 
+def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Name the arguments of an attention layer's forward, of which the first are its inputs."""
+    if not args:
+        return kwargs
+    named = dict(zip(_parameters(_kind(module)), args, strict=False)) | kwargs
+    return {"hidden_states": args[0]} | named
+
+
 def hook_arguments(kwargs: Mapping[str, Any]) -> tuple[Tensor, Any]:
     """Take from the keyword arguments of an attention layer what a press cannot do without.
 
     Parameters
     ----------
     kwargs : mapping
-        ``position_embeddings`` must be among them.
+        See :func:`by_name`.
 
     Returns
     -------
@@ -257,7 +333,7 @@ def hook_arguments(kwargs: Mapping[str, Any]) -> tuple[Tensor, Any]:
         One is missing, as in a version of transformers that calls its layers in another way; or
         there is no cache.
     """
-    for names in (("hidden_states",), CACHE_NAMES, ("position_embeddings",)):
+    for names in (("hidden_states",), CACHE_NAMES):
         if not any(name in kwargs for name in names):
             raise _called_without(names[0], kwargs)
     cache = cache_of(kwargs)
@@ -266,19 +342,13 @@ def hook_arguments(kwargs: Mapping[str, Any]) -> tuple[Tensor, Any]:
     return kwargs["hidden_states"], cache
 
 
-def positions_of(kwargs: Mapping[str, Any]) -> Tensor:
-    """Find the positions [B or 1, Q] of the tokens that an attention layer was fed.
-
-    Raises
-    ------
-    RuntimeError
-        The layer was told none.
-    """
+def positions_of(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Find the positions [B or 1, Q] of the tokens that an attention layer was fed, if told any."""
     if (position_ids := kwargs.get("position_ids")) is not None:
         return position_ids  # type: ignore[no-any-return]
     if (position := kwargs.get("cache_position")) is not None:
         return position[None]  # type: ignore[no-any-return]
-    raise _called_without("position_ids", kwargs)
+    return None
 
 
 def _called_without(name: str, kwargs: Mapping[str, Any]) -> RuntimeError:

@@ -13,6 +13,7 @@ from transformers import Cache
 from moekv.budget import kept_pairs
 from moekv.experts.builder import ViewBuilder
 from moekv.models.hooks import index_of
+from moekv.models.watching import Asked
 from moekv.press.options import Options
 from moekv.press.rating import Rater
 from moekv.press.stats import Statistics
@@ -99,10 +100,8 @@ class Call:
         Of its forward.
     attentions : Tensor or None
         Attention weights, where the implementation returns them.
-    queries : Tensor [B, Hq, W, D] or None
-        Its last rotated queries, where they were seen.
-    projected : Tensor or None
-        See ``moekv.models.queries.projected_queries``.
+    asked : Asked or None
+        What it asked, where that was seen.
     """
 
     module: nn.Module
@@ -110,8 +109,7 @@ class Call:
     cache: Cache
     kwargs: dict[str, Any]
     attentions: Tensor | None
-    queries: Tensor | None
-    projected: Tensor | None
+    asked: Asked | None
 
     @property
     def index(self) -> int:
@@ -128,9 +126,6 @@ class Strategy(ABC):
     view : ViewBuilder
         Of this forward.
     """
-
-    asks = False
-    """Whether it wants to see the layers' queries."""
 
     def __init__(self, plan: Plan, view: ViewBuilder) -> None:
         self.plan = plan
@@ -157,18 +152,12 @@ class Forward:
     ----------
     strategy : Strategy or None
         None: nothing is to be done, as in a decode step over what was compressed.
-    queries, projected : dict
-        Of each layer, until it hands them over.
+    asked : dict
+        What each layer asked, until it hands that over.
     handle : RemovableHandle
         Of the hook that ends it.
     """
 
     strategy: Strategy | None
-    queries: dict[nn.Module, Tensor] = field(default_factory=dict)
-    projected: dict[nn.Module, Tensor] = field(default_factory=dict)
+    asked: dict[nn.Module, Asked] = field(default_factory=dict)
     handle: Any = None
-
-    @property
-    def asks(self) -> bool:
-        """Whether the layers' queries are wanted."""
-        return self.strategy is not None and self.strategy.asks

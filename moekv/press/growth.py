@@ -39,7 +39,10 @@ from moekv.cache.growing import GrowingLayer
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.notes import note, remember, take_notes
 from moekv.experts.builder import ViewBuilder
-from moekv.models.hooks import check_attention, index_of
+from moekv.experts.view import LayerView
+from moekv.models.habits import check_attention
+from moekv.models.hooks import index_of
+from moekv.models.queries import window_queries
 from moekv.press.commit import observe
 from moekv.press.forward import Call, Plan, Strategy
 from moekv.press.held import Held
@@ -89,7 +92,11 @@ class Growth(Strategy):
         """Remember what a layer has got, rate it if it is time, and act after the last."""
         plan, options = self.plan, self.plan.options
         layer = growing(call.cache, call.index, backend=options.backend)
-        remember(layer, call.hidden_states, options.window)
+        asked = call.asked or window_queries(
+            call.module, call.hidden_states, call.kwargs, options.window, 0, self.view.rotary
+        )
+        remember(layer, call.hidden_states, asked.query, options.window)
+        call.asked = replace(asked, query=asked.query[:0])  # what may be as large as the layer
         calibrated = plan.rater.calibrated
         if calibrated is not None:
             with torch.no_grad():
@@ -113,6 +120,8 @@ class Growth(Strategy):
         view = held.view(
             call.module,
             layer.recent.states(options.window),
+            layer.recent.queries(options.window),
+            call.asked,
             call.attentions,
             call.kwargs,
             kinds=rater.kinds,
@@ -156,7 +165,8 @@ class Growth(Strategy):
             return None
         ragged = in_prompt or any(padding) or plan.budget != "uniform"
         if ragged:
-            check_attention(plan.layers[0], "heads or layers of different lengths")
+            what = "heads or layers of different lengths"
+            check_attention(plan.layers[0], self.view.rotary, what)
         return Shrinking(padding, keep, ragged)
 
     def _shrink(self, cache: Cache, shrinking: Shrinking) -> None:
@@ -197,27 +207,29 @@ class Growth(Strategy):
         layer.counted = (statistics.epoch, num_kept)
 
 
-def last_states(plan: Plan, hidden_states: Tensor, lengths: Sequence[int]) -> Tensor | None:
-    """Copy the inputs of the last tokens of a prefill that no head will lack.
+def last_states(plan: Plan, hidden_states: Tensor, view: LayerView) -> tuple[Tensor, Tensor] | None:
+    """Copy inputs and queries of the last tokens of a prefill that no head will lack.
 
     Parameters
     ----------
     plan : Plan
     hidden_states : Tensor [B, T, hidden]
         Of an attention layer.
-    lengths : sequence of B ints
-        Real tokens of each row.
+    view : LayerView
+        Of the layer.
 
     Returns
     -------
-    Tensor [B, N, hidden], or None where compression does not go on.
+    tuple of Tensor [B, N, hidden] and [B, Hq, N, D], or None where compression does not go on.
     """
     if not plan.goes_on:
         return None
-    length = hidden_states.shape[1]
+    length, lengths = hidden_states.shape[1], view.lengths
     run = plan.run_without_gaps(plan.keep(lengths, length), lengths)
     run = plan.options.window if run is None else min(plan.options.window, run)
-    return hidden_states[:, length - run :].clone()
+    run = min(run, view.queries.shape[2])
+    queries = view.queries[:, :, view.queries.shape[2] - run :]
+    return hidden_states[:, length - run :].clone(), queries.clone()
 
 
 def read_of(plan: Plan, index: int, projected: Tensor | None) -> Tensor | None:
@@ -248,7 +260,7 @@ def adopt(
     plan: Plan,
     rating: Rating,
     kept: Kept | None,
-    states: Tensor | None,
+    recent: tuple[Tensor, Tensor] | None,
     read: Tensor | None,
 ) -> None:
     """Make a layer ready for the next compression after its prefill, if there is to be one.
@@ -263,14 +275,14 @@ def adopt(
         Of the layer.
     kept : Kept or None
         What it holds now; None: all.
-    states, read : Tensor or None
+    recent, read
         See :func:`last_states`, without which nothing is done, and :func:`read_of`.
     """
-    if states is None:
+    if recent is None:
         return
     backend = plan.options.backend
     layer = growing(cache, index, backend=backend)
-    remember(layer, states, plan.options.window)
+    remember(layer, *recent, plan.options.window)
     if read is not None:
         layer.notes = take_notes(read, kept, backend=backend)
     _expect(layer, plan, layer.run)

@@ -13,7 +13,8 @@ from moekv.cache.caches import cached_pairs
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.ragged import RaggedLayer
 from moekv.experts.view import LayerView
-from moekv.models.queries import recent_queries
+from moekv.models.queries import logit_options
+from moekv.models.watching import Asked
 from moekv.ops import ScoreKind
 
 
@@ -89,6 +90,8 @@ class Held:
         self,
         module: nn.Module,
         states: Tensor,
+        queries: Tensor,
+        asked: Asked | None,
         attentions: Tensor | None,
         kwargs: Mapping[str, Any],
         *,
@@ -104,14 +107,17 @@ class Held:
             The attention layer.
         states : Tensor [B, N, hidden]
             Its last inputs.
+        queries : Tensor [B, Hq, N, D]
+            What it asked for them.
+        asked : Asked or None
+            What it asked last.
         attentions, kwargs
             As a forward hook gets them.
         kinds, backend, rotary
             As in ``moekv.experts.builder.ViewBuilder``.
         """
         _, num_heads, longest = self.shape
-        states = states[:, -longest:]
-        queries = recent_queries(module, states, kwargs, rotary).to(self.keys.dtype)
+        states, queries = states[:, -longest:], queries[:, :, -longest:].to(self.keys.dtype)
         keys, values, start = self.keys, self.values, self.start
         lengths, notes = [row[0] for row in self.lengths], self.notes
         if self.folded:
@@ -141,6 +147,7 @@ class Held:
             backend=backend,
             notes=notes,
             rotary=rotary,
+            logits=logit_options(module, asked, queries.shape[3]),
         )
 
     def alone(self, keep: Sequence[int]) -> list[int]:

@@ -45,7 +45,7 @@ class Routers:
             owner, router = self._known.get(index_of(module), (None, None))
             other = owner is not None and owner() is not module
             # Of a copied press nobody knows whose they were, but for what shows.
-            size = getattr(module.config, "hidden_size", None)
+            size = getattr(getattr(module, "config", None), "hidden_size", None)
             if other or (router is not None and size not in (None, router.hidden_size)):
                 raise RuntimeError(
                     "expected the model whose statistics and history this press holds, got "

@@ -12,12 +12,12 @@ from moekv.cache.caches import check_cache, is_static
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.static import CompactStaticLayer
 from moekv.experts.builder import ViewBuilder, read_starts
+from moekv.models.habits import check_attention, habits_of, reads_dense
 from moekv.models.hooks import (
     cache_of,
-    check_attention,
-    has_own_attention,
     index_of,
 )
+from moekv.ops.checks import MAX_HEAD_DIM
 from moekv.press.forward import Plan, Strategy
 from moekv.press.growth import Growth
 from moekv.press.options import Options, check_able, check_count
@@ -85,6 +85,23 @@ class Planner:
         """Refuse what no forward in the block could do."""
         if options is self._possible:
             return
+        habits = [habits_of(layer, self._rotary) for layer in self.layers]
+        if not all(x.is_seen for x in habits):
+            raise TypeError(
+                "expected attention layers whose queries can be seen, got "
+                f"{type(self.layers[0]).__name__}, which multiplies them by its keys by itself"
+            )
+        if (size := max(x.head_dim for x in habits)) > MAX_HEAD_DIM:
+            raise TypeError(
+                f"expected heads of at most {MAX_HEAD_DIM} channels in layers with full attention, "
+                f"got {size} in {type(self.layers[0]).__name__}"
+            )
+        if self._goes_on(options) and any(x.mixes for x in habits):
+            raise ValueError(
+                "expected attention layers of which each head reads its own pairs where "
+                "compression goes on during decoding or between chunks, got "
+                f"{type(self.layers[0]).__name__}, which reads those of all together"
+            )
         if self._context_length is not None:
             if options.streaming:
                 raise ValueError(
@@ -98,7 +115,7 @@ class Planner:
                 )
             check_able(self._rater(options).experts)
         if options.budget in ("head", "model") and options.evicts:
-            check_attention(self.layers[0], f"budget {options.budget!r}")
+            check_attention(self.layers[0], self._rotary, f"budget {options.budget!r}")
         self._possible = options
 
     def choose(self, given: Mapping[str, Any], wanted: int) -> Strategy | None:
@@ -142,7 +159,7 @@ class Planner:
 
     def _check_grown(self, options: Options, cache: Cache) -> None:
         """Refuse what cannot be compressed again; do without a router that has not seen all."""
-        check_cache(cache, grown=True)
+        check_cache(cache, indices=self._indices, grown=True)
         layers = [cache.layers[index_of(module)] for module in self.layers]
         if not all(isinstance(x, CompressedLayer) and x.whole_notes() for x in layers):
             self._rater(options).see_unknown_tokens()
@@ -167,9 +184,17 @@ class Planner:
         )
 
     def _may_be_ragged(self, options: Options, rater: Rater, cache: Any) -> bool:
-        if is_static(cache) or has_own_attention(self.layers[0]) or options.policy == "dominant":
+        if is_static(cache) or options.policy == "dominant" or self._reads_dense:
             return False
         return rater.calibrated is not None or (not self._goes_on(options) and rater.comparable)
+
+    @property
+    def _indices(self) -> list[int]:
+        return [index_of(layer) for layer in self.layers]
+
+    @property
+    def _reads_dense(self) -> bool:
+        return any(reads_dense(layer, self._rotary) for layer in self.layers)
 
     def _goes_on(self, options: Options) -> bool:
         return options.decoding is not None or self._context_length is not None
@@ -183,13 +208,13 @@ class Planner:
         if isinstance(mask, Tensor) and plan.evicts:
             padded = any(read_starts(mask[..., :num_tokens] if is_static(cache) else mask))
         if cache is not None:
-            check_cache(cache, static=_not_for_static(plan, padded))
+            check_cache(cache, indices=self._indices, static=_not_for_static(plan, padded))
         if plan.context_length is not None:
             _check_chunk(plan.context_length, 0, num_tokens, given)
             if plan.evicts:
-                check_attention(self.layers[0], "a prompt in chunks")
+                check_attention(self.layers[0], self._rotary, "a prompt in chunks")
         if padded:
-            check_attention(self.layers[0], "rows with padding")
+            check_attention(self.layers[0], self._rotary, "rows with padding")
 
     def _check_more(
         self,

@@ -12,7 +12,8 @@ from transformers import Cache
 
 from moekv.cache.caches import cached_pairs, check_cache, is_static
 from moekv.experts.builder import ViewBuilder
-from moekv.models.hooks import check_attention
+from moekv.models.habits import check_attention, habits_of
+from moekv.models.hooks import index_of
 from moekv.press.commit import apply, choose, record, whole_or_empty
 from moekv.press.forward import Call, Plan, Strategy
 from moekv.press.growth import adopt, last_states, read_of
@@ -29,10 +30,17 @@ class Rated:
     cache: Cache
     index: int
     keys: weakref.ref[Tensor]
-    states: Tensor | None  # [B, N, hidden], the last inputs, where compression will go on
+    recent: tuple[Tensor, Tensor] | None  # last inputs and queries, where compression goes on
     read: Tensor | None  # [B, H, T] fp32, what a calibrated router then has to note
     look: Look | None
     rating: Rating | None = None
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads that the cache has."""
+        keys = self.cache.layers[self.index].keys
+        assert keys is not None
+        return int(keys.shape[1])
 
     @property
     def done(self) -> Rating:
@@ -47,12 +55,14 @@ class Prefill(Strategy):
     An exception before that leaves the cache whole.
     """
 
-    asks = True
-
     def __init__(self, plan: Plan, view: ViewBuilder) -> None:
         super().__init__(plan, view)
         self.rated: list[Rated] = []
         self.committed = False
+
+    @property
+    def _mixes(self) -> bool:
+        return any(habits_of(x, self.view.rotary).mixes for x in self.plan.layers)
 
     @property
     def is_done(self) -> bool:
@@ -62,7 +72,7 @@ class Prefill(Strategy):
     def take(self, call: Call) -> None:
         """Rate a layer, or remember it until a few can be rated at once."""
         if call.module is self.plan.layers[0] and not is_static(call.cache):
-            check_cache(call.cache)
+            check_cache(call.cache, indices=[index_of(x) for x in self.plan.layers])
         self.rated.append(self._look_at(call))
         is_last = call.module is self.plan.layers[-1]
         unrated = [r for r in self.rated[-TOGETHER:] if r.rating is None]
@@ -70,7 +80,7 @@ class Prefill(Strategy):
             looks = [r.look for r in unrated if r.look is not None]
             ratings = self.plan.rater.rate(looks, self.plan.options)
             for r, rating in zip(unrated, ratings, strict=True):
-                r.rating, r.look = rating, None
+                r.rating, r.look = rating.for_heads(r.num_heads, mixes=self._mixes), None
             del looks
         with torch.no_grad():
             self._act(is_last)
@@ -102,14 +112,14 @@ class Prefill(Strategy):
                 window=plan.options.window,
                 kinds=plan.rater.kinds,
                 backend=plan.options.backend,
-                queries=call.queries,
-                projected=call.projected,
+                asked=call.asked,
+                expects=plan.rater.expects,
             )
-        call.queries = call.projected = None  # as large as a layer's pairs, and no longer needed
+        call.asked = None  # as large as a layer's pairs, and no longer needed
+        recent = last_states(plan, call.hidden_states, view)
         look = plan.rater.look(view)
-        states = last_states(plan, call.hidden_states, look.view.lengths)
         read = read_of(plan, call.index, look.view.read)
-        return Rated(call.cache, call.index, held, states, read, look)
+        return Rated(call.cache, call.index, held, recent, read, look)
 
     def _rates_now(self, num_unrated: int, is_last: bool) -> bool:
         return is_last or num_unrated == TOGETHER
@@ -131,12 +141,14 @@ class Prefill(Strategy):
         plan, ratings = self.plan, [r.done for r in rated]
         kept, num_bytes = choose(ratings, plan), []
         if any(k is not None and k.per_head is None for k in kept):
-            check_attention(plan.layers[0], "heads or layers of different lengths")
+            check_attention(
+                plan.layers[0], self.view.rotary, "heads or layers of different lengths"
+            )
         run = self._run(ratings[0])
         with whole_or_empty(rated[0].cache):
             for r, chosen in zip(rated, kept, strict=True):
                 num_bytes.append(apply(r.cache, r.index, chosen, plan, run))
-                adopt(r.cache, r.index, plan, r.done, chosen, r.states, r.read)
+                adopt(r.cache, r.index, plan, r.done, chosen, r.recent, r.read)
         record(ratings, kept, num_bytes, plan.rater, plan.statistics)
 
     def _run(self, rating: Rating) -> int | None:

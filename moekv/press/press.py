@@ -215,8 +215,8 @@ class MoERouterPress:
 
     @staticmethod
     def _make_rater(options: Options, model: PreTrainedModel) -> Rater:
-        _, layers = find_layers(model)
-        return Rater.of_model(options.routing, model, layers[0].config)
+        find_layers(model)  # or it is refused
+        return Rater.of_model(options.routing, model, model.config.get_text_config(decoder=True))
 
     def _prepare(self, model: PreTrainedModel) -> None:
         """Get ready for a model.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -64,6 +64,13 @@ class Rating:
     begins: bool
     ends: bool
     seen: Observation  # of all layers that were rated with it
+
+    def for_heads(self, num_heads: int, *, mixes: bool) -> Rating:
+        """Give the rating for so many heads of a cache; all alike where their layer mixes them."""
+        if not mixes:
+            return self
+        together = self.scores.mean(1, keepdim=True)
+        return replace(self, scores=together.expand(-1, num_heads, -1).contiguous())
 
 
 class Rater:

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from moekv.cache.attention import copy_last, install
+from moekv.cache.attention import install
 from moekv.cache.static import CompactStaticLayer
 from moekv.models.hooks import (
     attentions_of,
+    by_name,
     cache_of,
     check_transformers,
     find_layers,
@@ -26,9 +27,9 @@ from moekv.models.hooks import (
     is_pressed,
     is_sliding,
     lent_rotary,
+    rotary_in,
 )
-from moekv.models.queries import projected_queries
-from moekv.models.watching import watched
+from moekv.models.watching import Asked, watched
 from moekv.press.forward import Call, Forward
 from moekv.press.options import Options
 from moekv.press.planning import Planner
@@ -77,6 +78,7 @@ class Session:
         context_length: int | None = None,
     ) -> None:
         check_transformers()
+        install()  # what layers do is seen by it
         self.model = model
         self.decoder, layers = find_layers(model)
         if is_in_session(self.decoder) or any(is_pressed(layer) for layer in layers):
@@ -85,15 +87,17 @@ class Session:
                 "kvpress.ComposedPress chains presses"
             )
         self.all_layers = layers
-        self.layers = [layer for layer in layers if not is_sliding(layer)]
+        config = model.config.get_text_config(decoder=True)
+        self.layers = [layer for layer in layers if not is_sliding(layer, config)]
         if not self.layers:
             raise ValueError(
-                "expected layers with full attention, got sliding windows in all of them: "
-                "their caches are bounded already"
+                "expected layers with full attention, got none: sliding windows in all of them, "
+                "whose caches are bounded already, or layers that hold no pairs or choose among "
+                f"them by themselves ({type(layers[0]).__name__})"
             )
         self._planner = Planner(
             self.layers,
-            getattr(self.decoder, "rotary_emb", None),
+            rotary_in(self.decoder),
             options=options,
             rater=rater,
             statistics=statistics,
@@ -106,7 +110,6 @@ class Session:
     @contextmanager
     def open(self) -> Iterator[None]:
         """Watch the model's forwards in a block."""
-        install()
         rater = self._planner.rater
         with ExitStack() as stack:
 
@@ -121,9 +124,6 @@ class Session:
                 hook(layer.register_forward_hook(self._after_attention, with_kwargs=True))
             if rater.borrows:
                 stack.enter_context(lent_rotary(self.decoder, self.all_layers))
-            # Kernels that replace the model's own may rotate queries in place.
-            kept = self.layers if rater.expects and not self.model.use_kernels else []
-            stack.enter_context(projected_queries(kept, self._projections))
             stack.enter_context(watched(self.layers, self._notice))
             yield
 
@@ -154,16 +154,11 @@ class Session:
             setattr(self._local, name, found)
         return found
 
-    def _projections(self) -> dict[nn.Module, Tensor] | None:
+    def _notice(self, module: nn.Module, asked: Asked) -> None:
         stack = self._stack
-        return stack[-1].projected if stack and stack[-1].asks else None
-
-    def _notice(self, module: nn.Module, query: Tensor) -> None:
-        stack = self._stack
-        if stack and stack[-1].asks and query.shape[2] > 1:
+        if stack and stack[-1].strategy is not None:
             forward = stack[-1]
-            assert forward.strategy is not None
-            forward.queries[module] = copy_last(query, forward.strategy.plan.options.window)
+            forward.asked[module] = asked
 
     # --- Hooks ------------------------------------------------------------------------------------
 
@@ -207,6 +202,7 @@ class Session:
         forward = self._stack[-1]
         if forward.strategy is None:
             return
+        kwargs = by_name(module, args, kwargs)
         hidden_states, cache = hook_arguments(kwargs)
         forward.strategy.take(
             Call(
@@ -215,8 +211,7 @@ class Session:
                 cache,
                 kwargs,
                 attentions_of(output),
-                forward.queries.pop(module, None),
-                forward.projected.pop(module, None),
+                forward.asked.pop(module, None),
             )
         )
         if forward.strategy.is_done:

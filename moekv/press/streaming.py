@@ -240,7 +240,7 @@ class Streaming(Prefill):
         for r, trimmed in zip(rated, stream.layers, strict=True):
             if isinstance(trimmed.layer, CompressedLayer):
                 trimmed.layer.hold_run(run)
-            adopt(r.cache, r.index, self.plan, r.done, trimmed.kept, r.states, r.read)
+            adopt(r.cache, r.index, self.plan, r.done, trimmed.kept, r.recent, r.read)
         record(
             [r.done for r in rated],
             [trimmed.kept for trimmed in stream.layers],

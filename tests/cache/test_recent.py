@@ -18,6 +18,16 @@ STEPS = st.lists(
 )
 
 
+def asked_by(states: torch.Tensor) -> torch.Tensor:
+    """Queries [B, 2, N, 1] that tell of whom they are."""
+    return torch.stack([states, -states], 1)[..., :1]
+
+
+def append(ring: RecentStates, states: torch.Tensor, end: int) -> None:
+    """Append states, and of their queries no more than are to be remembered."""
+    ring.append(states, asked_by(states)[:, :, -ring.size :], end)
+
+
 @given(size=st.integers(1, 6), steps=STEPS)
 def test_the_ring_is_a_list(size: int, steps: list[tuple[str, int]]) -> None:
     ring, known, length, batch, serial = RecentStates(size), [], 0, 2, 0
@@ -27,16 +37,16 @@ def test_the_ring_is_a_list(size: int, steps: list[tuple[str, int]]) -> None:
             serial += number * batch
             length += number
             known = [*known, *states][-size:]
-            ring.append(states.T[..., None].float(), length)
+            append(ring, states.T[..., None].float(), length)
         elif name == "crop":  # seen at the next append
             number = min(number, length)
             length -= number
             known = known[: max(len(known) - number, 0)]
             # What the ring cannot know before it sees the length.
-            ring.append(torch.zeros(batch, 0, 1), length)
+            append(ring, torch.zeros(batch, 0, 1), length)
         elif name == "unseen":
             length += number
-            ring.append(torch.zeros(batch, 0, 1), length)
+            append(ring, torch.zeros(batch, 0, 1), length)
             known = []
         elif name == "keep":
             known = known[len(known) - min(len(known), number) :]
@@ -49,16 +59,17 @@ def test_the_ring_is_a_list(size: int, steps: list[tuple[str, int]]) -> None:
         expected = known[len(known) - min(len(known), newest) :]
         got = ring.states(newest)[..., 0]
         assert got.T.tolist() == [states.tolist() for states in expected]
+        assert torch.equal(ring.queries(newest), asked_by(ring.states(newest)))
 
 
 def test_rows_of_another_batch_are_not_mixed_with_those_before() -> None:
     ring = RecentStates(3)
-    ring.append(torch.zeros(1, 2, 4), 2)
-    ring.append(torch.ones(2, 1, 4), 3)
+    append(ring, torch.zeros(1, 2, 4), 2)
+    append(ring, torch.ones(2, 1, 4), 3)
     assert torch.equal(ring.states(3), torch.ones(2, 1, 4))
 
 
 def test_states_are_detached() -> None:
     ring = RecentStates(3)
-    ring.append(torch.ones(1, 2, 4, requires_grad=True) * 2, 2)
-    assert not ring.states(2).requires_grad
+    append(ring, torch.ones(1, 2, 4, requires_grad=True) * 2, 2)
+    assert not ring.states(2).requires_grad and not ring.queries(2).requires_grad

@@ -15,13 +15,7 @@ from moekv import LayerView, MoERouterPress, prefill_in_chunks
 from moekv.cache.ragged import RaggedLayer
 from moekv.experts.expected import ExpectedExpert
 from moekv.models.hooks import find_layers
-from moekv.models.queries import (
-    logit_options,
-    project_queries,
-    recent_queries,
-    rotate,
-    rotations,
-)
+from moekv.models.queries import next_queries, window_queries
 from moekv.ops import reference
 from moekv.press import rating
 from moekv.press.prefill import Prefill
@@ -56,7 +50,12 @@ def test_queries_stand_behind_the_last_token(name: str) -> None:
         assert model.model.rotary_emb.attention_scaling > 1.2
     view, scores, _ = rate(model, tokens(1, 90))[1]
     layer = model.model.layers[1].self_attn
-    queries = project_queries(layer, view.hidden_states)
+    heads = (*view.hidden_states.shape[:2], -1, layer.head_dim)
+    if name == "phi3":
+        queries = layer.qkv_proj(view.hidden_states)[..., : 4 * layer.head_dim]
+    else:
+        queries = layer.q_proj(view.hidden_states)
+    queries = queries.view(heads).transpose(1, 2)
     cos, sin = model.model.rotary_emb(view.hidden_states, torch.tensor([[90]]))
     turning, rest = queries.split([cos.shape[-1], queries.shape[-1] - cos.shape[-1]], -1)
     left, right = turning.chunk(2, -1)
@@ -68,32 +67,24 @@ def test_queries_stand_behind_the_last_token(name: str) -> None:
 
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_queries_are_projected_once(name: str) -> None:
-    """By the model; what was seen there is what would be projected, and is not held for long."""
+    """By the model: what was seen there is turned on, as if the layer were asked again."""
     model = tiny_model(name)
     _, layers = find_layers(model)
+    rate(model, tokens(2, 40))  # learns how its layers rotate
     projections = [getattr(layer, "q_proj", None) or layer.qkv_proj for layer in layers]
     calls = []
     for projection in projections:
         projection.register_forward_hook(lambda *_: calls.append(1))
     press = MoERouterPress(0.5, experts=[ExpectedExpert()], top_k=1)
     with press(model):
+        calls.clear()  # what was asked before anything ran
         prefill(model, tokens(2, 40))
         assert len(calls) == len(layers)
         assert not press._session._stack
     for view, _, _ in rate(model, tokens(2, 40)):
-        assert view.projected is not None
-        wanted = project_queries(view.module, view.hidden_states)
-        torch.testing.assert_close(view.projected, wanted, atol=0, rtol=0)
-        anew = dataclasses.replace(view, projected=None)
-        torch.testing.assert_close(anew.expected(), view.expected())
-
-
-def test_queries_are_projected_again_where_kernels_may_have_turned_them(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model = tiny_model()
-    monkeypatch.setattr(model, "_use_kernels", True, raising=False)
-    assert all(view.projected is None for view, _, _ in rate(model, tokens(1, 40)))
+        assert view.asked is not None
+        anew = dataclasses.replace(view, asked=None)
+        torch.testing.assert_close(anew.expected(), view.expected(), atol=1e-4, rtol=1e-4)
 
 
 def test_chunks_leave_no_queries_behind() -> None:
@@ -107,22 +98,22 @@ def test_chunks_leave_no_queries_behind() -> None:
             assert not press._session._stack
 
 
-@pytest.mark.parametrize("name", ["cohere", "glm", "olmo2", "qwen3_moe", "smollm3", "phi3"])
+@pytest.mark.parametrize(
+    "name", ["cohere", "glm", "olmo2", "qwen3_moe", "smollm3", "phi3", "nemotron", "stablelm"]
+)
 def test_queries_are_the_layers_own(name: str) -> None:
-    """Those of all tokens, at their true positions, are what attention has asked; also behind."""
+    """Asked again, those of all tokens are what attention has asked; also behind them."""
     seen = []
 
     class Look(ExpectedExpert):
         waits = False  # for the whole view
 
         def scores(self, view: LayerView) -> Tensor:
-            formed = recent_queries(view.module, view.hidden_states, view.kwargs, view.rotary)
+            given = view.module, view.hidden_states, view.kwargs
+            formed = window_queries(*given, 40, None, view.rotary).query
             seen.append((formed[:, :, 7:], view.queries[:, :, 7:]))  # behind the padding
-            turn = rotations(view.module, view.hidden_states, view.kwargs, range(1, 2), view.rotary)
-            behind = rotate(view.module, project_queries(view.module, view.hidden_states), *turn)
-            wanted = reference.expected_attention(
-                behind, view.keys, view.start, **logit_options(view.module)
-            )
+            behind = next_queries(*given, view.rotary)
+            wanted = reference.expected_attention(behind, view.keys, view.start, **view.logits)
             torch.testing.assert_close(view.expected()[0], wanted[0], atol=1e-4, rtol=1e-4)
             return super().scores(view)
 
@@ -130,15 +121,17 @@ def test_queries_are_the_layers_own(name: str) -> None:
     with MoERouterPress(0.5, experts=[Look()], top_k=1, window=40)(model):
         mask = (torch.arange(40) >= torch.tensor([[0], [7]])).long()
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
-        prefill(model, tokens(2, 40), attention_mask=mask, position_ids=position_ids)
+        if name == "nemotron":  # which reads dense pairs alone
+            prefill(model, tokens(2, 40))
+        else:
+            prefill(model, tokens(2, 40), attention_mask=mask, position_ids=position_ids)
     assert len(seen) == model.config.num_hidden_layers
     for formed, asked in seen:
         torch.testing.assert_close(formed, asked, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["cohere", "glm", "olmo2", "qwen3_moe"])
-def test_queries_that_nobody_has_seen_asked(name: str) -> None:
-    """Eager attention shows no queries."""
+def test_eager_attention_is_seen(name: str) -> None:
     asked = rate(tiny_model(name), tokens(2, 40))
     formed = rate(tiny_model(name, attention="eager"), tokens(2, 40))
     for (view, _, _), (other, _, _) in zip(asked, formed, strict=True):

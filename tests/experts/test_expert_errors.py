@@ -17,7 +17,6 @@ from refusals import (
 )
 from tiny_models import prefill, tiny_model, tokens
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from moekv import DecodingConfig, MoERouterPress, register_expert
 
@@ -110,15 +109,6 @@ def test_exception_in_an_expert_while_decoding(budget: str) -> None:
         decode(model, cache, LENGTH)
     assert press.get_stats()["forward_count"] == 2
     assert pairs().float().mean() == 20
-
-
-def test_queries_that_cannot_be_formed() -> None:
-    model, cache = tiny_model("stablelm"), DynamicCache()
-    with pytest.raises(ValueError, match="StableLmAttention"), MoERouterPress(0.5)(model):
-        model(tokens(1, LENGTH), past_key_values=cache)
-    assert type(cache.layers[0]) is DynamicLayer and lengths(cache) == [LENGTH]
-    with MoERouterPress(0.5, num_experts=4)(model):  # as the error says
-        prefill(model, tokens(1, LENGTH))
 
 
 def test_experts_that_need_hidden_states_in_growing_caches() -> None:

@@ -7,6 +7,12 @@ import torch
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
+    DogeConfig,
+    DogeForCausalLM,
     DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -16,10 +22,18 @@ from transformers import (
     Gemma3TextConfig,
     GlmConfig,
     GlmForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    HunYuanDenseV1Config,
+    HunYuanDenseV1ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    NanoChatConfig,
+    NanoChatForCausalLM,
     NemotronConfig,
     NemotronForCausalLM,
     Olmo2Config,
@@ -120,6 +134,43 @@ _PARTICULAR: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     # Every fourth layer turns nothing.
     "smollm3": lambda: SmolLM3ForCausalLM(SmolLM3Config(**_SHAPE | {"num_hidden_layers": 4})),
+    # Each head's mask, and half of its values, are made of those of all heads.
+    "doge": lambda: DogeForCausalLM(DogeConfig(**_SHAPE)),
+    "diffllama": lambda: DiffLlamaForCausalLM(DiffLlamaConfig(**_SHAPE)),
+    # What keys and values are made of may be what is cached.
+    "deepseek_v3": lambda: DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            **_SHAPE | {"num_key_value_heads": 4},
+            kv_lora_rank=24,
+            q_lora_rank=40,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=16,
+            v_head_dim=12,
+            head_dim=8,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            moe_intermediate_size=32,
+        )
+    ),
+    # Normed behind the rotation.
+    "hunyuan": lambda: HunYuanDenseV1ForCausalLM(HunYuanDenseV1Config(**_SHAPE, head_dim=16)),
+    "nanochat": lambda: NanoChatForCausalLM(NanoChatConfig(**_SHAPE)),
+    # With logits beside those of the pairs, and cosines of half a head.
+    "gpt_oss": lambda: GptOssForCausalLM(
+        GptOssConfig(
+            **_SHAPE,
+            head_dim=16,
+            sliding_window=16,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+        )
+    ),
+    # Whose positions are learned, and layers called otherwise.
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, initializer_range=0.2)
+    ),
     # Normed in a way that nobody knows.
     "stablelm": lambda: StableLmForCausalLM(StableLmConfig(**_SHAPE, qk_layernorm=True)),
 }
@@ -132,7 +183,8 @@ def tiny_model(name: str = "llama", attention: str = "sdpa") -> PreTrainedModel:
         torch.manual_seed(0)
         model = (_MODELS | _PARTICULAR)[name]()
     try:
-        model.set_attn_implementation(attention)
+        if name != "gpt_oss":
+            model.set_attn_implementation(attention)
     except ValueError as error:  # Gemma 2 of newer ones, whose logits are capped
         pytest.skip(f"this transformers says: {error}")
     model.generation_config.eos_token_id = None

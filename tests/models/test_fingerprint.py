@@ -96,6 +96,18 @@ def test_other_models_are_far() -> None:
     assert far(large, packed) < TOLERANCE < far(large, strong) / 5
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gpt_oss", "deepseek_v3"])
+def test_models_of_other_makes(name: str) -> None:
+    """Whose blocks, sizes and weights are called otherwise."""
+    model, other = trained(name), trained(name)
+    assert far(model, copy.deepcopy(model).to(torch.bfloat16)) < 0.1
+    for parameter in other.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 1e-3 * parameter.data.sign()
+            parameter.data[::2] -= 2e-3
+    assert far(model, other) > TOLERANCE
+
+
 def test_weights_that_are_no_numbers_are_near_to_none() -> None:
     model = trained()
     model.model.layers[0].self_attn.q_proj.weight.data[0, 0] = float("nan")

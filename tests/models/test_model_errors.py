@@ -8,13 +8,22 @@ import torch
 from refusals import LENGTH, assert_untouched, lengths, num_hooks, refuse_block
 from tiny_models import prefill, tiny_model, tokens
 from torch import Tensor, nn
-from transformers import DynamicCache, MistralConfig, MistralForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    XGLMConfig,
+    XGLMForCausalLM,
+)
 from transformers.cache_utils import CacheLayerMixin
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from moekv import MoERouterPress
+from moekv import DecodingConfig, MoERouterPress
 from moekv.models import hooks
-from moekv.models.hooks import find_layers
+from moekv.models.hooks import find_layers, hook_arguments
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
@@ -40,6 +49,38 @@ def test_sliding_windows_in_all_layers() -> None:
         )
     )
     refuse_block(ValueError, "sliding windows in all", model, MoERouterPress())
+
+
+SHAPE = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def test_queries_that_cannot_be_seen() -> None:
+    config = XGLMConfig(vocab_size=128, d_model=64, ffn_dim=96, num_layers=2, attention_heads=4)
+    refuse_block(TypeError, "can be seen, got XGLM", XGLMForCausalLM(config), MoERouterPress())
+
+
+def test_positions_told_by_distances() -> None:
+    model = BloomForCausalLM(BloomConfig(vocab_size=128, hidden_size=64, n_layer=2, n_head=4))
+    refuse_block(TypeError, "by its keys, got Bloom.*alibi", model, MoERouterPress())
+
+
+def test_heads_of_more_channels() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, head_dim=288))
+    refuse_block(TypeError, "at most 256 channels.*got 288", model, MoERouterPress())
+
+
+def test_compression_that_goes_on_where_heads_are_mixed() -> None:
+    model, message = tiny_model("doge"), "each head reads its own pairs.*got Doge"
+    press = MoERouterPress(decoding=DecodingConfig(20, 5))
+    refuse_block(ValueError, message, model, press)
+    refuse_block(ValueError, message, model, MoERouterPress(), context_length=100)
 
 
 @pytest.mark.parametrize("budget", ["head", "model"])
@@ -83,28 +124,10 @@ def test_flex_attention() -> None:
     assert_untouched(model, press)
 
 
-def test_hooks_without_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = LlamaDecoderLayer.forward
-
-    def forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        attend = self.self_attn
-
-        def positional(hidden_states: Tensor, **kwargs: Any) -> Any:
-            return attend(hidden_states, **kwargs)
-
-        self._modules["self_attn"] = positional
-        try:
-            return original(self, hidden_states, **kwargs)
-        finally:
-            self._modules["self_attn"] = attend
-
-    model, press = tiny_model(), MoERouterPress()
-    message = "with `hidden_states`, got .*transformers 5"
-    with monkeypatch.context() as patch:
-        patch.setattr(LlamaDecoderLayer, "forward", forward)
-        with pytest.raises(RuntimeError, match=message), press(model):
-            prefill(model, tokens(1, LENGTH))
-    assert_untouched(model, press)
+def test_hooks_without_what_they_need() -> None:
+    for given in ({"cache": 1}, {"past_key_values": 1}, {"hidden_states": torch.ones(1, 2, 3)}):
+        with pytest.raises(RuntimeError, match="with `.*`, got .*transformers 5"):
+            hook_arguments(given)
 
 
 def _update(self: Any, key_states: Tensor, value_states: Tensor, *, window: int) -> None: ...

@@ -309,7 +309,7 @@ def test_a_copied_press_knows_its_model() -> None:
     other = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter.add_(0.05 * torch.ones_like(parameter))
+            parameter.copy_(parameter.roll(1, 0))
     press = MoERouterPress(0.5, router=random_router(model))
     with press(model):
         prefill(model, tokens(1, 40))

@@ -73,14 +73,16 @@ def test_memory_is_free_when_the_prefill_ends() -> None:
 def test_what_waits_for_further_layers_is_not_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a layer's hidden states and queries nothing is held when the next one runs."""
     model = tiny_model()
+    with MoERouterPress(0.5)(model):
+        prefill(model, tokens(1, 40))  # learns how its layers rotate
     look_at = rating.Rater.look
     seen: list[weakref.ref[Tensor]] = []
 
     def spy(self: MoERouterPress, view: LayerView) -> Any:
         gc.collect()
         assert not [ref for ref in seen if ref() is not None]
-        assert view.projected is not None
-        large = [view.hidden_states, view.projected, view.projected._base]
+        assert view.asked is not None
+        large = [view.hidden_states, view.asked, view.asked._base]
         seen.extend(weakref.ref(x) for x in large if x is not None)
         return look_at(self, view)
 

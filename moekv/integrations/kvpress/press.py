@@ -30,7 +30,6 @@ from moekv.models.hooks import (
     is_prefill,
     is_sliding,
 )
-from moekv.models.queries import rotates
 from moekv.press import press as core
 from moekv.press.commit import choose, observe, record
 from moekv.press.forward import Plan
@@ -125,7 +124,7 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
         if keys.shape[2] == fed < whole.shape[2]:  # tokens of a text that has begun elsewhere
             view.begins = view.ends = False
             expected = view.expected_among(whole)
-        elif view.aligned and rotates(module) is not None and hasattr(module, "rotary_emb"):
+        elif view.aligned and hasattr(module, "rotary_emb"):
             expected = view.expected()
         (rating,) = rater.rate([rater.look(view)], options)
         observe([rating], rater, self._statistics)

@@ -1,0 +1,138 @@
+"""What attention layers do with their pairs, found out before a forward runs."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moekv.models.hooks import implementation_of, looks_up, needed_by
+from moekv.models.watching import HEAD_BY_HEAD, StandIn, ask
+from moekv.models.weights import device_of
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What an attention layer was seen to do, on one token.
+
+    Attributes
+    ----------
+    is_seen : bool
+        Whether its queries are.
+    hands_over : bool
+        Whether its attention function gets what the cache returns, and nothing else decides. Only
+        then heads may hold different numbers of pairs.
+    mixes : bool
+        Whether it computes something of the pairs of all heads together, so that all have to hold
+        the same tokens': latents that keys and values are made of (DeepSeek V3), a mask (Doge).
+    head_dim : int
+        Of keys or values, whichever is larger; 0: not known.
+    """
+
+    is_seen: bool
+    hands_over: bool
+    mixes: bool
+    head_dim: int = 0
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, tuple[str, Habits]] = weakref.WeakKeyDictionary()
+
+
+def habits_of(layer: nn.Module, rotary: nn.Module | None = None) -> Habits:
+    """Find out what an attention layer does, once for each of its implementations.
+
+    Parameters
+    ----------
+    layer : nn.Module
+    rotary : nn.Module, optional
+        The decoder's rotary embedding.
+    """
+    implementation = implementation_of(layer)
+    if layer not in _known or _known[layer][0] != implementation:
+        _known[layer] = implementation, _try(layer, rotary)
+    return _known[layer][1]
+
+
+def _try(layer: nn.Module, rotary: nn.Module | None) -> Habits:
+    size = getattr(getattr(layer, "config", None), "hidden_size", getattr(layer, "embed_dim", None))
+    if size is None:
+        return Habits(looks_up(layer), False, False)
+    dtypes = (p.dtype for p in layer.parameters() if p.is_floating_point())  # not quantised ones
+    dtype = next(dtypes, torch.get_default_dtype())
+    device = device_of(layer)
+    states = torch.ones(1, 1, size, dtype=dtype, device=device)
+    positions = torch.zeros(1, 1, dtype=torch.long, device=device)
+    given: dict[str, Any] = dict.fromkeys(needed_by(layer)) | {"position_ids": positions}
+    cache = StandIn(0)
+    try:
+        if rotary is not None:
+            given["position_embeddings"] = rotary_of(rotary, layer, states, positions)
+        asked = ask(layer, states, given, cache)
+    except NotImplementedError:
+        return Habits(False, False, False)
+    except Exception:  # a layer that wants more than it was given; nothing is taken for granted
+        return Habits(looks_up(layer), False, False, getattr(layer, "head_dim", 0) or 0)
+    if cache.pairs is None:
+        return Habits(True, False, False)
+    if asked.key is None:  # it attends by itself
+        mixes = bool(cache.touched - HEAD_BY_HEAD)
+        return Habits(True, False, mixes, getattr(layer, "head_dim", 0) or 0)
+    is_whole = asked.key is cache.pairs[0] and asked.value is cache.pairs[1]
+    hands_over = is_whole and not cache.touched
+    size = max(int(pairs.shape[3]) for pairs in (*cache.pairs, asked.key, asked.value))
+    return Habits(True, hands_over and not asked.has_sinks, not hands_over, size)
+
+
+def reads_dense(layer: nn.Module, rotary: nn.Module | None = None) -> bool:
+    """Say whether an attention layer can read dense pairs alone."""
+    return implementation_of(layer) == "eager" or not habits_of(layer, rotary).hands_over
+
+
+def check_attention(layer: nn.Module, rotary: nn.Module | None, what: str) -> None:
+    """Raise unless the model's attention implementation can serve ragged layers.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        An attention layer of the model.
+    rotary : nn.Module or None
+        The decoder's rotary embedding.
+    what : str
+        What makes the layers ragged, for the message.
+
+    Raises
+    ------
+    ValueError
+        It is of the model's own file, out of reach.
+    """
+    if looks_up(layer) and implementation_of(layer) == "eager":
+        raise ValueError(
+            f"expected an attention implementation such as 'sdpa' for {what}, got 'eager', which "
+            'reads dense caches only; load the model with attn_implementation="sdpa"'
+        )
+    if reads_dense(layer, rotary):
+        raise ValueError(
+            f"expected a model whose attention can be replaced for {what}, got "
+            f"{type(layer).__name__}, which reads dense caches only; use budget='uniform' and rows "
+            "without padding"
+        )
+
+
+def rotary_of(rotary: nn.Module, layer: nn.Module, states: Any, positions: Any) -> Any:
+    """Call a rotary embedding for a layer, at positions [B or 1, N]."""
+    options: dict[str, Any] = {}
+    if "layer_type" in inspect.signature(rotary.forward).parameters:
+        kinds = getattr(getattr(layer, "config", None), "layer_types", None)
+        kind = getattr(layer, "layer_type", None)
+        options["layer_type"] = kind or (kinds[layer.layer_idx] if kinds else "full_attention")
+    config: Any = getattr(rotary, "config", None)
+    has_sections = hasattr(rotary, "mrope_section") or "mrope_section" in str(
+        getattr(config, "rope_parameters", None)
+    )
+    if has_sections:  # time, height and width (M-RoPE)
+        positions = positions.expand(3, *positions.shape)
+    return rotary(states, positions, **options)

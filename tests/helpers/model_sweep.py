@@ -1,0 +1,330 @@
+"""Tries the press on a tiny random model of every architecture that transformers knows.
+
+``python tests/helpers/model_sweep.py`` writes docs/models.md; names alone are tried and printed.
+"""
+
+import inspect
+import re
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from every_model import IMAGE_MODELS, TEXT_MODELS, build
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from moekv import Expert, LayerView, MoERouterPress
+from moekv.cache.ragged import RaggedLayer
+from moekv.models.hooks import cache_argument
+from moekv.ops import ScoreKind
+
+LENGTH, STEPS, WINDOW = 70, 3, 13
+SECONDS = 60
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+
+
+class WrongError(AssertionError):
+    """What a model says under a press is not what it would say."""
+
+
+class Spy(Expert):
+    """Remembers the window's queries."""
+
+    name, kinds = "spy", (ScoreKind.MASS,)
+
+    def __init__(self) -> None:
+        self.queries: dict[nn.Module, Tensor] = {}
+
+    def scores(self, view: LayerView) -> Tensor:
+        self.queries[view.module] = view.queries.clone()
+        return view.scores_of(ScoreKind.MASS)
+
+
+class Recorder:
+    """Stands around all attention functions: notes queries, and masks what a cache has evicted."""
+
+    def __init__(self) -> None:
+        self.queries: dict[nn.Module, Tensor] = {}
+        self.visible: dict[int, Tensor] = {}  # [B, H, T] of layers of `full`
+        self.full: list[Any] = []
+        self.masked: set[int] = set()
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        kind = type(ALL_ATTENTION_FUNCTIONS)
+        plain = kind.get_interface
+
+        def get(functions: Any, name: str, default: Any) -> Any:
+            function = plain(functions, name, default)
+
+            def attention(
+                module: nn.Module,
+                query: Tensor,
+                key: Any,
+                value: Any,
+                attention_mask: Any,
+                **k: Any,
+            ) -> Any:
+                if (masked := self._mask(module, query, key, value, attention_mask, k)) is not None:
+                    return masked, None
+                result = function(module, query, key, value, attention_mask, **k)
+                self.queries[module] = query.detach().clone()
+                return result
+
+            return attention
+
+        kind.get_interface = get
+        try:
+            yield
+        finally:
+            kind.get_interface = plain
+
+    def _mask(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Any,
+        value: Tensor,
+        mask: Tensor | None,
+        options: dict[str, Any],
+    ) -> Tensor | None:
+        """Attention over the full cache as if what is not visible were not there."""
+        index = self._layer_of(module, key)
+        if index not in self.visible or type(key) is not Tensor:
+            return None
+        self.masked.add(index)
+        seen = self.visible[index]
+        if key.shape[1] != seen.shape[1]:  # made of one latent
+            seen = seen[:, :1].expand(-1, key.shape[1], -1)
+        new = key.shape[2] - seen.shape[2]
+        seen = torch.cat([seen, seen.new_ones(*seen.shape[:2], new)], 2)[:, :, None]
+        groups, scaling = query.shape[1] // key.shape[1], options.get("scaling")
+        key, value, seen = (x.repeat_interleave(groups, 1) for x in (key, value, seen))
+        logits = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        if cap := options.get("softcap"):
+            logits = cap * torch.tanh(logits / cap)
+        if mask is not None:
+            mask = mask[..., : key.shape[2]]
+            is_flag = mask.dtype == torch.bool
+            logits = logits.masked_fill(~mask, -torch.inf) if is_flag else logits + mask
+        logits = logits.masked_fill(~seen, -torch.inf)
+        if (sinks := options.get("s_aux")) is not None:
+            sinks = sinks.view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+            logits = torch.cat([logits, sinks], -1)
+        return (logits.softmax(-1)[..., : key.shape[2]] @ value).transpose(1, 2)
+
+    def _layer_of(self, module: Any, key: Any) -> int:
+        """Its own, or another's, whose pairs it shares."""
+        for index, layer in enumerate(self.full if isinstance(key, Tensor) else ()):
+            keys = getattr(layer, "keys", None)
+            if keys is not None and keys.data_ptr() == key.data_ptr():
+                return index
+        return getattr(module, "layer_idx", -1)
+
+
+def _feed(model: Any, cache: Any, ids: Tensor, first: int, *, told: bool = False) -> Tensor:
+    """Logits of the last token. Told its positions, a model does not take them from its cache."""
+    inputs: dict[str, Any] = {"attention_mask": torch.ones(1, first + ids.shape[1]).long()}
+    if told:
+        inputs = {"position_ids": torch.arange(first, first + ids.shape[1])[None]}
+    out = model(input_ids=ids, use_cache=True, **inputs, **cache_argument(model, cache))
+    return out.logits[:, -1]  # type: ignore[no-any-return]
+
+
+def _steps(model: Any, cache: Any, ids: Tensor, *, told: bool = False) -> list[Tensor]:
+    ahead = range(LENGTH, LENGTH + STEPS)
+    return [_feed(model, cache, ids[:, i : i + 1], i, told=told) for i in ahead]
+
+
+def _kept(layer: Any, full: Any) -> Tensor:
+    """Which of a full layer's pairs [B, H, T] a compressed one has, in order."""
+    if isinstance(layer, RaggedLayer):
+        keys, values, lengths = layer.to_dense()
+    else:
+        keys, values = layer.keys, layer.values
+        lengths = torch.full(keys.shape[:2], keys.shape[2])
+    seen = torch.zeros(full.keys.shape[:3], dtype=torch.bool)
+    for b, h in torch.cartesian_prod(*map(torch.arange, seen.shape[:2])).tolist():
+        first, at = keys.shape[2] - int(lengths[b, h]), 0
+        same = (keys[b, h, first:, None] == full.keys[b, h]).all(-1)
+        same &= (values[b, h, first:, None] == full.values[b, h]).all(-1)
+        for row in same:
+            found = row[at:].nonzero()
+            if not len(found):
+                raise WrongError("a pair that the full cache has not")
+            at += int(found[0]) + 1
+            seen[b, h, at - 1] = True
+    return seen
+
+
+def _close(got: Tensor, expected: Tensor, what: str) -> None:
+    error = float((got - expected).norm() / expected.norm().clamp(min=1e-9))
+    if not error < 2e-3:
+        raise WrongError(f"{what}: relative error {error:.3g}")
+
+
+def _is_full(layer: Any) -> bool:
+    return type(layer).__name__ == "DynamicLayer"
+
+
+@torch.no_grad()
+def try_press(model: PreTrainedModel) -> str:
+    """Say what a press does on a model.
+
+    Returns
+    -------
+    str
+        "works", "refused: ..." with the error that came before anything ran, or "not tried: ..."
+        with what the model itself says to a text and a cache.
+
+    Raises
+    ------
+    WrongError
+        It went on otherwise than over the same pairs of a full cache; at ratio 0 it was not as
+        without a press; or an expert saw other queries than attention.
+    """
+    ids = torch.randint(3, 100, (1, LENGTH + STEPS), generator=torch.Generator().manual_seed(1))
+    prompt, recorder = ids[:, :LENGTH], Recorder()
+    with recorder.at_work():
+        full = DynamicCache(config=model.config)
+        try:
+            plain = _feed(model, full, prompt, 0)
+        except Exception as error:
+            return f"not tried: {_short(error)}"
+        own = {i: layer for i, layer in enumerate(full.layers) if _is_full(layer)}
+        if {int(layer.get_seq_length()) for layer in own.values()} - {LENGTH}:
+            return "not tried: it fills no cache"
+        half, ran = DynamicCache(config=model.config), []
+        embedding = next(x for x in model.modules() if isinstance(x, nn.Embedding))
+        handle = embedding.register_forward_hook(lambda *_: ran.append(1))
+        try:
+            with MoERouterPress(0.5)(model):
+                _feed(model, half, prompt, 0)
+        except Exception as error:
+            if ran or not str(error).startswith("expected"):
+                raise
+            return f"refused: {_short(error)}"
+        finally:
+            handle.remove()
+        if not own:
+            raise WrongError("it was served without a layer of full attention")
+        recorder.visible = {i: _kept(half.layers[i], layer) for i, layer in own.items()}
+        kept = sum(int(seen.sum()) for seen in recorder.visible.values())
+        if kept != sum(seen.numel() for seen in recorder.visible.values()) // 2:
+            raise WrongError(f"{kept} pairs are kept")
+        _compare_steps(model, recorder, full, half, ids)
+        _compare_prefill(model, recorder, plain, prompt)
+    return f"works: {len(own)} of {len(full.layers)} layers"
+
+
+def _compare_steps(
+    model: PreTrainedModel, recorder: Recorder, full: Any, half: Any, ids: Tensor
+) -> None:
+    visible, recorder.full = recorder.visible, full.layers
+    expected = _steps(model, full, ids)
+    recorder.visible, recorder.full = {}, []
+    if not set(visible) <= recorder.masked:  # layers that attend by themselves
+        if recorder.masked or "position_ids" not in inspect.signature(model.forward).parameters:
+            raise WrongError("attention that cannot be masked")
+        cut = DynamicCache(config=model.config)
+        _feed(model, cut, ids[:, :LENGTH], 0)
+        for i, seen in visible.items():
+            layer: Any = cut.layers[i]
+            at = seen.nonzero()[:, 2].view(*seen.shape[:2], -1, 1)
+            layer.keys, layer.values = (x.take_along_dim(at, 2) for x in (layer.keys, layer.values))
+        expected = _steps(model, cut, ids, told=True)
+    for got, wanted in zip(_steps(model, half, ids), expected, strict=True):
+        _close(got, wanted, "decoding at .5")
+
+
+def _compare_prefill(
+    model: PreTrainedModel, recorder: Recorder, plain: Tensor, prompt: Tensor
+) -> None:
+    spy = Spy()
+    recorder.queries.clear()
+    with MoERouterPress(0.0, experts=[spy], top_k=1, window=WINDOW)(model):
+        _close(_feed(model, DynamicCache(config=model.config), prompt, 0), plain, "ratio 0")
+    for layer, queries in spy.queries.items():
+        if layer in recorder.queries:
+            _close(queries, recorder.queries[layer][:, :, -WINDOW:], "queries")
+
+
+def _short(error: Exception) -> str:
+    """The first line, in words that do not change from run to run."""
+    text = re.sub(r"0x[0-9a-f]+", "", str(error)).strip().partition("\n")[0]
+    text = re.sub(r"[|`]", "", text)[:150]
+    return f"{type(error).__name__}: {text}"
+
+
+def outcome(name: str) -> str:
+    """Say what a press does on the tiny model of an entry of the auto-mappings."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"it is larger than {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                model = build(name)
+            except Exception as error:
+                return f"not tried: {_short(error)}"
+            return try_press(model)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def render(found: dict[str, str]) -> str:
+    """Render docs/models.md."""
+    lines = [
+        "# Models",
+        "",
+        "What `MoERouterPress(0.5)` does on a tiny random model of every architecture in the",
+        f"auto-mappings of transformers {transformers.__version__}, on a CPU and text alone.",
+        "`python tests/helpers/model_sweep.py` has written this; `make test-latest` tries all.",
+        "",
+        "- *works*: at ratio 0 logits are those without a press; experts see the queries that the",
+        "  model's own attention asks; behind a prompt half of whose pairs have left, decoding is",
+        "  that over the full cache with these pairs masked. Layers that see the whole past are",
+        "  compressed, so many of the tiny model's; others are left alone.",
+        "- *refused*: an error before anything ran.",
+        "- *not tried*: the shrunk configuration makes no model that reads text into a cache. That",
+        "  says nothing about the real one.",
+    ]
+    for title, names in (("Text", TEXT_MODELS), ("Image and text", IMAGE_MODELS)):
+        rows = {name: found[name] for name in names if name in found}
+        counts = [sum(x.startswith(k) for x in rows.values()) for k in ("works", "refu", "not")]
+        lines += ["", f"## {title}", ""]
+        lines += ["{} work, {} are refused, {} were not tried.".format(*counts), ""]
+        lines += ["| model | outcome |", "|---|---|"]
+        lines += [f"| {name} | {result} |" for name, result in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def read_page() -> dict[str, str]:
+    """Read the outcomes off docs/models.md."""
+    return dict(re.findall(r"^\| (?!model )(\S+) \| (.+) \|$", PAGE.read_text(), re.MULTILINE))
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    found, bad = {}, 0
+    for name in sys.argv[1:] or [*TEXT_MODELS, *IMAGE_MODELS]:
+        try:
+            found[name] = outcome(name)
+        except Exception as error:
+            found[name], bad = f"WRONG: {_short(error)}", bad + 1
+        print(f"{name}: {found[name]}", flush=True)
+    if len(sys.argv) == 1 and not bad:
+        PAGE.write_text(render(found))
+    sys.exit(bad > 0)
