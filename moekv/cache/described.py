@@ -72,6 +72,13 @@ def _check_number(number: Any, expected: str, least: int = 0, most: int = _MOST)
         raise ValueError(f"{expected} an integer from {least} to {most}, got {number!r:.99}")
 
 
+def _check_rows(numbers: Any, batch: int, most: int, expected: str) -> None:
+    if not isinstance(numbers, list) or len(numbers) != batch:
+        raise ValueError(f"{expected} of {batch} rows, got {numbers!r:.99}")
+    for number in numbers:
+        _check_number(number, expected, most=most)
+
+
 def _check_beside(description: dict[str, Any], within: str) -> None:
     """Check what only compressed layers have."""
     match description["counted"]:
@@ -84,8 +91,10 @@ def _check_beside(description: dict[str, Any], within: str) -> None:
     backend_of(description)
     if "recent" in description:
         recent = description["recent"]
-        if not isinstance(recent, dict) or set(recent) != {"size", "end"}:
-            raise ValueError(f"{within}: expected size and end of inputs, got {recent!r:.99}")
+        if not isinstance(recent, dict) or set(recent) != {"size", "end", "counts"}:
+            raise ValueError(
+                f"{within}: expected size, end and counts of inputs, got {recent!r:.99}"
+            )
         _check_number(recent["size"], f"{within}: expected remembered inputs", 1, _MOST_SLOTS)
         _check_number(recent["end"], f"{within}: expected an end of inputs")
 
@@ -136,11 +145,12 @@ def _check_counts(
         if "seen" in description and held != slots:
             raise ValueError(f"{within}: expected {slots} slots, got {held}")
     if (first := description.get("first")) is not None:
-        wanted = isinstance(first, list) and len(first) == size["B"]
-        if not wanted or any(type(x) is not int or not 0 <= x <= length for x in first):
-            raise ValueError(f"{within}: expected first positions of rows, got {first!r:.99}")
-    if "recent" in description and size["M"] > description["recent"]["size"]:
-        raise ValueError(f"{within}: expected {description['recent']} inputs, got {size['M']}")
+        _check_rows(first, size["B"], length, f"{within}: expected first positions")
+    if "recent" in description:
+        recent = description["recent"]
+        _check_rows(recent["counts"], size["B"], size["M"], f"{within}: expected counts of inputs")
+        if size["M"] > recent["size"]:
+            raise ValueError(f"{within}: expected {recent['size']} inputs, got {size['M']}")
 
 
 def _check_notes(

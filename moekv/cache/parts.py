@@ -133,7 +133,12 @@ def _beside(layer: CompressedLayer, index: int, description: dict[str, Any]) -> 
     if layer.recent is not None and layer.recent.count:
         parts["recent"] = layer.recent.states(layer.recent.count)
         parts["asked"] = layer.recent.queries(layer.recent.count).transpose(1, 2)
-        description["recent"] = {"size": layer.recent.size, "end": layer.recent.end}
+        recent = layer.recent
+        description["recent"] = {
+            "size": recent.size,
+            "end": recent.end,
+            "counts": recent.counts(),
+        }
     if (notes := layer.whole_notes()) is not None:
         noted, description["notes"] = take_apart(notes, index)
         parts |= {f"notes.{name}": part for name, part in noted.items()}
@@ -159,6 +164,7 @@ def put_together(parts: Mapping[str, Tensor], description: Mapping[str, Any]) ->
         if recent := description.get("recent"):
             layer.recent = RecentStates(recent["size"])
             layer.recent.append(parts["recent"], parts["asked"].transpose(1, 2), recent["end"])
+            layer.recent.keep(recent["counts"])
         if "notes" in description:
             layer.notes = notes = put_together(notes_of(parts), description["notes"])
             for name in TABLES:

@@ -1,5 +1,7 @@
 """The last inputs of an attention layer and what it asked, kept beside its cache."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ class RecentStates:
         self.end = 0  # length of the cache layer behind the newest token
         self._next = 0
         self._rings: list[Tensor] = []  # [B, size, hidden] and [B, size, Hq, D]
+        self._begin: Tensor | None = None  # [B], position of the oldest that counts; None: all do
 
     def append(self, states: Tensor, queries: Tensor, end: int) -> None:
         """Remember the states of new tokens.
@@ -44,6 +47,7 @@ class RecentStates:
         if not self._rings or self._rings[0].shape[0] != len(states):
             self._rings = [x.new_empty(len(x), self.size, *x.shape[2:]) for x in new]
             self.count = self._next = 0
+            self._begin = None
         fed = new[0].shape[1]
         until_end = min(fed, self.size - self._next)
         self._rings = [writable(ring) for ring in self._rings]
@@ -59,9 +63,17 @@ class RecentStates:
         self.count -= newest
         self._next = (self._next - newest) % self.size
 
-    def keep(self, newest: int) -> None:
-        """Forget all but the newest states."""
-        self.count = min(self.count, newest)
+    def keep(self, newest: Sequence[int]) -> None:
+        """Count no more than so many of the newest states of each row."""
+        begin = torch.tensor([self.end - n for n in newest], device=self._rings[0].device)
+        self._begin = begin if self._begin is None else torch.maximum(self._begin, begin)
+
+    def counts(self) -> list[int]:
+        """Count the states of each row that count. Waits for the device."""
+        if self._begin is None:
+            return [self.count] * len(self._rings[0])
+        counts: list[int] = (self.end - self._begin).clamp(0, self.count).tolist()
+        return counts
 
     def states(self, newest: int) -> Tensor:
         """Return the newest states [B, N, hidden] in order, ``N = min(newest, count)``."""
@@ -80,3 +92,5 @@ class RecentStates:
     def select(self, rows: Tensor) -> None:
         """Give batch row b the states of row ``rows[b]``."""
         self._rings = [ring[rows.to(ring.device)] for ring in self._rings]
+        if self._begin is not None:
+            self._begin = self._begin[rows.to(self._begin.device)]

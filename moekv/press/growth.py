@@ -59,13 +59,29 @@ class Shrinking:
         Of the rows, in positions of the mask.
     keep : list of B ints
         Pairs of a head that stay in each row, on average.
+    groups : list of list of int
+        Rows in which pairs leave: together those that know as many of their last inputs. Rows that
+        hold no more than they may are left alone, as they would be by themselves.
+    windows : list of int
+        Of each group: so many of the last inputs.
     ragged : bool
         Whether layers become ragged even where all heads keep as many.
     """
 
     padding: list[int]
     keep: list[int]
+    groups: list[list[int]]
+    windows: list[int]
     ragged: bool
+
+
+@dataclass
+class Rated:
+    """A layer, and how its groups of rows were rated."""
+
+    layer: CompressedLayer
+    held: Held
+    parts: list[tuple[Held, Rating]]
 
 
 class Growth(Strategy):
@@ -80,7 +96,7 @@ class Growth(Strategy):
     def __init__(self, plan: Plan, view: ViewBuilder) -> None:
         super().__init__(plan, view)
         self._shrinking: Shrinking | None = None
-        self._grown: list[tuple[CompressedLayer, Grown, Rating]] = []
+        self._rated: list[Rated] = []
         self._num_taken = 0
 
     @property
@@ -117,20 +133,24 @@ class Growth(Strategy):
         options, rater = self.plan.options, self.plan.rater
         held = Held.of(layer, shrinking.padding)
         assert layer.recent is not None
-        view = held.view(
-            call.module,
-            layer.recent.states(options.window),
-            layer.recent.queries(options.window),
-            call.asked,
-            call.attentions,
-            call.kwargs,
-            kinds=rater.kinds,
-            backend=options.backend,
-            rotary=self.view.rotary,
-        )
-        (rating,) = rater.rate([rater.look(view)], options, held.alone(shrinking.keep))
-        grown = Grown(rating.scores.view(held.shape), held.start, held.lengths)
-        self._grown.append((layer, grown, rating))
+        rated = Rated(layer, held, [])
+        for rows, window in zip(shrinking.groups, shrinking.windows, strict=True):
+            part = held.rows(rows)
+            view = part.view(
+                call.module,
+                _of_rows(layer.recent.states(window), rows, layer.batch_size),
+                _of_rows(layer.recent.queries(window), rows, layer.batch_size),
+                call.asked,
+                _of_rows(call.attentions, rows, layer.batch_size),
+                {k: _of_rows(x, rows, layer.batch_size) for k, x in call.kwargs.items()},
+                kinds=rater.kinds,
+                backend=options.backend,
+                rotary=self.view.rotary,
+            )
+            alone = part.alone([shrinking.keep[b] for b in rows])
+            (rating,) = rater.rate([rater.look(view)], options, alone)
+            rated.parts.append((part, rating))
+        self._rated.append(rated)
 
     def _decide(self, cache: Cache, fed: int, mask: Any) -> Shrinking | None:
         """Say what is to stay of a cache whose first layer has got new tokens; None: all."""
@@ -142,7 +162,7 @@ class Growth(Strategy):
         in_prompt = plan.context_length is not None and seen <= plan.context_length
         padding = [0] * batch
 
-        def too_many(limit: Sequence[int]) -> bool:
+        def too_many(limit: Sequence[int]) -> list[int]:
             # All but the first layer still have to get the new tokens.
             coming = [0, *[fed] * (len(layers) - 1)]
             counts = [
@@ -161,44 +181,76 @@ class Growth(Strategy):
                 padding = list(self.view.row_starts(mask, batch))
         else:
             return None
-        if not too_many(limit):
+        rows = too_many(limit)
+        if not rows:
             return None
+        assert layers[0].recent is not None
+        counts = layers[0].recent.counts()
+        groups: dict[int, list[int]] = {}
+        for b in rows:
+            window = min(plan.options.window, counts[b], seen - padding[b])
+            groups.setdefault(max(window, 1), []).append(b)
         ragged = in_prompt or any(padding) or plan.budget != "uniform"
         if ragged:
             what = "heads or layers of different lengths"
             check_attention(plan.layers[0], self.view.rotary, what)
-        return Shrinking(padding, keep, ragged)
+        return Shrinking(padding, keep, list(groups.values()), list(groups), ragged)
 
     def _shrink(self, cache: Cache, shrinking: Shrinking) -> None:
         """Let pairs leave the rated layers."""
         plan, options = self.plan, self.plan.options
-        kept = select_grown(
-            [grown for _, grown, _ in self._grown],
-            shrinking.keep,
-            budget=plan.budget,
-            sinks=options.sinks,
-            recent=plan.recent,
-            backend=options.backend,
-        )
-        if shrinking.ragged:
-            kept = [replace(chosen, per_head=None) for chosen in kept]
-        for (_, grown, rating), chosen in zip(self._grown, kept, strict=True):
-            layer = recompress(cache, rating.index, chosen, backend=options.backend)
-            held = [sum(row) for row in grown.lengths]
-            heads = grown.scores.shape[1]
-            run = plan.run_without_gaps(shrinking.keep, [n // heads for n in held])
-            _expect(layer, plan, run)
-            if layer.recent is not None:
-                layer.recent.keep(layer.run)
-            self._record(layer, rating, chosen, sum(held))
+        kept: list[list[Kept]] = []  # of each group, of each layer
+        for group, rows in enumerate(shrinking.groups):
+            parts = [rated.parts[group] for rated in self._rated]
+            kept.append(
+                select_grown(
+                    [Grown(r.scores.view(h.shape), h.start, h.lengths) for h, r in parts],
+                    [shrinking.keep[b] for b in rows],
+                    budget=plan.budget,
+                    sinks=options.sinks,
+                    recent=plan.recent,
+                    backend=options.backend,
+                )
+            )
+        for rated, *chosen in zip(self._rated, *kept, strict=True):
+            whole = _merge(rated.held, shrinking.groups, chosen)
+            if shrinking.ragged:
+                whole = replace(whole, per_head=None)
+            self._leave(cache, rated, whole, shrinking)
+            for (_, rating), part in zip(rated.parts, chosen, strict=True):
+                self._observe(rating, part)
 
-    def _record(self, layer: CompressedLayer, rating: Rating, kept: Kept, num_held: int) -> None:
-        """Count the pairs that have come since those of the layer were counted, and what stays."""
-        statistics = self.plan.statistics
+    def _leave(self, cache: Cache, rated: Rated, kept: Kept, shrinking: Shrinking) -> None:
+        """Let pairs leave one layer."""
+        plan, before = self.plan, rated.layer
+        heads = before.num_heads
+        held = [sum(row) for row in rated.held.lengths]
+        seen = before.get_seq_length()
+        # What rows without gaps have: those that are left alone as much more as has come since.
+        since = before.run + seen - before.context_length
+        runs = [since] * len(held)
+        newest = [seen] * len(held)
+        for b in (b for rows in shrinking.groups for b in rows):
+            run = plan.run_without_gaps([shrinking.keep[b]], [held[b] // heads])
+            if run is not None:
+                runs[b] = newest[b] = run
+        index = rated.parts[0][1].index
+        layer = recompress(cache, index, kept, backend=plan.options.backend)
+        _expect(layer, plan, min(runs))
+        if layer.recent is not None:
+            layer.recent.keep(newest)
+        self._record(layer, kept, sum(held))
+
+    def _observe(self, rating: Rating, kept: Kept) -> None:
+        """Record a rating, and what stays of its pairs."""
         share = kept.mask().float()
         rows = rating.seen.shares.shape[1]
         share = share.mean(1) if len(share) == rows else share.flatten(0, 1)
-        observe([rating], self.plan.rater, statistics, [share])
+        observe([rating], self.plan.rater, self.plan.statistics, [share])
+
+    def _record(self, layer: CompressedLayer, kept: Kept, num_held: int) -> None:
+        """Count the pairs that have come since those of the layer were counted, and what stays."""
+        statistics = self.plan.statistics
         owner, counted = layer.counted
         counted = counted if owner == statistics.epoch else 0
         num_kept = len(kept.indices)
@@ -224,12 +276,29 @@ def last_states(plan: Plan, hidden_states: Tensor, view: LayerView) -> tuple[Ten
     """
     if not plan.goes_on:
         return None
-    length, lengths = hidden_states.shape[1], view.lengths
-    run = plan.run_without_gaps(plan.keep(lengths, length), lengths)
-    run = plan.options.window if run is None else min(plan.options.window, run)
-    run = min(run, view.queries.shape[2])
-    queries = view.queries[:, :, view.queries.shape[2] - run :]
-    return hidden_states[:, length - run :].clone(), queries.clone()
+    length = hidden_states.shape[1]
+    newest = min(max(_newest(plan, view.lengths, length)), view.queries.shape[2])
+    queries = view.queries[:, :, view.queries.shape[2] - newest :]
+    return hidden_states[:, length - newest :].clone(), queries.clone()
+
+
+def _newest(plan: Plan, lengths: Sequence[int], length: int) -> list[int]:
+    """Count the last tokens of each row of a prefill that no head will lack, of a window at most.
+
+    Parameters
+    ----------
+    plan : Plan
+    lengths : sequence of B ints
+        Real tokens of each row.
+    length : int
+        Padding included.
+    """
+    keep = plan.keep(lengths, length)
+    runs = [plan.run_without_gaps([k], [n]) for k, n in zip(keep, lengths, strict=True)]
+    window = plan.options.window
+    return [
+        min(window, n if run is None else min(n, run)) for n, run in zip(lengths, runs, strict=True)
+    ]
 
 
 def read_of(plan: Plan, index: int, projected: Tensor | None) -> Tensor | None:
@@ -283,6 +352,8 @@ def adopt(
     backend = plan.options.backend
     layer = growing(cache, index, backend=backend)
     remember(layer, *recent, plan.options.window)
+    assert layer.recent is not None
+    layer.recent.keep(_newest(plan, rating.lengths, rating.scores.shape[2]))
     if read is not None:
         layer.notes = take_notes(read, kept, backend=backend)
     _expect(layer, plan, layer.run)
@@ -306,8 +377,8 @@ def _expect(layer: CompressedLayer, plan: Plan, run: int | None) -> None:
 
 def _exceeds(
     counts: Sequence[Sequence[int]], num_heads: int, limit: Sequence[int], *, over_model: bool
-) -> bool:
-    """Say whether a row of any layer, or of all together, holds more than its limit.
+) -> list[int]:
+    """Find the rows that hold more than their limit in any layer, or in all together.
 
     Parameters
     ----------
@@ -323,6 +394,23 @@ def _exceeds(
     if over_model:
         num_heads *= len(counts)
         counts = [[sum(row) for row in zip(*counts, strict=True)]]
-    return any(
-        count > num_heads * most for rows in counts for count, most in zip(rows, limit, strict=True)
-    )
+    return [b for b, most in enumerate(limit) if any(rows[b] > num_heads * most for rows in counts)]
+
+
+def _of_rows(value: Any, rows: Sequence[int], batch: int) -> Any:
+    """Cut rows out of a tensor that has one for each row of the batch, or a tuple of such."""
+    if isinstance(value, tuple):
+        return tuple(_of_rows(x, rows, batch) for x in value)
+    if not isinstance(value, Tensor) or len(rows) == batch or value.dim() < 2:
+        return value
+    return value[torch.tensor(rows, device=value.device)] if len(value) == batch else value
+
+
+def _merge(held: Held, groups: Sequence[Sequence[int]], chosen: Sequence[Kept]) -> Kept:
+    """Put together what rows of a layer keep. Those of no group keep all that they hold."""
+    if len(groups) == 1 and len(groups[0]) == len(held.lengths):
+        return chosen[0]
+    mask = held.real
+    for rows, kept in zip(groups, chosen, strict=True):
+        mask[torch.tensor(rows, device=mask.device)] = kept.mask()
+    return Kept.from_mask(mask)

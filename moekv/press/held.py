@@ -80,6 +80,28 @@ class Held:
             start = start[:, None].expand(-1, num_heads)
         return cls(keys, values, start, [[length - p] * num_heads for p in padding], False)
 
+    def rows(self, rows: Sequence[int]) -> Held:
+        """Look at some rows of the batch alone."""
+        if list(rows) == list(range(len(self.keys))):
+            return self
+        index = torch.tensor(rows, device=self.keys.device)
+        return Held(
+            self.keys[index],
+            self.values[index],
+            None if self.start is None else self.start[index],
+            [self.lengths[b] for b in rows],
+            self.folded,
+            None if self.notes is None else (self.notes[0][index], self.notes[1][index]),
+        )
+
+    @property
+    def real(self) -> Tensor:
+        """Which places hold pairs: [B, H, L], bool."""
+        place = torch.arange(self.shape[2], device=self.keys.device)
+        if self.start is None:
+            return torch.ones(self.shape, dtype=torch.bool, device=place.device)
+        return place >= self.start[..., None]
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """(B, H, L)."""

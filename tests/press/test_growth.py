@@ -12,7 +12,15 @@ from tiny_models import TINY_MODELS, prefill, tiny_model, tokens
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from moekv import DecodingConfig, Expert, LayerView, PiKVMoERouter, load_cache, save_cache
+from moekv import (
+    DecodingConfig,
+    Expert,
+    LayerView,
+    MoERouterPress,
+    PiKVMoERouter,
+    load_cache,
+    save_cache,
+)
 from moekv.cache.attention import install
 from moekv.cache.growing import GrowingLayer
 from moekv.cache.ragged import RaggedLayer
@@ -382,3 +390,37 @@ def test_a_saved_cache_goes_on(budget: str, tmp_path: Any) -> None:
         for step in range(12):
             both.feed(tokens(1, 1, seed=step))
     assert both.pairs().float().mean() < 20
+
+
+@pytest.mark.parametrize("budget", ["uniform", "head", "model"])
+@pytest.mark.parametrize("lengths", [(40, 25), (40, 5), (40, 21, 1)], ids=str)
+def test_rows_of_a_padded_batch_decode_as_they_do_alone(
+    budget: str, lengths: tuple[int, ...]
+) -> None:
+    """Each is compressed when it holds too much, by the tokens that it has itself."""
+    model, longest, steps = tiny_model(), max(lengths), 14
+    batch = len(lengths)
+    ids = tokens(batch, longest + steps)
+    mask = (torch.arange(longest + steps) >= longest - torch.tensor(lengths)[:, None]).long()
+
+    def run(rows: list[int], begin: int) -> torch.Tensor:
+        press = MoERouterPress(0.5, experts=EXPERTS, budget=budget, decoding=DecodingConfig(15, 3))
+        given, seen, cache = ids[rows, begin:], mask[rows, begin:], DynamicCache()
+        position = (seen.cumsum(-1) - 1).clamp(min=0)
+        logits, cuts = [], [longest - begin, *[1] * steps]
+        with torch.no_grad(), press(model):
+            for part, where in zip(given.split(cuts, 1), position.split(cuts, 1), strict=True):
+                length = cache.get_seq_length() + part.shape[1]
+                out = model(
+                    part,
+                    past_key_values=cache,
+                    attention_mask=seen[:, :length],
+                    position_ids=where,
+                )
+                logits.append(out.logits[:, -1])
+        return torch.stack(logits, 1)
+
+    together = run(list(range(batch)), 0)
+    for row, length in enumerate(lengths):
+        alone = run([row], longest - length)
+        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-4, rtol=1e-4)
