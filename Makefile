@@ -29,9 +29,13 @@ cpp := $(shell find csrc $(wildcard tests benchmarks) -name '*.h' -o -name '*.cp
 torch := $(VENV)/.torch-$(shell echo '$(TORCH)' | cksum | cut -d ' ' -f 1)
 installed := $(VENV)/.installed
 
-.PHONY: demo test test-fast test-latest lint format install clean FORCE
+.PHONY: help demo test test-fast test-latest lint format install clean FORCE
 .PHONY: bench bench-cpp instructions instructions-check
 .PHONY: cuda-build cuda-check cuda-resources cuda-link-check gpu-check
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name what; do \
+	    printf '  make %-19s %s\n' "$$name" "$$what"; done
 
 demo: $(installed)  ## compress the cache of a real model and show what comes out
 	$(python) -m moekv demo $(ARGS)
@@ -64,7 +68,7 @@ format: $(installed)  ## rewrite the sources as `make lint` wants them
 	$(VENV)/bin/ruff check --fix --exit-zero --silent .
 	$(VENV)/bin/ruff format .
 
-install: $(installed)
+install: $(installed)  ## .venv with torch, the tools, and moekv itself, editable
 
 # Its own results, so that the recorded ones stay; `python -m benchmarks.report` renders these again.
 measured := build/bench/results
@@ -117,7 +121,7 @@ gpu-check:  ## on a machine with a GPU: eight minutes of checks and times; STEPS
 	    PYTHONPATH=tools $(gpu_python) -m gpu_check $(gpu_steps); \
 	fi
 
-clean:
+clean:  ## remove what was built
 	rm -rf build dist moekv/lib *.egg-info $(installed)
 
 $(installed): $(torch) $(sources) $(if $(wildcard $(native)),,FORCE)

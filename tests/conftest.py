@@ -21,7 +21,7 @@ hypothesis.settings.load_profile("moekv")
 # They are about kvpress.
 collect_ignore = [] if HAS_KVPRESS else ["integrations", "benchmarks/test_quality.py"]
 
-SLOW_FOLDERS = ("benchmarks", "calibration", "cli", "integrations", "simt", "tools")
+SLOW_FOLDERS = ("benchmarks", "calibration", "cli", "examples", "integrations", "simt", "tools")
 SLOW_FILES = (
     *("test_backends", "test_compile", "test_compiled", "test_expected_attention", "test_static"),
     *("test_calibrated_growth", "test_chunks", "test_growth", "test_lives"),

@@ -1,0 +1,32 @@
+"""A chat whose cache never grows beyond its budget."""
+
+import sys
+
+import torch
+from transformers import DynamicCache
+
+from moekv import DecodingConfig, MoERouterPress, load_model
+from moekv.models.hooks import cache_argument
+
+TURNS = ("Hello! Who are you?", "What is a lighthouse?", "Who lives there?", "Good night!")
+
+model, tokenizer = load_model(*sys.argv[1:2])
+# Compressed to 64 pairs a head whenever 32 tokens have come since the last time.
+press = MoERouterPress(decoding=DecodingConfig(target=64, interval=32))
+cache = DynamicCache(config=model.config)
+ids = torch.empty(1, 0, dtype=torch.long)
+with press(model):
+    for turn in TURNS:
+        asked = tokenizer(f"\nUser: {turn}\nAssistant:", return_tensors="pt").input_ids
+        ids = torch.cat([ids, asked], dim=1)
+        ids = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            **cache_argument(model, cache),
+            max_new_tokens=24,
+            do_sample=False,
+        )
+        pairs = max(sum(layer.count_pairs([0])) / layer.num_heads for layer in cache.layers)
+        print(
+            f"{ids.shape[1]:4} tokens of chat, at most {pairs:.0f} pairs a head in a layer's mean"
+        )

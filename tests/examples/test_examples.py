@@ -1,0 +1,52 @@
+"""Every example runs as it stands, on a model of a few weights, and prints what it says."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from character_tokenizer import character_tokenizer
+from tiny_models import tiny_model
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PRINTED = {
+    "ask_often": ["CompressedContext(", "Who signed the contract? ->", "saved: "],
+    "compiled_ops": ["2048 in all", "in front: True"],
+    "custom_expert": ["layer  1: hit rate of selective 0.", "of loudest 0."],
+    "custom_router": ["layer  1: selective "],
+    "endless_chat": ["tokens of chat, at most "],
+    "moe_router_example": ["75% of the pairs removed", "selective", "It goes on:"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(path)
+    character_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_all_are_listed() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(PRINTED)
+    page = (EXAMPLES / "README.md").read_text()
+    assert all(f"`{name}.py`" in page for name in PRINTED)
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_examples(
+    name: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, str(folder)])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    for words in PRINTED[name]:
+        assert words in out
+    if name == "endless_chat":
+        counts = [float(line.split("at most ")[1].split()[0]) for line in out.splitlines()]
+        lengths = [int(line.split()[0]) for line in out.splitlines()]
+        # 64 and the 32 tokens that come between two compressions, and what a turn brings.
+        assert lengths[-1] > 128 and max(counts) < 128
