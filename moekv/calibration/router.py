@@ -31,7 +31,7 @@ from moekv.calibration.model_card import TEMPLATE, facts
 from moekv.experts.learned import LearnedExpert
 from moekv.experts.registry import build_experts
 from moekv.models.fingerprint import TOLERANCE, check_same, describe, distance, fingerprint, short
-from moekv.routing.base import BaseMoERouter, RouterOutput
+from moekv.routing.base import BaseMoERouter
 
 _logger = logging.getLogger("moekv")
 
@@ -68,21 +68,19 @@ class CalibratedGate(BaseMoERouter):
         self.gate.weight.data.copy_(router.gate_weight[row])
         self.gate.bias.data.copy_(router.gate_bias[row])
 
-    def decide(self, read: Tensor, mask: Tensor | None) -> RouterOutput:
-        """Route every token by what the router has read of its hidden state.
+    def logits(self, read: Tensor) -> Tensor:
+        """Rate the experts by what the router has read of hidden states.
 
         Parameters
         ----------
         read : Tensor [B, N, H + E]
             See :meth:`CalibratedRouter.project`.
-        mask : Tensor [B, N], bool, or None
-            True for real tokens; None: all are.
 
         Returns
         -------
-        RouterOutput
+        Tensor [B, N, E]
         """
-        return self._decide(read[..., -self.num_experts :] + self.gate.bias, None, mask)
+        return read[..., -self.num_experts :] + self.gate.bias
 
 
 class CalibratedRouter(

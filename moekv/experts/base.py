@@ -20,8 +20,6 @@ class Expert(ABC):
     kinds : tuple of ScoreKind
         What :meth:`scores` takes from ``view.scores_of``. All experts share one pass over the
         keys.
-    prior : float
-        Log-preference of a router that has learned nothing.
     comparable : bool
         Whether the scores of different heads and layers are on one scale already (an estimate of
         the log of the attention that a key will receive), so that they are taken as they are.
@@ -37,7 +35,6 @@ class Expert(ABC):
 
     name: str
     kinds: tuple[ScoreKind, ...] = ()
-    prior: float = 1.0
     comparable: bool = False
     finite: bool = False
     needs_hidden_states: bool = False
@@ -58,9 +55,9 @@ class Expert(ABC):
         Returns
         -------
         Tensor [B, H, T], floating
-            Higher is better. Unless ``comparable``, order and relative distances count: each
-            head's scores are brought to mean 0 and standard deviation 1. NaN ranks last; padding is
-            ignored.
+            Higher is better. Unless ``comparable``, order and relative distances within a head
+            count. NaN ranks last, and so does a head in which all score the same, which says
+            nothing; padding is ignored.
         """
 
     def kept(self, length: int, compression_ratio: float) -> int:

@@ -14,7 +14,6 @@ class ExpectedExpert(Expert):
     """
 
     name = "expected"
-    prior = 3.0
     comparable = True
     finite = True
     needs_hidden_states = True

@@ -13,15 +13,15 @@ class PositionExpert(Expert):
     """Keeps the beginning and the end.
 
     Alone, it keeps exactly the first ``int(T * first)`` and the last ``int(T * last)`` positions
-    (the first one where both are 0), whatever the compression ratio. In a mixture they score 0,
-    and others minus their distance from the nearer of the two regions, as a share of T.
+    (the first one where both are 0), whatever the compression ratio. In a mixture a position scores
+    minus its distance from the nearer end, in sizes of the region there: 0 at both ends, -1 at the
+    regions' borders. So smaller budgets keep both ends in the same proportion.
 
     Parameters
     ----------
     name : str
     first, last : float
         Shares of the row, in [0, 1], at most 1 together.
-    prior : float
 
     Raises
     ------
@@ -32,12 +32,12 @@ class PositionExpert(Expert):
     finite = True
     waits = True
 
-    def __init__(self, name: str, first: float, last: float, prior: float = 1.0) -> None:
+    def __init__(self, name: str, first: float, last: float) -> None:
         if not (first >= 0 and last >= 0 and first + last <= 1):
             raise ValueError(
                 f"expected shares first, last >= 0 and at most 1 together, got {first} and {last}"
             )
-        self.name, self.first, self.last, self.prior = name, first, last, prior
+        self.name, self.first, self.last = name, first, last
         self._rows: tuple[Any, Tensor] = (None, torch.empty(0))
 
     def regions(self, length: int) -> tuple[int, int]:
@@ -59,12 +59,13 @@ class PositionExpert(Expert):
         """Scores [T] of a row of `length` real pairs; from host numbers, so that nothing waits."""
         first, last = self.regions(length)
         num_keys = view.keys.shape[2]
-        positions = torch.arange(length - num_keys, length, device=view.keys.device)
-        nowhere = torch.full_like(positions, length)  # a region of no size attracts nothing
-        after = (positions - first + 1).clamp(min=0) if first else nowhere
-        before = (length - last - positions).clamp(min=0) if last else nowhere
-        distance = torch.minimum(after, before)
-        return -distance.float() / max(length, 1)
+        positions = torch.arange(length - num_keys, length, device=view.keys.device).float()
+        # A region of no size attracts nothing.
+        from_start = positions / first if first else torch.full_like(positions, torch.inf)
+        from_end = (
+            (length - 1 - positions) / last if last else torch.full_like(positions, torch.inf)
+        )
+        return -torch.minimum(from_start, from_end)
 
     def kept(self, length: int, compression_ratio: float) -> int:
         """Count the pairs of the two regions; the compression ratio has no say."""

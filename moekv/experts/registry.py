@@ -1,21 +1,18 @@
 """Experts by name.
 
-====== ================ ========================================================= =========
-order  name             rates a pair by                                           prior
-====== ================ ========================================================= =========
-0      ``aggressive``   closeness to the first 20 % and the last 10 %             -2
-1      ``moderate``     closeness to the first 30 % and the last 20 %             -1
-2      ``conservative`` closeness to the first 50 % and the last 30 %             0
-3      ``selective``    attention that the last window of queries pays            2
-4      ``semantic``     how unlike the other keys its key is                      2
-5      ``temporal``     spread of its channels against what follows, and recency  1
-6      ``expected``     attention that the text's own queries would pay behind it 3
-====== ================ ========================================================= =========
+====== ================ =========================================================
+order  name             rates a pair by
+====== ================ =========================================================
+0      ``aggressive``   closeness to the ends, in shares of 20 % and 10 %
+1      ``moderate``     closeness to the ends, in shares of 30 % and 20 %
+2      ``conservative`` closeness to the ends, in shares of 50 % and 30 %
+3      ``selective``    attention that the last window of queries pays
+4      ``semantic``     how unlike the other keys its key is
+5      ``temporal``     spread of its channels against what follows, and recency
+6      ``expected``     attention that the text's own queries would pay behind it
+====== ================ =========================================================
 
-The prior is the log-preference that a router starts with where nothing has been learned: strategies
-that look at the keys come before those that look at positions alone. An expert of the user's
-own has 1, the middle of what it competes with. (``learned``, of calibrated routers, needs their
-weights: see ``moekv.experts.learned``.)
+(``learned``, of calibrated routers, needs their weights: see ``moekv.experts.learned``.)
 """
 
 from collections.abc import Callable, Sequence
@@ -30,9 +27,9 @@ from moekv.experts.semantic import SemanticExpert
 from moekv.experts.temporal import TemporalExpert
 
 _REGISTRY: dict[str, Callable[[], Expert]] = {
-    "aggressive": lambda: PositionExpert("aggressive", 0.2, 0.1, prior=-2.0),
-    "moderate": lambda: PositionExpert("moderate", 0.3, 0.2, prior=-1.0),
-    "conservative": lambda: PositionExpert("conservative", 0.5, 0.3, prior=0.0),
+    "aggressive": lambda: PositionExpert("aggressive", 0.2, 0.1),
+    "moderate": lambda: PositionExpert("moderate", 0.3, 0.2),
+    "conservative": lambda: PositionExpert("conservative", 0.5, 0.3),
     "selective": SelectiveExpert,
     "semantic": SemanticExpert,
     "temporal": TemporalExpert,
@@ -98,9 +95,15 @@ def build_experts(items: Sequence[Any]) -> list[Expert]:
 
 
 def _build(item: Any) -> Expert:
+    if isinstance(item, type):
+        raise TypeError(
+            f"expected an expert's instance, got the class: {item.__name__}() makes one"
+        )
     if isinstance(item, Expert):
+        if not isinstance(getattr(item, "name", None), str) or not item.name:
+            raise ValueError(f"expected an expert with a name, got {type(item).__name__} without")
         return item
-    if not isinstance(item, type) and callable(getattr(item, "score", None)):
+    if callable(getattr(item, "score", None)):
         return PressExpert(item)
     if not isinstance(item, str):
         raise TypeError(

@@ -9,4 +9,3 @@ class SelectiveExpert(KindExpert):
 
     name = "selective"
     kinds = (ScoreKind.ATTENTION,)
-    prior = 2.0

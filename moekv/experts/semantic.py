@@ -9,4 +9,3 @@ class SemanticExpert(KindExpert):
 
     name = "semantic"
     kinds = (ScoreKind.DIVERSITY,)
-    prior = 2.0

@@ -15,8 +15,10 @@ from moekv.cache.caches import empty_cache, evict, held_bytes, is_static
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.static import compact
 from moekv.press.forward import Plan
-from moekv.press.rating import Rater, Rating, kept_alone, protected
+from moekv.press.hits import kept_alone
+from moekv.press.rating import Rater, Rating, protected
 from moekv.press.stats import Statistics
+from moekv.routing.mixing import order
 
 
 def choose(ratings: Sequence[Rating], plan: Plan) -> list[Kept | None]:
@@ -27,16 +29,17 @@ def choose(ratings: Sequence[Rating], plan: Plan) -> list[Kept | None]:
     options = plan.options
     if not plan.evicts:
         return [None] * len(ratings)
+    plan.statistics.budget = plan.budget
     if options.policy == "dominant":
         return list(_choose_by_rulers(ratings, plan))
     first = ratings[0]
-    num_keys = first.scores.shape[2]
+    num_keys = first.votes.shape[2]
     totals = plan.keep(first.lengths, num_keys)
     if first.start is None and totals[0] == num_keys:
         return [None] * len(ratings)
     sinks, recent = _protected(first, plan)
     chosen = select(
-        [r.scores for r in ratings],
+        order([r.votes for r in ratings], plan.budget, [r.real for r in ratings]),
         first.start,
         totals,
         budget=plan.budget,
@@ -63,7 +66,7 @@ def _choose_by_rulers(ratings: Sequence[Rating], plan: Plan) -> list[Kept]:
     for rating, ruler in zip(ratings, rulers, strict=True):
         totals = kept_alone(plan.rater.experts[ruler], rating.lengths, plan.options)
         chosen += select(
-            [rating.scores],
+            [rating.votes.scores[0]],
             rating.start,
             totals,
             sinks=0,
@@ -135,7 +138,8 @@ def observe(
         indices = [r.index for r in ratings[first:last]]
         statistics.observe(indices, seen, shares)
         for index, rates in zip(indices, seen.hit_rates.unbind(), strict=True):
-            rater.routers.take_in(index, rates)
+            if rater.routed:
+                rater.routers.take_in(index, rates[len(rater.shared) :])
         first = last
 
 
@@ -147,13 +151,13 @@ def record(
     statistics: Statistics,
 ) -> None:
     """Count what stays of rated layers, and their bytes before and after."""
-    everywhere = torch.ones_like(ratings[0].scores[:, 0])
+    everywhere = torch.ones_like(ratings[0].votes.scores[0, :, 0])
     shares = [
-        everywhere.to(r.scores.device) if k is None else k.share()
+        everywhere.to(r.votes.scores.device) if k is None else k.share()
         for r, k in zip(ratings, kept, strict=True)
     ]
     observe(ratings, rater, statistics, shares)
     for rating, chosen, change in zip(ratings, kept, num_bytes, strict=True):
-        pairs = rating.scores.shape[1] * sum(rating.lengths)
+        pairs = rating.votes.shape[1] * sum(rating.lengths)
         stay = pairs if chosen is None else len(chosen.indices)
         statistics.count((pairs, stay), change)

@@ -47,6 +47,7 @@ from moekv.press.commit import observe
 from moekv.press.forward import Call, Plan, Strategy
 from moekv.press.held import Held
 from moekv.press.rating import Rating
+from moekv.routing.mixing import order
 
 
 @dataclass
@@ -199,12 +200,18 @@ class Growth(Strategy):
     def _shrink(self, cache: Cache, shrinking: Shrinking) -> None:
         """Let pairs leave the rated layers."""
         plan, options = self.plan, self.plan.options
+        plan.statistics.budget = plan.budget
         kept: list[list[Kept]] = []  # of each group, of each layer
         for group, rows in enumerate(shrinking.groups):
             parts = [rated.parts[group] for rated in self._rated]
+            votes = [rating.votes.view(*held.shape[:2]) for held, rating in parts]
+            scores = order(votes, plan.budget, [held.real for held, _ in parts])
             kept.append(
                 select_grown(
-                    [Grown(r.scores.view(h.shape), h.start, h.lengths) for h, r in parts],
+                    [
+                        Grown(x, held.start, held.lengths)
+                        for x, (held, _) in zip(scores, parts, strict=True)
+                    ],
                     [shrinking.keep[b] for b in rows],
                     budget=plan.budget,
                     sinks=options.sinks,
@@ -353,11 +360,11 @@ def adopt(
     layer = growing(cache, index, backend=backend)
     remember(layer, *recent, plan.options.window)
     assert layer.recent is not None
-    layer.recent.keep(_newest(plan, rating.lengths, rating.scores.shape[2]))
+    layer.recent.keep(_newest(plan, rating.lengths, rating.votes.shape[2]))
     if read is not None:
         layer.notes = take_notes(read, kept, backend=backend)
     _expect(layer, plan, layer.run)
-    padding = [rating.scores.shape[2] - n for n in rating.lengths]
+    padding = [rating.votes.shape[2] - n for n in rating.lengths]
     layer.counted = (plan.statistics.epoch, sum(layer.count_pairs(padding)))
 
 

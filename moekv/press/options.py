@@ -17,7 +17,8 @@ from moekv.routing.registry import ROUTERS
 POLICIES = ("mixture", "dominant")
 
 SHARED_EXPERT, ROUTED_EXPERTS = "expected", ("selective", "semantic")
-"""What rates a model that nobody calibrated, unless options choose something else."""
+"""What rates a model that nobody calibrated, unless options choose something else: ``expected``
+has the hidden states of all pairs after a prefill; where a cache grows, the others rate alone."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ class Routing:
     Attributes
     ----------
     experts : tuple of Expert, or None
-        None: ``num_experts="auto"``, as many as the model's shape asks for.
+        Those that are routed. None: ``num_experts="auto"``, as many as the model's shape asks for.
+    shared : Expert or None
+        The one that every token consults, unless a calibrated router is found.
     router_type : str or BaseMoERouter
         A key of ``ROUTERS``, or a router that every layer gets a copy of.
     top_k : int
@@ -67,13 +70,14 @@ class Routing:
     calibrated : CalibratedRouter, str or None
         A name is looked up when a block begins; ``"auto"``: the model's own, if there is one.
     own_choice : bool
-        Whether options choose experts or routers; else the default's do.
+        Whether options choose experts or routers, so that they act beside a calibrated one.
     backend : str
     asked : tuple
         What the experts were built of: as long as it is the same, they are.
     """
 
     experts: tuple[Expert, ...] | None
+    shared: Expert | None
     router_type: str | BaseMoERouter
     top_k: int
     cache_aware: bool
@@ -132,15 +136,16 @@ class Options:
         ops.check_backend(given["backend"])
         for name, least in (("sinks", 0), ("recent", 0), ("window", 1)):
             check_count(name, given[name], least)
-        for name in ("cache_aware", "streaming"):
-            check_flag(name, given[name])
+        check_flag("streaming", given["streaming"])
+        if given["cache_aware"] is not None:
+            check_flag("cache_aware", given["cache_aware"])
         decoding = given["decoding"]
         if decoding is not None and not isinstance(decoding, DecodingConfig):
             raise TypeError(f"expected decoding a moekv.DecodingConfig, got {decoding!r}")
         if given["policy"] == "dominant":
             _check_dominant(given)
         routing = _routing(given, known)
-        if decoding is not None and routing.experts is not None:
+        if decoding is not None and routing.experts is not None and routing.calibrated is None:
             check_able(routing.experts)
         own = {field.name for field in fields(cls)} - {"routing"}
         return cls(routing, **{name: given[name] for name in own})
@@ -174,58 +179,109 @@ def _routing(given: Mapping[str, Any], known: Sequence[Routing]) -> Routing:
     names = ("num_experts", "top_k", "router_type", "experts")
     chosen = [name for name in names if given[name] is not None]
     chosen += ["policy"] if given["policy"] == "dominant" else []
-    calibrated = given["router"]
-    if calibrated not in (None, "auto"):
-        if chosen:
-            raise ValueError(
-                f"expected no {' or '.join(chosen)} beside a calibrated router, which brings its "
-                "own experts and gates; or router=None"
-            )
-        if not isinstance(calibrated, CalibratedRouter | str):
-            raise TypeError(
-                'expected router a moekv.CalibratedRouter, a name, "auto" or None, got '
-                f"{type(calibrated).__name__}"
-            )
+    calibrated = _calibrated(given)
     router_type = "pikv" if given["router_type"] is None else given["router_type"]
-    top_k = 2 if given["top_k"] is None else given["top_k"]
     if not isinstance(router_type, BaseMoERouter):
         check_choice("router_type", router_type, tuple(ROUTERS))
-    check_count("top_k", top_k, 1)
     listed = given["experts"]
     listed = tuple(listed) if isinstance(listed, list) else listed
-    asked = bool(chosen), listed, given["num_experts"]
-    same = [routing.experts for routing in known if routing.asked == asked]
-    experts = same[0] if same else _experts(given, bool(chosen))
-    most = len(expert_names() if experts is None else experts)
+    asked = bool(chosen), listed, given["num_experts"], given["shared"], calibrated is None
+    same = [routing for routing in known if routing.asked == asked]
+    if same:
+        experts, shared = same[0].experts, same[0].shared
+    else:
+        shared = _shared(given)
+        experts = _experts(given, shared, bool(chosen))
+    most = len(expert_names()) - (shared is not None) if experts is None else len(experts)
+    top_k = (most if listed is not None else min(2, most)) if given["top_k"] is None else None
+    if top_k is None:
+        top_k = given["top_k"]
+        check_count("top_k", top_k, 1)
     if isinstance(router_type, BaseMoERouter):
         top_k = _top_k_of(router_type, experts, given["top_k"])
-        if given["cache_aware"] and not getattr(router_type, "cache_aware", False):
-            raise ValueError(
-                "expected cache_aware=False beside a router of one's own without a history, got "
-                "True: PiKVMoERouter(..., cache_aware=True) has one"
-            )
     if top_k > most:
         raise ValueError(f"expected top_k <= num_experts = {most}, got {top_k}")
     return Routing(
         experts=experts,
+        shared=shared,
         router_type=router_type,
         top_k=top_k,
-        cache_aware=given["cache_aware"],
-        calibrated=None if chosen else calibrated,
+        cache_aware=_cache_aware(given["cache_aware"], router_type),
+        calibrated=calibrated,
         own_choice=bool(chosen),
         backend=given["backend"],
         asked=asked,
     )
 
 
-def _experts(given: Mapping[str, Any], chosen: bool) -> tuple[Expert, ...] | None:
+def _cache_aware(asked: bool | None, router_type: str | BaseMoERouter) -> bool:
+    """Say whether routers are to follow the history that they have."""
+    has_history = router_type == "pikv" or getattr(router_type, "cache_aware", False)
+    if asked and not has_history:
+        name = router_type if isinstance(router_type, str) else type(router_type).__name__
+        raise ValueError(
+            "expected cache_aware=True with a router that has a history, 'pikv' or "
+            f"PiKVMoERouter(..., cache_aware=True), got {name}"
+        )
+    return has_history if asked is None else asked
+
+
+def _calibrated(given: Mapping[str, Any]) -> CalibratedRouter | str | None:
+    """Say which calibrated router is to be the shared expert, if any."""
+    router, shared = given["router"], given["shared"]
+    if router not in (None, "auto"):
+        if not isinstance(router, CalibratedRouter | str):
+            raise TypeError(
+                'expected router a moekv.CalibratedRouter, a name, "auto" or None, got '
+                f"{type(router).__name__}"
+            )
+        if given["policy"] == "dominant":
+            raise ValueError(
+                "expected no calibrated router with policy 'dominant', in which one expert rules a "
+                "layer alone, got one; or router=None"
+            )
+        if shared != "auto":
+            raise ValueError(
+                "expected no shared beside a calibrated router, which is the shared expert itself, "
+                f"got {shared!r}; or router=None"
+            )
+        return router
+    by_itself = shared == "auto" and given["experts"] is None and given["policy"] == "mixture"
+    return router if by_itself else None
+
+
+def _shared(given: Mapping[str, Any]) -> Expert | None:
+    """Build the expert that every token consults where there is no calibrated router."""
+    shared = given["shared"]
+    if given["policy"] == "dominant":
+        if shared not in ("auto", None):
+            raise ValueError(
+                "expected no shared expert with policy 'dominant', in which one expert rules a "
+                f"layer alone, got {shared!r}"
+            )
+        return None
+    if shared == "auto":
+        shared = SHARED_EXPERT if given["experts"] is None else None
+    return None if shared is None else build_experts([shared])[0]
+
+
+def _experts(
+    given: Mapping[str, Any], shared: Expert | None, chosen: bool
+) -> tuple[Expert, ...] | None:
+    """Build the experts that are routed."""
     wanted: Sequence[Any]
-    names = expert_names()
+    own = None if shared is None else shared.name
+    if given["experts"] is not None:
+        experts = build_experts(given["experts"])
+        if own in [expert.name for expert in experts]:
+            raise ValueError(
+                f"expected the shared expert beside those that are routed, got {own!r} in both"
+            )
+        return tuple(experts)
     num_experts = 4 if given["num_experts"] is None else given["num_experts"]
+    names = [name for name in expert_names() if name != own]
     if not chosen:
-        wanted = [SHARED_EXPERT, *ROUTED_EXPERTS]
-    elif given["experts"] is not None:
-        wanted = given["experts"]
+        wanted = [name for name in ROUTED_EXPERTS if name != own]
     elif num_experts == "auto":
         return None
     else:
@@ -233,8 +289,9 @@ def _experts(given: Mapping[str, Any], chosen: bool) -> tuple[Expert, ...] | Non
             raise ValueError(f'expected num_experts a number or "auto", got {num_experts!r}')
         check_count("num_experts", num_experts, 1)
         if num_experts > len(names):
+            beside = "" if own is None else f", {own} being shared"
             raise ValueError(
-                f"expected num_experts <= {len(names)} ({', '.join(names)}), "
+                f"expected num_experts <= {len(names)} ({', '.join(names)}{beside}), "
                 f"got {num_experts}; register_expert adds more"
             )
         wanted = names[:num_experts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ from moekv.press.prefill import Prefill
 from moekv.press.rating import Rater
 from moekv.press.stats import Statistics
 from moekv.press.streaming import Streaming
+
+logger = logging.getLogger("moekv")
 
 
 class Planner:
@@ -74,6 +77,7 @@ class Planner:
         self._options, self._rater, self._statistics = options, rater, statistics
         self._context_length = context_length
         self._possible: Options | None = None
+        self._named: set[str] = set()
         self._check(options())
 
     @property
@@ -168,7 +172,7 @@ class Planner:
         rater = self._rater(options)
         budget = options.budget
         if budget == "auto":
-            budget = "model" if self._may_be_ragged(options, rater, cache) else "uniform"
+            budget = self._automatic(options, rater, cache)
         # What may be taken back stays in every head, so that it can be: of the tokens whose
         # logits assisted decoding asks for, all but the first are guesses.
         guesses = wanted - 1 if 1 < wanted < num_tokens else 0
@@ -183,10 +187,23 @@ class Planner:
             recent,
         )
 
-    def _may_be_ragged(self, options: Options, rater: Rater, cache: Any) -> bool:
-        if is_static(cache) or options.policy == "dominant" or self._reads_dense:
-            return False
-        return rater.calibrated is not None or (not self._goes_on(options) and rater.comparable)
+    def _automatic(self, options: Options, rater: Rater, cache: Any) -> str:
+        """Say which budget ``"auto"`` stands for; whoever else needs dense layers is named once."""
+        if options.policy == "dominant" or not rater.compares:
+            return "uniform"
+        reader = "a static cache" if is_static(cache) else None
+        if self._reads_dense:
+            reader = "the model's own attention ('eager', sinks, or heads that it mixes)"
+        if reader is None:
+            return "model"
+        if options.evicts and reader not in self._named:
+            self._named.add(reader)
+            logger.warning(
+                "budget 'auto' is 'uniform', every head keeping the same number of pairs, as %s "
+                "needs layers of one length; 'model' loses less, with DynamicCache and 'sdpa'",
+                reader,
+            )
+        return "uniform"
 
     @property
     def _indices(self) -> list[int]:

@@ -152,5 +152,5 @@ class Prefill(Strategy):
         record(ratings, kept, num_bytes, plan.rater, plan.statistics)
 
     def _run(self, rating: Rating) -> int | None:
-        num_keys = rating.scores.shape[2]
+        num_keys = rating.votes.shape[2]
         return self.plan.run_without_gaps(self.plan.keep(rating.lengths, num_keys), rating.lengths)

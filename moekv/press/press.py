@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,15 +23,18 @@ from moekv.press.session import Session
 from moekv.press.stats import Statistics
 from moekv.routing.base import BaseMoERouter
 
+logger = logging.getLogger("moekv")
 
-@dataclass
+
+@dataclass(repr=False)
 class MoERouterPress:
     """Compress KV caches with a router over experts.
 
-    Every token is routed to a few experts. Each expert scores the cached pairs; scores are brought
-    to one scale (mean 0, standard deviation 1 in every head, unless they are comparable as they
-    are) and mixed with the tokens' gate weights. The pairs that rank last leave, and their memory
-    is freed.
+    An expert orders the pairs of a layer. One is shared by all tokens; beside it, each token is
+    routed to a few others. Every expert has a share of the budget, the shared one nine tenths and
+    each routed one what the gates gave it on average, and picks pairs in its order until its share
+    is used up; what several pick is paid for once. The pairs that nobody picks leave, and their
+    memory is freed.
 
     Inside ``with press(model):`` each prefill is compressed once, when its last layer has run: an
     exception before that leaves the cache whole. Until then the full cache is held, so the peak is
@@ -45,19 +49,21 @@ class MoERouterPress:
         ``max(1, int(T * (1 - compression_ratio)))`` pairs, of the T real ones of its row, on
         average over the heads that share a budget; 0 measures and removes nothing.
     num_experts : int or "auto", optional
-        As many experts from the registry, in its order. ``"auto"``:
+        As many routed experts from the registry, in its order, the shared one left out. ``"auto"``:
         ``floor(log2(layers * KV heads))``, at least `top_k`, at most all: the more heads, the more
         kinds of them. If none of `num_experts`, `top_k`, `router_type` and `experts` is given,
-        ``expected`` is shared by all tokens, and ``selective`` and ``semantic`` move it a little;
-        if only others of them are, it is 4.
+        a calibrated router rates alone, if there is one; else ``selective`` and ``semantic`` are
+        routed. If only others of them are given, it is 4.
     top_k : int, optional
-        Experts per token; 2 unless given.
+        Routed experts per token. Unless given, all of a list (`experts`), and 2 otherwise.
     router_type : str or BaseMoERouter, optional
         A key of ``moekv.routing.registry.ROUTERS``; ``"pikv"`` unless given. Or a router of as many
-        experts, of which every layer gets a copy: so options of one class alone are given.
-    cache_aware : bool
-        Whether a ``"pikv"`` router's choices follow the measured hit rates; other routers have no
-        history. Off, as it changed nothing where it was measured (docs/results.md).
+        experts, of which every layer gets a copy: so options of one class alone are given. A router
+        that nobody trained goes by what the experts themselves say of a token, and by how much of
+        the observed attention each would have kept (``moekv.routing.evidence``).
+    cache_aware : bool, optional
+        Whether a ``"pikv"`` router's choices follow the measured hit rates, as they do unless
+        False is given; other routers have no history.
     policy : str
         ``"mixture"``: see above. ``"dominant"``: the expert with the highest mean probability over
         a layer's real tokens rules the layer alone, by its own ``Expert.kept``. Layers of
@@ -65,16 +71,17 @@ class MoERouterPress:
     budget : str
         ``"uniform"``: each head keeps the same number, in plain dense layers. ``"head"``: pairs
         move between the heads of a layer; ``"model"``: between the heads of all layers. Both give
-        ragged layers, which need scores that are comparable across heads (see
-        ``Expert.comparable``). ``"auto"``: ``"model"`` where no experts or routers are asked for,
-        or comparable ones are, or a calibrated router is, unless static caches or eager attention
-        need dense layers; ``"uniform"`` otherwise, and where a cache goes on growing without a
-        calibrated router.
+        ragged layers. ``"auto"``: ``"model"``; ``"uniform"`` where static caches or eager attention
+        need dense layers, a dominant policy rules, or one expert alone rates whose scores cannot be
+        compared between heads (see ``Expert.comparable``).
     backend : str
         ``"auto"`` (by the device of the tensors), ``"cpu"``, ``"cuda"`` or ``"torch"``.
     experts : sequence, optional
-        Names, ``Expert`` instances or kvpress scorers, instead of the registry's first
-        `num_experts`.
+        Names, ``Expert`` instances or kvpress scorers to be routed, instead of the registry's first
+        `num_experts`. No expert is shared then, unless `shared` or `router` say so.
+    shared : str, Expert, kvpress scorer or None
+        The expert that all tokens share. ``"auto"``: the calibrated router, if there is one, or
+        ``expected``; none beside `experts`, and with policy ``"dominant"``. None: none.
     sinks : int
         First real positions that stay in any case: attention leans on them whatever they
         say (StreamingLLM).
@@ -93,13 +100,13 @@ class MoERouterPress:
         and older ones are copied a few times. An exception halfway leaves the cache empty instead
         of whole.
     router : CalibratedRouter, str or None
-        A calibrated router, which brings its own experts and gates; or the folder or hub id of one,
-        which a block asks for.
+        A calibrated router, which brings its own experts and gates and is the shared expert; or the
+        folder or hub id of one, which a block asks for.
         It has to see every token in a block of its own.
         ``"auto"``: the one that comes with the package for the model, if there is one, unless
-        `num_experts`, `top_k`, `router_type`, `experts` or policy ``"dominant"`` ask for something
-        else, or the first cache that the press rates holds tokens that it has not seen (as inside
-        ``kvpress.DecodingPress``); ``get_stats()["router"]`` says which one is at work. None: none.
+        `experts`, `shared` or policy ``"dominant"`` ask for something else, or the first cache that
+        the press rates holds tokens that it has not seen (as inside ``kvpress.DecodingPress``);
+        ``get_stats()["router"]`` says which one is at work. None: none.
 
     Raises
     ------
@@ -135,11 +142,12 @@ class MoERouterPress:
     num_experts: int | str | None = None
     top_k: int | None = None
     router_type: str | BaseMoERouter | None = None
-    cache_aware: bool = False
+    cache_aware: bool | None = None
     policy: str = "mixture"
     budget: str = "auto"
     backend: str = "auto"
     experts: Sequence[str | Expert | Any] | None = None
+    shared: str | Expert | Any | None = "auto"
     sinks: int = 4
     recent: int = 16
     window: int = 64
@@ -167,6 +175,13 @@ class MoERouterPress:
         if name == "router" and isinstance(value, str) and value != "auto" and is_folder(value):
             value = load_router(value)
         object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        """Show the options that differ from their defaults."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        defaults = {field.name: field.default for field in fields(self)}
+        own = [n for n in given if not _same({n: given[n]}, defaults)]
+        return f"{type(self).__name__}({', '.join(f'{n}={given[n]!r}' for n in own)})"
 
     def __getstate__(self) -> dict[str, Any]:
         """Take options and copies of statistics and routers along; not the block, nor the model."""
@@ -287,8 +302,20 @@ class MoERouterPress:
         try:
             with self._session.open():
                 yield
+            self._warn_of_idle()
         finally:
             self._session = None
+
+    def _warn_of_idle(self) -> None:
+        rater = self._rater
+        if rater is None or self.policy == "dominant":
+            return
+        routed = {expert.name for expert in rater.routed}
+        if idle := [name for name in self._statistics.idle(rater.names) if name in routed]:
+            logger.warning(
+                "no token was sent to %s: raise top_k, or leave out what says nothing",
+                ", ".join(idle),
+            )
 
     # --- Statistics -------------------------------------------------------------------------------
 
@@ -304,6 +331,9 @@ class MoERouterPress:
             ``avg_aux_loss``: that per forward.
             ``router``: which kind is at work, for which model it was calibrated, and how far its
             weights are from those here, if they are not the same.
+            ``budget``: ``asked`` for, and ``used`` last (None: nothing has been compressed).
+            ``never_chosen``: experts that no token of any layer was sent to; a block that ends
+            warns of those that are routed.
             ``compression``: ``bytes_before``, ``bytes_after``, ``bytes_freed`` of the storages of
             the layers that the press compressed, and ``ratio``, the exact share of real
             pairs removed. Where a cache is compressed again, every pair counts once: before,
@@ -333,7 +363,8 @@ class MoERouterPress:
         calibrated = found if isinstance(found, CalibratedRouter) else None
         names = [] if rater is None else rater.names
         distance = 0.0 if rater is None else rater.distance
-        return self._statistics.report(names, name_router(routing, calibrated, distance))
+        name = name_router(routing, calibrated, distance)
+        return self._statistics.report(names, name, self.budget)
 
     def reset_stats(self) -> None:
         """Forget everything measured: statistics, routers' histories, and the model they are of."""

@@ -1,4 +1,4 @@
-"""What a press thinks of a layer: view → router → experts → mixed scores."""
+"""What a press thinks of a layer: view → router → experts → votes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moekv import ops
-from moekv.budget import kept_pairs, select
 from moekv.calibration.router import CalibratedGate, CalibratedRouter, shipped_router
 from moekv.experts.base import Expert, scores_by
 from moekv.experts.expected import ExpectedExpert
@@ -23,16 +21,16 @@ from moekv.experts.view import LayerView
 from moekv.models.fingerprint import TOLERANCE, short
 from moekv.models.hooks import index_of
 from moekv.ops import ScoreKind
+from moekv.press import mixture
+from moekv.press.hits import hit_rates, kept_alone
 from moekv.press.memory import Routers
-from moekv.press.options import Options, Routing, check_able
+from moekv.press.mixture import Part
+from moekv.press.options import Options, Routing
 from moekv.press.stats import Observation
 from moekv.routing.base import BaseMoERouter, RouterOutput
-from moekv.routing.mixing import common_scale, together
+from moekv.routing.evidence import standardise
+from moekv.routing.mixing import Votes, order
 from moekv.routing.registry import make_router
-from moekv.routing.shared import SharedExpertRouter
-
-ROUTED_SAY = 0.4
-"""What a standard deviation of a routed expert's scores weighs against a factor e of attention."""
 
 
 @dataclass
@@ -40,8 +38,8 @@ class Look:
     """A layer that is still to be rated, without the tensors that are too large to hold."""
 
     view: LayerView
-    router: BaseMoERouter
-    routed: RouterOutput | None  # None: by a calibrated router, from what it has read
+    router: BaseMoERouter  # of the routed experts, or the gate of a calibrated router
+    rated: tuple[Tensor, Tensor | None] | None  # what the router has read of hidden states
     scores: list[Tensor | None]  # [B, H, T] fp32 each, of the experts that do not wait
 
     @property
@@ -54,11 +52,11 @@ class Look:
 
 @dataclass
 class Rating:
-    """One layer's scores, and what it takes to act on them."""
+    """What is said of one layer's pairs, and what it takes to act on it."""
 
     index: int  # of the layer
-    scores: Tensor  # [B, H, T] fp32, those that decide
-    ruling: Tensor | None  # scalar, the dominant expert
+    votes: Votes
+    ruling: Tensor | None  # scalar, the dominant expert, whose scores alone the votes are
     start: Tensor | None
     lengths: tuple[int, ...]
     begins: bool
@@ -69,8 +67,21 @@ class Rating:
         """Give the rating for so many heads of a cache; all alike where their layer mixes them."""
         if not mixes:
             return self
-        together = self.scores.mean(1, keepdim=True)
-        return replace(self, scores=together.expand(-1, num_heads, -1).contiguous())
+        together = self.votes.scores.mean(2, keepdim=True)
+        scores = together.expand(-1, -1, num_heads, -1).contiguous()
+        return replace(self, votes=replace(self.votes, scores=scores))
+
+    @property
+    def real(self) -> Tensor | None:
+        """Which pairs are real: [B, 1, T], bool; None: all."""
+        if self.start is None:
+            return None
+        places = torch.arange(self.votes.shape[2], device=self.start.device)
+        return places >= self.start.view(-1, 1, 1)
+
+    def order(self) -> Tensor:
+        """Scores [B, H, T] of the layer by itself, in which each head has a budget of its own."""
+        return order([self.votes], "uniform", [self.real])[0]
 
 
 class Rater:
@@ -126,9 +137,22 @@ class Rater:
         return rater
 
     @property
+    def shared(self) -> Sequence[Expert]:
+        """Those that every token consults: one, or those of a calibrated router, or none."""
+        if self.calibrated is not None:
+            return self.calibrated.experts
+        shared = self.routing.shared
+        return () if shared is None else (shared,)
+
+    @property
+    def routed(self) -> Sequence[Expert]:
+        """Those that are routed: none beside a calibrated router that nobody asked more of."""
+        return () if self.calibrated is not None and not self.routing.own_choice else self._own
+
+    @property
     def experts(self) -> Sequence[Expert]:
-        """Those that rate."""
-        return self._own if self.calibrated is None else self.calibrated.experts
+        """Those that rate: the shared ones first."""
+        return (*self.shared, *self.routed)
 
     @property
     def names(self) -> list[str]:
@@ -151,11 +175,10 @@ class Rater:
         return any(isinstance(expert, PressExpert) for expert in self.experts)
 
     @property
-    def comparable(self) -> bool:
-        """Whether mixed scores are on one scale over all heads and layers."""
-        if self.calibrated is not None or not self.routing.own_choice:
-            return True
-        return all(expert.comparable for expert in self.experts)
+    def compares(self) -> bool:
+        """Whether what is said of different heads differs by more than their picks."""
+        voters = len(self.routed) + bool(self.shared)
+        return voters > 1 or self.calibrated is not None or self.experts[0].comparable
 
     @property
     def kinds(self) -> list[ScoreKind]:
@@ -185,44 +208,41 @@ class Rater:
     def look(self, view: LayerView) -> Look:
         """Take of a view all that needs its hidden states and queries, and let these go."""
         router = self.routers.of(view.module, lambda: self._make_router(view))
-        routed = None
-        if self.calibrated is None:
-            routed = router(view.hidden_states, view.token_mask)
-        else:
+        rated = None
+        if self.routed:
+            rated = router.rate(view.hidden_states, view.token_mask)
+        if self.calibrated is not None:
             view.read = self.calibrated.project(index_of(view.module), view.hidden_states)
         scores = [None if expert.waits else scores_by(expert, view) for expert in self.experts]
         if view.aligned and self.expects:
             view.expected()
         view.observed()
-        return Look(view.released(), router, routed, scores)
+        return Look(view.released(), router, rated, scores)
+
+    def _gate(self, view: LayerView, like: Tensor | None) -> CalibratedGate:
+        assert self.calibrated is not None and like is not None
+        index, backend = index_of(view.module), self.routing.backend
+        return self.calibrated.gate(index, like, backend=backend)
 
     def _make_router(self, view: LayerView) -> BaseMoERouter:
         states, routing = view.hidden_states, self.routing
-        if self.calibrated is not None:
-            return self.calibrated.gate(index_of(view.module), states, backend=routing.backend)
-        hidden_size = states.shape[-1]
+        if not self.routed:
+            return self._gate(view, states)
         router: BaseMoERouter
-        if not routing.own_choice:
-            prior = [expert.prior for expert in self._own[1:]]
-            router = SharedExpertRouter(
-                hidden_size, len(prior), routing.top_k, prior=prior, backend=routing.backend
-            ).freeze()
-        elif isinstance(routing.router_type, BaseMoERouter):
+        if isinstance(routing.router_type, BaseMoERouter):
             router = copy.deepcopy(routing.router_type)
             router.backend = routing.backend
         else:
             aware = {"cache_aware": routing.cache_aware} if routing.router_type == "pikv" else {}
             router = make_router(
                 routing.router_type,
-                hidden_size,
+                states.shape[-1],
                 len(self._own),
                 routing.top_k,
-                prior=[expert.prior for expert in self._own],
                 backend=routing.backend,
                 **aware,
             )
-        router = router.to(states.device, states.dtype).eval()
-        return router.requires_grad_(False)
+        return router.to(states.device, states.dtype).eval().requires_grad_(False)
 
     # --- Rating -----------------------------------------------------------------------------------
 
@@ -242,10 +262,10 @@ class Rater:
     def _rate_alike(
         self, looks: list[Look], options: Options, alone: Sequence[int] | None
     ) -> list[Rating]:
-        view = looks[0].view
-        num_experts, num_layers = len(self.experts), len(looks)
+        views = [look.view for look in looks]
+        view, num_layers = views[0], len(looks)
+        num_experts = len(self.experts)
         batch, num_heads, num_keys = view.keys.shape[:3]
-        routed = [self._routed(look) for look in looks]
         by_expert = [
             scores_by(expert, look.view) if (known := look.scores[e]) is None else known
             for e, expert in enumerate(self.experts)
@@ -254,154 +274,83 @@ class Rater:
         # The layers are further rows of the batch, so that each step is one operation for all.
         scores = torch.cat(by_expert).view(num_experts, num_layers * batch, num_heads, num_keys)
         del by_expert
-        hit_rates = self._hit_rates(looks, scores, options, alone)
+        totals = [alone or kept_alone(expert, view.lengths, options) for expert in self.experts]
+        sinks, recent = protected(view, options)
+        rates = hit_rates(
+            views, scores, totals, sinks=sinks, recent=recent, backend=self.routing.backend
+        )
+        num_real = max(sum(view.lengths), 1)
+        shares = [min(sum(rows) / num_real, 1.0) for rows in totals]
+        part, given = self._mix(looks, scores, rates, shares)
+        votes: list[Votes] = _votes(part, num_layers)
         ruling: Sequence[Tensor | None] = [None] * num_layers
         if options.policy == "dominant":
-            decisive, shares, ruling = _rule(view, scores, routed)
-        else:
-            decisive, shares = self._mix(looks, scores, routed)
+            votes, part.weights, ruling = _rule(views, scores, given)
+        weights = part.weights.view(num_layers, batch, num_keys, num_experts)
         seen = Observation(
             num_tokens=sum(
                 min(n, view.hidden_states.shape[1]) for n in view.lengths[:: view.folded]
             ),
-            load=torch.stack([r.load for r in routed]),
-            entropy=torch.stack([r.entropy for r in routed]),
-            aux_loss=torch.stack([r.aux_loss for r in routed]),
-            shares=torch.stack(shares),
-            hit_rates=hit_rates.mT,
+            load=part.load,
+            entropy=part.entropy,
+            aux_loss=part.aux_loss,
+            shares=weights,
+            hit_rates=rates.mean(-1).mT,
         )
         row = view.start, view.lengths, view.begins, view.ends, seen
         return [
-            Rating(index_of(look.view.module), scores_, ruler, *row)
-            for look, scores_, ruler in zip(looks, decisive, ruling, strict=True)
+            Rating(index_of(look.view.module), said, ruler, *row)
+            for look, said, ruler in zip(looks, votes, ruling, strict=True)
         ]
 
-    def _routed(self, look: Look) -> RouterOutput:
-        if look.routed is not None:
-            return look.routed
-        gate, read = look.router, look.view.read
-        assert isinstance(gate, CalibratedGate) and read is not None
-        return gate.decide(read, look.view.token_mask)
-
     def _mix(
-        self, looks: Sequence[Look], scores: Tensor, routed: Sequence[RouterOutput]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Mixed scores [B, H, T] of each layer, and each expert's share in them [B, T, E]."""
-        view = looks[0].view
-        weights, chosen, shares = zip(*(self._weights(view, r) for r in routed), strict=True)
-        gain, offset = self._scale(looks, scores)
-        mixed = ops.mix_scores(
-            scores,
-            together(weights),
-            together(chosen),
-            gain,
-            offset,
-            backend=self.routing.backend,
-        )
-        return list(torch.split(mixed, len(view.keys))), list(shares)
-
-    def _weights(self, view: LayerView, routed: RouterOutput) -> tuple[Tensor, Tensor, Tensor]:
-        """Gate weights and experts [B, T, k] of the pairs, and each expert's share [B, T, E]."""
-        weights, chosen, shares = routed.weights, routed.experts, routed.shares
-        if view.aligned:
-            return weights, chosen, shares
-        # Not every pair's token is known: all are mixed as the known ones are on average.
-        able = [expert.can_rate(view) for expert in self.experts]
-        check_able(self.experts, any(able))
-        total = shares.sum(1, keepdim=True).repeat_interleave(view.folded, 0)
-        # A little for all that can rate, in case that tokens chose none of them.
-        total = total + 1e-6
-        for index, can in enumerate(able):
-            if not can:
-                total[..., index].zero_()
-        shares = (total / total.sum(-1, keepdim=True)) * view.real[..., None]
-        chosen = torch.arange(len(able), dtype=torch.int32, device=total.device)
-        return shares.contiguous(), chosen.expand(shares.shape).contiguous(), shares
-
-    def _scale(self, looks: Sequence[Look], scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Affine maps of the experts' scores [E, L * B, H, T] to one scale: gain, offset."""
-        view = looks[0].view
-        if self.calibrated is None:
-            real = None if view.start is None else view.real.repeat(len(looks), 1)
-            gain, offset = common_scale([e.comparable for e in self.experts], scores, real)
-            if not self.routing.own_choice:
-                gain[1:] *= ROUTED_SAY
-                offset[1:] *= ROUTED_SAY
-            return gain, offset
-        indices = [index_of(look.view.module) for look in looks]
-        gain, offset = self.calibrated.scale(indices, scores.device)  # [E, L, H]
-        if view.folded > 1:
-            return gain[:, 0, view.heads], offset[:, 0, view.heads]
-        batch = len(view.keys)
-        if batch > 1:
-            gain, offset = gain.repeat_interleave(batch, 1), offset.repeat_interleave(batch, 1)
-        return gain, offset
-
-    def _hit_rates(
         self,
         looks: Sequence[Look],
         scores: Tensor,
-        options: Options,
-        alone: Sequence[int] | None,
-    ) -> Tensor:
-        """Share [E, L] of the observed attention on what each expert alone would keep.
-
-        Parameters
-        ----------
-        looks : sequence of L Look
-            Layers that are alike.
-        scores : Tensor [E, L * B, H, T], float32
-        options : Options
-        alone : sequence of B ints, optional
-            Pairs that an expert alone keeps in each row.
-        """
-        first, num_layers = looks[0].view, len(looks)
-        num_experts, batch = len(self.experts), len(first.keys)
-        num_heads, num_keys = scores.shape[2:]
-        sinks, recent = protected(first, options)
-        totals = [alone or kept_alone(expert, first.lengths, options) for expert in self.experts]
-        (kept,) = select(  # all experts of all layers at once, as further rows of the batch
-            [scores.flatten(0, 1)],
-            None if first.start is None else first.start.repeat(num_experts * num_layers),
-            [total for rows in totals for total in num_layers * list(rows)],
-            sinks=sinks,
-            recent=recent,
-            backend=self.routing.backend,
-        )
-        mass = together([look.view.observed() for look in looks]).flatten()  # for all experts
-        heads = batch * num_heads
-        if kept.per_head is not None:
-            begin = torch.arange(
-                0, num_layers * heads * num_keys, num_keys, dtype=torch.int32, device=mass.device
+        rates: Tensor,
+        kept_shares: Sequence[float],
+    ) -> tuple[Part, Sequence[RouterOutput]]:
+        """Make one part of what all experts [E, L * B, H, T] say; and what the routers said."""
+        views, backend = [look.view for look in looks], self.routing.backend
+        num_shared = len(self.shared)
+        parts: list[Part] = []
+        given: list[RouterOutput] = []
+        if self.calibrated is not None:
+            gates = [self._gate(look.view, look.view.read) for look in looks]
+            parts.append(
+                mixture.calibrated(views, self.calibrated, gates, scores[:num_shared], backend)
             )
-            rows = kept.indices.view(num_experts, -1, kept.per_head) + begin[:, None]
-            hits = mass.index_select(0, rows.flatten()).view(num_experts, num_layers, -1).sum(-1)
-        else:
-            sizes = [num_heads * sum(rows) for rows in totals for _ in looks]
-            parts = torch.split(mass.index_select(0, kept.rows() % len(mass)), sizes)
-            hits = torch.stack([part.sum() for part in parts]).view(num_experts, num_layers)
-        return (hits / heads).clamp(max=1)
+        elif self.shared and self.shared[0].can_rate(views[0]):
+            parts.append(mixture.one_for_all(views, self.shared[0], scores[:1]))
+        if self.routed:
+            view = views[0]
+            real = None if view.start is None else view.real.repeat(len(views), 1)
+            alike = standardise(scores[num_shared:], real)
+            rated = [look.rated for look in looks if look.rated is not None]
+            given = mixture.route(
+                views, self.routed, [x.router for x in looks], rated, alike,
+                rates[num_shared:], kept_shares[num_shared:],
+            )  # fmt: skip
+            parts.append(mixture.routed(self.routed, given, scores[num_shared:], alike))
+        if len(parts) == 2:
+            return mixture.beside(*parts), given
+        (part,) = parts
+        if num_shared and self.routed:
+            part = mixture.after_silent(num_shared, part)
+        return part, given
 
 
 def name_router(
     routing: Routing, calibrated: CalibratedRouter | None, distance: float = 0.0
 ) -> str:
     """Say which kind of router is at work, for which model, and how far its weights were."""
+    name = f"{routing.router_name}, not calibrated"
     if calibrated is None:
-        kind = routing.router_name if routing.own_choice else "shared expert"
-        return f"{kind}, not calibrated"
-    name = f"calibrated for {calibrated.recipe.get('model_name', short(calibrated.model))}"
-    if distance == 0:
         return name
-    return f"{name}, whose weights are at a distance of {distance:.2g} ({TOLERANCE:g} allowed)"
-
-
-def kept_alone(expert: Expert, lengths: Sequence[int], options: Options) -> list[int]:
-    """Count the pairs that an expert alone keeps in each row."""
-    ratio = options.compression_ratio
-    if options.policy == "mixture":
-        return [kept_pairs(n, ratio) for n in lengths]
-    return [min(max(expert.kept(n, ratio), 1), max(n, 1)) for n in lengths]
+    found = f"calibrated for {calibrated.recipe.get('model_name', short(calibrated.model))}"
+    if distance:
+        found += f", whose weights are at a distance of {distance:.2g} ({TOLERANCE:g} allowed)"
+    return f"{found}; beside it {name}" if routing.own_choice else found
 
 
 def protected(view: LayerView | Rating, options: Options) -> tuple[int, int]:
@@ -416,18 +365,33 @@ def _experts_for(routing: Routing, config: Any) -> Sequence[Expert]:
         return routing.experts
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     wanted = int(config.num_hidden_layers * heads).bit_length() - 1
-    return build_experts(expert_names()[: max(wanted, routing.top_k)])
+    names = [name for name in expert_names() if name != getattr(routing.shared, "name", None)]
+    return build_experts(names[: max(wanted, routing.top_k)])
+
+
+def _votes(part: Part, num_layers: int) -> list[Votes]:
+    """Split what is said of several layers."""
+    scores = part.scores.chunk(num_layers, 1)
+    shares = part.shares.chunk(num_layers, 1)
+    return [
+        Votes(*pair, part.comparable, part.has_shared) for pair in zip(scores, shares, strict=True)
+    ]
 
 
 def _rule(
-    view: LayerView, scores: Tensor, routed: Sequence[RouterOutput]
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Scores [B, H, T] of each layer's dominant expert, shares [B, T, E], and its number."""
-    rulers = [r.probs.sum((0, 1)).argmax() for r in routed]
+    views: Sequence[LayerView], scores: Tensor, given: Sequence[RouterOutput]
+) -> tuple[list[Votes], Tensor, list[Tensor]]:
+    """Votes of each layer's dominant expert, weights [L * B, T, E], and the expert's number."""
+    view = views[0]
+    rulers = [each.probs.sum((0, 1)).argmax() for each in given]
     layers = torch.split(scores, len(view.keys), dim=1)
     numbers = torch.arange(len(scores), device=scores.device)
+    share = scores.new_ones(1, len(view.keys))
     return (
-        [s.index_select(0, ruler[None])[0] for s, ruler in zip(layers, rulers, strict=True)],
-        [(view.real[..., None] & (numbers == ruler)).float() for ruler in rulers],
+        [
+            Votes(said.index_select(0, ruler[None]), share, (False,))
+            for said, ruler in zip(layers, rulers, strict=True)
+        ],
+        torch.cat([(view.real[..., None] & (numbers == ruler)).float() for ruler in rulers]),
         rulers,
     )

@@ -117,6 +117,8 @@ class Statistics:
         :class:`LayerStats` of each layer, by its index.
     bytes, pairs : list of two int
         Before and after compression.
+    budget : str or None
+        The one that was used last; None: nothing has been compressed.
     """
 
     def __init__(self) -> None:
@@ -124,6 +126,7 @@ class Statistics:
         self.layers: dict[int, LayerStats] = {}
         self.bytes = [0, 0]
         self.pairs = [0, 0]
+        self.budget: str | None = None
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -170,7 +173,16 @@ class Statistics:
                 total[0] += more[0]
                 total[1] += more[1]
 
-    def report(self, names: Sequence[str], router: str) -> dict[str, Any]:
+    def idle(self, names: Sequence[str]) -> list[str]:
+        """Name the experts that no token of any layer was sent to. Waits for the device."""
+        with self._lock:
+            loads = [layer.load.cpu() for layer in self.layers.values()]
+        if not loads:
+            return []
+        chosen = torch.stack(loads).sum(0).tolist()
+        return [name for name, n in zip(names, chosen, strict=True) if n == 0]
+
+    def report(self, names: Sequence[str], router: str, budget: str) -> dict[str, Any]:
         """Read everything, see ``MoERouterPress.get_stats``. Waits for the device.
 
         Parameters
@@ -179,6 +191,8 @@ class Statistics:
             Of the experts.
         router : str
             What is at work.
+        budget : str
+            What was asked for.
         """
         layers = {i: layer for i, layer in sorted(self.layers.items())}
         count = max((layer.num_calls for layer in layers.values()), default=0)
@@ -190,6 +204,8 @@ class Statistics:
             "avg_aux_loss": aux_loss / max(count, 1),
             "forward_count": count,
             "router": router,
+            "budget": {"asked": budget, "used": self.budget},
+            "never_chosen": self.idle(names),
             "compression": {
                 "bytes_before": before,
                 "bytes_after": after,

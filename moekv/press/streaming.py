@@ -11,6 +11,7 @@ than the budget, a slack, and one whole layer.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
@@ -25,6 +26,7 @@ from moekv.press.forward import Plan
 from moekv.press.growth import adopt
 from moekv.press.prefill import Prefill, Rated
 from moekv.press.rating import Rating
+from moekv.routing.mixing import Votes, order
 
 SLACK = 1 / 8
 """Share of the budget by which pairs may exceed it before older layers are copied once more."""
@@ -103,9 +105,9 @@ class StreamingBudget:
         self._start = start
         self._protected = {"sinks": sinks, "recent": recent}
         self._backend = backend
-        self._scores: list[Tensor] = []
+        self._votes: list[Votes] = []
 
-    def add(self, index: int, scores: Tensor) -> None:
+    def add(self, index: int, votes: Votes) -> None:
         """Take in the next layer, and trim what can no longer stay.
 
         A budget over the model waits for the device.
@@ -114,8 +116,8 @@ class StreamingBudget:
         ----------
         index : int
             Of the layer in the cache; its keys and values are as the prefill left them.
-        scores : Tensor [B, H, T], float32
-            On one scale with those of the other layers.
+        votes : Votes
+            What is said of its pairs, by the voters of the other layers.
 
         Raises
         ------
@@ -124,13 +126,13 @@ class StreamingBudget:
         """
         layer = self._cache.layers[index]
         before = held_bytes(layer)
-        self.layers.append(Trimmed(index, layer, before, None, scores.numel()))
+        self.layers.append(Trimmed(index, layer, before, None, votes.scores[0].numel()))
         if self._budget == "model":
-            self._scores.append(scores)
+            self._votes.append(votes)
             self._trim_all()
             return
         (kept,) = select(
-            [scores],
+            order([votes], self._budget, [self._real(votes)]),
             self._start,
             self._totals,
             budget=self._budget,
@@ -141,23 +143,29 @@ class StreamingBudget:
 
     def _trim_all(self) -> None:
         """Leave of all layers so far what the model's budget can still keep."""
-        scores = self._scores[-1]
-        heads = scores.shape[1]
+        heads = self._votes[0].shape[1]
         budget = [self._num_layers * heads * n for n in self._totals]
         real = [len(self.layers) * heads * max(n, 1) for n in self._lengths]
         last = len(self.layers) == self._num_layers
         if self._start is None and not last and sum(real) <= sum(budget):
             return
+        scores = order(
+            self._votes,
+            "model",
+            [self._real(each) for each in self._votes],
+            num_heads=self._num_layers * heads,
+        )
+        may_stay = budget if last else self._may_stay(scores, budget)
         chosen = select_over_layers(
-            self._scores,
+            scores,
             self._start,
-            [min(pair) for pair in zip(budget, real, strict=True)],
+            [min(pair) for pair in zip(may_stay, real, strict=True)],
             backend=self._backend,
             **self._protected,
         )
         chosen = [without_padding(kept, self._start, self._lengths) for kept in chosen]
         self._trim(self.layers[-1], chosen[-1])
-        if last or sum(layer.size for layer in self.layers) > (1 + SLACK) * sum(budget):
+        if last or sum(layer.size for layer in self.layers) > (1 + SLACK) * sum(may_stay):
             for trimmed, kept in zip(self.layers, chosen, strict=True):
                 if trimmed.kept is not None and not last:
                     # A budget below sinks and recent positions protects fewer of them with every
@@ -165,6 +173,32 @@ class StreamingBudget:
                     # last selection keeps is sure to be among those of all before.
                     kept = Kept.from_mask(kept.mask() & trimmed.kept.mask())
                 self._trim(trimmed, kept)
+
+    def _real(self, votes: Votes) -> Tensor | None:
+        """Say which pairs are real: [B, 1, T], bool; None: all."""
+        if self._start is None:
+            return None
+        places = torch.arange(votes.shape[2], device=self._start.device)
+        return places >= self._start.view(-1, 1, 1)
+
+    def _may_stay(self, scores: Sequence[Tensor], budget: Sequence[int]) -> list[int]:
+        """Count the pairs of each row that the model's budget can still keep.
+
+        Where no voter compares heads, ranks are final, and so is the budget. A voter that does and
+        whose share s is known has K of the final ranks at K / s or below, whatever follows; and
+        ranks only rise. So what stands behind that with all voters will not stay. Where the shares
+        of those to come are unknown, everything may.
+        """
+        votes = self._votes[0]
+        if votes.is_exact or not any(votes.comparable):
+            return list(budget)
+        if not (votes.has_shared and votes.comparable[0]):
+            return [sum(x[0].numel() for x in scores)] * len(budget)
+        protected = len(scores) * votes.shape[1] * sum(self._protected.values())
+        limit = torch.tensor(budget, device=votes.shares.device) / votes.shares[0]
+        within = [(-x <= limit.view(-1, 1, 1).to(x.device)).sum((1, 2)) for x in scores]
+        counts = torch.stack([x.to(limit.device) for x in within]).sum(0).tolist()
+        return [max(n + protected, k) for n, k in zip(counts, budget, strict=True)]
 
     def abort(self) -> None:
         """Empty the cache: part of a prefill is of no use. Unless it is somebody else's by now."""
@@ -209,7 +243,7 @@ class Streaming(Prefill):
         if self._stream is None:  # nothing is to leave
             super()._act(is_last)
             return
-        self._stream.add(last.index, last.done.scores)
+        self._stream.add(last.index, last.done.votes)
         if is_last:
             stream, self._stream = self._stream, None
             rated, self.rated = self.rated, []
@@ -218,10 +252,11 @@ class Streaming(Prefill):
 
     def _begin(self, cache: Cache, rating: Rating) -> StreamingBudget | None:
         """Get ready to trim the layers as they arrive, if anything is to leave."""
-        plan, num_keys = self.plan, rating.scores.shape[2]
+        plan, num_keys = self.plan, rating.votes.shape[2]
         totals = plan.keep(rating.lengths, num_keys)
         if not plan.evicts or (rating.start is None and totals[0] == num_keys):
             return None
+        plan.statistics.budget = plan.budget
         return StreamingBudget(
             cache,
             budget=plan.budget,

@@ -1,15 +1,17 @@
 """The router that the others derive from, and what a router gives.
 
-A router is called on one layer's hidden states and returns a `RouterOutput`. Its parameters start
-at zero, so a router that nobody calibrated gates by its prior and its history alone, never at
-random.
+A router is called on one layer's hidden states and returns a `RouterOutput`. That has two halves:
+it rates the experts from the hidden states (`rate`), and decides (`decide`), with what else speaks
+for an expert at a token (`moekv.routing.evidence`) added to the logits. Parameters start at zero,
+so a router that nobody calibrated decides by evidence and history alone, never at random and never
+by the order of a list.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -30,7 +32,7 @@ class RouterOutput:
     Attributes
     ----------
     logits : Tensor
-        `[B, T, E]`, of the gate.
+        `[B, T, E]`, of the gate, evidence included.
     weights : Tensor
         `[B, T, k]` fp32, the gate weights. Rows sum to 1, and to 0 on padding. Slots that a router
         leaves unused have weight 0.
@@ -173,11 +175,9 @@ class BaseMoERouter(nn.Module):
         self.gate = zero_linear(hidden_size, num_experts)
         self.register_buffer("prior", torch.tensor(prior))
         self._reads_nothing = False
-        self._routed_alike: RouterOutput | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BaseMoERouter:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._routed_alike = None
         # Buffers stay fp32 when the router is cast to its layer's dtype: a bf16 moving average
         # stops moving, and gating_topk takes its bias in fp32.
         for name, buffer in self._buffers.items():
@@ -206,59 +206,68 @@ class BaseMoERouter(nn.Module):
         TypeError
             If the mask is not boolean.
         """
-        self._check_inputs(hidden_states, mask)
-        if self._reads_nothing and mask is None:
-            return self._route_alike(hidden_states)
-        return self._route(hidden_states, mask)
+        return self.decide(*self.rate(hidden_states, mask), mask)
 
-    def freeze(self) -> BaseMoERouter:
-        """Make the parameters constant, for inference; waits for the device.
+    def rate(
+        self, hidden_states: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rate the experts for every token: what of :meth:`forward` needs hidden states.
 
-        A gate whose weights are zero then no longer reads the hidden states: all tokens are routed
-        alike.
+        Parameters
+        ----------
+        hidden_states, mask
+            As in :meth:`forward`.
 
         Returns
         -------
-        BaseMoERouter
-            This router.
+        logits : Tensor
+            `[B, T, E]`.
+        importance : Tensor or None
+            `[B, T]` fp32, from routers that estimate it.
         """
-        self.eval().requires_grad_(False)
-        rates = type(self)._rate is BaseMoERouter._rate
-        chooses = type(self)._choose is BaseMoERouter._choose
-        self._reads_nothing = rates and chooses and not self.gate.weight.any()
-        self._routed_alike = None
-        return self
-
-    def _route_alike(self, hidden_states: Tensor) -> RouterOutput:
-        """Route one token, which stands for all of them."""
-        shape = hidden_states.shape[:2]
-        known = self._routed_alike
-        if known is not None and known.weights.shape[:2] == shape:
-            return known
-        one = self._route(torch.zeros_like(hidden_states[:1, :1]), None)
-        alike = replace(
-            one,
-            logits=one.logits.expand(*shape, -1),
-            weights=one.weights.expand(*shape, -1),
-            experts=one.experts.expand(*shape, -1),
-            load=one.load * shape.numel(),
-            entropy=one.entropy * shape.numel(),
-        )
-        alike.shares = one.shares.expand(*shape, -1)
-        self._routed_alike = alike
-        return alike
-
-    def _route(self, hidden_states: Tensor, mask: Tensor | None) -> RouterOutput:
+        self._check_inputs(hidden_states, mask)
+        if self._reads_nothing:
+            logits = (self.gate.bias + self.prior).expand(*hidden_states.shape[:2], -1)
+            return logits, None
         if mask is not None:
             # Whatever stands at padding, NaN included, must reach neither results nor gradients.
             hidden_states = hidden_states.masked_fill(~mask[..., None], 0)
-        logits, importance = self._rate(hidden_states, mask)
-        return self._decide(logits, importance, mask)
+        return self._rate(hidden_states, mask)
 
-    def _decide(
-        self, logits: Tensor, importance: Tensor | None, mask: Tensor | None
+    def decide(
+        self,
+        logits: Tensor,
+        importance: Tensor | None = None,
+        mask: Tensor | None = None,
+        evidence: Tensor | None = None,
+        hit_rates: Tensor | None = None,
     ) -> RouterOutput:
-        gate = self._choose(logits, mask, importance)
+        """Choose experts by what :meth:`rate` has said.
+
+        Parameters
+        ----------
+        logits, importance
+            See :meth:`rate`.
+        mask : Tensor, optional
+            As in :meth:`forward`.
+        evidence : Tensor, optional
+            `[B, T, E]` fp32, added to the logits: what speaks for an expert at a token beside its
+            hidden state, see `moekv.routing.evidence`. -inf for one that cannot rate.
+        hit_rates : Tensor, optional
+            `[B, E]`, each in [0, 1], measured on the same rows, for routers with a history:
+            :meth:`update_history` will get their mean.
+
+        Returns
+        -------
+        RouterOutput
+        """
+        bias = self._history_bias(hit_rates)
+        if evidence is not None:
+            logits = logits + evidence
+            # No history and no balance sends a token to an expert that cannot rate it.
+            none = logits.new_zeros(()).float() if bias is None else bias
+            bias = none.masked_fill((evidence == -torch.inf).all(1), -torch.inf)
+        gate = self._choose(logits, mask, importance, bias)
         return RouterOutput(
             logits=logits,
             weights=gate.weights,
@@ -270,6 +279,21 @@ class BaseMoERouter(nn.Module):
             mask=mask,
             temperature=self.temperature,
         )
+
+    def freeze(self) -> BaseMoERouter:
+        """Make the parameters constant, for inference; waits for the device.
+
+        A gate whose weights are zero then no longer reads the hidden states.
+
+        Returns
+        -------
+        BaseMoERouter
+            This router.
+        """
+        self.eval().requires_grad_(False)
+        rates = type(self)._rate is BaseMoERouter._rate
+        self._reads_nothing = rates and not self.gate.weight.any()
+        return self
 
     def update_history(self, hit_rates: Tensor) -> None:
         """Take the measured cache hit rates `[E]`, each in [0, 1]; this router keeps none."""
@@ -283,12 +307,16 @@ class BaseMoERouter(nn.Module):
         bias = (self.gate.bias + self.prior).to(dtype)
         return F.linear(hidden_states, self.gate.weight.to(dtype), bias), None
 
-    def _choose(self, logits: Tensor, mask: Tensor | None, importance: Tensor | None) -> Gate:
-        gate = self._gate(logits, mask, self.top_k, self._history_bias(), importance)
+    def _choose(
+        self, logits: Tensor, mask: Tensor | None, importance: Tensor | None, bias: Tensor | None
+    ) -> Gate:
+        """Choose experts; `bias` [E] or [B, E] is the history's, in units of probability."""
+        gate = self._gate(logits, mask, self.top_k, bias, importance)
         balance_loss = self._balance_loss(mean_over_tokens(gate.prob_sum, mask, logits), gate.load)
         return Gate(gate.weights, gate.experts, gate.load, gate.entropy, balance_loss)
 
-    def _history_bias(self) -> Tensor | None:
+    def _history_bias(self, hit_rates: Tensor | None) -> Tensor | None:
+        """Say how the history, `hit_rates` included, biases the choice: [E] or [B, E]; or None."""
         return None
 
     def _gate(
@@ -299,6 +327,14 @@ class BaseMoERouter(nn.Module):
         bias: Tensor | None = None,
         importance: Tensor | None = None,
     ) -> ops.GatingTopk:
+        if bias is not None and bias.dim() == 2:  # a row's routing must not depend on its batch
+            rows = [
+                self._gate(x, of(mask, row), k, bias[row].contiguous(), of(importance, row))
+                for row, x in enumerate(torch.split(logits, 1))
+            ]
+            weights, experts, *sums = zip(*rows, strict=True)
+            total = (torch.stack(parts).sum(0) for parts in sums)
+            return ops.GatingTopk(torch.cat(weights), torch.cat(experts), *total)
         return ops.gating_topk(
             logits,
             bias,
@@ -332,6 +368,11 @@ class BaseMoERouter(nn.Module):
     def extra_repr(self) -> str:
         """Describe the router in `print(press)`."""
         return f"num_experts={self.num_experts}, top_k={self.top_k}, temperature={self.temperature}"
+
+
+def of(numbers: Tensor | None, row: int) -> Tensor | None:
+    """Take one row, which stays a batch."""
+    return None if numbers is None else numbers[row : row + 1]
 
 
 def mean_over_tokens(prob_sum: Tensor, mask: Tensor | None, logits: Tensor) -> Tensor:

@@ -54,7 +54,9 @@ class EPLBRouter(BaseMoERouter):
             raise ValueError(f"expected balance_rounds >= 0, got {balance_rounds}")
         self.balance_rounds = balance_rounds
 
-    def _choose(self, logits: Tensor, mask: Tensor | None, importance: Tensor | None) -> Gate:
+    def _choose(
+        self, logits: Tensor, mask: Tensor | None, importance: Tensor | None, bias: Tensor | None
+    ) -> Gate:
         free = self._gate(logits, mask, self.top_k)
         balance_loss = self._balance_loss(mean_over_tokens(free.prob_sum, mask, logits), free.load)
         probs = probabilities(logits, self.temperature, mask)

@@ -73,7 +73,9 @@ class HierarchicalRouter(BaseMoERouter):
         self.num_groups = num_groups
         self.top_groups = top_groups
 
-    def _choose(self, logits: Tensor, mask: Tensor | None, importance: Tensor | None) -> Gate:
+    def _choose(
+        self, logits: Tensor, mask: Tensor | None, importance: Tensor | None, bias: Tensor | None
+    ) -> Gate:
         grouped = logits.float().view(*logits.shape[:2], self.num_groups, -1)
         # gating_topk divides by the temperature again, so that groups get the sum of probabilities.
         group_logits = self.temperature * (grouped / self.temperature).logsumexp(-1)

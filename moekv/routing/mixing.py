@@ -1,54 +1,131 @@
-"""One scale for the scores of all experts."""
+"""How the opinions of several experts become one order of the pairs: by shares of the budget.
+
+Every expert has its own order of the pairs, and a share of the budget, which is what the gates give
+it on average. Going down the orders, each expert picks pairs as fast as its share says; a pair that
+several want is paid for once. So the rank of a pair is the lowest of its ranks with the experts,
+each divided by the expert's share, and a budget takes the first pairs of that one order. Smaller
+budgets keep subsets of what larger ones keep.
+
+Unlike averages of scores, shares need no scale that experts have in common, every expert with a
+share acts, and one that is wrong costs its share and no more.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 
-def together(rows: Sequence[Tensor]) -> Tensor:
-    """Put the rows of several batches below each other; those of one stay where they are."""
-    return rows[0] if len(rows) == 1 else torch.cat(list(rows))
+@dataclass(frozen=True)
+class Votes:
+    """What the experts of one layer say of its pairs. V voters, B rows.
+
+    Attributes
+    ----------
+    scores : Tensor [V, B, H, T], float32
+        Higher is better. NaN and -inf have no say.
+    shares : Tensor [V, B], float32
+        Of the budget; they sum to 1 in each row.
+    comparable : tuple of V bool
+        Whether a voter's scores are on one scale over all heads and layers. Of the others every
+        head gets as many picks.
+    has_shared : bool
+        Whether the first voter's share is the same in every layer.
+    """
+
+    scores: Tensor
+    shares: Tensor
+    comparable: tuple[bool, ...]
+    has_shared: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(B, H, T)."""
+        batch, num_heads, num_keys = self.scores.shape[1:]
+        return batch, num_heads, num_keys
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether one voter's own scores are the order, over any scope."""
+        return self.comparable == (True,)
+
+    def view(self, batch: int, num_heads: int) -> Votes:
+        """Give rows that are single heads (``LayerView.folded``) their batch back."""
+        scores = self.scores.reshape(len(self.scores), batch, num_heads, self.scores.shape[3])
+        shares = self.shares.view(len(self.scores), batch, -1).mean(-1)
+        return replace(self, scores=scores, shares=shares)
 
 
-def common_scale(
-    comparable: Sequence[bool], scores: Tensor, real: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Find the affine maps that bring every head's scores to mean 0 and standard deviation 1.
-
-    Without calibration nothing is known of what a score is worth, so that its spread over the real
-    pairs is taken for the unit. Constant scores say nothing: they become 0. NaN does not count.
-    Scores of comparable experts stay as they are.
+def order(
+    votes: Sequence[Votes],
+    budget: str,
+    real: Sequence[Tensor | None],
+    num_heads: int | None = None,
+) -> list[Tensor]:
+    """Bring the pairs of some layers into the one order in which a budget takes them.
 
     Parameters
     ----------
-    comparable : sequence of E bool
-        Which experts' scores stay as they are.
-    scores : Tensor [E, B, H, T], float32
-    real : Tensor [B, T], bool, or None
-        None: all pairs are real.
+    votes : sequence of L Votes
+        Of the same voters.
+    budget : str
+        Which heads share one: see ``moekv.budget.BUDGETS``.
+    real : sequence of L Tensor [B, H or 1, T], bool, or None
+        Which pairs there are; None: all.
+    num_heads : int, optional
+        Heads that share the budget, where further layers are still to come: ranks are then lower
+        bounds of what they will be.
 
     Returns
     -------
-    gain, offset : Tensor [E, B, H], float32
-        As ``moekv.ops.mix_scores`` takes them.
+    list of L Tensor [B, H, T], float32
+        Higher is better: minus the lowest rank over the voters, each divided by the voter's share;
+        -inf where none has a say. The scores themselves where a single voter's are comparable, or
+        no heads are compared.
     """
-    counting = scores.nan_to_num(0.0, 0.0, 0.0)
-    counted = counting == scores
-    if real is not None:
-        counted &= real[:, None]
-        counting = counting.where(counted, 0.0)
-    number = counted.sum(-1).clamp(min=1)
-    mean = counting.sum(-1) / number
-    # What does not count deviates by the mean.
-    square = (counting - mean[..., None]).square_().sum(-1)
-    square -= (scores.shape[-1] - number) * mean.square()
-    std = (square.clamp(min=0) / number).sqrt()
-    # Equal numbers differ from their rounded mean by less than this.
-    noise = 1e-6 * counting.abs().amax(-1)
-    gain = torch.where(std > noise, 1 / std, 0.0)
-    offset = -mean * gain
-    for index, stays in enumerate(comparable):
-        if stays:
-            gain[index], offset[index] = 1.0, 0.0
-    return gain, offset
+    if votes[0].is_exact or (budget == "uniform" and len(votes[0].comparable) == 1):
+        return [each.scores[0] for each in votes]
+    if budget == "model":
+        return _order(votes, real, num_heads or sum(each.shape[1] for each in votes))
+    return [
+        scores
+        for each, mask in zip(votes, real, strict=True)
+        for scores in _order([each], [mask], 1 if budget == "uniform" else each.shape[1])
+    ]
+
+
+def _order(votes: Sequence[Votes], real: Sequence[Tensor | None], num_heads: int) -> list[Tensor]:
+    """Bring the pairs of layers that share a budget into one order."""
+    best = [torch.full_like(x.scores[0], torch.inf) for x in votes]
+    for voter, comparable in enumerate(votes[0].comparable):
+        scores = [_telling(x.scores[voter], on) for x, on in zip(votes, real, strict=True)]
+        together = comparable and num_heads > 1
+        ranks = _rank_together(scores) if together else [num_heads * rank(x) for x in scores]
+        for lowest, x, ranked, said in zip(best, votes, ranks, scores, strict=True):
+            ranked = ranked / x.shares[voter, :, None, None]
+            torch.minimum(lowest, ranked.where(said > -torch.inf, torch.inf), out=lowest)
+    return [x.neg_() for x in best]
+
+
+def _telling(scores: Tensor, real: Tensor | None) -> Tensor:
+    """Scores with -inf wherever they say nothing."""
+    scores = scores.nan_to_num(-torch.inf, torch.finfo(torch.float32).max, -torch.inf)
+    return scores if real is None else scores.masked_fill(~real, -torch.inf)
+
+
+def _rank_together(scores: Sequence[Tensor]) -> list[Tensor]:
+    """Rank the pairs of each row over all heads of some layers."""
+    device = scores[0].device
+    rows = torch.cat([x.to(device).flatten(1) for x in scores], 1)
+    parts = torch.split(rank(rows), [x[0].numel() for x in scores], 1)
+    return [part.to(x.device).view_as(x) for part, x in zip(parts, scores, strict=True)]
+
+
+def rank(scores: Tensor) -> Tensor:
+    """Rank rows of scores [..., N] from 1, the best first, ties to the lower place; float32."""
+    best = scores.argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(1, scores.shape[-1] + 1, dtype=torch.float32, device=scores.device)
+    return torch.empty_like(scores).scatter_(-1, best, places.expand_as(scores))

@@ -17,8 +17,8 @@ class PiKVMoERouter(AdaptiveRouter):
     The exponential moving average of the measured cache hit rates sets the selection bias: each
     expert's average minus the mean over the experts, times `history_weight`. The bias moves the
     choice of experts, not their weights (as in the auxiliary-loss-free balancing of Wang et al.,
-    2024). It changes at every `cache_update_interval`-th update, so that routing is steady in
-    between.
+    2024). It is set by the first update and at every `cache_update_interval`-th one, so that
+    routing is steady in between. The hit rates of the tokens to be routed count already.
 
     Parameters
     ----------
@@ -89,18 +89,21 @@ class PiKVMoERouter(AdaptiveRouter):
             raise ValueError(
                 f"expected hit_rates [{self.num_experts}], got {list(hit_rates.shape)}"
             )
-        if not self.cache_aware:
-            return
-        ema = self.hit_rate_ema
+        if self.cache_aware:
+            # New tensors: another thread may be routing by the old ones.
+            self.hit_rate_ema, self.num_updates, self.history_bias = self._after(hit_rates)
+
+    def _after(self, hit_rates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the moving average, the number of updates and the bias after an update."""
+        ema, num_updates = self.hit_rate_ema, self.num_updates + 1
         rates = hit_rates.to(ema).clamp(0, 1)
         rates = torch.where(rates.isnan(), ema, rates)
-        # New tensors: another thread may be routing by the old ones.
-        ema = torch.where(self.num_updates == 0, rates, rates.lerp(ema, self.history_decay))
-        self.hit_rate_ema = ema
-        self.num_updates = self.num_updates + 1
-        bias = self.history_weight * (ema - ema.mean())
-        due = self.num_updates % self.cache_update_interval == 0
-        self.history_bias = torch.where(due, bias, self.history_bias)
+        ema = torch.where(num_updates == 1, rates, rates.lerp(ema, self.history_decay))
+        due = (num_updates == 1) | (num_updates % self.cache_update_interval == 0)
+        bias = self.history_weight * (ema - ema.mean(-1, keepdim=True))
+        return ema, num_updates, torch.where(due, bias, self.history_bias)
 
-    def _history_bias(self) -> Tensor | None:
-        return self.history_bias if self.cache_aware else None
+    def _history_bias(self, hit_rates: Tensor | None) -> Tensor | None:
+        if not self.cache_aware:
+            return None
+        return self.history_bias if hit_rates is None else self._after(hit_rates)[2]

@@ -40,11 +40,11 @@ def test_a_press_scores_what_calibration_fitted(
         states_of[view.module.layer_idx] = view.hidden_states
         return look(self, view)
 
-    def spy_mix(self: Any, looks: Any, scores: Tensor, routed: Any) -> Any:
-        mixed = mix(self, looks, scores, routed)
+    def spy_mix(self: Any, looks: Any, scores: Tensor, *args: Any) -> Any:
+        mixed = mix(self, looks, scores, *args)
         for i, each in enumerate(looks):
             index = each.view.module.layer_idx
-            got[index] = mixed[0][i]
+            got[index] = mixed[0].scores[0, 2 * i : 2 * i + 2]
             seen[index] = states_of[index], scores[1:, 2 * i : 2 * i + 2]
             unlike[index] = each.view.scores_of(ScoreKind.DIVERSITY)
         return mixed
@@ -95,7 +95,7 @@ def test_hidden_states_are_read_once_for_the_gate_and_for_learned(
     hidden = torch.randn(2, 9, 64)
     wanted = linear(hidden, torch.cat([router.surrogate_weight[1], router.gate_weight[1]]))
     projected = router.project(1, hidden)
-    decided = router.gate(1, hidden).decide(projected, None).logits
+    decided = router.gate(1, hidden).logits(projected)
     torch.testing.assert_close(decided, wanted[..., 2:] + router.gate_bias[1])
     torch.testing.assert_close(router.gate(1, hidden)(hidden).logits, decided)
     read = (wanted[..., :2] + router.surrogate_bias[1]).transpose(1, 2)
@@ -175,7 +175,7 @@ def test_a_router_finds_its_model_by_itself(
         names[each] = press.get_stats()["router"]
     assert capsys.readouterr().out == ""
     assert names[model] == "calibrated for a tiny model"
-    assert names[other] == "shared expert, not calibrated"
+    assert names[other] == "pikv, not calibrated"
     for options in ({"num_experts": 4}, {"router_type": "base"}, {"policy": "dominant"}):
         press = MoERouterPress(0.5, **options)
         with press(model):
@@ -184,7 +184,7 @@ def test_a_router_finds_its_model_by_itself(
     press = MoERouterPress(0.5, router=None)
     with press(model):
         prefill(model, tokens(1, 60))
-    assert press.get_stats()["router"] == "shared expert, not calibrated"
+    assert press.get_stats()["router"] == "pikv, not calibrated"
 
 
 def test_saving_and_loading(tmp_path: Path) -> None:

@@ -23,16 +23,16 @@ UNSEEN = "tokens have all been fed in a block of this press.*router=None"
 
 
 @pytest.mark.parametrize(
-    ("options", "names"),
+    ("options", "message"),
     [
-        ({"top_k": 1, "experts": ["semantic"]}, "top_k or experts"),
-        ({"num_experts": 4, "router_type": "pikv"}, "num_experts or router_type"),
-        ({"policy": "dominant"}, "policy"),
+        ({"shared": "semantic"}, "no shared beside a calibrated router.*got 'semantic'"),
+        ({"shared": None}, "no shared beside a calibrated router.*got None"),
+        ({"policy": "dominant"}, "no calibrated router with policy 'dominant'"),
     ],
 )
-def test_options_beside_a_calibrated_router(options: dict[str, Any], names: str) -> None:
+def test_options_beside_a_calibrated_router(options: dict[str, Any], message: str) -> None:
     router = random_router(tiny_model())
-    with pytest.raises(ValueError, match=f"no {names} beside a calibrated .*router=None"):
+    with pytest.raises(ValueError, match=f"{message}.*router=None"):
         MoERouterPress(router=router, **options)
 
 
@@ -158,8 +158,8 @@ def test_the_packages_own_router_gives_way(shipped: CalibratedRouter) -> None:
     cache, press = prefill(model, tokens(1, LENGTH)), MoERouterPress(decoding=config)
     with press(model), torch.no_grad():
         model(tokens(1, 1), past_key_values=cache)
-    assert press.get_stats()["router"] == "shared expert, not calibrated"
-    assert lengths(cache) == [20, 20]
+    assert press.get_stats()["router"] == "pikv, not calibrated"
+    assert sum(sum(layer.count_pairs([0])) for layer in cache.layers) == 2 * 2 * 20
     press = MoERouterPress(decoding=config)
     with press(model), torch.no_grad():
         prefill(model, tokens(1, LENGTH))
@@ -185,7 +185,7 @@ def test_calibrated_routers_and_kvpress_decoding(shipped: CalibratedRouter, aske
             return
         model(tokens(1, 1), past_key_values=cache)
     assert lengths(cache)[1] == 16
-    assert press.get_stats()["router"] == "shared expert, not calibrated"
+    assert press.get_stats()["router"] == "pikv, not calibrated"
 
 
 def test_weights_that_change_under_a_press(shipped: CalibratedRouter) -> None:

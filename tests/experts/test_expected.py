@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from press_probes import Fixed
 from tiny_models import TINY_MODELS, prefill, tiny_model, tokens
 from torch import Tensor
 from transformers import DynamicCache
@@ -17,8 +18,8 @@ from moekv.experts.expected import ExpectedExpert
 from moekv.models.hooks import find_layers
 from moekv.models.queries import next_queries, window_queries
 from moekv.ops import reference
-from moekv.press import rating
 from moekv.press.prefill import Prefill
+from moekv.routing.mixing import order
 
 
 def rate(model: Any, input_ids: Tensor, **inputs: Any) -> list[tuple[LayerView, Tensor, Tensor]]:
@@ -171,25 +172,23 @@ def test_values_of_no_size_are_finite() -> None:
     torch.testing.assert_close(scores, attention + 0.5 * math.log(1e-6))
 
 
-def test_routed_experts_say_a_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their standard deviation weighs ROUTED_SAY; without it the shared expert's scores decide."""
+def test_routed_experts_have_their_share() -> None:
+    """Of 60 tokens' 4 x 60 pairs, a tenth of half of which are theirs before the shared one's."""
     model, ids = tiny_model(), tokens(1, 60)
-
-    def mixed(say: float) -> Tensor:
-        seen = []
-        with monkeypatch.context() as patch:
-            patch.setattr(rating, "ROUTED_SAY", say)
-            patch.setattr(Prefill, "_commit", lambda _, rated: seen.extend(rated))
-            with MoERouterPress(0.5)(model):
-                prefill(model, ids)
-        return torch.stack([each.rating.scores[0] for each in seen])
-
-    shared = torch.stack([scores[0] for _, _, scores in rate(model, ids)])
-    alone, default = mixed(0.0), mixed(rating.ROUTED_SAY)
-    weight = (alone / shared).mean()  # of the shared expert in the mixture
-    torch.testing.assert_close(alone, weight * shared)
-    said = (default - alone) / (1 - weight) / rating.ROUTED_SAY
-    assert 0.5 < said.std() < 1.5 and said.mean().abs() < 0.2
+    mine = Fixed("mine", torch.arange(60.0))
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Prefill, "_commit", lambda _, rated: seen.extend(rated))
+        with MoERouterPress(0.5, experts=[mine], shared="expected")(model):
+            prefill(model, ids)
+    votes = [each.rating.votes for each in seen]
+    assert all(x.comparable == (True, False) and x.has_shared for x in votes)
+    torch.testing.assert_close(votes[0].shares, torch.tensor([[0.9], [0.1]]))
+    first = (
+        torch.stack(order(votes, "model", [None, None]))[:, 0].flatten().argsort(descending=True)
+    )
+    last = {59 + 60 * head for head in range(4)}  # of each head: what `mine` wants most
+    assert last <= set(first[: 40 + 4].tolist())  # ranks 1 x 4 heads / .1
 
 
 def test_one_threshold_over_the_model_where_scores_are_comparable() -> None:
@@ -206,7 +205,9 @@ def test_one_threshold_over_the_model_where_scores_are_comparable() -> None:
 
     assert budget_of() == "model"
     assert budget_of(experts=["expected"], top_k=1) == "model"
-    assert budget_of(experts=["expected", "semantic"]) == "uniform"
+    assert budget_of(experts=["expected", "semantic"]) == "model"
+    assert budget_of(experts=["temporal", "semantic"]) == "model"
+    assert budget_of(experts=["semantic"]) == "uniform"  # heads are not compared
     assert budget_of(experts=["expected"], top_k=1, policy="dominant") == "uniform"
-    assert budget_of(num_experts=4) == "uniform"
+    assert budget_of(num_experts=4) == "model"
     assert budget_of(attention="eager") == "uniform"

@@ -125,7 +125,9 @@ def test_experts_that_need_hidden_states_in_growing_caches() -> None:
 def test_experts_that_can_do_without_hidden_states_have_the_say() -> None:
     model, caches = tiny_model(), []
     for experts in (["expected", "semantic"], ["semantic"]):
-        press = MoERouterPress(0.0, experts=experts, top_k=1, decoding=DecodingConfig(20, 5))
+        press = MoERouterPress(
+            0.0, experts=experts, top_k=1, budget="uniform", decoding=DecodingConfig(20, 5)
+        )
         caches.append(DynamicCache())
         with press(model), torch.no_grad():
             model(tokens(1, 20), past_key_values=caches[-1])

@@ -15,7 +15,6 @@ from moekv.experts.base import scores_by
 from moekv.experts.position import PositionExpert
 from moekv.experts.registry import build_experts
 from moekv.ops import ScoreKind
-from moekv.routing.mixing import common_scale
 
 NAN, INF = float("nan"), float("inf")
 
@@ -51,7 +50,7 @@ class Fixed(Expert):
         return self._fixed
 
 
-def test_registry_has_the_documented_order_and_priors() -> None:
+def test_registry_has_the_documented_order() -> None:
     names = expert_names()
     assert names[:7] == (
         "aggressive",
@@ -64,9 +63,8 @@ def test_registry_has_the_documented_order_and_priors() -> None:
     )
     rows = [line.split() for line in registry.__doc__.splitlines() if line[:1].isdigit()]
     assert [(int(row[0]), row[1].strip("`")) for row in rows] == list(enumerate(names))
-    for name, row, expert in zip(names, rows, build_experts(names), strict=True):
+    for name, expert in zip(names, build_experts(names), strict=True):
         assert expert.name == name
-        assert expert.prior == float(row[-1])
 
 
 @pytest.mark.parametrize(
@@ -99,15 +97,15 @@ def test_position_experts_keep_exactly_their_regions(
 def test_position_scores_fall_with_the_distance() -> None:
     (expert,) = build_experts(["aggressive"])
     scores = expert.scores(make_view(20))[0, 0]
-    # The regions are 0 to 3, and 18 and 19.
-    expected = [0] * 4 + [*range(1, 8), *range(7, 0, -1)] + [0] * 2
-    assert (scores * -20).round().int().tolist() == expected
+    # The regions are 0 to 3, and 18 and 19: so 4 positions here count as 2 there.
+    expected = [min(place / 4, (19 - place) / 2) for place in range(20)]
+    assert (-scores).tolist() == expected
 
 
 def test_position_expert_without_an_end() -> None:
     expert = PositionExpert("head", 0.25, 0.0)
     scores = expert.scores(make_view(8))[0, 0]
-    assert (scores * -8).int().tolist() == [0, 0, 1, 2, 3, 4, 5, 6]
+    assert (scores * -2).int().tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
     for first, last in ((-0.1, 0.5), (0.7, 0.4), (NAN, 0.1)):
         with pytest.raises(ValueError, match="shares"):
             PositionExpert("bad", first, last)
@@ -223,26 +221,3 @@ def test_infinity_at_padding_moves_nothing() -> None:
 def test_scores_of_another_shape_or_dtype(scores: Tensor) -> None:
     with pytest.raises(ValueError, match=r"\[2, 2, 20\] on cpu from expert 'fixed', got"):
         scores_by(Fixed(scores), make_view(20))
-
-
-def test_common_scale_standardises_real_numbers() -> None:
-    scores = torch.randn(2, 2, 3, 50) * 7 + torch.arange(12.0).view(2, 2, 3, 1)
-    real = torch.ones(2, 50, dtype=torch.bool)
-    real[1, :20] = False
-    scores[:, 1, :, :20] = 1e6
-    scores[0, 0, 0, 3] = NAN
-    gain, offset = common_scale([], scores, real)
-    scaled = gain[..., None] * scores + offset[..., None]
-    for e in range(2):
-        for b in range(2):
-            row = scaled[e, b][:, real[b]]
-            for head in row:
-                head = head[~head.isnan()].double()
-                assert abs(head.mean()) < 1e-5 and abs(head.std(correction=0) - 1) < 1e-5
-
-
-@pytest.mark.parametrize("constant", [0.0, 1 / 3, -1e4, 0.1])
-def test_constant_scores_say_nothing(constant: float) -> None:
-    scores = torch.full((1, 1, 1, 1001), constant)
-    gain, offset = common_scale([], scores, torch.ones(1, 1001, dtype=torch.bool))
-    assert gain.item() == 0 and offset.item() == 0

@@ -46,14 +46,18 @@ class Routed(nn.Module):
         super().__init__()
         self.probs, self.weights, self.experts = probs, weights, experts
 
-    def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> RouterOutput:
-        batch = len(hidden_states)
-        probs, weights, experts = (
-            x.expand(batch, *x.shape) for x in (self.probs, self.weights, self.experts)
-        )
-        load = torch.bincount(experts.flatten(), minlength=probs.shape[-1])
-        entropy = torch.special.entr(probs).sum()
-        return RouterOutput(probs.log(), weights, experts.int(), torch.tensor(0.5), load, entropy)
+    def rate(self, hidden_states: Tensor, mask: Tensor | None = None) -> tuple[Tensor, None]:
+        return self.probs.log().expand(len(hidden_states), *self.probs.shape), None
+
+    def decide(self, logits: Tensor, *_: Any) -> RouterOutput:
+        batch = len(logits)
+        weights, experts = (x.expand(batch, *x.shape) for x in (self.weights, self.experts))
+        load = torch.bincount(experts.flatten(), minlength=logits.shape[-1])
+        entropy = torch.special.entr(logits.exp()).sum()
+        return RouterOutput(logits, weights, experts.int(), torch.tensor(0.5), load, entropy)
+
+    def freeze(self) -> "Routed":
+        return self
 
     def update_history(self, hit_rates: Tensor) -> None:
         pass

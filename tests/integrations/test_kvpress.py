@@ -120,7 +120,7 @@ def take(pairs: Tensor, positions: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_alone_keeps_the_best_by_score(name: str) -> None:
-    cache, calls = run(tiny_model(name), make_press(0.7))
+    cache, calls = run(tiny_model(name), make_press(0.7, budget="uniform"))
     probe = make_press(0.7)
     for call, layer in zip(calls, cache.layers, strict=True):
         positions = best(call.score(probe), int(LENGTH * 0.3))
@@ -229,10 +229,10 @@ def test_composed_after_a_press_that_cut_the_cache_is_refused() -> None:
 
 def test_per_layer_ratios() -> None:
     press = make_press()
-    cache, calls = run(tiny_model(), PerLayerCompressionPress(press, [0.2, 0.75]))
-    probe = make_press()
-    for call, layer, count in zip(calls, cache.layers, [80, 25], strict=True):
-        positions = best(call.score(probe), count)
+    ratios = [0.2, 0.75]
+    cache, calls = run(tiny_model(), PerLayerCompressionPress(press, ratios))
+    for call, layer, ratio in zip(calls, cache.layers, ratios, strict=True):
+        positions = best(call.score(make_press(ratio)), round(LENGTH * (1 - ratio)))
         assert torch.equal(layer.keys, take(call.keys, positions))
         assert torch.equal(layer.values, take(call.values, positions))
     assert press.compression_ratio == 0.5
@@ -246,7 +246,7 @@ def test_per_layer_ratios() -> None:
 def test_decoding_compresses_every_few_steps(name: str, buffer_size: int) -> None:
     model, spy = tiny_model(name), Spy()
     press = DecodingPress(
-        make_press(0, experts=[spy, "semantic"]),
+        make_press(0, experts=[spy, "semantic"], cache_aware=False),
         compression_interval=10,
         target_size=60,
         hidden_states_buffer_size=buffer_size,
@@ -272,7 +272,8 @@ def test_decoding_compresses_every_few_steps(name: str, buffer_size: int) -> Non
                 assert view.hidden_states.shape[1] == seen
                 true = fed[view.module.layer_idx][:, :, -seen:]
                 torch.testing.assert_close(view.queries, true, atol=1e-5, rtol=1e-5)
-                probe = make_press(1 - 60 / view.keys.shape[2], experts=[Spy(), "semantic"])
+                ratio = 1 - 60.5 / view.keys.shape[2]  # rounded down
+                probe = make_press(ratio, experts=[Spy(), "semantic"], cache_aware=False)
                 scores = probe.score(
                     view.module, view.hidden_states, view.keys, view.values, None, view.kwargs
                 )
@@ -302,12 +303,12 @@ def test_pipeline() -> None:
     answer = pipe(
         " ".join(words),
         question="w5 w6 w7",
-        press=make_press(),
+        press=make_press(budget="uniform"),
         cache=cache,
         max_new_tokens=4,
     )["answer"]
     input_ids = tokenizer(f"<s> {' '.join(words)}", return_tensors="pt").input_ids
-    with make_press()(model):
+    with make_press(budget="uniform")(model):
         expected = prefill(model, input_ids)
     assert input_ids.shape[1] == LENGTH + 1
     for layer, other in zip(cache.layers, expected.layers, strict=True):

@@ -230,7 +230,7 @@ def test_the_router_that_fits_is_found(shipped: None, caplog: pytest.LogCaptureF
         if parameter.dim() == 2:
             parameter.data = to_four_bits(parameter.data)
     assert "tiny model, whose weights are at a distance of 0." in name_of_router(model)
-    assert name_of_router(tiny_model("qwen2")) == "shared expert, not calibrated"
+    assert name_of_router(tiny_model("qwen2")) == "pikv, not calibrated"
     assert not caplog.records
     # A fine-tune of the same object, in the same process.
     with torch.no_grad():
@@ -238,7 +238,7 @@ def test_the_router_that_fits_is_found(shipped: None, caplog: pytest.LogCaptureF
         for layer in model.model.layers:
             layer.input_layernorm.weight += 0.01 * torch.randn(64)
     with caplog.at_level(logging.WARNING, "moekv"):
-        assert name_of_router(model) == "shared expert, not calibrated"
+        assert name_of_router(model) == "pikv, not calibrated"
     assert "is left out" in caplog.text and "other weights" in caplog.text
     with pytest.raises(
         ValueError, match="the model that the router was calibrated for.*other weig"

@@ -94,8 +94,8 @@ def test_eager_attention_and_layers_of_different_lengths() -> None:
     press = MoERouterPress(policy="dominant", experts=["aggressive", "conservative"], top_k=1)
     with press(model):
         cache = prefill(model, input_ids)  # all layers of one length: served
-        assert lengths(cache) == [32, 32]
-        press._rater.routers[1].prior.copy_(torch.tensor([9.0, 0.0]))
+        assert lengths(cache) == [12, 12]
+        press._rater.routers[1].prior.copy_(torch.tensor([0.0, 9.0]))
         cache = DynamicCache()
         with pytest.raises(ValueError, match="heads or layers of different lengths, got 'eager'"):
             model(input_ids, past_key_values=cache)

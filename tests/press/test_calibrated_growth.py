@@ -247,12 +247,12 @@ def test_each_head_has_its_own_weights_where_heads_differ_in_length(
     router, seen = even_router(model), []
     mix = Rater._mix
 
-    def spy(self: Any, looks: Any, scores: Tensor, routed: Any) -> Any:
-        mixed = mix(self, looks, scores, routed)
+    def spy(self: Any, looks: Any, scores: Tensor, *rest: Any) -> Any:
+        part, given = mix(self, looks, scores, *rest)
         view = looks[0].view
         notes = None if view.notes is None else [x.clone() for x in view.notes]
-        seen.append((view, notes, scores, mixed[0][0], view.scores_of(ScoreKind.DIVERSITY)))
-        return mixed
+        seen.append((view, notes, scores, part.scores[0], view.scores_of(ScoreKind.DIVERSITY)))
+        return part, given
 
     monkeypatch.setattr(Rater, "_mix", spy)
     press = make_press(router, 0.5, budget=budget, decoding=DecodingConfig(14, 4))

@@ -53,7 +53,7 @@ def test_generation_goes_on_from_a_prompt_in_chunks(
     budget: str, chunk: int, padding: tuple[int, ...]
 ) -> None:
     model, batch = tiny_model(), len(padding)
-    prompt = tokens(batch, 40)
+    prompt = tokens(batch, 40, seed=1)
     mask = (torch.arange(40) >= torch.tensor(padding)[:, None]).long()
     press = make_press(0.6, budget=budget, experts=EXPERTS)
     last = prefill_in_chunks(
@@ -84,7 +84,7 @@ def test_generation_goes_on_from_a_prompt_in_chunks(
 
 def test_memory_stays_below_the_budget_and_a_chunk() -> None:
     model, length, chunk, ratio = tiny_model(), 400, 40, 0.75
-    press, cache = make_press(ratio), DynamicCache()
+    press, cache = make_press(ratio, budget="uniform"), DynamicCache()
     pair = 2 * 2 * 16 * 4  # key and value of both heads
     peaks = []
 
@@ -143,4 +143,4 @@ def test_one_forward_is_one_chunk(budget: str) -> None:
         assert isinstance(chunked, RaggedLayer) and chunked.get_seq_length() == 51
         dense = layer.to_dense() if budget != "uniform" else (layer.keys, layer.values)
         for pairs, other in zip(chunked.to_dense(), dense, strict=False):
-            assert torch.equal(pairs, other)
+            torch.testing.assert_close(pairs, other, atol=1e-5, rtol=1e-5)

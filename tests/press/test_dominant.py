@@ -63,7 +63,7 @@ def test_dominant_layers_of_different_lengths_generate() -> None:
     model = tiny_model()
     experts = [Fixed("long", torch.arange(99.0)), "aggressive"]
     experts[0].kept = lambda length, ratio: 70
-    press = make_press(experts=experts, policy="dominant", cache_aware=False)
+    press = make_press(experts=experts, policy="dominant")
     input_ids = tokens(1, 99)
     with press(model):
         prefill(model, input_ids)

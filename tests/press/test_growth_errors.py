@@ -42,7 +42,7 @@ def test_several_tokens_for_a_cache_that_holds_some() -> None:
 
 def test_tokens_at_a_wrong_position() -> None:
     model, cache = tiny_model(), DynamicCache()
-    press = MoERouterPress(decoding=DecodingConfig(30, 5))
+    press = MoERouterPress(budget="uniform", decoding=DecodingConfig(30, 5))
     where = torch.arange(LENGTH, LENGTH + 3)
     with torch.no_grad(), press(model):
         model(tokens(1, LENGTH), past_key_values=cache)

@@ -9,7 +9,10 @@ from moekv import Expert, LayerView, MoERouterPress
 from moekv.ops import ScoreKind
 
 LENGTH = 90
-PRESS = {"experts": ["conservative", "selective", "semantic", "temporal"]}
+PRESS = {
+    "experts": ["conservative", "selective", "semantic", "temporal"],
+    "budget": "uniform",
+}
 
 
 class Spy(Expert):

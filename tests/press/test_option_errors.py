@@ -153,7 +153,10 @@ def test_counts(make: Callable[..., Any], option: str, value: Any) -> None:
         ({}, "as many experts as there are, 4, got one of 3"),
         ({"num_experts": "auto"}, "as many as the model asks for, got one of 3"),
         ({"experts": ["semantic", "temporal", "selective"], "top_k": 2}, "top_k = 1.* got 2"),
-        ({"num_experts": 3, "cache_aware": True}, "cache_aware=False beside a router"),
+        (
+            {"num_experts": 3, "cache_aware": True},
+            "cache_aware=True with a router that has a history, .* got TopKBalancedRouter",
+        ),
     ],
     ids=str,
 )

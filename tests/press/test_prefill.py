@@ -23,7 +23,7 @@ from moekv.routing.registry import ROUTERS
 @given(length=st.integers(1, 70), ratio=st.floats(0, 0.999))
 def test_every_head_keeps_exactly_the_budget(length: int, ratio: float) -> None:
     model = tiny_model()
-    press = make_press(ratio, experts=ALL, window=9)
+    press = make_press(ratio, experts=ALL, window=9, budget="uniform")
     cache = compress(press, model, tokens(2, length))
     kept = max(1, int(length * (1 - ratio)))
     for layer in cache.layers:
@@ -61,7 +61,7 @@ def test_ratio_zero_measures_and_removes_nothing() -> None:
 
 def test_memory_is_free_when_the_prefill_ends() -> None:
     model, spy = tiny_model(), Spy()
-    with make_press(experts=[spy, "semantic"])(model):
+    with make_press(experts=[spy, "semantic"], budget="uniform")(model):
         cache = prefill(model, tokens(1, LENGTH))
         gc.collect()
         assert [ref() for ref in spy.keys] == [None, None]

@@ -19,7 +19,7 @@ def test_defaults_are_those_of_the_readme() -> None:
     assert (press.compression_ratio, press.policy, press.budget) == (0.5, "mixture", "auto")
     compress(press, tiny_model(), tokens(1, 9))
     names = press.get_stats()["layer_stats"][0]["router_stats"]["expert_usage_count"]
-    assert list(names) == ["aggressive", "moderate", "conservative", "selective"]
+    assert list(names) == ["expected", "aggressive", "moderate", "conservative", "selective"]
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_automatic_number_of_experts(model: str, top_k: int, number: int) -> Non
     press = make_press(num_experts="auto", top_k=top_k)
     compress(press, tiny_model(model), tokens(1, 20))
     layer = max(press.get_stats()["layer_stats"].items())[1]
-    assert list(layer["router_stats"]["expert_usage_count"]) == list(ALL[:number])
+    assert list(layer["router_stats"]["expert_usage_count"]) == ["expected", *ALL[:number]]
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 1}, {"experts": ["semantic", "selective"]}])
@@ -63,3 +63,10 @@ def test_experts_of_every_kind_at_once() -> None:
     assert count == dict.fromkeys(
         ["selective", "KnormPress", "ExpectedAttentionPress", "mine"], LENGTH // 4
     )
+
+
+def test_a_press_shows_what_differs_from_the_defaults() -> None:
+    assert repr(MoERouterPress()) == "MoERouterPress()"
+    press = MoERouterPress(0.75, experts=["semantic"], streaming=True)
+    shown = "MoERouterPress(compression_ratio=0.75, experts=['semantic'], streaming=True)"
+    assert repr(press) == shown and eval(shown) == press

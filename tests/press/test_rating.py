@@ -13,15 +13,20 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from moekv import MoERouterPress
-from moekv.experts.registry import build_experts
 from moekv.models.hooks import cache_of, find_layers
 from moekv.press import prefill as prefill_module
 from moekv.press import rating
 from moekv.routing.registry import ROUTERS
 
 
+def ranks(scores: list[float]) -> list[float]:
+    """From 1, the best first, ties to the lower place; what says nothing never has its turn."""
+    places = sorted(range(len(scores)), key=lambda t: (-scores[t], t))
+    return [places.index(t) + 1 if scores[t] > -math.inf else math.inf for t in range(len(scores))]
+
+
 def test_mixture_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For given router weights: standardise, mix, keep sinks, recent ones and the best."""
+    """For given router weights: each expert's order, shares, sinks, recent ones and the best."""
     generator = torch.Generator().manual_seed(3)
     raw = torch.randn(3, 2, LENGTH, generator=generator).exp()  # [E, H, T]
     raw[2] *= 100
@@ -30,30 +35,36 @@ def test_mixture_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = torch.stack([torch.randperm(3, generator=generator)[:2] for _ in range(LENGTH)])
     router = Routed(torch.full((LENGTH, 3), 1 / 3), weights, chosen)
     monkeypatch.setattr(rating, "make_router", lambda *_, **__: router)
-    press = make_press(0.6, experts=[Fixed(f"e{i}", raw[i]) for i in range(3)], recent=6)
+    experts = [Fixed(f"e{i}", raw[i]) for i in range(3)]
+    press = make_press(0.6, experts=experts, recent=6, budget="uniform")
     model, input_ids = tiny_model(), tokens(1, LENGTH)
     cache, full = compress(press, model, input_ids), prefill(model, input_ids)
 
+    gates = [[0.0] * LENGTH for _ in range(3)]
+    for t in range(LENGTH):
+        for slot in range(2):
+            gates[int(chosen[t, slot])][t] = float(weights[t, slot])
+    shares = [sum(row) / LENGTH for row in gates]
     expected = []
     removed, ruled = [0.0] * 3, [0.0] * 3
     for head in range(2):
-        mixed = []
-        for t in range(LENGTH):
-            score = 0.0
-            for slot in range(2):
-                row = raw[chosen[t, slot], head].double()
-                standard = (row[t] - row.mean()) / row.std(correction=0)
-                score += float(weights[t, slot]) * float(standard)
-            mixed.append(score)
+        turn = [math.inf] * LENGTH
+        for e in range(3):
+            row = raw[e, head].double()
+            standard = ((row - row.mean()) / row.std(correction=0)).tolist()
+            own = [
+                standard[t] + math.log(gates[e][t] / shares[e]) if gates[e][t] else -math.inf
+                for t in range(LENGTH)
+            ]
+            turn = [min(x, r / shares[e]) for x, r in zip(turn, ranks(own), strict=True)]
         always = {0, 1, 2, 3, *range(LENGTH - 6, LENGTH)}
-        others = sorted(set(range(LENGTH)) - always, key=lambda t: -mixed[t])
+        others = sorted(set(range(LENGTH)) - always, key=lambda t: turn[t])
         kept = always | set(others[: 32 - len(always)])
         expected.append(sorted(kept))
         for t in range(LENGTH):
-            for slot in range(2):
-                expert, weight = int(chosen[t, slot]), float(weights[t, slot])
-                ruled[expert] += weight
-                removed[expert] += weight * (t not in kept)
+            for e in range(3):
+                ruled[e] += gates[e][t]
+                removed[e] += gates[e][t] * (t not in kept)
     for index in range(2):
         assert kept_positions(cache, full, index)[0].tolist() == expected
         stats = press.get_stats()["layer_stats"][index]["expert_compression_stats"]
@@ -70,7 +81,7 @@ def test_every_router_gives_the_same_bits_again(router_type: str, policy: str) -
     model, input_ids = tiny_model(), tokens(2, LENGTH)
 
     def run() -> tuple[DynamicCache, dict[str, Any]]:
-        press = make_press(experts=ALL, router_type=router_type, policy=policy)
+        press = make_press(experts=ALL, router_type=router_type, policy=policy, budget="uniform")
         return compress(press, model, input_ids), press.get_stats()
 
     (cache, stats), (again, stats_again) = run(), run()
@@ -90,15 +101,6 @@ def test_routers_live_where_their_layers_do() -> None:
         assert router.gate.weight.dtype == torch.bfloat16
         assert not router.training
         assert not any(p.requires_grad for p in router.parameters())
-
-
-def test_priors_reach_the_routers() -> None:
-    press = make_press(experts=["aggressive", "selective"], router_type="base", top_k=2)
-    compress(press, tiny_model(), tokens(1, 20))
-    usage = press.get_stats()["layer_stats"][0]["expert_compression_stats"]["expert_usage"]
-    first, second = build_experts(["aggressive", "selective"])
-    share = 1 / (1 + math.exp(second.prior - first.prior))
-    assert usage["aggressive"] == pytest.approx(share, abs=1e-5)
 
 
 def left_padded(lengths: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -186,7 +188,7 @@ def test_layers_rated_together_are_rated_as_alone(
 def _flat(stats: Any) -> list[float]:
     if isinstance(stats, dict):
         return [number for value in stats.values() for number in _flat(value)]
-    return [] if isinstance(stats, str) else [float(stats)]
+    return [float(stats)] if isinstance(stats, int | float) else []
 
 
 def test_padded_batches_are_measured_where_nothing_leaves() -> None:

@@ -16,6 +16,7 @@ from moekv.cache.caches import cached_pairs
 from moekv.cache.growing import GrowingLayer
 from moekv.cache.ragged import RaggedLayer
 from moekv.press.streaming import SLACK, StreamingBudget
+from moekv.routing.mixing import Votes, order
 
 LENGTH, NUM_LAYERS = 90, 6
 BUDGETS = ["uniform", "head", "model"]
@@ -68,6 +69,17 @@ def assert_equal(left: DynamicCache, right: DynamicCache) -> None:
             assert torch.equal(x, y) if isinstance(x, Tensor) else x == y
 
 
+def _votes(scores: Tensor, voters: tuple[bool, ...], has_shared: bool, generator: Any) -> Votes:
+    """Shares that differ from layer to layer, but for a shared voter's."""
+    shares = torch.rand(scores.shape[:2], generator=generator) + 0.1
+    if has_shared:
+        shares[1:] *= 0.2 / shares[1:].sum(0)
+        shares[0] = 0.8
+    else:
+        shares /= shares.sum(0)
+    return Votes(scores, shares, voters, has_shared)
+
+
 @settings(deadline=None, max_examples=150)
 @given(
     num_layers=st.integers(1, 7),
@@ -78,10 +90,12 @@ def assert_equal(left: DynamicCache, right: DynamicCache) -> None:
     sinks=st.integers(0, 6),
     recent=st.integers(0, 8),
     distinct=st.sampled_from([2, 5, 10_000]),
+    voters=st.sampled_from([(True,), (False,), (True, False), (True, False, True), (False, True)]),
+    has_shared=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 def test_any_stream_ends_where_one_selection_does(
-    num_layers, heads, length, padding, ratio, sinks, recent, distinct, seed
+    num_layers, heads, length, padding, ratio, sinks, recent, distinct, voters, has_shared, seed
 ):
     generator = torch.Generator().manual_seed(seed)
     lengths = [max(length - n, 0) for n in padding]
@@ -90,14 +104,20 @@ def test_any_stream_ends_where_one_selection_does(
     if any(padding):
         start = torch.tensor([length - n for n in lengths], dtype=torch.int32)
     shape = (len(padding), heads, length)
-    scores = [
+    said = [
         # Few distinct scores: ties; a scale for each layer: some layers lose nearly all.
-        torch.randint(0, distinct, shape, generator=generator).float()
+        torch.randint(0, distinct, (len(voters), *shape), generator=generator).float()
         * torch.rand((), generator=generator)
         for _ in range(num_layers)
     ]
-    scores[seed % num_layers][0, 0, seed % length] = float("nan")
-    pairs = [torch.randn(2, *shape, 2, generator=generator) for _ in scores]
+    said[seed % num_layers][0, 0, 0, seed % length] = float("nan")
+    has_shared = has_shared and len(voters) > 1
+    votes = [_votes(x, voters, has_shared, generator) for x in said]
+    real = None
+    if start is not None:
+        real = torch.arange(length) >= start[:, None, None]
+    scores = order(votes, "model", [real] * num_layers)
+    pairs = [torch.randn(2, *shape, 2, generator=generator) for _ in votes]
     protected = {"sinks": sinks, "recent": recent, "backend": "cpu"}
     expected = DynamicCache()
     chosen = select(scores, start, totals, budget="model", **protected)
@@ -119,8 +139,12 @@ def test_any_stream_ends_where_one_selection_does(
         cache.update(*layer, index)
         expected.update(*layer, index)
         expected.layers[index] = RaggedLayer.compress(*layer, kept, backend="cpu")
-        stream.add(index, scores[index])
-        assert stored_pairs(cache) <= (1 + SLACK) * budget
+        stream.add(index, votes[index])
+        if has_shared and voters[0]:  # what a share of .8 can still bring
+            most = budget / 0.8 + num_layers * heads * (sinks + recent) * len(padding)
+            assert stored_pairs(cache) <= (1 + SLACK) * most
+        elif voters == (True,) or not any(voters):
+            assert stored_pairs(cache) <= (1 + SLACK) * budget
     assert_equal(cache, expected)
     assert stored_pairs(cache) == budget - empty
     assert [layer.after for layer in stream.layers] == [layer.nbytes for layer in cache.layers]
@@ -145,7 +169,7 @@ def test_what_ranks_last_leaves_at_once_and_older_layers_later() -> None:
         cache.update(*torch.zeros(2, 1, heads, 20, 2), index)
         scores = torch.full((1, heads, 20), -float(index))
         scores[..., : max(index - 1, 0)] = index
-        stream.add(index, scores)
+        stream.add(index, Votes(scores[None], torch.ones(1, 1), (True,)))
         sizes.append([layer.size for layer in stream.layers])
     assert sizes[2] == [20, 20, 1] and sizes[3] == [20, 20, 1, 2]  # within the slack: 45
     assert sizes[4] == [20, 14, 1, 2, 3]  # 46: trimmed to 40

@@ -7,6 +7,7 @@ import torch
 from router_cases import HIDDEN, hidden_states
 
 from moekv.routing.balance import TopKBalancedRouter
+from moekv.routing.base import BaseMoERouter
 
 
 @pytest.mark.parametrize(
@@ -25,3 +26,18 @@ def test_balance_modes_match_hand_computed_values(mode, expected):
     )
     even = TopKBalancedRouter(HIDDEN, 4, 2, balance_mode=mode, aux_loss_weight=1.0)
     assert abs(even(hidden_states(2, 3)).aux_loss.item()) < 1e-6
+
+
+@pytest.mark.parametrize("mode", ["entropy", "variance", "gini"])
+def test_a_step_down_the_loss_moves_the_choice_and_not_the_weights(mode):
+    """Of probabilities .28, .26, .24, .22 the last ones gain most."""
+    prior = [math.log(p) for p in (0.28, 0.26, 0.24, 0.22)]
+    hidden = hidden_states(1, 5)
+    plain = BaseMoERouter(HIDDEN, 4, 2, prior=prior)(hidden)
+    assert plain.load.tolist() == [5, 5, 0, 0]
+    router = TopKBalancedRouter(HIDDEN, 4, 2, prior=prior, balance_mode=mode, balance_weight=0.6)
+    out = router(hidden)
+    assert out.load.tolist() == [0, 0, 5, 5]
+    torch.testing.assert_close(out.weights[0, 0].sort().values, torch.tensor([22 / 46, 24 / 46]))
+    idle = TopKBalancedRouter(HIDDEN, 4, 2, prior=prior, balance_mode=mode, balance_weight=0.0)
+    assert torch.equal(idle(hidden).experts, plain.experts)

@@ -6,8 +6,9 @@ from router_cases import HIDDEN, hidden_states, trained
 
 from moekv.routing.balance import TopKBalancedRouter
 from moekv.routing.base import BaseMoERouter
+from moekv.routing.eplb import EPLBRouter
+from moekv.routing.hierarchical import HierarchicalRouter
 from moekv.routing.registry import ROUTERS, make_router
-from moekv.routing.shared import SharedExpertRouter
 
 ALL = sorted(ROUTERS)
 
@@ -87,7 +88,8 @@ def test_left_padded_row_equals_the_row_alone(name):
 @pytest.mark.parametrize("name", ALL)
 def test_uncalibrated_router_gates_by_its_prior(name):
     prior = [0.1, 1.2, -0.4, 0.9]
-    router = make_router(name, HIDDEN, 4, 2, prior=prior)
+    even = {"balance_weight": 0.0} if name == "topk_balanced" else {}
+    router = make_router(name, HIDDEN, 4, 2, prior=prior, **even)
     assert all((parameter == 0).all() for parameter in router.parameters())
     out = router(hidden_states(1, 8))
     expected = torch.tensor(prior).softmax(-1)
@@ -211,11 +213,11 @@ def test_backends_agree(name):
     torch.testing.assert_close(native.aux_loss, plain.aux_loss)
 
 
-@pytest.mark.parametrize("cls", [BaseMoERouter, TopKBalancedRouter, SharedExpertRouter])
+@pytest.mark.parametrize("cls", [BaseMoERouter, TopKBalancedRouter, EPLBRouter, HierarchicalRouter])
 @pytest.mark.parametrize("reads", [False, True])
 def test_a_frozen_router_decides_as_before(cls, reads):
     """Whether its gate reads the hidden states or routes all tokens alike."""
-    router = trained(cls(HIDDEN, 5, 3))
+    router = trained(cls(HIDDEN, 6, 3))
     if not reads:
         torch.nn.init.zeros_(router.gate.weight)
     hidden = hidden_states(2, 9)

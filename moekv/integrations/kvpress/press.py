@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moekv.budget import protect
+from moekv.cache.attention import install
 from moekv.cache.buffers import gather_rows, storage_bytes
 from moekv.cache.caches import cached_pairs, check_cache
 from moekv.experts.builder import ViewBuilder
@@ -134,7 +135,7 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
         sinks, recent = protected(rating, options)
         if isinstance(wrapper, DMSPress):
             recent = 0
-        scores = protect(rating.scores, rating.start, sinks=sinks, recent=recent)
+        scores = protect(rating.order(), rating.start, sinks=sinks, recent=recent)
         return as_attention(scores, expected, rating.start)
 
     def compress(
@@ -267,6 +268,7 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
                 )
             self._rater = Rater(options.routing, module.config)
         rater = self._rater_for(options)
+        install()  # what the layer asks is seen by it
         if hidden_states.shape[1] < keys.shape[2]:
             rater.see_unknown_tokens()
         with torch.no_grad():

@@ -1,0 +1,75 @@
+"""Cache hit rates: the attention that was seen to fall on what an expert alone would keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moekv.budget import kept_pairs, select
+from moekv.experts.base import Expert
+from moekv.experts.view import LayerView
+from moekv.press.options import Options
+from moekv.routing.evidence import together
+
+
+def kept_alone(expert: Expert, lengths: Sequence[int], options: Options) -> list[int]:
+    """Count the pairs that an expert alone keeps in each row."""
+    ratio = options.compression_ratio
+    if options.policy == "mixture":
+        return [kept_pairs(n, ratio) for n in lengths]
+    return [min(max(expert.kept(n, ratio), 1), max(n, 1)) for n in lengths]
+
+
+def hit_rates(
+    views: Sequence[LayerView],
+    scores: Tensor,
+    totals: Sequence[Sequence[int]],
+    *,
+    sinks: int,
+    recent: int,
+    backend: str,
+) -> Tensor:
+    """Share of the observed attention on what each expert alone would keep.
+
+    Parameters
+    ----------
+    views : sequence of L LayerView
+        Of layers that are alike.
+    scores : Tensor [E, L * B, H, T], float32
+    totals : sequence of E sequences of B ints
+        Pairs that each expert alone keeps in each row.
+    sinks, recent : int
+        Positions that stay in any case.
+    backend : str
+
+    Returns
+    -------
+    Tensor [E, L, B], float32, in [0, 1]
+    """
+    first, num_layers = views[0], len(views)
+    num_experts, batch = len(scores), len(first.keys)
+    num_heads, num_keys = scores.shape[2:]
+    (kept,) = select(  # all experts of all layers at once, as further rows of the batch
+        [scores.flatten(0, 1)],
+        None if first.start is None else first.start.repeat(num_experts * num_layers),
+        [total for rows in totals for total in num_layers * list(rows)],
+        sinks=sinks,
+        recent=recent,
+        backend=backend,
+    )
+    mass = together([view.observed() for view in views]).flatten()  # for all experts
+    if kept.per_head is not None:
+        rows_of_all = num_layers * batch * num_heads
+        begin = torch.arange(
+            0, rows_of_all * num_keys, num_keys, dtype=torch.int32, device=mass.device
+        )
+        rows = kept.indices.view(num_experts, -1, kept.per_head) + begin[:, None]
+        hits = mass.index_select(0, rows.flatten())
+        hits = hits.view(num_experts, num_layers, batch, -1).sum(-1)
+    else:
+        sizes = [num_heads * total for rows in totals for _ in views for total in rows]
+        parts = torch.split(mass.index_select(0, kept.rows() % len(mass)), sizes)
+        hits = torch.stack([part.sum() for part in parts]).view(num_experts, num_layers, batch)
+    return (hits / num_heads).clamp(max=1)
