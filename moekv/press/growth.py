@@ -233,14 +233,14 @@ class Growth(Strategy):
         heads = before.num_heads
         held = [sum(row) for row in rated.held.lengths]
         seen = before.get_seq_length()
-        # What rows without gaps have: those that are left alone as much more as has come since.
+        # What another block has left without gaps, and what has come since.
         since = before.run + seen - before.context_length
         runs = [since] * len(held)
         newest = [seen] * len(held)
         for b in (b for rows in shrinking.groups for b in rows):
             run = plan.run_without_gaps([shrinking.keep[b]], [held[b] // heads])
             if run is not None:
-                runs[b] = newest[b] = run
+                runs[b], newest[b] = min(run, since), run
         index = rated.parts[0][1].index
         layer = recompress(cache, index, kept, backend=plan.options.backend)
         _expect(layer, plan, min(runs))

@@ -61,8 +61,11 @@ class Lockstep:
         self.visible = [torch.ones(len(padding), self.heads, 0).bool() for _ in layers]
         self.length = 0
 
-    def feed(self, input_ids: Tensor) -> Tensor:
-        """Logits [B, Q, V] of new tokens, equal for both."""
+    def feed(self, input_ids: Tensor, shown: Tensor | None = None) -> Tensor:
+        """Logits [B, Q, V] of new tokens, equal for both.
+
+        These may be shown not all positions, [B, T] bool.
+        """
         count = input_ids.shape[1]
         position = torch.arange(self.length, self.length + count)
         self.length += count
@@ -70,11 +73,15 @@ class Lockstep:
         for index, seen in enumerate(self.visible):
             new = real[:, None].expand(-1, self.heads, -1)
             self.visible[index] = _visible[index] = torch.cat([seen, new], dim=2)
+            if shown is not None:
+                _visible[index] = _visible[index] & shown[:, None]
         inputs = {
             "position_ids": (position - self.padding[:, None]).clamp(min=0),
             "cache_position": position,
         }
         mask = (torch.arange(self.length) >= self.padding[:, None]).long()
+        if shown is not None:
+            mask = mask * shown
         with torch.no_grad():
             got = self.forward(
                 input_ids, past_key_values=self.cache, attention_mask=mask, **inputs

@@ -426,3 +426,18 @@ def test_rows_of_a_padded_batch_decode_as_they_do_alone(
     for row, length in enumerate(lengths):
         alone = run([row], longest - length)
         torch.testing.assert_close(together[row : row + 1], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("budget", ["uniform", "head", "model"])
+def test_a_crop_reaches_no_further_than_an_earlier_block_has_kept(budget: str) -> None:
+    """Three pairs of each head's end, whatever a later block would have kept."""
+    both = Lockstep()
+    with make_press(0.3, budget="model", recent=3)(both.model):
+        both.feed(tokens(1, 38))
+    with make_press(budget=budget, recent=6, decoding=DecodingConfig(10, 4))(both.model):
+        for step in range(4):  # pairs leave behind the first
+            both.feed(tokens(1, 1, step))
+    with pytest.raises(ValueError, match="and the last 4 of them"):
+        both.cache.crop(-8)
+    both.crop(7)
+    both.feed(tokens(1, 3, 1))

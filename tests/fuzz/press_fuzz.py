@@ -1,0 +1,316 @@
+"""Random lives of compressed caches, each beside the full cache with masks.
+
+    python tests/fuzz/press_fuzz.py --seconds 60        # or --cases 10000, --seed 7
+
+A life is a prefill, whole or in chunks, and some steps: tokens, compressions while decoding, crops,
+rows that are selected or repeated, copies, files, masks, forwards that fail halfway; with and
+without a calibrated router, in dynamic caches and in static ones. After every step the compressed
+cache has to hold what the full one holds, but for what has left, and give the logits that the full
+one gives where exactly that is hidden (``tests/helpers``, ``Lockstep``). The seed of every life is
+its number; one that fails is reduced, and printed as a call that can be put into a test.
+"""
+
+import argparse
+import copy
+import random
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
+
+import torch  # noqa: E402
+from growth_cases import EXPERTS, Uneven, assert_average  # noqa: E402
+from masked_reference import Lockstep  # noqa: E402
+from random_router import random_router  # noqa: E402
+from tiny_models import tiny_model, tokens  # noqa: E402
+from transformers import StaticCache  # noqa: E402
+
+from moekv import DecodingConfig, MoERouterPress, load_cache, save_cache  # noqa: E402
+
+MODELS = ("llama", "llama_mha", "qwen3", "gemma3", "phi3")
+MOST_TOKENS, MOST_ROWS = 120, 6
+Step = tuple[Any, ...]
+
+
+class Life(Lockstep):
+    """A compressed cache and the full one."""
+
+    def __init__(self, name: str, kind: str, padding: tuple[int, ...]) -> None:
+        config = tiny_model(name, "sdpa").config
+        static = StaticCache(config=config, max_cache_len=2 * MOST_TOKENS)
+        super().__init__(name, padding, static if kind == "static" else None)
+        self.serial = self.loose = 0
+        self.router = random_router(self.model) if kind == "calibrated" else None
+
+    def press(self, options: dict[str, Any], **more: Any) -> MoERouterPress:
+        """Make a press, with the life's router if it has one."""
+        options = {"router": self.router} | options | more
+        if self.router is not None:  # which brings its experts
+            options = {k: v for k, v in options.items() if k not in ("experts", "top_k")}
+        elif options.get("experts") == "uneven":
+            options["experts"] = [Uneven()]
+        return MoERouterPress(**options)
+
+    def add(self, count: int) -> None:
+        """Feed tokens."""
+        self.serial += 1
+        self.loose += count
+        self.feed(tokens(len(self.padding), count, seed=self.serial))
+
+    # --- Steps ------------------------------------------------------------------------------------
+
+    def prefill(self, cuts: list[int], options: dict[str, Any]) -> None:
+        """Compress after a prefill, or after each of its chunks."""
+        # Only where compression goes on is anything noted for a router.
+        more = {"decoding": FAR} if self.router is not None else {}
+        press, whole = self.press(options, **more), len(cuts) == 1
+        with press(self.model, context_length=None if whole else sum(cuts)):
+            for count in cuts:
+                self.add(count)
+        self.loose = 0
+        real, ratio = self.length - self.padding, options["compression_ratio"]
+        kept = torch.tensor([min(max(1, int(n * (1 - ratio))), n) for n in real.tolist()])
+        assert_average(self.pairs(), kept, options["budget"])
+        share = 1 - float(kept.sum() / real.sum())
+        assert abs(press.get_stats()["compression"]["ratio"] - share) < 1e-6
+
+    def more(self, count: int) -> None:
+        """Feed tokens outside of blocks; a calibrated router has to see them."""
+        if self.router is None:
+            self.add(count)
+            return
+        with self.press({"budget": "uniform"}, decoding=FAR)(self.model):
+            self.add(count)
+
+    def grow(self, count: int, target: int, interval: int, options: dict[str, Any]) -> None:
+        """Decode in a block in which compression goes on."""
+        press = self.press(options, decoding=DecodingConfig(target, interval))
+        with press(self.model):
+            for _ in range(count):
+                pairs = self.pairs()
+                self.add(1)
+                if (self.pairs() < pairs + 1).any():
+                    self.loose = 0
+        real = self.length - self.padding
+        over = [0, 2] if options["budget"] == "model" else [2]
+        scope = self.heads * (len(self.whole) if options["budget"] == "model" else 1)
+        assert (self.pairs().sum(over) <= scope * real.clamp(max=target + interval - 1)).all()
+
+    def masked(self, back: list[int], row: int, count: int) -> None:
+        """Hide some earlier tokens from new ones: they are hidden, or that is refused."""
+        row %= len(self.padding)
+        places = [self.length - n for n in back if n <= self.length - int(self.padding[row])]
+        shown = torch.ones(len(self.padding), self.length + count, dtype=torch.bool)
+        shown[row, places] = False
+        may_refuse = any(n > self.loose for n in back)
+        lengths, visible = self.lengths(), list(self.visible)
+        self.serial += 1
+        try:
+            self.feed(tokens(len(self.padding), count, seed=self.serial), shown)
+        except ValueError as error:
+            if not may_refuse or "attention mask that shows" not in str(error):
+                raise
+            self.take_off(lengths)
+            self.visible, self.length = visible, self.length - count
+            return
+        self.loose += count
+
+    def lengths(self) -> list[int]:
+        """Say the true lengths of the cache's layers."""
+        return [int(layer.get_seq_length()) for layer in self.cache.layers]
+
+    def take_off(self, lengths: list[int]) -> None:
+        """Crop the tokens that some layers have got before others failed."""
+        for layer, length in zip(self.cache.layers, lengths, strict=True):
+            if layer.get_seq_length() > length:
+                layer.crop(length)
+        assert self.lengths() == lengths
+
+    def fail(self, count: int, layer: int) -> None:
+        """Break down in a layer: what was there stays, and can be cropped off again."""
+        model, before = self.model, self.length
+        layers = model.model.layers
+        module = layers[layer % len(layers)].self_attn
+        lengths = self.lengths()
+
+        def break_down(*_: Any) -> None:
+            raise ArithmeticError("broken")
+
+        handle = module.register_forward_pre_hook(break_down)
+        try:
+            with torch.no_grad(), self.press({"budget": "uniform"}, decoding=FAR)(model):
+                model(
+                    tokens(len(self.padding), count, seed=-1),
+                    past_key_values=self.cache,
+                    position_ids=torch.arange(before, before + count)[None],
+                )
+        except ArithmeticError:
+            pass
+        finally:
+            handle.remove()
+        self.take_off(lengths)
+        self.see()
+
+    def shorten(self, count: int) -> None:
+        """Crop, where all heads end with the same tokens."""
+        if count >= self.length or "gemma3" in type(self.model).__name__.lower():
+            return
+        reach = min(getattr(x, "run", 0) for x in self.cache.layers)
+        if count <= self.loose + reach:
+            self.crop(count)
+            self.loose = max(self.loose - count, 0)
+            return
+        whole = self.pairs().sum() == self.pairs().numel() // len(self.padding) * int(
+            (self.length - self.padding).sum()
+        )
+        try:
+            copy.deepcopy(self.cache).crop(-count)
+        except ValueError:
+            return
+        assert whole, "cropped into a compressed context"
+
+    def rows(self, rows: list[int], how: str) -> None:
+        """Go on with other rows."""
+        batch = len(self.padding)
+        rows = [row % batch for row in rows]
+        self.select(rows, how if len(rows) == batch else "batch_select_indices")
+
+    def times(self, count: int) -> None:
+        """Repeat every row."""
+        if len(self.padding) * count <= MOST_ROWS:
+            self.repeat(count)
+
+    def deepcopy(self) -> None:
+        """Go on with a copy."""
+        self.cache = copy.deepcopy(self.cache)
+
+    def file(self) -> None:
+        """Go on with what was saved and loaded."""
+        with tempfile.TemporaryDirectory() as folder:
+            save_cache(self.cache, f"{folder}/cache", self.model)
+            self.cache = load_cache(f"{folder}/cache", self.model)
+
+
+FAR = DecodingConfig(10_000, 1)
+
+
+def draw(seed: int) -> tuple[str, str, tuple[int, ...], list[Step]]:
+    """Draw a life."""
+    r = random.Random(seed)
+    length = r.randint(2, 50)
+    kind = r.choice(["plain"] * 4 + ["calibrated"] * 2 + ["static"])
+    padded = kind != "static" and r.random() < 0.5
+    batch = r.randint(1, 3)
+    padding = tuple(r.randint(0, length - 1) * padded for _ in range(batch))
+    ratio = r.choice([0.0, 0.3, 0.6, 0.9])
+
+    def options(**more: Any) -> dict[str, Any]:
+        return more | {
+            "budget": "uniform" if kind == "static" else r.choice(["uniform", "head", "model"]),
+            "experts": r.choice([EXPERTS, ["selective"], "uneven"]),
+            "top_k": 1,
+            "sinks": r.randint(0, 3),
+            "recent": r.randint(0, 6),
+            "window": r.randint(1, 9),
+        }
+
+    cuts = [length]
+    if kind != "static" and r.random() < 0.3:
+        ends = sorted({r.randint(1, length) for _ in range(r.randint(1, 4))} | {length})
+        cuts = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    streaming = len(cuts) == 1 and kind != "static" and r.random() < 0.3
+    prefill = options(compression_ratio=ratio, streaming=streaming)
+    steps: list[Step] = [("prefill", cuts, prefill)]
+    kinds = ["more", "masked", "file"]
+    if kind == "calibrated":  # which has to see all tokens, and these are fed outside of blocks
+        kinds.remove("masked")
+    if kind != "static":
+        kinds += ["more"] * 2 + ["grow"] * 4
+        kinds += ["shorten", "shorten", "rows", "times", "deepcopy", "fail"]
+    for _ in range(r.randint(1, 8)):
+        step = r.choice(kinds)
+        arguments: dict[str, Any] = {
+            "more": lambda: (r.randint(1, 9),),
+            "grow": lambda: (r.randint(1, 6), r.randint(1, 30), r.randint(1, 4), options()),
+            "shorten": lambda: (r.randint(1, 9),),
+            "rows": lambda: (
+                [r.randint(0, 5) for _ in range(r.randint(1, 4))],
+                r.choice(["reorder_cache", "batch_select_indices"]),
+            ),
+            "times": lambda: (r.randint(1, 2),),
+            "deepcopy": tuple,
+            "file": tuple,
+            "fail": lambda: (r.randint(1, 3), r.randint(0, 2)),
+            "masked": lambda: (
+                [r.randint(1, r.choice([4, 4, 60])) for _ in range(r.randint(1, 3))],
+                r.randint(0, 5),
+                r.randint(1, 3),
+            ),
+        }
+        steps.append((step, *arguments[step]()))
+    return r.choice(MODELS), kind, padding, [*steps, ("more", 2)]
+
+
+def live(name: str, kind: str, padding: tuple[int, ...], steps: list[Step]) -> None:
+    """Live through the steps; raise at the first that goes wrong."""
+    life = Life(name, kind, padding)
+    for step, *arguments in steps:
+        if life.length < MOST_TOKENS:
+            getattr(life, step)(*arguments)
+
+
+def error_of(name: str, kind: str, padding: tuple[int, ...], steps: list[Step]) -> str | None:
+    """Say how a life goes wrong; None: it does not."""
+    try:
+        live(name, kind, padding, steps)
+    except Exception:
+        return traceback.format_exc(limit=-3)
+    return None
+
+
+def reduce(name: str, kind: str, padding: tuple[int, ...], steps: list[Step]) -> tuple[Any, ...]:
+    """Leave out steps, rows and tokens, as long as the life goes wrong."""
+    changed = True
+    while changed:
+        changed = False
+        for i in range(len(steps) - 1, 0, -1):
+            fewer = steps[:i] + steps[i + 1 :]
+            if error_of(name, kind, padding, fewer):
+                steps, changed = fewer, True
+        for b in range(len(padding) - 1 if len(padding) > 1 else -1, -1, -1):
+            fewer_rows = padding[:b] + padding[b + 1 :]
+            if fewer_rows and error_of(name, kind, fewer_rows, steps):
+                padding, changed = fewer_rows, True
+        for i, step in enumerate(steps):
+            if len(step) > 1 and isinstance(step[1], int) and step[1] > 1:
+                half = [*steps[:i], (step[0], step[1] // 2, *step[2:]), *steps[i + 1 :]]
+                if error_of(name, kind, padding, half):
+                    steps, changed = half, True
+    return name, kind, padding, steps
+
+
+def main() -> int:
+    """Live lives until time is up."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--cases", type=int, default=10**9)
+    parser.add_argument("--seed", type=int, default=0, help="of the first life")
+    given = parser.parse_args()
+    begin, failed, number = time.monotonic(), 0, given.seed
+    while number < given.seed + given.cases and time.monotonic() - begin < given.seconds:
+        life = draw(number)
+        if error := error_of(*life):
+            failed += 1
+            print(f"seed {number} fails:\n{error}\nreduced:\nlive{reduce(*life)!r}", flush=True)
+        number += 1
+    print(f"presses: {number - given.seed} lives from seed {given.seed} on, {failed} failed")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""The fuzzer of presses finds faults, makes them small, and finds none in a few lives."""
+
+import pytest
+from press_fuzz import draw, error_of, reduce
+from torch import Tensor
+
+from moekv.cache.ragged import RaggedLayer
+
+OPTIONS = {"compression_ratio": 0.5, "budget": "head", "experts": ["selective"], "top_k": 1}
+LIFE = [("prefill", [20], OPTIONS), ("more", 2), ("rows", [1, 0], "reorder_cache"), ("more", 2)]
+
+
+def test_a_few_lives() -> None:
+    for seed in range(6):
+        assert error_of(*draw(seed)) is None, f"seed {seed}"
+
+
+def test_a_fault_is_found_and_made_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert error_of("llama", "plain", (0, 3), LIFE) is None
+
+    def forget_to_select(self: RaggedLayer, indices: Tensor) -> None:
+        """Leave rows where they are."""
+
+    monkeypatch.setattr(RaggedLayer, "_select_rows", forget_to_select)
+    assert "AssertionError" in str(error_of("llama", "plain", (0, 3), LIFE))
+    steps = reduce("llama", "plain", (0, 3), LIFE)[-1]
+    assert [step[0] for step in steps] == ["prefill", "rows", "more"]
