@@ -29,6 +29,7 @@ SLOW_FILES = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what is slow, and what shares something large: that runs in one process."""
     for item in items:
