@@ -29,7 +29,7 @@ cpp := $(shell find csrc $(wildcard tests benchmarks) -name '*.h' -o -name '*.cp
 torch := $(VENV)/.torch-$(shell echo '$(TORCH)' | cksum | cut -d ' ' -f 1)
 installed := $(VENV)/.installed
 
-.PHONY: help demo test test-fast test-latest lint format install clean FORCE
+.PHONY: help demo test test-all test-fast test-latest lint format install clean FORCE
 .PHONY: fuzz-presses bench bench-cpp instructions instructions-check
 .PHONY: cuda-build cuda-check cuda-resources cuda-link-check gpu-check
 
@@ -43,7 +43,10 @@ demo: $(installed)  ## compress the cache of a real model and show what comes ou
 # A process per core with a thread each: the tests' models are small, and threads only wait.
 pytest := OMP_NUM_THREADS=1 $(python) -m pytest --dist loadgroup -n $(JOBS)
 
-test: $(installed)  ## the whole test suite
+test: $(installed)  ## the test suite, but for what takes long and seldom tells more: ten minutes on two cores
+	$(pytest) -m 'not thorough' $(ARGS)
+
+test-all: $(installed)  ## the whole test suite
 	$(pytest) $(ARGS)
 
 test-fast: $(installed)  ## what answers in seconds: all but builds, compiled graphs, real models and long lives

@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.parent.name
         uses = getattr(item, "fixturenames", ())
         slow = folder in SLOW_FOLDERS or item.path.stem in SLOW_FILES
-        if slow or "real_model" in uses:
+        if slow or "real_model" in uses or item.get_closest_marker("thorough"):
             item.add_marker(pytest.mark.slow)
         if folder == "simt":  # each builds kernels of its own
             sanitized = item.path.stem == "test_simt_sanitized"
