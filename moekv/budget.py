@@ -135,6 +135,10 @@ class Kept:
         mask[self.rows()] = True
         return mask.view(self.shape)
 
+    def counts(self) -> Tensor:
+        """Count the pairs of each head: [B, H]."""
+        return self.offsets.diff().view(self.shape[:2])
+
     def share(self) -> Tensor:
         """Share of each row's heads that keep a position: [B, T] float32."""
         batch, num_heads, num_keys = self.shape

@@ -161,3 +161,10 @@ def record(
         pairs = rating.votes.shape[1] * sum(rating.lengths)
         stay = pairs if chosen is None else len(chosen.indices)
         statistics.count((pairs, stay), change)
+        heads = rating.votes.shape[1]
+        statistics.hold(
+            rating.index,
+            torch.tensor(rating.lengths)[:, None].expand(-1, heads)
+            if chosen is None
+            else chosen.counts(),
+        )

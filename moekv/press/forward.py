@@ -57,6 +57,12 @@ class Plan:
         """Whether pairs may leave at all."""
         return self.options.evicts
 
+    @property
+    def most(self) -> int | None:
+        """Pairs of a head, on average, that a cache may come to hold; None: nothing bounds it."""
+        decoding = self.options.decoding
+        return None if decoding is None else decoding.target + decoding.interval
+
     def keep(self, lengths: Sequence[int], num_tokens: int) -> list[int]:
         """Pairs of a head in each row that stay of a prompt, of which so many tokens are seen."""
         options = self.options

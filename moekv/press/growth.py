@@ -247,6 +247,8 @@ class Growth(Strategy):
         if layer.recent is not None:
             layer.recent.keep(newest)
         self._record(layer, kept, sum(held))
+        plan.statistics.hold(index, kept.counts())
+        plan.statistics.follow(cache, plan.most)
 
     def _observe(self, rating: Rating, kept: Kept) -> None:
         """Record a rating, and what stays of its pairs."""

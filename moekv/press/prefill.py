@@ -150,6 +150,7 @@ class Prefill(Strategy):
                 num_bytes.append(apply(r.cache, r.index, chosen, plan, run))
                 adopt(r.cache, r.index, plan, r.done, chosen, r.recent, r.read)
         record(ratings, kept, num_bytes, plan.rater, plan.statistics)
+        plan.statistics.follow(rated[0].cache, plan.most)
 
     def _run(self, rating: Rating) -> int | None:
         num_keys = rating.votes.shape[2]

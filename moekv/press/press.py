@@ -21,6 +21,7 @@ from moekv.press.options import DecodingConfig, Options
 from moekv.press.rating import Rater, name_router
 from moekv.press.session import Session
 from moekv.press.stats import Statistics
+from moekv.press.summary import print_summary
 from moekv.routing.base import BaseMoERouter
 
 logger = logging.getLogger("moekv")
@@ -340,8 +341,13 @@ class MoERouterPress:
             when the compression after its coming is done; after, as long as it stays. Room
             for tokens to come does not count. (Inside a wrapper such as
             ``kvpress.DecodingPress`` each compression counts by itself.)
+            ``cache``: of the one that was compressed last, as it is now, while ``generate`` runs as
+            well: ``bytes_held`` by its storages (None: it is gone, or a wrapper's),
+            ``bytes_allowed`` where `decoding` bounds what it may hold; and ``evictions``, the pairs
+            that have left so far.
             ``layer_stats``: for each layer index
 
+            - ``kept_pairs``: what each head kept when pairs left last, all rows together;
             - ``router_stats``: ``expert_usage_ratios`` and ``expert_usage_count`` (how
               often each expert was chosen, as a share and as a number), ``total_tokens`` (real
               ones; those of a window that is routed again count again), ``routing_decisions``
@@ -365,6 +371,10 @@ class MoERouterPress:
         distance = 0.0 if rater is None else rater.distance
         name = name_router(routing, calibrated, distance)
         return self._statistics.report(names, name, self.budget)
+
+    def summary(self) -> None:
+        """Print in a few lines what the press was asked for, and what it has done."""
+        print_summary(repr(self), self.get_stats())
 
     def reset_stats(self) -> None:
         """Forget everything measured: statistics, routers' histories, and the model they are of."""

@@ -3,12 +3,17 @@
 import copy
 import threading
 import uuid
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache
+
+from moekv.cache.caches import held_bytes
+from moekv.cache.layer import CompressedLayer
 
 HIT_RATE_DECAY = 0.9
 """Share of the old average that a call leaves in the moving average of the hit rates."""
@@ -119,6 +124,8 @@ class Statistics:
         Before and after compression.
     budget : str or None
         The one that was used last; None: nothing has been compressed.
+    kept : dict
+        Of each layer, by its index, the pairs [H] that its heads kept of all rows, the last time.
     """
 
     def __init__(self) -> None:
@@ -127,13 +134,16 @@ class Statistics:
         self.bytes = [0, 0]
         self.pairs = [0, 0]
         self.budget: str | None = None
+        self.kept: dict[int, Tensor] = {}
+        self._cache: weakref.ref[Cache] | None = None
+        self._most: int | None = None
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         """Take a copy that nobody adds to."""
         with self._lock:
             state = {name: x for name, x in self.__dict__.items() if name != "_lock"}
-            return copy.deepcopy(state)
+            return copy.deepcopy(state | {"_cache": None})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what was saved."""
@@ -172,6 +182,38 @@ class Statistics:
             for total, more in ((self.pairs, pairs), (self.bytes, num_bytes)):
                 total[0] += more[0]
                 total[1] += more[1]
+
+    def hold(self, index: int, counts: Tensor) -> None:
+        """Note the pairs [B, H] that a layer's heads have kept."""
+        with self._lock:
+            self.kept[index] = counts.sum(0)
+
+    def follow(self, cache: Cache, most: int | None) -> None:
+        """Look at a cache that was compressed when asked what it holds.
+
+        Parameters
+        ----------
+        cache : Cache
+        most : int or None
+            Pairs of a head, on average, that it may come to hold; None: nothing bounds it.
+        """
+        with self._lock:
+            self._cache, self._most = weakref.ref(cache), most
+
+    def _held(self) -> dict[str, Any]:
+        """Say what the cache that was compressed last holds by now."""
+        cache = None if self._cache is None else self._cache()
+        layers = [] if cache is None else [cache.layers[i] for i in self.kept]
+        held = [held_bytes(layer) for layer in layers if layer.is_initialized]
+        allowed = None
+        if self._most is not None and layers:
+            grown = [layer for layer in layers if isinstance(layer, CompressedLayer)]
+            allowed = sum(x.batch_size * x.num_heads * self._most * x.bytes_per_pair for x in grown)
+        return {
+            "bytes_held": sum(held) if held else None,
+            "bytes_allowed": allowed,
+            "evictions": self.pairs[0] - self.pairs[1],
+        }
 
     def idle(self, names: Sequence[str]) -> list[str]:
         """Name the experts that no token of any layer was sent to. Waits for the device."""
@@ -212,5 +254,13 @@ class Statistics:
                 "bytes_freed": before - after,
                 "ratio": (pairs - kept) / max(pairs, 1),
             },
-            "layer_stats": {i: layer.report(names) for i, layer in layers.items()},
+            "cache": self._held(),
+            "layer_stats": {
+                i: layer.report(names) | {"kept_pairs": self._kept(i)}
+                for i, layer in layers.items()
+            },
         }
+
+    def _kept(self, index: int) -> list[int]:
+        found: list[int] = self.kept[index].tolist() if index in self.kept else []
+        return found

@@ -283,6 +283,7 @@ class Streaming(Prefill):
             self.plan.rater,
             self.plan.statistics,
         )
+        self.plan.statistics.follow(rated[0].cache, self.plan.most)
 
     def abort(self) -> None:
         """Empty the cache of a prefill that has not come to its end."""

@@ -127,8 +127,9 @@ def test_queries_behind_an_image(asked: dict[nn.Module, list[Tensor]]) -> None:
     if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         inputs["mm_token_type_ids"] = (ids == 120).int()
     spy = Spy()
-    options = {"decoding": DecodingConfig(30, 4), "window": WINDOW, "backend": "torch"}
-    with MoERouterPress(0.0, experts=[spy, "expected"], top_k=2, **options)(model):
+    options = {"decoding": DecodingConfig(30, 4), "window": WINDOW, "budget": "uniform"}
+    press = MoERouterPress(0.0, experts=[spy, "expected"], backend="torch", **options)
+    with press(model):
         greedy = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
         model.generate(input_ids=ids, **inputs, **greedy)
     assert len(spy.seen) >= 6

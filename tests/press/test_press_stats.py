@@ -71,6 +71,7 @@ def test_stats_of_two_prefills_and_a_reset() -> None:
         "budget",
         "never_chosen",
         "compression",
+        "cache",
         "layer_stats",
     ]
     assert stats["forward_count"] == 2

@@ -1,0 +1,74 @@
+"""What a press says of itself in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def print_summary(name: str, stats: Mapping[str, Any]) -> None:
+    """Print statistics in about ten lines.
+
+    Parameters
+    ----------
+    name : str
+        Of the press, with its options.
+    stats : mapping
+        See ``MoERouterPress.get_stats``.
+    """
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for label, line in _lines(stats).items():
+        table.add_row(label, Text(line))
+    console = Console()
+    console.print(Text(name))
+    console.print(table)
+
+
+def _lines(stats: Mapping[str, Any]) -> dict[str, str]:
+    """Give a line to each thing worth knowing, by its label."""
+    budget, compression, cache = stats["budget"], stats["compression"], stats["cache"]
+    layers = stats["layer_stats"]
+    lines = {
+        "router": stats["router"],
+        "budget": f"{budget['used'] or 'not used yet'} (asked for: {budget['asked']})",
+    }
+    if not layers:
+        return lines | {"so far": "nothing has been compressed"}
+    lines["removed"] = (
+        f"{compression['ratio']:.1%} of the pairs, {cache['evictions']:,} in "
+        f"{stats['forward_count']} ratings; {_size(compression['bytes_freed'])} of "
+        f"{_size(compression['bytes_before'])} freed"
+    )
+    held, allowed = cache["bytes_held"], cache["bytes_allowed"]
+    lines["cache"] = "gone" if held is None else f"{_size(held)} held"
+    lines["cache"] += "" if allowed is None else f", {_size(allowed)} allowed"
+    if kept := {i: x["kept_pairs"] for i, x in layers.items() if x["kept_pairs"]}:
+        sums = {i: sum(heads) for i, heads in kept.items()}
+        least, most = min(sums, key=sums.__getitem__), max(sums, key=sums.__getitem__)
+        heads = [n for numbers in kept.values() for n in numbers]
+        lines["kept by layer"] = (
+            f"{sums[least]:,} pairs (layer {least}) to {sums[most]:,} (layer {most})"
+        )
+        lines["kept by head"] = f"{min(heads):,} to {max(heads):,} pairs"
+    parts = [x["expert_compression_stats"] for x in layers.values()]
+    lines["shares"] = _means(parts, "expert_usage")
+    lines["hit rates"] = _means(parts, "cache_hit_rates")
+    lines["never chosen"] = ", ".join(stats["never_chosen"]) or "none"
+    return lines
+
+
+def _means(parts: list[Mapping[str, Any]], what: str) -> str:
+    """Write each expert's mean over the layers."""
+    means = {name: sum(x[what][name] for x in parts) / len(parts) for name in parts[0][what]}
+    return ", ".join(f"{name} {mean:.1%}" for name, mean in means.items())
+
+
+def _size(nbytes: int) -> str:
+    """Write a number of bytes."""
+    return f"{nbytes / 1e6:,.1f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:,.2f} GB"
