@@ -311,7 +311,15 @@ class MoERouterPress:
         rater = self._rater
         if rater is None or self.policy == "dominant":
             return
-        routed = {expert.name for expert in rater.routed}
+        silent = self._statistics.silent
+        named = [] if silent is None else silent.tolist()
+        if named := [name for name, is_so in zip(rater.names, named, strict=False) if is_so]:
+            logger.warning(
+                "%s said nothing: expected scores that differ, got the same, NaN or infinity for "
+                "all pairs, which rank last",
+                ", ".join(named),
+            )
+        routed = {expert.name for expert in rater.routed} - set(named)
         if idle := [name for name in self._statistics.idle(rater.names) if name in routed]:
             logger.warning(
                 "no token was sent to %s: raise top_k, or leave out what says nothing",

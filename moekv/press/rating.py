@@ -28,7 +28,7 @@ from moekv.press.mixture import Part
 from moekv.press.options import Options, Routing
 from moekv.press.stats import Observation
 from moekv.routing.base import BaseMoERouter, RouterOutput
-from moekv.routing.evidence import standardise
+from moekv.routing.evidence import is_silent, standardise
 from moekv.routing.mixing import Votes, order
 from moekv.routing.registry import make_router
 
@@ -281,7 +281,9 @@ class Rater:
         )
         num_real = max(sum(view.lengths), 1)
         shares = [min(sum(rows) / num_real, 1.0) for rows in totals]
-        part, given = self._mix(looks, scores, rates, shares)
+        real = None if view.start is None else view.real.repeat(num_layers, 1)
+        alike = standardise(scores[len(self.shared) :], real)
+        part, given = self._mix(looks, scores, alike, rates, shares)
         votes: list[Votes] = _votes(part, num_layers)
         ruling: Sequence[Tensor | None] = [None] * num_layers
         if options.policy == "dominant":
@@ -296,6 +298,7 @@ class Rater:
             aux_loss=part.aux_loss,
             shares=weights,
             hit_rates=rates.mean(-1).mT,
+            silent=torch.cat([self._silent_shared(scores, real), is_silent(alike)]),
         )
         row = view.start, view.lengths, view.begins, view.ends, seen
         return [
@@ -303,14 +306,24 @@ class Rater:
             for look, said, ruler in zip(looks, votes, ruling, strict=True)
         ]
 
+    def _silent_shared(self, scores: Tensor, real: Tensor | None) -> Tensor:
+        """Say whether shared experts say nothing: one of the user's own may."""
+        if self.calibrated is None and not all(expert.finite for expert in self.shared):
+            return is_silent(standardise(scores[: len(self.shared)], real))
+        return torch.zeros(len(self.shared), dtype=torch.bool, device=scores.device)
+
     def _mix(
         self,
         looks: Sequence[Look],
         scores: Tensor,
+        alike: Tensor,
         rates: Tensor,
         kept_shares: Sequence[float],
     ) -> tuple[Part, Sequence[RouterOutput]]:
-        """Make one part of what all experts [E, L * B, H, T] say; and what the routers said."""
+        """Make one part of what all experts [E, L * B, H, T] say; and what the routers said.
+
+        `alike` are the standardised scores of the routed ones.
+        """
         views, backend = [look.view for look in looks], self.routing.backend
         num_shared = len(self.shared)
         parts: list[Part] = []
@@ -323,9 +336,6 @@ class Rater:
         elif self.shared and self.shared[0].can_rate(views[0]):
             parts.append(mixture.one_for_all(views, self.shared[0], scores[:1]))
         if self.routed:
-            view = views[0]
-            real = None if view.start is None else view.real.repeat(len(views), 1)
-            alike = standardise(scores[num_shared:], real)
             rated = [look.rated for look in looks if look.rated is not None]
             given = mixture.route(
                 views, self.routed, [x.router for x in looks], rated, alike,

@@ -36,6 +36,8 @@ class Observation:
         How much of each position's score came from each expert: gate weights, 0 at padding.
     hit_rates : Tensor [L, E], float32
         Share of the window queries' attention that falls on what each expert alone would keep.
+    silent : Tensor [E], bool
+        Experts whose scores say nothing: all the same, NaN or infinite.
     """
 
     num_tokens: int
@@ -44,6 +46,7 @@ class Observation:
     aux_loss: Tensor
     shares: Tensor
     hit_rates: Tensor
+    silent: Tensor
 
 
 class LayerStats:
@@ -126,6 +129,8 @@ class Statistics:
         The one that was used last; None: nothing has been compressed.
     kept : dict
         Of each layer, by its index, the pairs [H] that its heads kept of all rows, the last time.
+    silent : Tensor [E], bool, or None
+        Experts whose scores have said nothing so far. None: nothing has been rated.
     """
 
     def __init__(self) -> None:
@@ -135,6 +140,7 @@ class Statistics:
         self.pairs = [0, 0]
         self.budget: str | None = None
         self.kept: dict[int, Tensor] = {}
+        self.silent: Tensor | None = None
         self._cache: weakref.ref[Cache] | None = None
         self._most: int | None = None
         self._lock = threading.Lock()
@@ -171,6 +177,8 @@ class Statistics:
         sums = torch.cat(parts, -1).unbind()
         rows = zip(indices, seen.load.unbind(), sums, seen.hit_rates.unbind(), strict=True)
         with self._lock:
+            before, silent = self.silent, seen.silent
+            self.silent = silent if before is None else before.to(silent.device) & silent
             for index, load, more, rates in rows:
                 if index not in self.layers:
                     self.layers[index] = LayerStats(len(load), load.device)

@@ -45,6 +45,11 @@ def standardise(scores: Tensor, real: Tensor | None) -> Tensor:
     return (deviation / std).where(counted & (std > noise), -torch.inf)
 
 
+def is_silent(standardised: Tensor) -> Tensor:
+    """Say of which experts nothing counts, in no row and no head: [E], bool."""
+    return (standardised == -torch.inf).flatten(1).all(1)
+
+
 def wants(standardised: Tensor) -> Tensor:
     """How much each expert wants each token kept: mean of its heads' standardised scores.
 

@@ -9,7 +9,7 @@ from press_probes import Fixed, Spy, compress, make_press
 from tiny_models import tiny_model, tokens
 from torch import Tensor
 
-from moekv import MoERouterPress, expert_names
+from moekv import BaseMoERouter, MoERouterPress, expert_names
 from moekv.experts.registry import build_experts
 from moekv.routing.registry import ROUTERS
 
@@ -162,12 +162,36 @@ def test_an_expert_that_says_nothing_costs_nothing(
     assert same(alone, kept(press, model))
 
 
+@pytest.mark.parametrize("scores", [0.5, torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"top_k": 1}, {"router_type": "eplb", "top_k": 1}, {"shared": "semantic"}],
+    ids=str,
+)
+def test_an_expert_that_says_nothing_is_named(
+    scores: float, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    silent = Fixed("silent", torch.full((LONG,), scores))
+    listed = ["temporal", silent] if "shared" in options else ["semantic", silent]
+    kept(make_press(0.6, experts=listed, **options))
+    (record,) = caplog.records
+    assert "silent said nothing: expected scores that differ" in record.message
+    caplog.clear()
+    kept(make_press(0.6, experts=["semantic"], shared=silent))
+    kept(make_press(0.6, experts=[silent]))
+    assert [x.message[:19] for x in caplog.records] == ["silent said nothing"] * 2
+    caplog.clear()
+    once = Fixed("once", torch.zeros(LONG).index_fill(0, torch.tensor([30]), 1.0))
+    kept(make_press(0.6, experts=["semantic", once]))
+    assert not caplog.records
+
+
 def test_an_expert_that_was_never_chosen_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    silent = Fixed("silent", torch.zeros(LONG))
-    press = make_press(0.6, experts=["semantic", silent], top_k=1)
+    router = BaseMoERouter(64, 2, 1, prior=[0.0, -99.0])
+    press = make_press(0.6, experts=["semantic", "temporal"], router_type=router)
     kept(press)
-    assert press.get_stats()["never_chosen"] == ["silent"]
-    assert "no token was sent to silent" in caplog.text
+    assert press.get_stats()["never_chosen"] == ["temporal"]
+    assert "no token was sent to temporal" in caplog.text
     caplog.clear()
     kept(make_press(0.6, experts=["semantic", "selective"]))
     assert not caplog.records

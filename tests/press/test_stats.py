@@ -20,6 +20,7 @@ def observation(**changes: object) -> Observation:
         "aux_loss": torch.tensor([0.25]),
         "shares": shares,
         "hit_rates": torch.tensor([[0.5, 0.25, 1.0]]),
+        "silent": torch.tensor([False, False, True]),
     }
     return Observation(**fields | changes)
 
@@ -90,7 +91,7 @@ def test_layers_are_recorded_together_as_alone() -> None:
     second.shares = second.shares.flip(-1)
     kept = torch.tensor([[[1.0, 0.5, 0.0, 0.25]], [[0.0, 1.0, 1.0, 0.5]]])
     fields = {name: torch.cat([getattr(first, name), getattr(second, name)]) for name in TENSORS}
-    both = Observation(num_tokens=4, **fields)
+    both = Observation(num_tokens=4, silent=first.silent, **fields)
     together, alone = Statistics(), Statistics()
     for _ in range(2):
         record(together, both, kept)
