@@ -18,6 +18,9 @@ from moekv.ops import reference
 
 BACKENDS = ("auto", "cpu", "cuda", "torch")
 
+MAX_HEAD_DIM = 256
+"""Channels of a head, at most, for which there are kernels that rate pairs."""
+
 _LIB = Path(__file__).parents[1] / "lib"
 _CPU_LIBRARY = _LIB / "libmoekv_cpu.so"
 _CUDA_LIBRARY = _LIB / "libmoekv_cuda.so"
@@ -164,6 +167,24 @@ def implementation(op: str, tensor: Tensor, backend: str) -> Callable[..., Any]:
         namespace = torch.ops.moekv
     implementation: Callable[..., Any] = getattr(namespace, op)
     return implementation
+
+
+def for_heads(backend: str, *pairs: Tensor) -> str:
+    """Have PyTorch stand in, where the choice is free, for pairs whose heads are too wide.
+
+    Parameters
+    ----------
+    backend : str
+        One of ``BACKENDS``.
+    *pairs : Tensor [..., D]
+
+    Returns
+    -------
+    str
+        One of ``BACKENDS``.
+    """
+    is_wide = any(x.shape[-1] > MAX_HEAD_DIM for x in pairs)
+    return "torch" if is_wide and backend == "auto" else backend
 
 
 def register(

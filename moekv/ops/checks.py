@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 _MAX_EXPERTS = 256
-MAX_HEAD_DIM = 256
+_MAX_HEAD_DIM = 1024  # of the references
 _NUM_SCORE_KINDS = 4
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -123,9 +123,9 @@ def expert_scores(
         num_query_heads,
     )
     expect(
-        1 <= key_dim <= MAX_HEAD_DIM and 1 <= value_dim <= MAX_HEAD_DIM,
+        1 <= key_dim <= _MAX_HEAD_DIM and 1 <= value_dim <= _MAX_HEAD_DIM,
         "head dims of 1 to {}, got {} for keys and {} for values",
-        MAX_HEAD_DIM,
+        _MAX_HEAD_DIM,
         key_dim,
         value_dim,
     )
@@ -168,7 +168,7 @@ def expected_attention(
         num_kv_heads,
         num_query_heads,
     )
-    expect(1 <= head_dim <= MAX_HEAD_DIM, "a head dim of 1 to {}, got {}", MAX_HEAD_DIM, head_dim)
+    expect(1 <= head_dim <= _MAX_HEAD_DIM, "a head dim of 1 to {}, got {}", _MAX_HEAD_DIM, head_dim)
     expect.tensor("start", start, torch.int32, [batch])
     expect.logits(scaling, softcap)
 

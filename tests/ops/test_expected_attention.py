@@ -270,8 +270,8 @@ BAD = {
     "no heads": ({"keys": torch.zeros(2, 0, 9, 8)}, "a multiple of num_kv_heads = 0, got 4"),
     "no query heads": ({"queries": torch.zeros(2, 0, 9, 8)}, "of num_kv_heads = 2, got 0"),
     "head dim": (
-        {"queries": torch.zeros(2, 4, 9, 257), "keys": torch.zeros(2, 2, 9, 257)},
-        "a head dim of 1 to 256, got 257",
+        {"queries": torch.zeros(2, 4, 9, 1025), "keys": torch.zeros(2, 2, 9, 1025)},
+        "a head dim of 1 to (256|1024), got 1025",
     ),
     "start shape": ({"start": torch.zeros(3).int()}, r"start \[2\], got \[3\]"),
     "start dtype": ({"start": torch.zeros(2).long()}, "start of dtype int32, got int64"),

@@ -198,10 +198,13 @@ BAD = {
         "num_query_heads to be a multiple of num_kv_heads = 2, got 3",
     ),
     "head dim": (
-        {"keys": torch.zeros(2, 2, 9, 257), "queries": torch.zeros(2, 4, 3, 257)},
-        "head dims of 1 to 256, got 257 for keys and 6 for values",
+        {"keys": torch.zeros(2, 2, 9, 1025), "queries": torch.zeros(2, 4, 3, 1025)},
+        "head dims of 1 to (256|1024), got 1025 for keys and 6 for values",
     ),
-    "value dim": ({"values": torch.zeros(2, 2, 9, 0)}, "head dims of 1 to 256, got 8 .* and 0"),
+    "value dim": (
+        {"values": torch.zeros(2, 2, 9, 0)},
+        "head dims of 1 to (256|1024), got 8 .* and 0",
+    ),
     "window": ({"queries": torch.zeros(2, 4, 10, 8)}, "at most num_keys = 9 positions, got 10"),
     "no queries": ({"queries": torch.zeros(2, 4, 0, 8)}, "at least one query for MASS and ATTENT"),
     "start shape": ({"start": torch.zeros(3).int()}, r"start \[2\], got \[3\]"),

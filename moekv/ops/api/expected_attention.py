@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moekv.ops.backends import implementation, register
+from moekv.ops.backends import for_heads, implementation, register
 
 
 def expected_attention(
@@ -43,7 +43,8 @@ def expected_attention(
     softcap : float
         Logits become ``softcap * tanh(logits / softcap)``; 0: they stay.
     backend : str
-        One of ``BACKENDS``; ``auto``: native kernels where they are, by the device of ``queries``.
+        One of ``BACKENDS``; ``auto``: native kernels where they are, by the device of ``queries``,
+        for heads of up to 256 channels.
 
     Returns
     -------
@@ -64,7 +65,7 @@ def expected_attention(
     .. [2] Devoto et al., "Expected Attention: KV Cache Compression by Estimating Attention from
        Future Queries Distribution", arXiv:2510.00636.
     """
-    op = implementation("expected_attention", queries, backend)
+    op = implementation("expected_attention", queries, for_heads(backend, keys))
     scores: Tensor = op(queries, keys, start, scaling=scaling, softcap=softcap)
     return scores
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moekv.ops import reference
-from moekv.ops.backends import implementation, register
+from moekv.ops.backends import for_heads, implementation, register
 
 
 class ScoreKind(IntEnum):
@@ -68,7 +68,8 @@ def expert_scores(
     lag : int
         Tokens in a partition of ``LAG``.
     backend : str
-        One of ``BACKENDS``; ``auto``: native kernels where they are, by the device of ``keys``.
+        One of ``BACKENDS``; ``auto``: native kernels where they are, by the device of ``keys``,
+        for heads of up to 256 channels.
 
     Returns
     -------
@@ -90,7 +91,7 @@ def expert_scores(
     .. [3] Liang et al., "LagKV: Lag-Relative Information of the KV Cache Tells Which Tokens Are
        Important", arXiv:2504.04704.
     """
-    op = implementation("expert_scores", keys, backend)
+    op = implementation("expert_scores", keys, for_heads(backend, keys, values))
     scores: Tensor = op(
         keys,
         values,
