@@ -47,6 +47,11 @@ def check_cache(
         The cache is not a plain one on the device of its layers (``DynamicCache``, or
         ``StaticCache`` where that will do).
     """
+    if type(cache).__name__ == "PagedAttentionCache":
+        _refuse(
+            "the pages of transformers' continuous batching, which rows share",
+            "generate(...) takes batches of prompts with padding at the left",
+        )
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         _refuse(type(cache).__name__)
     if cache.offloading:

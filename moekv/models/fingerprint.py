@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moekv.models.hooks import find_layers
+from moekv.models.hooks import find_layers, option
 from moekv.models.weights import has_weight, language_model, mesh_of, read_weight
 
 TOLERANCE = 2.0
@@ -186,8 +186,8 @@ def _parts(name: str) -> tuple[str, Any] | None:
 
 def _what_must_be_equal(model: Any) -> dict[str, Any]:
     config = model.config.get_text_config(decoder=True)
-    equal = {name: value for name in _FIELDS if (value := getattr(config, name, None)) is not None}
-    equal["head_dim"] = getattr(config, "head_dim", None)
+    equal = {name: value for name in _FIELDS if (value := option(config, name)) is not None}
+    equal["head_dim"] = option(config, "head_dim")
     heads, size = equal.get("num_attention_heads"), equal.get("hidden_size")
     if equal["head_dim"] is None and isinstance(heads, int) and isinstance(size, int):
         equal["head_dim"] = size // heads

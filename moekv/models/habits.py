@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from moekv.models.hooks import implementation_of, looks_up, needed_by
+from moekv.models.hooks import implementation_of, looks_up, names, needed_by, takes
 from moekv.models.watching import HEAD_BY_HEAD, StandIn, ask
 from moekv.models.weights import device_of
+from moekv.ops.backends import MAX_HEAD_DIM
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Habits:
         Whether it computes something of the pairs of all heads together, so that all have to hold
         the same tokens': latents that keys and values are made of (DeepSeek V3), a mask (Doge).
     head_dim : int
-        Of keys or values, whichever is larger; 0: not known.
+        Of keys or values as attention gets them, whichever is larger; 0: not known.
     """
 
     is_seen: bool
@@ -58,7 +59,9 @@ def habits_of(layer: nn.Module, rotary: nn.Module | None = None) -> Habits:
 
 
 def _try(layer: nn.Module, rotary: nn.Module | None) -> Habits:
-    size = getattr(getattr(layer, "config", None), "hidden_size", getattr(layer, "embed_dim", None))
+    size = _hidden_size(layer)
+    if names(layer, "sinusoidal_pos"):  # which it cannot be told again for some of its tokens
+        return Habits(False, False, False)
     if size is None:
         return Habits(looks_up(layer), False, False)
     dtypes = (p.dtype for p in layer.parameters() if p.is_floating_point())  # not quantised ones
@@ -66,10 +69,12 @@ def _try(layer: nn.Module, rotary: nn.Module | None) -> Habits:
     device = device_of(layer)
     states = torch.ones(1, 1, size, dtype=dtype, device=device)
     positions = torch.zeros(1, 1, dtype=torch.long, device=device)
-    given: dict[str, Any] = dict.fromkeys(needed_by(layer)) | {"position_ids": positions}
+    given: dict[str, Any] = dict.fromkeys(needed_by(layer))
+    if takes(layer, "position_ids"):
+        given["position_ids"] = positions
     cache = StandIn(0)
     try:
-        if rotary is not None:
+        if rotary is not None and takes(layer, "position_embeddings"):
             given["position_embeddings"] = rotary_of(rotary, layer, states, positions)
         asked = ask(layer, states, given, cache)
     except NotImplementedError:
@@ -83,13 +88,22 @@ def _try(layer: nn.Module, rotary: nn.Module | None) -> Habits:
         return Habits(True, False, mixes, getattr(layer, "head_dim", 0) or 0)
     is_whole = asked.key is cache.pairs[0] and asked.value is cache.pairs[1]
     hands_over = is_whole and not cache.touched
-    size = max(int(pairs.shape[3]) for pairs in (*cache.pairs, asked.key, asked.value))
+    size = max(int(pairs.shape[3]) for pairs in (asked.key, asked.value))
     return Habits(True, hands_over and not asked.has_sinks, not hands_over, size)
+
+
+def _hidden_size(layer: nn.Module) -> int | None:
+    """Find the size of an attention layer's input; None: not known."""
+    size = getattr(getattr(layer, "config", None), "hidden_size", getattr(layer, "embed_dim", None))
+    linear = next((x for x in layer.modules() if isinstance(x, nn.Linear)), None)
+    return size if size is not None or linear is None else linear.in_features
 
 
 def reads_dense(layer: nn.Module, rotary: nn.Module | None = None) -> bool:
     """Say whether an attention layer can read dense pairs alone."""
-    return implementation_of(layer) == "eager" or not habits_of(layer, rotary).hands_over
+    habits = habits_of(layer, rotary)
+    is_wide = habits.head_dim > MAX_HEAD_DIM
+    return implementation_of(layer) == "eager" or is_wide or not habits.hands_over
 
 
 def check_attention(layer: nn.Module, rotary: nn.Module | None, what: str) -> None:
@@ -117,8 +131,8 @@ def check_attention(layer: nn.Module, rotary: nn.Module | None, what: str) -> No
     if reads_dense(layer, rotary):
         raise ValueError(
             f"expected a model whose attention can be replaced for {what}, got "
-            f"{type(layer).__name__}, which reads dense caches only; use budget='uniform' and rows "
-            "without padding"
+            f"{type(layer).__name__}, which reads dense caches only, or whose heads have more than "
+            f"{MAX_HEAD_DIM} channels; use budget='uniform' and rows without padding"
         )
 
 

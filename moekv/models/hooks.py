@@ -202,7 +202,24 @@ def _needed(kind: Any) -> tuple[str, ...]:
     """Names of what a module's forward cannot do without."""
     forward: Any = inspect.unwrap(kind.forward)
     parameters = list(inspect.signature(forward).parameters.values())[1:]
-    return tuple(x.name for x in parameters if x.default is x.empty)
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return tuple(x.name for x in parameters if x.default is x.empty and x.kind not in variable)
+
+
+def takes(layer: nn.Module, name: str) -> bool:
+    """Say whether an attention layer's forward takes an argument of this name."""
+    return name in _parameters(_kind(layer)) or _takes_any(_kind(layer))
+
+
+@functools.cache
+def _takes_any(kind: Any) -> bool:
+    parameters = inspect.signature(inspect.unwrap(kind.forward)).parameters.values()
+    return any(x.kind is x.VAR_KEYWORD for x in parameters)
+
+
+def names(layer: nn.Module, name: str) -> bool:
+    """Say whether an attention layer's forward names an argument so."""
+    return name in _parameters(_kind(layer))
 
 
 def needed_by(layer: nn.Module) -> tuple[str, ...]:
@@ -213,6 +230,14 @@ def needed_by(layer: nn.Module) -> tuple[str, ...]:
 def config_of(layer: nn.Module, default: Any = None) -> Any:
     """Return the configuration that an attention layer goes by."""
     return getattr(layer, "config", default)
+
+
+def option(config: Any, name: str) -> Any:
+    """Read an option; None where there is none, a list where layers have others of their own."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # which is what transformers says of the latter
+        return [getattr(each, name, None) for each in config.per_layer_config]
 
 
 def is_sliding(layer: Any, config: Any = None) -> bool:

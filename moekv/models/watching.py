@@ -101,11 +101,12 @@ class _Products(TorchFunctionMode):
     """Sees the first product of queries and keys of a layer that attends by itself."""
 
     _KNOWN = (scaled_dot_product_attention, torch.matmul, Tensor.matmul, Tensor.__matmul__)
-    _FOLDED = (torch.bmm, torch.baddbmm, Tensor.bmm)  # which show no heads
+    _FOLDED = (torch.bmm, Tensor.bmm)  # rows and heads in one, of queries that are scaled before
+    _ADDED = (torch.baddbmm,)  # the same, scaled with the product
 
-    def __init__(self, num_tokens: int) -> None:
+    def __init__(self, hidden_states: Tensor) -> None:
         super().__init__()
-        self.num_tokens = num_tokens
+        self.batch, self.num_tokens = hidden_states.shape[:2]
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -115,11 +116,20 @@ class _Products(TorchFunctionMode):
             if query.dim() == key.dim() == 4 and query.shape[2] == self.num_tokens:
                 raise _AskedError(Asked(query, None, None, (kwargs or {}).get("scale")))
         if func in self._FOLDED:
-            raise _AskedError(None)
+            raise _AskedError(self._unfolded(args[0], 1.0))
+        if func in self._ADDED:
+            raise _AskedError(self._unfolded(args[1], (kwargs or {}).get("alpha", 1.0)))
         return func(*args, **(kwargs or {}))
+
+    def _unfolded(self, query: Tensor, scaling: float) -> Asked | None:
+        rows, count, dim = query.shape
+        if count != self.num_tokens or rows % self.batch:
+            return None
+        return Asked(query.view(self.batch, -1, count, dim), None, None, scaling)
 
 
 HEAD_BY_HEAD = {"__getitem__", "contiguous", "expand", "permute", "reshape", "to", "transpose"}
+HEAD_BY_HEAD |= {"view"}
 """What a layer may do with its pairs and leave heads for themselves."""
 
 
@@ -213,7 +223,7 @@ def ask(
     before = getattr(_asking, "module", None)
     _asking.module = module
     try:
-        with _Products(hidden_states.shape[1]) if not looks_up(module) else nullcontext():
+        with _Products(hidden_states) if not looks_up(module) else nullcontext():
             module.forward(hidden_states, **given)
     except _AskedError as error:
         if error.asked is not None:

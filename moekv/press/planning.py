@@ -18,7 +18,7 @@ from moekv.models.hooks import (
     cache_of,
     index_of,
 )
-from moekv.ops.checks import MAX_HEAD_DIM
+from moekv.ops.backends import MAX_HEAD_DIM
 from moekv.press.forward import Plan, Strategy
 from moekv.press.growth import Growth
 from moekv.press.options import Options, check_able, check_count
@@ -95,10 +95,11 @@ class Planner:
                 "expected attention layers whose queries can be seen, got "
                 f"{type(self.layers[0]).__name__}, which multiplies them by its keys by itself"
             )
-        if (size := max(x.head_dim for x in habits)) > MAX_HEAD_DIM:
+        size, backend = max(x.head_dim for x in habits), options.backend
+        if size > MAX_HEAD_DIM and backend not in ("auto", "torch"):
             raise TypeError(
-                f"expected heads of at most {MAX_HEAD_DIM} channels in layers with full attention, "
-                f"got {size} in {type(self.layers[0]).__name__}"
+                f"expected heads of at most {MAX_HEAD_DIM} channels for backend {backend!r}, got "
+                f"{size} in {type(self.layers[0]).__name__}; backend='auto' takes others as well"
             )
         if self._goes_on(options) and any(x.mixes for x in habits):
             raise ValueError(

@@ -19,7 +19,7 @@ from moekv.experts.registry import build_experts, expert_names
 from moekv.experts.scorer import PressExpert
 from moekv.experts.view import LayerView
 from moekv.models.fingerprint import TOLERANCE, short
-from moekv.models.hooks import index_of
+from moekv.models.hooks import index_of, option
 from moekv.ops import ScoreKind
 from moekv.press import mixture
 from moekv.press.hits import hit_rates, kept_alone
@@ -373,8 +373,9 @@ def protected(view: LayerView | Rating, options: Options) -> tuple[int, int]:
 def _experts_for(routing: Routing, config: Any) -> Sequence[Expert]:
     if routing.experts is not None:
         return routing.experts
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    wanted = int(config.num_hidden_layers * heads).bit_length() - 1
+    depth = option(config, "num_hidden_layers") or 0  # not known: as few as may be
+    heads = option(config, "num_key_value_heads") or option(config, "num_attention_heads") or 0
+    wanted = int(sum(heads) if isinstance(heads, list) else depth * heads).bit_length() - 1
     names = [name for name in expert_names() if name != getattr(routing.shared, "name", None)]
     return build_experts(names[: max(wanted, routing.top_k)])
 

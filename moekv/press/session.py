@@ -27,6 +27,7 @@ from moekv.models.hooks import (
     is_pressed,
     is_sliding,
     lent_rotary,
+    option,
     rotary_in,
 )
 from moekv.models.watching import Asked, watched
@@ -103,6 +104,7 @@ class Session:
             statistics=statistics,
             context_length=context_length,
         )
+        self._depth = option(self.decoder.config, "num_hidden_layers")
         self._local = threading.local()
 
     # --- The block --------------------------------------------------------------------------------
@@ -178,7 +180,10 @@ class Session:
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._take_down()
         wanted, self._local.wanted = getattr(self._local, "wanted", 0), 0
-        forward = Forward(self._planner.choose(_bound(module, args, kwargs), wanted))
+        # Of the first layers alone, for a cache of its own (assistant_early_exit).
+        is_draft = option(self.decoder.config, "num_hidden_layers") != self._depth
+        given = _bound(module, args, kwargs)
+        forward = Forward(None if is_draft else self._planner.choose(given, wanted))
         if forward.strategy is None and not self._stack:
             return
         # For this forward alone: compiled steps over a static cache are guarded by hooks of this

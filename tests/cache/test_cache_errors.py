@@ -1,5 +1,6 @@
 """Caches that cannot be compressed, and what compressed ones refuse."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from quantized import quantized_cache
 from refusals import LENGTH, assert_same, compressed, held, padded, refuse
 from tiny_models import tiny_model, tokens
 from torch import Tensor
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, GenerationConfig, StaticCache
 
 from moekv import DecodingConfig, MoERouterPress
 from moekv.cache.static import CompactStaticLayer
@@ -36,6 +37,19 @@ def test_caches_that_cannot_be_served(make: Callable[[], Cache], name: str) -> N
     message = f"StaticCache, got .*{name}"
     refuse(TypeError, message, tiny_model(), MoERouterPress(), cache)
     assert not any(layer.is_initialized for layer in cache.layers)
+
+
+def test_continuous_batching(caplog: pytest.LogCaptureFixture) -> None:
+    model, config = tiny_model(), GenerationConfig(max_new_tokens=4, eos_token_id=0)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        with MoERouterPress()(model):
+            model.generate_batch([[5, 6, 7] * 10], generation_config=config)
+    finally:
+        logger.removeHandler(caplog.handler)
+    said = "".join(str(r.exc_info[1]) if r.exc_info else r.getMessage() for r in caplog.records)
+    assert "expected a transformers.DynamicCache or StaticCache, got the pages" in said
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import inspect
 import re
 import signal
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import transformers
 from every_model import IMAGE_MODELS, TEXT_MODELS, build
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moekv import Expert, LayerView, MoERouterPress
@@ -27,6 +29,7 @@ from moekv.ops import ScoreKind
 
 LENGTH, STEPS, WINDOW = 70, 3, 13
 SECONDS = 60
+KINDS = ("works", "refused", "left alone", "not tried")
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
@@ -130,10 +133,12 @@ class Recorder:
 
 
 def _feed(model: Any, cache: Any, ids: Tensor, first: int, *, told: bool = False) -> Tensor:
-    """Logits of the last token. Told its positions, a model does not take them from its cache."""
+    """Logits of the last token. Told its positions, a model does not take them from its pairs."""
     inputs: dict[str, Any] = {"attention_mask": torch.ones(1, first + ids.shape[1]).long()}
-    if told:
+    if told and "position_ids" in inspect.signature(model.forward).parameters:
         inputs = {"position_ids": torch.arange(first, first + ids.shape[1])[None]}
+    elif told:
+        inputs, cache.get_seq_length = {}, lambda *_, **__: first
     out = model(input_ids=ids, use_cache=True, **inputs, **cache_argument(model, cache))
     return out.logits[:, -1]  # type: ignore[no-any-return]
 
@@ -171,7 +176,13 @@ def _close(got: Tensor, expected: Tensor, what: str) -> None:
 
 
 def _is_full(layer: Any) -> bool:
-    return type(layer).__name__ == "DynamicLayer"
+    return type(layer) is DynamicLayer
+
+
+def _sees_all(layer: Any) -> bool:
+    """Whether attention over a cache layer of any kind is over all that was fed."""
+    name = type(layer).__name__  # the second is not known to older ones
+    return name in ("DynamicLayer", "LinearAttentionAndFullAttentionLayer")
 
 
 @torch.no_grad()
@@ -181,8 +192,9 @@ def try_press(model: PreTrainedModel) -> str:
     Returns
     -------
     str
-        "works", "refused: ..." with the error that came before anything ran, or "not tried: ..."
-        with what the model itself says to a text and a cache.
+        "works"; "refused: ...", or "left alone: ..." where no layer has full attention, with the
+        error that came before anything ran; or "not tried: ..." with what the model itself says to
+        a text and a cache.
 
     Raises
     ------
@@ -193,8 +205,8 @@ def try_press(model: PreTrainedModel) -> str:
     ids = torch.randint(3, 100, (1, LENGTH + STEPS), generator=torch.Generator().manual_seed(1))
     prompt, recorder = ids[:, :LENGTH], Recorder()
     with recorder.at_work():
-        full = DynamicCache(config=model.config)
         try:
+            full = DynamicCache(config=model.config)
             plain = _feed(model, full, prompt, 0)
         except Exception as error:
             return f"not tried: {_short(error)}"
@@ -210,7 +222,8 @@ def try_press(model: PreTrainedModel) -> str:
         except Exception as error:
             if ran or not str(error).startswith("expected"):
                 raise
-            return f"refused: {_short(error)}"
+            said = "refused" if any(map(_sees_all, full.layers)) else "left alone"
+            return f"{said}: {_short(error)}"
         finally:
             handle.remove()
         if not own:
@@ -231,7 +244,7 @@ def _compare_steps(
     expected = _steps(model, full, ids)
     recorder.visible, recorder.full = {}, []
     if not set(visible) <= recorder.masked:  # layers that attend by themselves
-        if recorder.masked or "position_ids" not in inspect.signature(model.forward).parameters:
+        if recorder.masked:
             raise WrongError("attention that cannot be masked")
         cut = DynamicCache(config=model.config)
         _feed(model, cut, ids[:, :LENGTH], 0)
@@ -257,10 +270,9 @@ def _compare_prefill(
 
 
 def _short(error: Exception) -> str:
-    """The first line, in words that do not change from run to run."""
-    text = re.sub(r"0x[0-9a-f]+", "", str(error)).strip().partition("\n")[0]
-    text = re.sub(r"[|`]", "", text)[:150]
-    return f"{type(error).__name__}: {text}"
+    """The beginning of the first line, in words that do not change from run to run."""
+    text = re.sub(r"0x[0-9a-f]+|[|`]", "", str(error)).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {textwrap.shorten(text, 110, placeholder=' …')}"
 
 
 def outcome(name: str) -> str:
@@ -284,13 +296,13 @@ def outcome(name: str) -> str:
         signal.signal(signal.SIGALRM, before)
 
 
-def render(found: dict[str, str]) -> str:
-    """Render docs/models.md."""
+def render(found: dict[str, str], version: str) -> str:
+    """Render docs/models.md of what was found with the transformers that runs."""
     lines = [
         "# Models",
         "",
         "What `MoERouterPress(0.5)` does on a tiny random model of every architecture in the",
-        f"auto-mappings of transformers {transformers.__version__}, on a CPU and text alone.",
+        f"auto-mappings of transformers {version}, on a CPU and with text alone.",
         "`python tests/helpers/model_sweep.py` has written this; `make test-latest` tries all.",
         "",
         "- *works*: at ratio 0 logits are those without a press; experts see the queries that the",
@@ -298,22 +310,29 @@ def render(found: dict[str, str]) -> str:
         "  that over the full cache with these pairs masked. Layers that see the whole past are",
         "  compressed, so many of the tiny model's; others are left alone.",
         "- *refused*: an error before anything ran.",
+        "- *left alone*: the same, where no layer has full attention: states, windows, indices.",
         "- *not tried*: the shrunk configuration makes no model that reads text into a cache. That",
         "  says nothing about the real one.",
     ]
     for title, names in (("Text", TEXT_MODELS), ("Image and text", IMAGE_MODELS)):
-        rows = {name: found[name] for name in names if name in found}
-        counts = [sum(x.startswith(k) for x in rows.values()) for k in ("works", "refu", "not")]
-        lines += ["", f"## {title}", ""]
-        lines += ["{} work, {} are refused, {} were not tried.".format(*counts), ""]
-        lines += ["| model | outcome |", "|---|---|"]
-        lines += [f"| {name} | {result} |" for name, result in rows.items()]
+        rows = {name: found[name] for name in names}
+        counts = [sum(x.startswith(kind) for x in rows.values()) for kind in KINDS]
+        share = counts[0] / (counts[0] + counts[1])
+        lines += [
+            *("", f"## {title}", ""),
+            "{} work, {} are refused, {} are left alone, {} were not tried.".format(*counts),
+            f"Of those with layers of full attention that were tried, {share:.0%} work.",
+            *("", "| model | outcome |", "|---|---|"),
+            *(f"| {name} | {result} |" for name, result in rows.items()),
+        ]
     return "\n".join(lines) + "\n"
 
 
-def read_page() -> dict[str, str]:
-    """Read the outcomes off docs/models.md."""
-    return dict(re.findall(r"^\| (?!model )(\S+) \| (.+) \|$", PAGE.read_text(), re.MULTILINE))
+def read_page() -> tuple[dict[str, str], str]:
+    """Read outcomes, and the version of transformers, off docs/models.md."""
+    text = PAGE.read_text()
+    rows = re.findall(r"^\| (?!model )(\S+) \| (.+) \|$", text, re.MULTILINE)
+    return dict(rows), text.partition("transformers ")[2].partition(",")[0]
 
 
 if __name__ == "__main__":
@@ -326,5 +345,5 @@ if __name__ == "__main__":
             found[name], bad = f"WRONG: {_short(error)}", bad + 1
         print(f"{name}: {found[name]}", flush=True)
     if len(sys.argv) == 1 and not bad:
-        PAGE.write_text(render(found))
+        PAGE.write_text(render(found, transformers.__version__))
     sys.exit(bad > 0)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from model_sweep import try_press
 from refusals import LENGTH, assert_untouched, lengths, num_hooks, refuse_block
 from tiny_models import prefill, tiny_model, tokens
 from torch import Tensor, nn
@@ -16,8 +17,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    XGLMConfig,
-    XGLMForCausalLM,
+    RoFormerConfig,
+    RoFormerForCausalLM,
 )
 from transformers.cache_utils import CacheLayerMixin
 
@@ -62,8 +63,16 @@ SHAPE = {
 
 
 def test_queries_that_cannot_be_seen() -> None:
-    config = XGLMConfig(vocab_size=128, d_model=64, ffn_dim=96, num_layers=2, attention_heads=4)
-    refuse_block(TypeError, "can be seen, got XGLM", XGLMForCausalLM(config), MoERouterPress())
+    config = RoFormerConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        is_decoder=True,
+    )
+    model = RoFormerForCausalLM(config)
+    refuse_block(TypeError, "can be seen, got RoFormer", model, MoERouterPress())
 
 
 def test_positions_told_by_distances() -> None:
@@ -73,7 +82,10 @@ def test_positions_told_by_distances() -> None:
 
 def test_heads_of_more_channels() -> None:
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, head_dim=288))
-    refuse_block(TypeError, "at most 256 channels.*got 288", model, MoERouterPress())
+    assert try_press(model) == "works: 2 of 2 layers"  # PyTorch stands in for the kernels
+    message = "at most 256 channels for backend 'cpu'.*got 288"
+    refuse_block(TypeError, message, model, MoERouterPress(backend="cpu"))
+    refuse_block(ValueError, "more than 256 channels", model, MoERouterPress(budget="model"))
 
 
 def test_compression_that_goes_on_where_heads_are_mixed() -> None:

@@ -5,9 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+from model_sweep import try_press
 from tiny_models import VOCABULARY, prefill, tiny_model, tokens
 from torch import Tensor, nn
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    GPTNeoXJapaneseConfig,
+    GPTNeoXJapaneseForCausalLM,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    XGLMConfig,
+    XGLMForCausalLM,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -186,6 +194,27 @@ def test_heads_that_are_mixed_keep_the_same_tokens(name: str) -> None:
         with torch.no_grad():
             logits = [model(ids[:, :1], past_key_values=x, **step).logits for x in (cut, full)]
         torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
+def test_heads_that_are_folded_into_rows() -> None:
+    """By layers that multiply by themselves; XGLM scales queries, GPT-NeoX-Japanese the product."""
+    shape = {"vocab_size": 128, "num_layers": 2, "d_model": 64, "ffn_dim": 96, "attention_heads": 4}
+    model = XGLMForCausalLM(XGLMConfig(**shape, init_std=0.2)).eval()
+    layer, states = find_layers(model)[1][0], torch.randn(2, 5, 64)
+    asked = ask(layer, states, {})
+    queries = layer.q_proj(states).view(2, 5, 4, 16).transpose(1, 2)
+    torch.testing.assert_close(asked.query * asked.scaling, queries / 4)
+    assert try_press(model) == "works: 2 of 2 layers"
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    japanese = GPTNeoXJapaneseConfig(**shape, vocab_size=128, initializer_range=0.2)
+    model = GPTNeoXJapaneseForCausalLM(japanese).eval()
+    layer = find_layers(model)[1][0]
+    turn = (torch.ones(1, 5, 16), torch.zeros(1, 5, 16))
+    places = torch.zeros(1, 5).long()
+    asked = ask(layer, states, {"position_embeddings": turn, "position_ids": places})
+    queries = layer.query_key_value(states).view(2, 5, 4, 48)[..., :16].transpose(1, 2)
+    torch.testing.assert_close(asked.query * asked.scaling, queries / 4)
+    assert try_press(model) == "works: 2 of 2 layers"
 
 
 def test_a_layer_that_is_asked_again_leaves_no_trace() -> None:
