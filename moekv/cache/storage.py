@@ -248,7 +248,8 @@ def _checksum(header: dict[str, str], tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+        flat = tensor.cpu().contiguous().view(-1)  # where a dim of 1 may have had any stride
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -10,9 +10,7 @@ layer.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import json
 import logging
 import os
@@ -22,6 +20,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
@@ -34,6 +33,13 @@ from moekv.models.fingerprint import TOLERANCE, check_same, describe, distance, 
 from moekv.routing.base import BaseMoERouter
 
 _logger = logging.getLogger("moekv")
+
+_OF_THE_MIXIN = frozenset(
+    {
+        *("revision", "cache_dir", "force_download", "proxies", "resume_download"),
+        *("local_files_only", "token", "map_location", "strict"),
+    }
+)
 
 FORMAT = 2
 """Of what is saved: 2 has a gate over all experts, 1 had one over those beside ``learned``."""
@@ -157,12 +163,25 @@ class CalibratedRouter(
         self._gates: dict[Any, CalibratedGate] = {}
 
     @classmethod
-    def _from_pretrained(cls, **options: Any) -> CalibratedRouter:
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> CalibratedRouter:
         if "model" not in options:
             raise ValueError("its config.json cannot be found")
         _check_format(options.get("format", 1))  # the first one was not written down
-        router: CalibratedRouter = super()._from_pretrained(**{"strict": True} | options)
+        if os.path.isdir(model_id):  # of which the mixin would print that it reads it
+            own = {k: v for k, v in options.items() if k not in _OF_THE_MIXIN}
+            file = os.path.join(model_id, SAFETENSORS_SINGLE_FILE)
+            if not os.path.isfile(file):
+                raise ValueError(f"its {SAFETENSORS_SINGLE_FILE} cannot be found")
+            return cls._load_as_safetensor(cls(**own), file, "cpu", True)
+        router: CalibratedRouter = super()._from_pretrained(
+            model_id=model_id, **{"strict": True} | options
+        )
         return router
+
+    @classmethod
+    def _load_as_pickle(cls, *_: Any, **__: Any) -> Any:
+        """Refuse what the mixin falls back to."""
+        raise ValueError(f"expected {SAFETENSORS_SINGLE_FILE} in it, got a pickle of torch")
 
     def generate_model_card(self, *args: Any, **options: Any) -> ModelCard:
         """Describe the router, for the hub and whoever finds its folder."""
@@ -355,8 +374,7 @@ def load_router(name: str | Path) -> CalibratedRouter:
         There is none that can be read.
     """
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # the mixin prints what it reads from
-            router: CalibratedRouter = CalibratedRouter.from_pretrained(name)
+        router: CalibratedRouter = CalibratedRouter.from_pretrained(name)
     except (OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         raise ValueError(
             f"expected the folder or hub id of a calibrated router, got {str(name)!r}, from which "

@@ -12,8 +12,8 @@ largest change in any round trip (see `_SCALES`; docs/design.md has the measurem
 ``norms``    vectors: norms' weights and biases, as they are and rounded to bf16 and to fp16. Of
              these three the nearest counts: rounding once more changes nothing.
 ``means``    what the rows of the embedding have in common: thousands of weights in a number.
-``weights``  rows of matrices in three layers, and of the embedding in their order, which is the
-             tokenizer's. They tell unrelated models.
+``tokens``   rows of the embedding in their order, which is the tokenizer's.
+``weights``  rows of matrices in three layers. These two tell unrelated models.
 
 Nothing is remembered: every call reads the weights as they are.
 """
@@ -39,12 +39,12 @@ from moekv.models.weights import has_weight, language_model, mesh_of, read_weigh
 TOLERANCE = 2.0
 """Largest distance of weights that count as the same: twice that of any round trip."""
 
-_SCALES = {"norms": 1e-5, "means": 2.7e-3, "weights": 0.15}
+_SCALES = {"norms": 1e-5, "means": 1.1e-2, "tokens": 0.19, "weights": 0.15}
 """Largest change of each group in round trips of SmolLM2's weights, those to 4 bits, where every
 piece has a mean square of 1. Norms do not change at all, but sums of floats may."""
 
 _FORMS = ("norms", "norms in bf16", "norms in fp16")
-_COUNTS = {**dict.fromkeys(_FORMS, 32), "means": 32, "weights": 64}  # sums
+_COUNTS = {**dict.fromkeys(_FORMS, 32), "means": 32, "tokens": 32, "weights": 64}  # sums
 _FORM = re.compile(r"(\w{1,32}-[0-9a-f]{16})-([\w-]{4,})", re.ASCII)
 _ROWS = 64  # of a matrix
 _TOKENS = 8192  # rows of the embedding
@@ -253,7 +253,7 @@ def _sketch(decoder: nn.Module, mesh: Any) -> Any:
         if len(embedding) >= _TOKENS:  # of fewer, noise does not cancel
             mean = _evened(_spread(embedding, _TOKENS)).mean(0)
             sums["means"].add(mean - mean.mean())
-        sums["weights"].add(_evened(_spread(embedding, _ROWS)))
+        sums["tokens"].add(_evened(_spread(embedding, _ROWS)))
     vectors: list[Tensor | None] = []
     chosen = {0, len(layers) // 2, len(layers) - 1}
     for index, layer in enumerate(layers):

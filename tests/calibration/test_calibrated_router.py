@@ -202,3 +202,8 @@ def test_saving_and_loading(tmp_path: Path) -> None:
             caches.append(prefill(model, tokens(1, 60)))
     for one, other in zip(*(cache.layers for cache in caches), strict=True):
         assert torch.equal(one.stored_keys, other.stored_keys)
+
+
+def test_pickles_are_not_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="got a pickle of torch"):
+        CalibratedRouter._load_as_pickle(None, str(tmp_path / "pytorch_model.bin"), "cpu", True)

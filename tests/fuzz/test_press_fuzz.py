@@ -10,6 +10,25 @@ OPTIONS = {"compression_ratio": 0.5, "budget": "head", "experts": ["selective"],
 LIFE = [("prefill", [20], OPTIONS), ("more", 2), ("rows", [1, 0], "reorder_cache"), ("more", 2)]
 
 
+FOUND = {
+    "notes of rows that were selected are saved": (
+        "phi3",
+        "calibrated",
+        (7,),
+        [
+            ("prefill", [14], OPTIONS | {"budget": "model", "window": 4}),
+            ("rows", [2, 5], "reorder_cache"),
+            ("file",),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_lives_that_have_gone_wrong(name: str) -> None:
+    assert error_of(*FOUND[name]) is None
+
+
 def test_a_few_lives() -> None:
     for seed in range(6):
         assert error_of(*draw(seed)) is None, f"seed {seed}"

@@ -80,6 +80,9 @@ def test_other_models_are_far() -> None:
         if parameter.dim() == 2:
             parameter.data = parameter.data.roll(1, 0)
     assert far(model, other) > 4 * TOLERANCE  # by their matrices alone; norms tell far more
+    shuffled = trained()  # another tokenizer
+    shuffled.model.embed_tokens.weight.data = shuffled.model.embed_tokens.weight.data.roll(1, 0)
+    assert far(model, shuffled) > 2 * TOLERANCE
     tuned = trained()  # a step of the size that a fine-tune makes, on norms alone
     for parameter in tuned.parameters():
         if parameter.dim() == 1:
