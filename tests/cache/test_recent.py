@@ -48,15 +48,18 @@ def test_the_ring_is_a_list(size: int, steps: list[tuple[str, int]]) -> None:
             length += number
             append(ring, torch.zeros(batch, 0, 1), length)
             known = []
+        elif name == "keep" and not ring._rings:
+            continue
         elif name == "keep":
             known = known[len(known) - min(len(known), number) :]
-            ring.keep(number)
+            ring.keep([number] * batch)
         else:
             rows = torch.tensor([number % 2, 1])
             known = [states[rows] for states in known]
             ring.select(rows)
-    for newest in range(size + 2):
-        expected = known[len(known) - min(len(known), newest) :]
+    assert ring.counts() == [len(known)] * batch
+    for newest in range(len(known) + 1):
+        expected = known[len(known) - newest :]
         got = ring.states(newest)[..., 0]
         assert got.T.tolist() == [states.tolist() for states in expected]
         assert torch.equal(ring.queries(newest), asked_by(ring.states(newest)))
