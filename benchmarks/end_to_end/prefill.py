@@ -39,7 +39,7 @@ from moekv.calibration.router import CalibratedRouter
 from moekv.experts.builder import ViewBuilder
 from moekv.experts.expected import ExpectedExpert
 from moekv.experts.view import LayerView
-from moekv.press import prefill
+from moekv.press import prefill, rating
 from moekv.press.rating import Rater
 from moekv.press.session import Session
 from moekv.routing.base import BaseMoERouter
@@ -63,12 +63,13 @@ STAGES: dict[str, Sequence[tuple[Any, str]]] = {
     "gate": [
         (CalibratedRouter, "project"),
         (BaseMoERouter, "__call__"),
-        (BaseMoERouter, "_decide"),
+        (BaseMoERouter, "rate"),
+        (BaseMoERouter, "decide"),
     ],
     "score": [(moekv.ops, "expert_scores")],
     "expected": [(LayerView, "expected"), (ExpectedExpert, "scores")],
     "mix": [(Rater, "_mix")],
-    "statistics": [(Rater, "_hit_rates"), (prefill, "record")],
+    "statistics": [(rating, "hit_rates"), (prefill, "record")],
     "select": [(prefill, "choose")],
     "compact": [(prefill, "apply")],
 }

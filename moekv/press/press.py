@@ -21,7 +21,6 @@ from moekv.press.options import DecodingConfig, Options
 from moekv.press.rating import Rater, name_router
 from moekv.press.session import Session
 from moekv.press.stats import Statistics
-from moekv.press.summary import print_summary
 from moekv.routing.base import BaseMoERouter
 
 logger = logging.getLogger("moekv")
@@ -382,6 +381,9 @@ class MoERouterPress:
 
     def summary(self) -> None:
         """Print in a few lines what the press was asked for, and what it has done."""
+        # Here, for who wants no summary does without what draws it.
+        from moekv.press.summary import print_summary
+
         print_summary(repr(self), self.get_stats())
 
     def reset_stats(self) -> None:

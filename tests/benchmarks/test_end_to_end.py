@@ -59,6 +59,7 @@ def test_a_decoder_feeds_tokens_at_their_true_positions() -> None:
     torch.testing.assert_close(cache.layers[1].keys, expected.layers[1].keys)
 
 
+@pytest.mark.thorough
 def test_memory_counts_storages_and_sees_the_peak() -> None:
     model = tiny_model()
     rows = {name: memory.measure(model, LENGTH, name) for name in memory.PRESSES}

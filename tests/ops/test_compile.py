@@ -55,7 +55,7 @@ def make(target, requires_grad: bool = False) -> tuple[CompressingLayer, list[Te
     return layer.requires_grad_(requires_grad), inputs
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.thorough)])
 def test_model_compiles_as_one_graph(target, dynamic):
     layer, inputs = make(target)
     torch.compiler.reset()

@@ -30,6 +30,7 @@ def run_sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.thorough
 def test_all_ops_and_the_simulator_are_clean() -> None:
     # What runs in a few seconds, and nothing that is wrong on purpose.
     ops = "test_as_the_reference or misaligned or (ragged_attention and bfloat16 and not many)"
