@@ -106,6 +106,7 @@ class Session:
         )
         self._depth = option(self.decoder.config, "num_hidden_layers")
         self._local = threading.local()
+        self._handles: dict[int, Any] = {}  # hooks of the forwards of all threads
 
     # --- The block --------------------------------------------------------------------------------
 
@@ -136,6 +137,10 @@ class Session:
             self._over.append(forward.handle)
             self._end(forward)
         self._take_down()
+        # What has failed in other threads, which have ended.
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
 
     # --- State of this thread ---------------------------------------------------------------------
 
@@ -191,6 +196,7 @@ class Session:
         forward.handle = self.decoder.register_forward_hook(
             partial(self._after_forward, weakref.ref(forward)), always_call=True
         )
+        self._handles[forward.handle.id] = forward.handle
         self._stack.append(forward)
 
     def _after_attention(
@@ -243,7 +249,9 @@ class Session:
         """Remove hooks of forwards that are over; not while torch runs through them."""
         over: list[Any] = self._over
         while over:
-            over.pop().remove()
+            handle = over.pop()
+            handle.remove()
+            self._handles.pop(handle.id, None)
 
     @staticmethod
     def _end(forward: Forward) -> bool:

@@ -35,6 +35,34 @@ def answer(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
     return model.generate(input_ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
 
 
+def test_a_forward_that_fails_in_another_thread_leaves_nothing() -> None:
+    """Its hook is gone with the block, so that the model can be copied."""
+    model, press, raised = tiny_model(), MoERouterPress(0.5), []
+
+    def fail(module: nn.Module, args: Any) -> None:
+        raise RuntimeError("halfway")
+
+    def work() -> None:
+        try:
+            prefill(model, tokens(1, 30))
+        except RuntimeError as error:
+            raised.append(str(error))
+
+    hook = model.model.layers[1].mlp.register_forward_pre_hook(fail)
+    with press(model):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    hook.remove()
+    assert raised == ["halfway"]
+    assert not any(module._forward_hooks for module in model.modules())
+    copy.deepcopy(model)
+    gone = weakref.ref(press)
+    del press, thread
+    gc.collect()
+    assert gone() is None
+
+
 @pytest.mark.parametrize("name", PRESSES)
 def test_threads_share_a_block(name: str, one_thread: None) -> None:
     """Each gets what it gets alone, whatever runs beside it, and all are counted."""
