@@ -1,6 +1,7 @@
 """Mixture-of-experts compression of KV caches.
 
-Rooms, along the data's way; each imports only from those below it:
+Rooms, along the data's way; each imports only from those below it (``cache`` and ``experts`` stand
+side by side):
 
 ``contexts``     a document that is compressed once, and asked often
 ``press``        the conductor: what a user holds, and what runs in its block

@@ -4,5 +4,5 @@
 (the expert learned), ``gates``, ``calibrate`` (all of it); ``router`` is what comes of it,
 ``model_card`` what it says of itself.
 
-May import ``moekv.cache``, ``moekv.experts``, ``moekv.routing`` and what these may.
+May import ``moekv.cache``, ``moekv.experts``, ``moekv.files`` and what these may.
 """

@@ -1,4 +1,6 @@
-"""The command line: ``main`` reads arguments, each command is a module.
+"""The command line: ``main`` reads arguments, ``common`` is what commands share.
 
-May import everything; nothing imports it.
+``info``, ``demo``, ``ask``, ``bench`` and ``calibrate`` are a command each.
+
+May import everything; nothing imports it but ``moekv.__main__``.
 """

@@ -2,6 +2,7 @@
 
 ``hooks``        where a model's decoder and attention layers are, and what they are called with
 ``queries``      how an attention layer forms its queries
+``habits``       how an attention layer rotates queries and treats pairs, tried once
 ``watching``     seeing what attention layers ask
 ``fingerprint``  telling models apart
 ``weights``      reading weights wherever and however they are stored

@@ -1,10 +1,11 @@
 """The conductor: what a user holds, and what runs in its block.
 
 From the ground up: ``options`` (a checked record), ``memory`` (routers) and ``stats`` know nothing
-of the others; ``rating`` makes scores of a layer; ``forward`` says what a forward goes by;
+of the others, nor do ``hits`` (hit rates), ``mixture`` (from scores to votes) and ``summary``;
+``rating`` asks experts and routers of a layer; ``forward`` says what a forward goes by;
 ``commit`` makes pairs leave; ``growth`` (with ``held``), ``prefill`` and ``streaming`` are what a
 forward may call for, and ``planning`` chooses among them; ``session`` is a block with its hooks,
 ``press`` hands them out, ``chunks`` feeds a prompt in pieces.
 
-May import everything but ``moekv.integrations`` and ``moekv.cli``.
+May import everything but ``moekv.contexts``, ``moekv.integrations`` and ``moekv.cli``.
 """

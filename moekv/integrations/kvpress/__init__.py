@@ -3,5 +3,8 @@
 ``press``   ``MoERouterPress`` as a ``kvpress.ScorerPress``
 ``ragged``  head-wise presses of kvpress with the memory freed
 
-The only rooms that import kvpress, which need not be installed for anything else.
+``wrappers`` what kvpress's wrappers need of a press
+
+The only rooms that import kvpress, which need not be installed for anything else; ``moekv`` itself
+looks whether it is there.
 """
