@@ -105,7 +105,7 @@ def take_apart(layer: Any, index: int) -> tuple[dict[str, Tensor], dict[str, Any
     numbers = {
         "evicted": _evicted(layer),
         "context_length": getattr(layer, "context_length", 0),
-        "seen": int(getattr(layer, "cumulative_length", 0)),
+        "seen": _seen(layer),
         "slots": getattr(layer, "max_cache_len", 0),
         "window": getattr(layer, "sliding_window", 0),
     }
@@ -113,6 +113,12 @@ def take_apart(layer: Any, index: int) -> tuple[dict[str, Tensor], dict[str, Any
     if isinstance(layer, CompressedLayer):
         parts |= _beside(layer, index, description)
     return parts, description
+
+
+def _seen(layer: Any) -> int:
+    """Count the tokens that a layer with a window has got; newer transformers count some twice."""
+    counted = getattr(layer, "cumulative_length_int", None)
+    return int(getattr(layer, "cumulative_length", 0) if counted is None else counted)
 
 
 def _evicted(layer: Any) -> int:
@@ -248,6 +254,8 @@ def _filled(layer: StaticLayer, parts: Mapping[str, Tensor], seen: int) -> Stati
         counted.fill_(seen)
     elif counted is not None:
         layer.cumulative_length = seen
+    if hasattr(layer, "cumulative_length_int"):
+        layer.cumulative_length_int = seen
     return layer
 
 

@@ -226,10 +226,10 @@ class Statistics:
     def idle(self, names: Sequence[str]) -> list[str]:
         """Name the experts that no token of any layer was sent to. Waits for the device."""
         with self._lock:
-            loads = [layer.load.cpu() for layer in self.layers.values()]
+            loads = [layer.load for layer in self.layers.values()]
         if not loads:
             return []
-        chosen = torch.stack(loads).sum(0).tolist()
+        chosen = torch.stack([load.to(loads[0].device) for load in loads]).sum(0).tolist()
         return [name for name, n in zip(names, chosen, strict=True) if n == 0]
 
     def report(self, names: Sequence[str], router: str, budget: str) -> dict[str, Any]:
