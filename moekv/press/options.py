@@ -193,9 +193,10 @@ def _routing(given: Mapping[str, Any], known: Sequence[Routing]) -> Routing:
         shared = _shared(given)
         experts = _experts(given, shared, bool(chosen))
     most = len(expert_names()) - (shared is not None) if experts is None else len(experts)
-    top_k = (most if listed is not None else min(2, most)) if given["top_k"] is None else None
+    top_k = given["top_k"]
     if top_k is None:
-        top_k = given["top_k"]
+        top_k = min(2, most) if listed is None else most
+    else:
         check_count("top_k", top_k, 1)
     if isinstance(router_type, BaseMoERouter):
         top_k = _top_k_of(router_type, experts, given["top_k"])

@@ -50,6 +50,13 @@ class Look:
         return *keys, view.lengths, view.begins, view.ends, view.hidden_states.shape[:2]
 
 
+def real_pairs(start: Tensor | None, num_keys: int) -> Tensor | None:
+    """Say which pairs are real, by the first of each row [B]: [B, 1, T], bool; None: all."""
+    if start is None:
+        return None
+    return torch.arange(num_keys, device=start.device) >= start.view(-1, 1, 1)
+
+
 @dataclass
 class Rating:
     """What is said of one layer's pairs, and what it takes to act on it."""
@@ -74,10 +81,7 @@ class Rating:
     @property
     def real(self) -> Tensor | None:
         """Which pairs are real: [B, 1, T], bool; None: all."""
-        if self.start is None:
-            return None
-        places = torch.arange(self.votes.shape[2], device=self.start.device)
-        return places >= self.start.view(-1, 1, 1)
+        return real_pairs(self.start, self.votes.shape[2])
 
     def order(self) -> Tensor:
         """Scores [B, H, T] of the layer by itself, in which each head has a budget of its own."""

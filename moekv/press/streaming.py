@@ -25,7 +25,7 @@ from moekv.press.commit import record
 from moekv.press.forward import Plan
 from moekv.press.growth import adopt
 from moekv.press.prefill import Prefill, Rated
-from moekv.press.rating import Rating
+from moekv.press.rating import Rating, real_pairs
 from moekv.routing.mixing import Votes, order
 
 SLACK = 1 / 8
@@ -132,7 +132,7 @@ class StreamingBudget:
             self._trim_all()
             return
         (kept,) = select(
-            order([votes], self._budget, [self._real(votes)]),
+            order([votes], self._budget, [real_pairs(self._start, votes.shape[2])]),
             self._start,
             self._totals,
             budget=self._budget,
@@ -152,7 +152,7 @@ class StreamingBudget:
         scores = order(
             self._votes,
             "model",
-            [self._real(each) for each in self._votes],
+            [real_pairs(self._start, each.shape[2]) for each in self._votes],
             num_heads=self._num_layers * heads,
         )
         may_stay = budget if last else self._may_stay(scores, budget)
@@ -173,13 +173,6 @@ class StreamingBudget:
                     # last selection keeps is sure to be among those of all before.
                     kept = Kept.from_mask(kept.mask() & trimmed.kept.mask())
                 self._trim(trimmed, kept)
-
-    def _real(self, votes: Votes) -> Tensor | None:
-        """Say which pairs are real: [B, 1, T], bool; None: all."""
-        if self._start is None:
-            return None
-        places = torch.arange(votes.shape[2], device=self._start.device)
-        return places >= self._start.view(-1, 1, 1)
 
     def _may_stay(self, scores: Sequence[Tensor], budget: Sequence[int]) -> list[int]:
         """Count the pairs of each row that the model's budget can still keep.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekv.routing.base import BaseMoERouter, Gate, mean_over_tokens, probabilities
+from moekv.routing.base import BaseMoERouter, Gate, probabilities
 from moekv.routing.losses import BALANCE_LOSSES
 
 
@@ -63,10 +63,7 @@ class TopKBalancedRouter(BaseMoERouter):
         probs = probabilities(logits, self.temperature, mask).detach()
         num_real = probs.shape[1] if mask is None else mask.sum(1, keepdim=True).clamp(min=1)
         down = self._down(probs.sum(1) / num_real)
-        down = down if bias is None else down + bias
-        gate = self._gate(logits, mask, self.top_k, down, importance)
-        balance_loss = self._balance_loss(mean_over_tokens(gate.prob_sum, mask, logits), gate.load)
-        return Gate(gate.weights, gate.experts, gate.load, gate.entropy, balance_loss)
+        return super()._choose(logits, mask, importance, down if bias is None else down + bias)
 
     def _down(self, mean_probs: Tensor) -> Tensor:
         """Take a step down the loss of each row [B, E]: a selection bias."""
