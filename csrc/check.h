@@ -4,13 +4,13 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "params.h"
 
@@ -36,12 +36,17 @@ template <typename... Parts>
   } while (false)
 
 // "[4, 8, 16]"
-inline std::string shape(const Tensor& tensor) {
+inline std::string shape(const std::vector<int64_t>& sizes) {
   std::ostringstream text;
   text << '[';
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
   text << ']';
   return text.str();
+}
+inline std::string shape(const Tensor& tensor) {
+  std::vector<int64_t> sizes(tensor.dim());
+  for (size_t i = 0; i < sizes.size(); ++i) sizes[i] = tensor.size(static_cast<int64_t>(i));
+  return shape(sizes);
 }
 
 inline const char* dtype_name(ScalarType type) {
@@ -54,6 +59,12 @@ inline const char* dtype_name(ScalarType type) {
       return "bfloat16";
     case ScalarType::Double:
       return "float64";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
     case ScalarType::Int:
       return "int32";
     case ScalarType::Long:
@@ -97,27 +108,66 @@ inline DType float_dtype(const char* op, const char* name, const Tensor& tensor)
   }
 }
 
-// A dense vector of `size` elements on the device of `like`.
-inline void check_vector(const char* op, const char* name, const Tensor& tensor, ScalarType type,
-                         int64_t size, const Tensor& like) {
-  MOEKV_CHECK(tensor.dim() == 1 && tensor.size(0) == size, op, "expected ", name, " [", size,
-              "], got ", shape(tensor));
-  check_dtype(op, name, tensor, type);
-  check_device(op, name, tensor, like);
-  MOEKV_CHECK(tensor.is_contiguous(), op, "expected a contiguous ", name);
+// Kernels count positions in 32 bits.
+inline void check_positions(const char* op, int64_t num_keys) {
+  MOEKV_CHECK(num_keys <= INT32_MAX, op, "expected at most 2^31 - 1 positions, got ", num_keys);
+}
+
+// Factors, their inverses and their quotients are normal numbers of fp32 within these bounds.
+constexpr double kLeastFactor = 1e-18, kMostFactor = 1e18;
+
+inline void check_factor(const char* op, const char* name, double factor) {
+  MOEKV_CHECK(factor >= kLeastFactor && factor <= kMostFactor, op, "expected ", name,
+              " between 1e-18 and 1e18, got ", factor);
 }
 
 // What makes logits of products: softcap * tanh(scaling * product / softcap), 0: no softcap.
 inline void check_logits(const char* op, double scaling, double softcap) {
-  MOEKV_CHECK(std::isfinite(scaling) && scaling > 0, op, "expected scaling > 0, got ", scaling);
-  MOEKV_CHECK(std::isfinite(softcap) && softcap >= 0, op, "expected softcap >= 0, got ", softcap);
+  check_factor(op, "scaling", scaling);
+  if (softcap != 0) check_factor(op, "a softcap of 0 or", softcap);
+}
+
+// What torch says of memory that is not there does not come through its stable ABI.
+inline Tensor new_tensor(const char* op, const Tensor& like, const std::vector<int64_t>& sizes,
+                         ScalarType type) {
+  try {
+    return torch::stable::new_empty(like, sizes, type);
+  } catch (const std::exception&) {
+    fail(op, "expected memory for ", dtype_name(type), " ", shape(sizes), ", got none");
+  }
+}
+
+inline Tensor contiguous(const char* op, const Tensor& tensor) {
+  try {
+    return torch::stable::contiguous(tensor);
+  } catch (const std::exception&) {
+    fail(op, "expected memory for a dense copy of ", dtype_name(tensor.scalar_type()), " ",
+         shape(tensor), ", got none");
+  }
 }
 
 // The tensor itself if its last dimension is dense, else a contiguous copy.
-inline Tensor with_dense_rows(const Tensor& tensor) {
+inline Tensor with_dense_rows(const char* op, const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
   const bool dense = last < 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1;
-  return dense ? tensor : torch::stable::contiguous(tensor);
+  return dense ? tensor : contiguous(op, tensor);
+}
+
+// A vector of `size` elements on the device of `like`, dense.
+inline Tensor dense_vector(const char* op, const char* name, const Tensor& tensor, ScalarType type,
+                           int64_t size, const Tensor& like) {
+  MOEKV_CHECK(tensor.dim() == 1 && tensor.size(0) == size, op, "expected ", name, " [", size,
+              "], got ", shape(tensor));
+  check_dtype(op, name, tensor, type);
+  check_device(op, name, tensor, like);
+  return contiguous(op, tensor);
+}
+
+inline std::optional<Tensor> dense_vector(const char* op, const char* name,
+                                          const std::optional<Tensor>& tensor, ScalarType type,
+                                          int64_t size, const Tensor& like) {
+  if (!tensor) return tensor;
+  return dense_vector(op, name, *tensor, type, size, like);
 }
 
 template <typename T>

@@ -3,7 +3,9 @@
 //
 // Queries come in tiles, one query head after another. Lanes run over the sampled keys, which are
 // packed once per head; of 16 queries at a time the maxima and sums are then taken across lanes,
-// and lanes run over these queries for the few keys near them. All logits are in units of log2.
+// and lanes run over these queries for the few keys near them. A query's largest logit is
+// subtracted before logits are scaled to powers of 2: the largest keeps the weight 1, whatever its
+// size.
 #pragma once
 
 #include "../params.h"
@@ -275,7 +277,11 @@ class ExpectedAttention {
                              packed(row) + panel * Products::panel_bytes(p.head_dim), p.head_dim,
                              next.panel(panel), work);
         }
-        band.multiply(query, staged, next.count, next.band);
+        if (row.length > kPlaces) {
+          band.multiply(query, staged, next.count, next.band);
+        } else {
+          take_band(next);
+        }
         if (to_softcap_ > 0) softcap(next);
         hide_what_is_not_there(row, next);
         now = 1 - now;
@@ -291,6 +297,18 @@ class ExpectedAttention {
       // max(constant, x) is x where x is NaN.
       const Vec log_root = Vec::set(0.5f) * log(max(Vec::set(kLeastSquare), mean));
       store_lanes(log_root, row.scores + pair, end - pair);
+    }
+  }
+
+  // Of a row that is its own sample: the same products as in the softmax's sum, to the bit.
+  static void take_band(Block& block) {
+    for (int step = 0; step <= kReach; ++step) {
+      for (int i = 0; i < groups(block) * kGroup; ++i) {
+        const int64_t place = block.tile + i + step;
+        const bool there = i < block.count && place < kPlaces;
+        block.band[step][i] =
+            there ? block.panel(static_cast<int>(place / kPanel))[i * kPanel + place % kPanel] : 0;
+      }
     }
   }
 
@@ -334,7 +352,7 @@ class ExpectedAttention {
     const Row* row;
     const float* weights;
     Squares* squares;
-    alignas(64) float shift[kGroup];  // minus the highest logit of each query
+    alignas(64) float peaks[kGroup];  // the highest logit of each query
     Vec sums[kGroup];
 
     void rows(const Block& block, int from, int to) {
@@ -342,11 +360,11 @@ class ExpectedAttention {
       for (int i = from; i < to; ++i) {
         const int lane = i % kGroup;
         if (lane == 0) begin(block, i);
-        const Vec peak = Vec::set(shift[lane]);
+        const Vec peak = Vec::set(peaks[lane]);
         Vec sum = Vec::set(0.0f);
         for (int v = 0; v < kVecs; ++v) {
           const Vec logit = Vec::load(logits(block, i, v));
-          sum = fma(exp2(fma(logit, scale, peak)), Vec::load(weights + v * Vec::kLanes), sum);
+          sum = fma(exp2((logit - peak) * scale), Vec::load(weights + v * Vec::kLanes), sum);
         }
         sums[lane] = sum;
         if (lane == kGroup - 1) end(block, i - lane);
@@ -364,11 +382,11 @@ class ExpectedAttention {
         for (int v = 1; v < kVecs; ++v)
           top[i] = max(top[i], Vec::load(logits(block, first + i, v)));
       }
-      highest16(top, shift);
+      highest16(top, peaks);
       for (int i = 0; i < kGroup; i += Vec::kLanes) {
-        Vec highest = Vec::load(shift + i);
+        Vec highest = Vec::load(peaks + i);
         for (const auto& band : block.band) highest = max(highest, Vec::load(band + first + i));
-        (Vec::set(0.0f) - highest * Vec::set(self->to_log2_)).store(shift + i);
+        highest.store(peaks + i);
       }
     }
 
@@ -376,10 +394,10 @@ class ExpectedAttention {
       float totals[kGroup];
       sum16(sums, totals);
       for (int i = 0; i < kGroup; i += Vec::kLanes) {
-        const Vec scale = Vec::set(self->to_log2_), peak = Vec::load(shift + i);
+        const Vec scale = Vec::set(self->to_log2_), peak = Vec::load(peaks + i);
         Vec total = Vec::load(totals + i), near[kReach + 1];
         for (int step = 0; step <= kReach; ++step) {
-          near[step] = exp2(fma(Vec::load(block.band[step] + first + i), scale, peak));
+          near[step] = exp2((Vec::load(block.band[step] + first + i) - peak) * scale);
         }
         if (row->length > kPlaces) {  // the sample may have missed just those
           for (const Vec& one : near) total = total + one;

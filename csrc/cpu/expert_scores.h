@@ -102,7 +102,9 @@ struct ExpertScores {
     for_each_unit(
         1, [&](const HeadView<T>& head, int64_t row, int64_t, int64_t begin, int64_t end) {
           if (mass || attention) {
-            window(head, row).column_sums(begin, end, at(layout.shift, row * layout.queries));
+            window(head, row).column_sums(begin, end,
+                                          at(layout.peak, row * layout.chunks * layout.queries),
+                                          at(layout.shift, row * layout.queries));
           }
           if (diversity) {
             score_directions(head, begin, end, at(layout.anchor, row * layout.chunks * layout.dim));
@@ -110,8 +112,14 @@ struct ExpertScores {
         });
     if (!attention) return;
 
+    // As many chunks at once as the pool is wide: three times the keys of a piece are read.
+    const int64_t width = p.pool / 2 < p.num_keys ? p.pool : p.num_keys;
+    const int64_t piece = round_up(width, kChunkKeys);
     for_each_unit(grain(kChunkKeys), [&](const HeadView<T>& head, int64_t, int64_t, int64_t begin,
-                                         int64_t end) { log_attention(head, p.pool, begin, end); });
+                                         int64_t) {
+      if (begin % piece > 0) return;
+      log_attention(head, p.pool, begin, head.length < begin + piece ? head.length : begin + piece);
+    });
   }
 };
 

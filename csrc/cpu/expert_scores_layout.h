@@ -27,9 +27,9 @@ struct ExpertScoresLayout {
   int64_t dim;      // key_dim, padded
   // Offsets in bytes.
   size_t packed;  // [rows, queries, dim] packed queries, up to kPackedBytes per element
-  size_t peak;    // [rows, chunks, queries] fp32: largest logit of the chunk
+  size_t peak;    // [rows, chunks, queries] fp32: largest logit of the chunk, then of the row
   size_t total;   // [rows, chunks, queries] fp32: sum of exp(logit - peak)
-  size_t shift;   // [rows, queries] fp32: log2 of the softmax's denominator
+  size_t shift;   // [rows, queries] fp32: log2 of a query's share, over the softmax's denominator
   size_t anchor;  // [rows, chunks, dim] fp32: sum of normalised keys
   size_t mass;    // [rows, num_keys] fp32: column sums, where MASS is not an output
   size_t spread;  // [rows, num_keys] fp32: LAG's spread of the values

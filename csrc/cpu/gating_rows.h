@@ -147,8 +147,8 @@ inline Vec gate_rows(const GatingTopkParams& p, int64_t token, int64_t count, co
   constexpr int64_t kPair = 2 * Vec::kLanes;
   const int64_t width = (num_experts + kPair - 1) / kPair * kPair;
   const Vec none = Vec::set(-__builtin_inff()), zero = Vec::set(0.0f);
-  // Logits are scaled to powers of 2.
-  const Vec scale = min(Vec::set(p.inv_temperature * 1.44269504088896341f), Vec::set(kMaxFloat));
+  // Logits are scaled to powers of 2, when the highest is subtracted: it keeps the weight 1.
+  const Vec scale = Vec::set(p.inv_temperature * 1.44269504088896341f);
 
   // Rows behind the last token, and those whose experts do not fill their vectors, are copies.
   const T* rows[kTileTokens];
@@ -172,14 +172,14 @@ inline Vec gate_rows(const GatingTopkParams& p, int64_t token, int64_t count, co
     }
     lanes[i] = max(highest, other);
   }
-  Vec highest = across_lanes(lanes, [](Vec a, Vec b) { return max(a, b); }) * scale;
+  Vec highest = across_lanes(lanes, [](Vec a, Vec b) { return max(a, b); });
   if (const uint64_t infinite = bits((highest - highest) != zero)) {
     // Nothing is as high but what is equal: the experts of the highest logit share everything.
     for (int i = 0; i < kTileTokens; ++i) {
       if (!(infinite >> i & 1)) continue;
       alignas(64) float z[kMaxExperts];
       for (int64_t e = 0; e < width; e += Vec::kLanes) {
-        tempered(Vec::load(rows[i] + e), p.inv_temperature).store(z + e);
+        ordered(Vec::load(rows[i] + e)).store(z + e);
       }
       float top = -__builtin_inff();
       for (int64_t e = 0; e < num_experts; ++e) top = z[e] > top ? z[e] : top;
@@ -191,17 +191,17 @@ inline Vec gate_rows(const GatingTopkParams& p, int64_t token, int64_t count, co
     }
     highest = select(highest - highest != zero, zero, highest);
   }
-  alignas(64) float shifts[kTileTokens];
-  (zero - highest).store(shifts);
+  alignas(64) float tops[kTileTokens];
+  highest.store(tops);
 
   const Vec least = Vec::set(-151.0f);
   Vec totals[kTileTokens], moments[kTileTokens];
   for (int i = 0; i < kTileTokens; ++i) {
-    const Vec shift = Vec::set(shifts[i]);
+    const Vec top = Vec::set(tops[i]);
     Vec total = zero, moment = zero, best = zero;
     for (int64_t e = 0; e < width; e += Vec::kLanes) {
       __builtin_prefetch(rows[i] + kTileTokens * p.logits_stride + e);  // of the next tile
-      const Vec z = max(fma(Vec::load(rows[i] + e), scale, shift), least);
+      const Vec z = max((Vec::load(rows[i] + e) - top) * scale, least);
       const Vec weight = exp2_of_shifted(z);
       weight.store(probs + i * width + e);
       total = total + weight;

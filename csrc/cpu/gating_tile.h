@@ -11,11 +11,11 @@ constexpr int kTileTokens = Vec::kLanes;
 constexpr int kRoundExperts = 4;  // chosen in one pass over the experts
 constexpr float kMaxFloat = 3.4028234663852886e38f;
 
-// logits / temperature, with NaN as -inf and +inf as the largest finite number.
-inline Vec tempered(Vec logits, float inv_temperature) {
+// Logits with NaN as -inf and +inf as the largest finite number.
+inline Vec ordered(Vec logits) {
   const Vec lowest = Vec::set(-__builtin_inff()), largest = Vec::set(kMaxFloat);
   // In this order of operands max gives -inf for NaN.
-  return min(max(logits * Vec::set(inv_temperature), lowest), largest);
+  return min(max(logits, lowest), largest);
 }
 
 // The N highest ratings of each token in descending order, ties to the lower expert, and whose they

@@ -43,14 +43,13 @@ inline Vec exp_of_shifted(Vec x) {
 // Loads and transposes logits[kTileTokens, num_experts] into z[num_experts, kTileTokens]. Reads
 // whole vectors, past the end of a row. Returns the highest z of each token.
 template <typename T>
-inline Vec load_tile(const T* logits, int64_t stride, int64_t num_experts, float inv_temperature,
-                     float* z) {
+inline Vec load_tile(const T* logits, int64_t stride, int64_t num_experts, float* z) {
   Vec highest = Vec::set(-__builtin_inff());
   for (int64_t e = 0; e < num_experts; e += Vec::kLanes) {
     Vec rows[kTileTokens];
     for (int i = 0; i < kTileTokens; ++i) {
       __builtin_prefetch(logits + (i + kTileTokens) * stride + e);  // of the next tile
-      rows[i] = tempered(Vec::load(logits + i * stride + e), inv_temperature);
+      rows[i] = ordered(Vec::load(logits + i * stride + e));
     }
     transpose(rows);
     const int64_t count = num_experts - e < Vec::kLanes ? num_experts - e : Vec::kLanes;
@@ -64,11 +63,9 @@ inline Vec load_tile(const T* logits, int64_t stride, int64_t num_experts, float
 
 // The same for few experts, whose rows lie one behind the other: no more is read than there is.
 template <int N, typename T>
-inline Vec load_dense_tile(const T* logits, float inv_temperature, float* z) {
+inline Vec load_dense_tile(const T* logits, float* z) {
   Vec rows[N];
-  for (int i = 0; i < N; ++i) {
-    rows[i] = tempered(Vec::load(logits + i * Vec::kLanes), inv_temperature);
-  }
+  for (int i = 0; i < N; ++i) rows[i] = ordered(Vec::load(logits + i * Vec::kLanes));
   transpose(rows);
   Vec highest = Vec::set(-__builtin_inff());
   for (int i = 0; i < N; ++i) {
@@ -158,11 +155,11 @@ inline void gating_block(const GatingTopkParams& p, int64_t begin, int64_t end, 
       const bool dense = count == kTileTokens && stride == num_experts;
       Vec highest;
       if (dense && num_experts == 2) {
-        highest = load_dense_tile<2>(tile, p.inv_temperature, probs);
+        highest = load_dense_tile<2>(tile, probs);
       } else if (dense && num_experts == 4) {
-        highest = load_dense_tile<4>(tile, p.inv_temperature, probs);
+        highest = load_dense_tile<4>(tile, probs);
       } else if (dense && num_experts == 8) {
-        highest = load_dense_tile<8>(tile, p.inv_temperature, probs);
+        highest = load_dense_tile<8>(tile, probs);
       } else {
         if (count < kTileTokens || tile + (count - 1) * stride + padded_experts > logits_end) {
           std::memset(padded, 0, sizeof padded);
@@ -172,16 +169,16 @@ inline void gating_block(const GatingTopkParams& p, int64_t begin, int64_t end, 
           tile = padded;
           stride = padded_experts;
         }
-        highest = load_tile(tile, stride, num_experts, p.inv_temperature, probs);
+        highest = load_tile(tile, stride, num_experts, probs);
       }
 
       // Below e^-104 there is nothing. Where no logit is finite, z - highest is NaN, max gives its
       // second operand, and all experts are equal.
-      const Vec none = Vec::set(-__builtin_inff());
+      const Vec none = Vec::set(-__builtin_inff()), inverse = Vec::set(p.inv_temperature);
       const Vec least = select(highest != none, Vec::set(-105.0f), Vec::set(0.0f));
       Vec total = Vec::set(0.0f), moment = Vec::set(0.0f);
       for (int64_t e = 0; e < num_experts; ++e) {
-        const Vec z = max(Vec::load(probs + e * kTileTokens) - highest, least);
+        const Vec z = max((Vec::load(probs + e * kTileTokens) - highest) * inverse, least);
         const Vec weight = exp_of_shifted(z);
         weight.store(probs + e * kTileTokens);
         total = total + weight;

@@ -92,10 +92,15 @@ inline void tile_scores(const float* query, int64_t dim, const T* keys, int64_t 
   }
 }
 
+// Keys of a tile, one after another.
+struct Run {
+  int begin, end;
+};
+
 // The next of these, for P pairs of vectors of the values.
 template <int R, int P, typename T>
-inline void add_values(const float (*weights)[kTileKeys], const T* values, int64_t stride,
-                       int count, const Ahead<T>& ahead, float* sums, int64_t sum_stride) {
+inline void add_values(const float (*weights)[kTileKeys], const T* values, int64_t stride, Run run,
+                       const Ahead<T>& ahead, float* sums, int64_t sum_stride) {
   VecPair acc[R][P];
   for (int r = 0; r < R; ++r) {
     for (int i = 0; i < P; ++i) {
@@ -103,7 +108,7 @@ inline void add_values(const float (*weights)[kTileKeys], const T* values, int64
       acc[r][i] = {Vec::load(sum), Vec::load(sum + Vec::kLanes)};
     }
   }
-  for (int j = 0; j < count; ++j) {
+  for (int j = run.begin; j < run.end; ++j) {
     ahead.ask(j, j + 1);
     VecPair v[P];
     for (int i = 0; i < P; ++i) v[i] = load_pair(values + j * stride + i * kPairLanes);
@@ -123,25 +128,25 @@ inline void add_values(const float (*weights)[kTileKeys], const T* values, int64
   }
 }
 
-// sums[r][:] += weights[r][j] * values[j][:] over the tile; row r of the sums is sum_stride floats
-// away.
+// sums[r][:] += weights[r][j] * values[j][:] over a run of the tile's keys; row r of the sums is
+// sum_stride floats away.
 template <int R, typename T>
-inline void tile_values(const float (*weights)[kTileKeys], const T* values, int64_t stride,
-                        int count, int64_t dim, Ahead<T> ahead, float* sums, int64_t sum_stride) {
+inline void run_values(const float (*weights)[kTileKeys], const T* values, int64_t stride, Run run,
+                       int64_t dim, Ahead<T> ahead, float* sums, int64_t sum_stride) {
   int64_t d = 0;
   for (; d + 2 * kPairLanes <= dim; d += 2 * kPairLanes) {
-    add_values<R, 2>(weights, values + d, stride, count, ahead, sums + d, sum_stride);
+    add_values<R, 2>(weights, values + d, stride, run, ahead, sums + d, sum_stride);
     ahead.count = 0;
   }
   if (d + kPairLanes <= dim) {
-    add_values<R, 1>(weights, values + d, stride, count, ahead, sums + d, sum_stride);
+    add_values<R, 1>(weights, values + d, stride, run, ahead, sums + d, sum_stride);
     ahead.count = 0;
     d += kPairLanes;
   }
   for (; d + Vec::kLanes <= dim; d += Vec::kLanes) {
     for (int r = 0; r < R; ++r) {
       Vec acc = Vec::load(sums + r * sum_stride + d);
-      for (int j = 0; j < count; ++j) {
+      for (int j = run.begin; j < run.end; ++j) {
         acc = fma(Vec::set(weights[r][j]), Vec::load(values + j * stride + d), acc);
       }
       acc.store(sums + r * sum_stride + d);
@@ -149,7 +154,7 @@ inline void tile_values(const float (*weights)[kTileKeys], const T* values, int6
   }
   for (; d < dim; ++d) {
     for (int r = 0; r < R; ++r) {
-      for (int j = 0; j < count; ++j) {
+      for (int j = run.begin; j < run.end; ++j) {
         sums[r * sum_stride + d] += weights[r][j] * to_float(values[j * stride + d]);
       }
     }
@@ -188,6 +193,27 @@ struct Tile {
   Ahead<T> value_rows, next_keys;
 };
 
+// Adds the values that the queries see, and no others: 0 times NaN is not 0. seen[j]: a bit for
+// each of the R queries.
+template <int R, typename T>
+inline void seen_values(const float (*weights)[kTileKeys], const uint8_t* seen, const Tile<T>& tile,
+                        int64_t dim, float* sums, int64_t sum_stride) {
+  constexpr int kAll = (1 << R) - 1;
+  for (Run run{0, 0}; run.begin < tile.count; run.begin = run.end) {
+    while (run.end < tile.count && seen[run.end] == seen[run.begin]) ++run.end;
+    if (seen[run.begin] == kAll) {
+      run_values<R>(weights, tile.values, tile.value_stride, run, dim, tile.next_keys, sums,
+                    sum_stride);
+      continue;
+    }
+    for (int r = 0; r < R; ++r) {
+      if (!(seen[run.begin] >> r & 1)) continue;
+      run_values<1>(weights + r, tile.values, tile.value_stride, run, dim, tile.next_keys,
+                    sums + r * sum_stride, sum_stride);
+    }
+  }
+}
+
 // Folds one tile of keys into the partial results of R queries, each [max, sum, values...].
 template <int R, typename T>
 inline void attend_tile(const RaggedAttentionParams& p, const float* query, int64_t first_query,
@@ -196,24 +222,22 @@ inline void attend_tile(const RaggedAttentionParams& p, const float* query, int6
   const int count = tile.count;
   alignas(64) float scores[kQueryRows][kTileKeys];
   tile_scores<R>(query, p.key_dim, tile.keys, tile.key_stride, count, tile.value_rows, scores);
+  uint8_t seen[kTileKeys] = {};
   for (int r = 0; r < R; ++r) {
     float* row = scores[r];
     if (p.softcap > 0) {
       for (int j = 0; j < count; ++j) row[j] = p.softcap * __builtin_tanhf(row[j] / p.softcap);
     }
-    bool seen[kTileKeys];
     bool any = !tail;
     if (tail) {
       for (int j = 0; j < count; ++j) {
-        seen[j] = tail->visible(first_query + r, j);
-        any |= seen[j];
-        if (!seen[j]) row[j] = -__builtin_inff();
+        const bool visible = tail->visible(first_query + r, j);
+        seen[j] = static_cast<uint8_t>(seen[j] | visible << r);
+        any |= visible;
+        if (!visible) row[j] = -__builtin_inff();
       }
     }
-    if (!any) {
-      for (int j = 0; j < count; ++j) row[j] = 0.0f;
-      continue;
-    }
+    if (!any) continue;
     for (int j = count; j < kTileKeys; ++j) row[j] = -__builtin_inff();
     Vec highest = Vec::set(-__builtin_inff());
     for (int j = 0; j < kTileKeys; j += Vec::kLanes) highest = max(Vec::load(row + j), highest);
@@ -227,7 +251,7 @@ inline void attend_tile(const RaggedAttentionParams& p, const float* query, int6
     for (int j = count; j < kTileKeys; ++j) row[j] = 0.0f;
     if (tail) {
       for (int j = 0; j < count; ++j) {
-        if (!seen[j]) row[j] = 0.0f;
+        if (!(seen[j] >> r & 1)) row[j] = 0.0f;
       }
     }
     Vec sums = Vec::set(0.0f);
@@ -240,8 +264,12 @@ inline void attend_tile(const RaggedAttentionParams& p, const float* query, int6
       for (int64_t d = 0; d < p.value_dim; ++d) partial[2 + d] *= keep;
     }
   }
-  tile_values<R>(scores, tile.values, tile.value_stride, count, p.value_dim, tile.next_keys,
-                 partials + 2, partial_stride);
+  if (tail) {
+    seen_values<R>(scores, seen, tile, p.value_dim, partials + 2, partial_stride);
+  } else {
+    run_values<R>(scores, tile.values, tile.value_stride, {0, count}, p.value_dim, tile.next_keys,
+                  partials + 2, partial_stride);
+  }
 }
 
 template <typename T>

@@ -16,8 +16,8 @@ namespace {
 
 constexpr int kPanel = 2 * Vec::kLanes;
 
-// The logit of a key that the query does not see: finite, so that no difference of two is NaN.
-constexpr float kHiddenLogit = -3e38f;
+// The logit of a key that the query does not see. What is subtracted from it is finite.
+constexpr float kHiddenLogit = -__builtin_inff();
 
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunknown-pragmas"

@@ -1,6 +1,8 @@
 // MASS and ATTENTION: the attention that the window's queries pay to each key, without a [W, T]
 // matrix. Two passes over tiles of keys: the softmax's denominator of every query, then the sum of
-// probabilities of every key. All logits are in units of log2.
+// probabilities of every key. Both subtract a query's largest logit before they scale to powers of
+// 2, and keep it apart from the logarithm of the sum: what large logits lose by rounding is then
+// the same in both, and the probabilities of a query add up to 1 whatever their size.
 #pragma once
 
 #include "head_view.h"
@@ -10,7 +12,7 @@
 namespace moekv::cpu::MOEKV_ISA {
 namespace {
 
-constexpr float kLeastPeak = -1e30f;  // below every logit
+constexpr float kLeastPeak = -3.4028234663852886e38f;  // no logit is lower
 
 template <typename Products, typename T>
 class WindowAttention {
@@ -29,8 +31,8 @@ class WindowAttention {
     }
   }
 
-  // First pass: largest logit (times to_log2_) and sum of 2^(logit - largest), both over the keys
-  // [begin, end), of every query.
+  // First pass: largest logit (before to_log2_) and sum of 2^(to_log2_ * (logit - largest)), both
+  // over the keys [begin, end), of every query.
   void partial_softmax(int64_t begin, int64_t end, float* peak, float* total) const {
     for (int64_t m = 0; m < panels() * kPanel; ++m) {
       peak[m] = kLeastPeak;
@@ -40,10 +42,11 @@ class WindowAttention {
     for_each_panel(begin, end, want_values, Denominators{peak, total, Vec::set(to_log2_), {}, {}});
   }
 
-  // Between the passes: what to add to a query's logits to get log2 of its share of MASS.
-  void combine_softmax(int64_t chunks, int64_t stride, const float* peak, const float* total,
+  // Between the passes: the largest logit of every query, in the first chunk's place, and what to
+  // add to to_log2_ * (logit - largest) to get log2 of its share of MASS.
+  void combine_softmax(int64_t chunks, int64_t stride, float* peak, const float* total,
                        float* shift) const {
-    const Vec log2_e = Vec::set(1.4426950408889634f);
+    const Vec log2_e = Vec::set(1.4426950408889634f), scale = Vec::set(to_log2_);
     const Vec share = log(Vec::set(1.0f / static_cast<float>(head_.query_rows()))) * log2_e;
     for (int64_t m = 0; m < panels() * kPanel; m += Vec::kLanes) {
       Vec top = Vec::set(kLeastPeak), sum = Vec::set(0.0f);
@@ -51,17 +54,18 @@ class WindowAttention {
         top = max(top, Vec::load(peak + chunk * stride + m));
       }
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const Vec factor = exp2(Vec::load(peak + chunk * stride + m) - top);
+        const Vec factor = exp2((Vec::load(peak + chunk * stride + m) - top) * scale);
         sum = fma(Vec::load(total + chunk * stride + m), factor, sum);
       }
-      (share - (top + log(sum) * log2_e)).store(shift + m);
+      top.store(peak + m);
+      (share - log(sum) * log2_e).store(shift + m);
     }
     for (int64_t m = head_.query_rows(); m < panels() * kPanel; ++m) shift[m] = kHiddenLogit;
   }
 
   // Second pass: MASS of the keys [begin, end).
-  void column_sums(int64_t begin, int64_t end, const float* shift) const {
-    ColumnSums sums{head_.mass, shift, Vec::set(to_log2_), {}, {}};
+  void column_sums(int64_t begin, int64_t end, const float* peak, const float* shift) const {
+    ColumnSums sums{head_.mass, peak, shift, Vec::set(to_log2_), {}, {}, {}};
     for (auto& sum : sums.sums) sum = Vec::set(0.0f);
     for_each_panel(begin, end, false, sums);
   }
@@ -78,7 +82,7 @@ class WindowAttention {
   // What becomes of a block. rows() may come in any number of pieces.
   struct Denominators {
     float *peak, *total;
-    Vec scale, shift[2], sum[2];
+    Vec scale, top_of[2], sum[2];
 
     void begin(const Block& block) {
       Vec top[4][2];
@@ -96,17 +100,17 @@ class WindowAttention {
         const int64_t at = block.m + half * Vec::kLanes;
         const Vec highest = max(max(top[0][half], top[1][half]), max(top[2][half], top[3][half]));
         const Vec old = Vec::load(peak + at);
-        const Vec now = max(old, highest * scale);
+        const Vec now = max(old, highest);
         now.store(peak + at);
-        sum[half] = Vec::load(total + at) * exp2(old - now);
-        shift[half] = Vec::set(0.0f) - now;
+        sum[half] = Vec::load(total + at) * exp2((old - now) * scale);
+        top_of[half] = now;
       }
     }
     void rows(const Block& block, int from, int to) {
       for (int i = from; i < to; ++i) {
         const float* logit = block.logits + i * kPanel;
-        sum[0] = sum[0] + exp2(fma(Vec::load(logit), scale, shift[0]));
-        sum[1] = sum[1] + exp2(fma(Vec::load(logit + Vec::kLanes), scale, shift[1]));
+        sum[0] = sum[0] + exp2((Vec::load(logit) - top_of[0]) * scale);
+        sum[1] = sum[1] + exp2((Vec::load(logit + Vec::kLanes) - top_of[1]) * scale);
       }
     }
     void end(const Block& block) {
@@ -117,18 +121,21 @@ class WindowAttention {
 
   struct ColumnSums {
     float* mass;
-    const float* shifts;
-    Vec scale, shift[2], sums[Products::kTile];
+    const float *peaks, *shifts;
+    Vec scale, peak[2], shift[2], sums[Products::kTile];
 
     void begin(const Block& block) {
+      peak[0] = Vec::load(peaks + block.m);
+      peak[1] = Vec::load(peaks + block.m + Vec::kLanes);
       shift[0] = Vec::load(shifts + block.m);
       shift[1] = Vec::load(shifts + block.m + Vec::kLanes);
     }
     void rows(const Block& block, int from, int to) {
       for (int i = from; i < to; ++i) {
         const float* logit = block.logits + i * kPanel;
-        sums[i] = sums[i] + (exp2(fma(Vec::load(logit), scale, shift[0])) +
-                             exp2(fma(Vec::load(logit + Vec::kLanes), scale, shift[1])));
+        const Vec low = Vec::load(logit) - peak[0];
+        const Vec high = Vec::load(logit + Vec::kLanes) - peak[1];
+        sums[i] = sums[i] + (exp2(fma(low, scale, shift[0])) + exp2(fma(high, scale, shift[1])));
       }
     }
     void end(const Block& block) {
@@ -221,38 +228,42 @@ class WindowAttention {
 };
 
 // ATTENTION of the keys [begin, end): log of MASS per query that sees the key, averaged over the
-// `pool` nearest keys.
+// `pool` nearest keys. What is pooled is a sum from a multiple of the pool's width on and one up to
+// it, which grow by a term from one key to the next: nothing is taken away again, so that the
+// little that is left where much was is exact.
 template <typename T>
 inline void log_attention(const HeadView<T>& head, int64_t pool, int64_t begin, int64_t end) {
-  constexpr int kBlock = 64;
   float* out = head.score(ScoreKind::kAttention);
   const int64_t radius = pool / 2 < head.length ? pool / 2 : head.length;
-  const int64_t seen_by_all = head.length - head.num_queries;  // the last such position
-  for (int64_t block = begin; block < end; block += kBlock) {
-    const int count = static_cast<int>(end - block < kBlock ? end - block : kBlock);
-    alignas(64) float mean[kBlock] = {};
-    if (block >= radius && block + kBlock + radius <= seen_by_all + 1) {
-      for (int64_t offset = -radius; offset <= radius; ++offset) {
-        for (int i = 0; i < kBlock; ++i) mean[i] += head.mass[block + offset + i];
-      }
-      for (float& m : mean) m /= static_cast<float>(2 * radius + 1);
-    } else {
-      for (int i = 0; i < count; ++i) {
-        const int64_t at = block + i;
-        const int64_t first = at > radius ? at - radius : 0;
-        const int64_t last = at + radius < head.length ? at + radius : head.length - 1;
-        for (int64_t j = first; j <= last; ++j) {
-          const float seeing =
-              static_cast<float>(j > seen_by_all ? head.length - j : head.num_queries);
-          mean[i] += head.mass[j] * (static_cast<float>(head.num_queries) / seeing);
-        }
-        mean[i] /= static_cast<float>(last - first + 1);
-      }
+  const int64_t width = 2 * radius + 1, seen_by_all = head.length - head.num_queries;
+  const auto attention = [&](int64_t key) {
+    if (key < 0 || key >= head.length) return 0.0f;
+    if (key <= seen_by_all) return head.mass[key];
+    return head.mass[key] *
+           (static_cast<float>(head.num_queries) / static_cast<float>(head.length - key));
+  };
+  // Key i pools [i - radius, i + radius], in which there is one multiple of the width.
+  for (int64_t middle = (begin + radius) / width * width; middle - radius < end; middle += width) {
+    const int64_t first = middle - radius > begin ? middle - radius : begin;
+    const int64_t last = middle + radius < end - 1 ? middle + radius : end - 1;
+    float before = 0.0f, behind = 0.0f;
+    int64_t key = middle;
+    for (int64_t i = last; i >= first; --i) {
+      while (key > i - radius) before += attention(--key);
+      out[i] = before;
     }
-    for (int i = 0; i < count; i += Vec::kLanes) {
-      // max(constant, x) is x where x is NaN.
-      store_lanes(log(max(Vec::set(1e-20f), Vec::load(mean + i))), out + block + i, count - i);
+    key = middle;
+    for (int64_t i = first; i <= last; ++i) {
+      while (key <= i + radius) behind += attention(key++);
+      const int64_t from = i > radius ? i - radius : 0;
+      const int64_t to = i + radius < head.length ? i + radius : head.length - 1;
+      out[i] = (out[i] + behind) / static_cast<float>(to - from + 1);
     }
+  }
+  for (int64_t i = begin; i < end; i += Vec::kLanes) {
+    // max(constant, x) is x where x is NaN.
+    const Vec mean = load_lanes(out + i, end - i);
+    store_lanes(log(max(Vec::set(1e-20f), mean)), out + i, end - i);
   }
 }
 

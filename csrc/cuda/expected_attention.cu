@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, 2) expected_attention_kernel(Argumen
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& x = product[j][2 * half + i];
-          x = logit(x);
+          x = logit.unscaled(x);
           const int step = 8 * (j - kSampleTiles) + 2 * (lane % 4) + i - local % 16;
           const bool near = step >= 0 && step <= kReach && query + step < length;
           if (j >= kSampleTiles && !near) x = -INFINITY;
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, 2) expected_attention_kernel(Argumen
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& x = product[j][2 * half + i];
-          x = exp2_fast(x - shift_of(highest));
+          x = exp2_fast((x - shift_of(highest)) * logit.scale);
           if (j < kSampleTiles) {
             total = fmaf(weights[8 * j + 2 * (lane % 4) + i], x, total);
           } else if (length > kPlaces) {  // the sample may have missed just those

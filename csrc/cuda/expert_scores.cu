@@ -14,29 +14,44 @@ float* scores_of(const ExpertScoresParams& params, ScoreKind kind) {
 }
 
 // Log of the attention that a query which sees the key pays to it, averaged over its neighbours.
+//
+// A thread has as many keys as the pool is wide, around a multiple of that width counted from the
+// first real key. What each of them pools is a sum up to this multiple and one from there on, which
+// grow by a term from one key to the next: nothing is taken away again, so that the little that is
+// left where much was is exact.
 __global__ void __launch_bounds__(kThreads)
-    attention_pool_kernel(ExpertScoresParams params, const float* mass, float* scores) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t num_keys = params.num_keys;
-  if (i >= params.batch * params.num_kv_heads * num_keys) return;
-  const int64_t index = i / num_keys, position = i % num_keys;
+    attention_pool_kernel(ExpertScoresParams params, const float* mass, float* scores,
+                          int64_t reach, int64_t pieces) {
+  const int64_t piece = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (piece >= params.batch * params.num_kv_heads * pieces) return;
+  const int64_t index = piece / pieces, num_keys = params.num_keys, width = 2 * reach + 1;
   const int64_t first_real = first_real_key(params, index / params.num_kv_heads);
-  if (position < first_real) {
+  mass += index * num_keys;
+  scores += index * num_keys;
+  for (int64_t i = piece % pieces * width; i < min((piece % pieces + 1) * width, first_real); ++i) {
     scores[i] = -INFINITY;
-    return;
   }
-  const int64_t reach = params.pool / 2;
-  const int64_t begin = max(position - reach, first_real);
-  const int64_t end = min(position + reach + 1, num_keys);
   const int64_t first_query = max(num_keys - params.num_queries, first_real);
   const auto real_queries = static_cast<float>(num_keys - first_query);
-  float sum = 0.0f;
-  for (int64_t key = begin; key < end; ++key) {
-    const auto seeing = static_cast<float>(num_keys - max(key, first_query));
-    sum += mass[index * num_keys + key] * real_queries / seeing;
+  const auto attention = [&](int64_t key) {
+    if (key < first_real || key >= num_keys) return 0.0f;
+    return mass[key] * real_queries / static_cast<float>(num_keys - max(key, first_query));
+  };
+  const int64_t middle = first_real + piece % pieces * width;
+  const int64_t begin = max(middle - reach, first_real), end = min(middle + reach + 1, num_keys);
+  float before = 0.0f, behind = 0.0f;
+  int64_t key = middle;
+  for (int64_t i = end - 1; i >= begin; --i) {
+    while (key > i - reach) before += attention(--key);
+    scores[i] = before;
   }
-  const float mean = sum / static_cast<float>(end - begin);
-  scores[i] = logf(mean < kLeastShare ? kLeastShare : mean);
+  key = middle;
+  for (int64_t i = begin; i < end; ++i) {
+    while (key <= i + reach) behind += attention(key++);
+    const int64_t from = max(i - reach, first_real), to = min(i + reach + 1, num_keys);
+    const float mean = (scores[i] + behind) / static_cast<float>(to - from);
+    scores[i] = logf(mean < kLeastShare ? kLeastShare : mean);
+  }
 }
 
 // The kinds run one after another on one stream, so they share what lies behind mass and mean.
@@ -94,8 +109,13 @@ void expert_scores(const ExpertScoresParams& params, Stream stream) {
     if (window_attention_has_cosines(params)) cosines.scores = nullptr;
   }
   if (attention) {
-    const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(slice, kThreads));
-    MOEKV_LAUNCH(attention_pool_kernel, blocks, kThreads, 0, stream, params, mass, attention);
+    const int64_t reach = std::min(params.pool / 2, params.num_keys);
+    // Every key is in reach of one multiple of the width, which may lie behind the last key.
+    const int64_t pieces = ceil_div(params.num_keys + reach, 2 * reach + 1);
+    const int64_t threads = params.batch * params.num_kv_heads * pieces;
+    const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(threads, kThreads));
+    MOEKV_LAUNCH(attention_pool_kernel, blocks, kThreads, 0, stream, params, mass, attention, reach,
+                 pieces);
   }
   if (cosines.scores) key_cosines(params, cosines, stream);
   if (float* const scores = scores_of(params, ScoreKind::kLag)) {

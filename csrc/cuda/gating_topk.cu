@@ -42,9 +42,8 @@ __device__ __forceinline__ unsigned order_of(float value) {
 }
 
 // NaN counts as the lowest, +inf as the largest finite number.
-__device__ __forceinline__ float sanitized(float logit, float inv_temperature) {
-  const float z = logit * inv_temperature;
-  return isnan(z) ? -INFINITY : fminf(z, kMaxFloat);
+__device__ __forceinline__ float sanitized(float logit) {
+  return isnan(logit) ? -INFINITY : fminf(logit, kMaxFloat);
 }
 
 // Sum over the lanes of a warp that hold the same experts of different tokens.
@@ -115,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, 2) gating_topk_kernel(Arguments argu
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const bool present = real && first_expert + i < num_experts;
-      p[i] = present ? sanitized(p[i], params.inv_temperature) : -INFINITY;
+      p[i] = present ? sanitized(p[i]) : -INFINITY;
       highest = fmaxf(highest, p[i]);
     }
     for (int distance = lanes / 2; distance > 0; distance /= 2) {
@@ -126,7 +125,8 @@ __global__ void __launch_bounds__(kThreads, 2) gating_topk_kernel(Arguments argu
     for (int i = 0; i < kPerLane; ++i) {
       const bool present = first_expert + i < num_experts;
       // A row with no finite logit is uniform. Below e^-104 there is nothing.
-      const float z = highest == -INFINITY ? 0.0f : fmaxf(p[i] - highest, -105.0f);
+      const float below = (p[i] - highest) * params.inv_temperature;
+      const float z = highest == -INFINITY ? 0.0f : fmaxf(below, -105.0f);
       p[i] = present ? expf(z) : 0.0f;
       total += p[i];
       moment = fmaf(p[i], z, moment);

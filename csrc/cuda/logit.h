@@ -8,7 +8,8 @@ namespace moekv::cuda {
 constexpr float kLog2E = 1.4426950408889634f;
 
 // From a product of query and key to a logit in units of log2, for exp2. Without a softcap it is
-// product * scale; with one, capped(product), and scale is 1.
+// product * scale; with one, capped(product), and scale is 1. Where the largest is subtracted
+// before they are scaled, what is near it keeps its distance whatever its size.
 struct Logit {
   float scale, cap, cap_scale;
 
@@ -22,12 +23,15 @@ struct Logit {
   __device__ __forceinline__ float capped(float product) const {
     return cap - divide_fast(2.0f * cap, 1.0f + exp2_fast(product * cap_scale));
   }
+  __device__ __forceinline__ float unscaled(float product) const {
+    return has_cap() ? capped(product) : product;
+  }
   __device__ __forceinline__ float operator()(float product) const {
-    return has_cap() ? capped(product) : product * scale;
+    return unscaled(product) * scale;
   }
 };
 
-// What to subtract before exp2, where nothing may have been seen yet.
+// What to subtract, where nothing may have been seen yet.
 __device__ __forceinline__ float shift_of(float highest) {
   return highest == -INFINITY ? 0.0f : highest;
 }

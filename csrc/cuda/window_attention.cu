@@ -29,8 +29,10 @@ constexpr int64_t kMinKeysPerSplit = 256;
 
 struct Arguments {
   ExpertScoresParams params;
-  float2* partial;  // [B * H, splits, rows]: maximum and sum of 2^(logit - maximum)
-  float* lse;       // [B * H, rows]: log2 of the sum of 2^logit, +inf for padding
+  // Both hold the maximum of a row's logits before they are scaled, and apart from it, so that
+  // large logits do not swallow it, what is left.
+  float2* partial;  // [B * H, splits, rows]: sum of 2^(scale * (logit - maximum))
+  float2* lse;      // [B * H, rows]: its log2 over all splits, +inf for padding
   float* mass;      // [B, H, T]
   KeyCosines cosines;
   int rows;  // G * W
@@ -261,12 +263,12 @@ struct Held<float, kChunks> {
   }
 };
 
-// Bytes of shared memory: the held rows of fp32, and two streamed tiles with two words a row.
+// Bytes of shared memory: the held rows of fp32, and two streamed tiles with four words a row.
 template <typename T, int kChunks>
 constexpr int shared_bytes(int dim) {
   using H = Held<T, kChunks>;
   return (H::kInShared ? 16 * kWarps : 0) * tile_stride<T>(dim) +
-         2 * H::kStreamed * (tile_stride<T>(dim) + 8);
+         2 * H::kStreamed * (tile_stride<T>(dim) + 16);
 }
 
 // Holds this warp's rows from `first_held` on, calls inspect(held), and streams rows [begin, end)
@@ -283,7 +285,7 @@ __device__ __forceinline__ void stream_past(const HeldRows& held_rows, int first
   MOEKV_SHARED_MEMORY(char, shared);
   const int stride = tile_stride<T>(dim);
   char* tiles = shared + (H::kInShared ? 16 * kWarps * stride : 0);
-  uint2* words = reinterpret_cast<uint2*>(tiles + 2 * H::kStreamed * stride);
+  uint4* words = reinterpret_cast<uint4*>(tiles + 2 * H::kStreamed * stride);
 
   H held;
   held.load(held_rows, first_held, dim, shared);
@@ -353,9 +355,9 @@ __global__ void __launch_bounds__(kThreads, 3) attention_rows_kernel(Arguments a
     }
   }
 
-  const auto prepare = [](int) { return make_uint2(0, 0); };
+  const auto prepare = [](int) { return make_uint4(0, 0, 0, 0); };
   const auto reduce = [&](float (&product)[H::kRowTiles][H::kColumnTiles][4], int key,
-                          const uint2*) {
+                          const uint4*) {
     cap_products(product, logit);
     if (key + 8 * H::kColumnTiles > min(end, head.first_query + 1)) {  // not every row sees all
 #pragma unroll
@@ -376,14 +378,15 @@ __global__ void __launch_bounds__(kThreads, 3) attention_rows_kernel(Arguments a
         for (int j = 0; j < 2 * H::kColumnTiles; ++j) {
           highest = fmaxf(highest, product[i][j / 2][2 * half + j % 2]);
         }
-        highest = fmaxf(peak[i][half], highest * logit.scale);
+        highest = fmaxf(peak[i][half], highest);
         const float shift = shift_of(highest);
         float sum = 0.0f;
 #pragma unroll
         for (int j = 0; j < 2 * H::kColumnTiles; ++j) {
-          sum += exp2_fast(fmaf(product[i][j / 2][2 * half + j % 2], logit.scale, -shift));
+          sum += exp2_fast((product[i][j / 2][2 * half + j % 2] - shift) * logit.scale);
         }
-        total[i][half] = fmaf(total[i][half], exp2_fast(peak[i][half] - shift), sum);
+        const float factor = exp2_fast((peak[i][half] - shift) * logit.scale);
+        total[i][half] = fmaf(total[i][half], factor, sum);
         peak[i][half] = highest;
       }
     }
@@ -401,7 +404,7 @@ __global__ void __launch_bounds__(kThreads, 3) attention_rows_kernel(Arguments a
       highest = fmaxf(highest, __shfl_xor_sync(kFullWarp, highest, 1));
       highest = fmaxf(highest, __shfl_xor_sync(kFullWarp, highest, 2));
       const float shift = shift_of(highest);
-      float sum = total[i][half] * exp2_fast(peak[i][half] - shift);
+      float sum = total[i][half] * exp2_fast((peak[i][half] - shift) * logit.scale);
       sum += __shfl_xor_sync(kFullWarp, sum, 1);
       sum += __shfl_xor_sync(kFullWarp, sum, 2);
       if (t == 0 && row < arguments.rows) {
@@ -421,6 +424,7 @@ __global__ void __launch_bounds__(kThreads) attention_lse_kernel(Arguments argum
   const int row = static_cast<int>(i % arguments.rows);
   const Head head(params, index);
   const float2* partial = arguments.partial + index * arguments.splits * arguments.rows + row;
+  const float scale = Logit(params.scaling, params.softcap).scale;
   float highest = -INFINITY, total = 0.0f;
   for (int split = 0; split < arguments.splits; ++split) {
     highest = fmaxf(highest, partial[static_cast<int64_t>(split) * arguments.rows].x);
@@ -428,10 +432,10 @@ __global__ void __launch_bounds__(kThreads) attention_lse_kernel(Arguments argum
   const float shift = shift_of(highest);
   for (int split = 0; split < arguments.splits; ++split) {
     const float2 part = partial[static_cast<int64_t>(split) * arguments.rows];
-    total += part.y * exp2_fast(part.x - shift);
+    total += part.y * exp2_fast((part.x - shift) * scale);
   }
   const bool real = row % head.num_queries >= head.first_real_query();
-  arguments.lse[i] = real ? shift + log2f(total) : INFINITY;
+  arguments.lse[i] = {shift, real ? log2f(total) : INFINITY};
 }
 
 template <typename T, int kChunks>
@@ -447,7 +451,7 @@ __global__ void __launch_bounds__(kThreads, 3) attention_columns_kernel(Argument
   const int warp_key = block_key + static_cast<int>(threadIdx.x) / kWarpSize * 16 * H::kRowTiles;
   const bool all_visible = block_key + kKeys <= head.first_query + 1;
   const bool all_padding = block_key + kKeys <= head.first_key;
-  const float* lse = arguments.lse + index * arguments.rows;
+  const float2* lse = arguments.lse + index * arguments.rows;
   const Logit logit(params.scaling, params.softcap);
 
   float* const cosines =
@@ -471,26 +475,27 @@ __global__ void __launch_bounds__(kThreads, 3) attention_columns_kernel(Argument
   };
 
   float sums[H::kRowTiles][2] = {};
-  // Of a query: its log-sum-exp and the last key that it sees.
+  // Of a query: its largest logit, what follows of its log-sum-exp, and the last key that it sees.
   const auto prepare = [&](int row) {
-    const float value = row < arguments.rows ? lse[row] : INFINITY;
-    return make_uint2(__float_as_uint(value),
-                      static_cast<unsigned>(head.first_query + row % head.num_queries));
+    const float2 value = row < arguments.rows ? lse[row] : make_float2(0.0f, INFINITY);
+    return make_uint4(__float_as_uint(value.x), __float_as_uint(value.y),
+                      static_cast<unsigned>(head.first_query + row % head.num_queries), 0);
   };
   const auto reduce = [&](float (&product)[H::kRowTiles][H::kColumnTiles][4], int,
-                          const uint2* words) {
+                          const uint4* words) {
     cap_products(product, logit);
 #pragma unroll
     for (int j = 0; j < 2 * H::kColumnTiles; ++j) {
-      const uint2 query = words[j / 2 * 8 + 2 * t + j % 2];
+      const uint4 query = words[j / 2 * 8 + 2 * t + j % 2];
+      const float peak = __uint_as_float(query.x), rest = __uint_as_float(query.y);
 #pragma unroll
       for (int i = 0; i < H::kRowTiles; ++i) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float& x = product[i][j / 2][2 * half + j % 2];
           const int key = warp_key + 16 * i + 8 * half + g;
-          if (!all_visible && key > static_cast<int>(query.y)) x = -INFINITY;
-          sums[i][half] += exp2_fast(fmaf(x, logit.scale, -__uint_as_float(query.x)));
+          if (!all_visible && key > static_cast<int>(query.z)) x = -INFINITY;
+          sums[i][half] += exp2_fast(fmaf(x - peak, logit.scale, -rest));
         }
       }
     }
@@ -542,7 +547,7 @@ Plan plan(const ExpertScoresParams& params, void* workspace, int rows_per_block)
           {
               .params = params,
               .partial = reinterpret_cast<float2*>(base),
-              .lse = reinterpret_cast<float*>(base + partial_bytes),
+              .lse = reinterpret_cast<float2*>(base + partial_bytes),
               .mass = nullptr,
               .cosines = {},
               .rows = static_cast<int>(rows),
@@ -555,7 +560,7 @@ Plan plan(const ExpertScoresParams& params, void* workspace, int rows_per_block)
               .vectorized_queries =
                   is_vectorized(params.queries, params.query_stride, params.key_dim, params.dtype),
           },
-      .workspace_bytes = partial_bytes + static_cast<size_t>(heads * rows) * sizeof(float),
+      .workspace_bytes = partial_bytes + static_cast<size_t>(heads * rows) * sizeof(float2),
   };
 }
 

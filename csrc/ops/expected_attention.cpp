@@ -10,7 +10,8 @@ namespace {
 constexpr const char* kOp = "expected_attention";
 
 Tensor expected_attention_op(const Tensor& queries_in, const Tensor& keys_in,
-                             const std::optional<Tensor>& start, double scaling, double softcap) {
+                             const std::optional<Tensor>& start_in, double scaling,
+                             double softcap) {
   check_rank(kOp, "queries", queries_in, 4, "[batch, num_query_heads, num_keys, head_dim]");
   check_rank(kOp, "keys", keys_in, 4, "[batch, num_kv_heads, num_keys, head_dim]");
   const DType dtype = float_dtype(kOp, "queries", queries_in);
@@ -28,13 +29,14 @@ Tensor expected_attention_op(const Tensor& queries_in, const Tensor& keys_in,
               ", got ", num_query_heads);
   MOEKV_CHECK(head_dim >= 1 && head_dim <= kMaxHeadDim, kOp, "expected a head dim of 1 to ",
               kMaxHeadDim, ", got ", head_dim);
-  if (start) check_vector(kOp, "start", *start, ScalarType::Int, batch, queries_in);
+  check_positions(kOp, num_keys);
+  const std::optional<Tensor> start =
+      dense_vector(kOp, "start", start_in, ScalarType::Int, batch, queries_in);
   check_logits(kOp, scaling, softcap);
 
   const DeviceScope scope(queries_in);
-  const Tensor queries = with_dense_rows(queries_in), keys = with_dense_rows(keys_in);
-  Tensor scores =
-      torch::stable::new_empty(keys, {batch, num_kv_heads, num_keys}, ScalarType::Float);
+  const Tensor queries = with_dense_rows(kOp, queries_in), keys = with_dense_rows(kOp, keys_in);
+  Tensor scores = new_tensor(kOp, keys, {batch, num_kv_heads, num_keys}, ScalarType::Float);
   if (scores.numel() == 0) return scores;
   ExpectedAttentionParams params{
       .queries = queries.const_data_ptr(),
@@ -53,7 +55,7 @@ Tensor expected_attention_op(const Tensor& queries_in, const Tensor& keys_in,
       .softcap = static_cast<float>(softcap),
       .dtype = dtype,
   };
-  const Tensor workspace = new_workspace(keys, expected_attention_workspace_bytes(params));
+  const Tensor workspace = new_workspace(kOp, keys, expected_attention_workspace_bytes(params));
   params.workspace = workspace.mutable_data_ptr();
   expected_attention(params, scope.stream());
   return scores;

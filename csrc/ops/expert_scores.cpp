@@ -16,7 +16,7 @@ void copy_strides(const Tensor& tensor, int64_t (&strides)[3]) {
 }
 
 Tensor expert_scores_op(const Tensor& keys_in, const Tensor& values_in, const Tensor& queries_in,
-                        const std::optional<Tensor>& start, std::vector<int64_t> kinds,
+                        const std::optional<Tensor>& start_in, std::vector<int64_t> kinds,
                         double scaling, double softcap, int64_t pool, int64_t lag) {
   check_rank(kOp, "keys", keys_in, 4, "[batch, num_kv_heads, num_keys, head_dim]");
   check_rank(kOp, "values", values_in, 4, "[batch, num_kv_heads, num_keys, value_dim]");
@@ -45,17 +45,19 @@ Tensor expert_scores_op(const Tensor& keys_in, const Tensor& values_in, const Te
               value_dim, " for values");
   MOEKV_CHECK(num_queries <= num_keys, kOp, "expected queries of at most num_keys = ", num_keys,
               " positions, got ", num_queries);
-  if (start) check_vector(kOp, "start", *start, ScalarType::Int, batch, keys_in);
+  check_positions(kOp, num_keys);
+  const std::optional<Tensor> start =
+      dense_vector(kOp, "start", start_in, ScalarType::Int, batch, keys_in);
   check_logits(kOp, scaling, softcap);
   MOEKV_CHECK(pool >= 1 && pool % 2 == 1, kOp, "expected an odd pool >= 1, got ", pool);
   MOEKV_CHECK(lag >= 1, kOp, "expected lag >= 1, got ", lag);
 
   const DeviceScope scope(keys_in);
-  const Tensor keys = with_dense_rows(keys_in), values = with_dense_rows(values_in);
-  const Tensor queries = with_dense_rows(queries_in);
+  const Tensor keys = with_dense_rows(kOp, keys_in), values = with_dense_rows(kOp, values_in);
+  const Tensor queries = with_dense_rows(kOp, queries_in);
   const int64_t num_kinds = static_cast<int64_t>(kinds.size());
   Tensor scores =
-      torch::stable::new_empty(keys, {num_kinds, batch, num_kv_heads, num_keys}, ScalarType::Float);
+      new_tensor(kOp, keys, {num_kinds, batch, num_kv_heads, num_keys}, ScalarType::Float);
   ExpertScoresParams params{
       .keys = keys.const_data_ptr(),
       .values = values.const_data_ptr(),
@@ -96,7 +98,7 @@ Tensor expert_scores_op(const Tensor& keys_in, const Tensor& values_in, const Te
               "expected at least one query for MASS and ATTENTION, got ", shape(queries_in));
   if (num_kinds * slice == 0) return scores;
 
-  const Tensor workspace = new_workspace(keys, expert_scores_workspace_bytes(params));
+  const Tensor workspace = new_workspace(kOp, keys, expert_scores_workspace_bytes(params));
   params.workspace = workspace.mutable_data_ptr();
   expert_scores(params, scope.stream());
   return scores;

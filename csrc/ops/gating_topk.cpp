@@ -1,6 +1,5 @@
 #include <torch/csrc/stable/library.h>
 
-#include <cfloat>
 #include <tuple>
 
 #include "../backend.h"
@@ -13,34 +12,31 @@ namespace {
 constexpr const char* kOp = "gating_topk";
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gating_topk_op(
-    const Tensor& logits_in, const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
-    const std::optional<Tensor>& importance, int64_t k, double temperature) {
+    const Tensor& logits_in, const std::optional<Tensor>& bias_in,
+    const std::optional<Tensor>& mask_in, const std::optional<Tensor>& importance_in, int64_t k,
+    double temperature) {
   check_rank(kOp, "logits", logits_in, 2, "[num_tokens, num_experts]");
   const DType dtype = float_dtype(kOp, "logits", logits_in);
-  const Tensor logits = with_dense_rows(logits_in);
-  const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
+  const int64_t num_tokens = logits_in.size(0), num_experts = logits_in.size(1);
   MOEKV_CHECK(num_experts >= 1 && num_experts <= kMaxExperts, kOp, "expected 1 to ", kMaxExperts,
               " experts, got ", num_experts);
   MOEKV_CHECK(k >= 1 && k <= num_experts, kOp,
               "expected k between 1 and num_experts = ", num_experts, ", got ", k);
-  const auto inv_temperature = static_cast<float>(1.0 / temperature);
-  MOEKV_CHECK(temperature > 0, kOp, "expected temperature > 0, got ", temperature);
-  MOEKV_CHECK(inv_temperature > 0 && inv_temperature <= FLT_MAX, kOp,
-              "expected a temperature whose inverse fits float32, got ", temperature);
-  if (bias) check_vector(kOp, "bias", *bias, ScalarType::Float, num_experts, logits);
-  if (mask) check_vector(kOp, "mask", *mask, ScalarType::Bool, num_tokens, logits);
+  check_factor(kOp, "temperature", temperature);
+  const std::optional<Tensor> bias =
+      dense_vector(kOp, "bias", bias_in, ScalarType::Float, num_experts, logits_in);
+  const std::optional<Tensor> mask =
+      dense_vector(kOp, "mask", mask_in, ScalarType::Bool, num_tokens, logits_in);
+  const std::optional<Tensor> importance =
+      dense_vector(kOp, "importance", importance_in, ScalarType::Float, num_tokens, logits_in);
 
-  if (importance) {
-    check_vector(kOp, "importance", *importance, ScalarType::Float, num_tokens, logits);
-  }
-
-  const DeviceScope scope(logits);
-  Tensor weights = torch::stable::new_empty(logits, {num_tokens, k}, ScalarType::Float);
-  Tensor experts = torch::stable::new_empty(logits, {num_tokens, k}, ScalarType::Int);
-  Tensor prob_sum = torch::stable::new_empty(logits, {num_experts}, ScalarType::Float);
-  Tensor load = torch::stable::new_empty(logits, {num_experts}, ScalarType::Long);
-
-  Tensor entropy = torch::stable::new_empty(logits, {}, ScalarType::Float);
+  const DeviceScope scope(logits_in);
+  const Tensor logits = with_dense_rows(kOp, logits_in);
+  Tensor weights = new_tensor(kOp, logits, {num_tokens, k}, ScalarType::Float);
+  Tensor experts = new_tensor(kOp, logits, {num_tokens, k}, ScalarType::Int);
+  Tensor prob_sum = new_tensor(kOp, logits, {num_experts}, ScalarType::Float);
+  Tensor load = new_tensor(kOp, logits, {num_experts}, ScalarType::Long);
+  Tensor entropy = new_tensor(kOp, logits, {}, ScalarType::Float);
 
   GatingTopkParams params{
       .logits = logits.const_data_ptr(),
@@ -57,10 +53,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gating_topk_op(
       .num_experts = num_experts,
       .k = k,
       .logits_stride = logits.stride(0),
-      .inv_temperature = inv_temperature,
+      .inv_temperature = static_cast<float>(1.0 / temperature),
       .dtype = dtype,
   };
-  const Tensor workspace = new_workspace(logits, gating_topk_workspace_bytes(params));
+  const Tensor workspace = new_workspace(kOp, logits, gating_topk_workspace_bytes(params));
   params.workspace = workspace.mutable_data_ptr();
   gating_topk(params, scope.stream());
   return {weights, experts, prob_sum, load, entropy};

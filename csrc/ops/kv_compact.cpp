@@ -16,6 +16,8 @@ constexpr const char* kOp = "kv_compact_";
 struct Extent {
   const char* begin;
   const char* end;
+
+  bool overlaps(const Extent& other) const { return begin < other.end && other.begin < end; }
 };
 
 Extent extent_of(const Tensor& tensor) {
@@ -53,37 +55,49 @@ void copy_byte_strides(const Tensor& tensor, int64_t (&strides)[3]) {
   for (int64_t i = 0; i < 3; ++i) strides[i] = tensor.stride(i) * element;
 }
 
-void kv_compact_op(const Tensor& keys, const Tensor& values, const Tensor& indices,
-                   const std::optional<Tensor>& offsets, bool packed) {
+void kv_compact_op(const Tensor& keys, const Tensor& values, const Tensor& indices_in,
+                   const std::optional<Tensor>& offsets_in, bool packed) {
   check_rank(kOp, "keys", keys, 4, "[batch, num_kv_heads, num_keys, head_dim]");
   check_rank(kOp, "values", values, 4, "[batch, num_kv_heads, num_keys, value_dim]");
+  float_dtype(kOp, "keys", keys);
+  check_dtype(kOp, "values", values, keys.scalar_type());
   const int64_t batch = keys.size(0), num_kv_heads = keys.size(1), num_keys = keys.size(2);
   const int64_t rows = batch * num_kv_heads;
   MOEKV_CHECK(
       values.size(0) == batch && values.size(1) == num_kv_heads && values.size(2) == num_keys, kOp,
       "expected values [", batch, ", ", num_kv_heads, ", ", num_keys, ", value_dim], got ",
       shape(values));
-  MOEKV_CHECK(num_keys <= INT32_MAX, kOp, "expected at most 2^31 - 1 positions, got ", num_keys);
+  check_positions(kOp, num_keys);
   check_device(kOp, "values", values, keys);
   check_movable("keys", keys, packed);
   check_movable("values", values, packed);
   const Extent key_extent = extent_of(keys), value_extent = extent_of(values);
-  MOEKV_CHECK(key_extent.end <= value_extent.begin || value_extent.end <= key_extent.begin, kOp,
+  MOEKV_CHECK(!key_extent.overlaps(value_extent), kOp,
               "expected keys and values in separate memory, got overlapping ranges");
 
-  check_dtype(kOp, "indices", indices, ScalarType::Int);
-  check_device(kOp, "indices", indices, keys);
-  MOEKV_CHECK(indices.is_contiguous(), kOp, "expected contiguous indices");
-  MOEKV_CHECK(indices.numel() <= INT32_MAX, kOp, "expected at most 2^31 - 1 indices, got ",
-              indices.numel());
-  if (offsets) {
-    check_rank(kOp, "indices", indices, 1, "[num_indices] where there are offsets");
-    check_vector(kOp, "offsets", *offsets, ScalarType::Int, rows + 1, keys);
+  check_dtype(kOp, "indices", indices_in, ScalarType::Int);
+  check_device(kOp, "indices", indices_in, keys);
+  MOEKV_CHECK(indices_in.numel() <= INT32_MAX, kOp, "expected at most 2^31 - 1 indices, got ",
+              indices_in.numel());
+  if (offsets_in) {
+    check_rank(kOp, "indices", indices_in, 1, "[num_indices] where there are offsets");
   } else {
-    MOEKV_CHECK(indices.dim() == 3 && indices.size(0) == batch && indices.size(1) == num_kv_heads,
-                kOp, "expected indices [", batch, ", ", num_kv_heads,
-                ", num_kept] where there are no offsets, ", "got ", shape(indices));
+    MOEKV_CHECK(
+        indices_in.dim() == 3 && indices_in.size(0) == batch && indices_in.size(1) == num_kv_heads,
+        kOp, "expected indices [", batch, ", ", num_kv_heads,
+        ", num_kept] where there are no offsets, ", "got ", shape(indices_in));
   }
+  const std::optional<Tensor> offsets =
+      dense_vector(kOp, "offsets", offsets_in, ScalarType::Int, rows + 1, keys);
+  const Tensor indices = contiguous(kOp, indices_in);
+  // What says where pairs go must not change while they move.
+  const auto check_apart = [&](const char* name, const Tensor& tensor) {
+    const Extent extent = extent_of(tensor);
+    MOEKV_CHECK(!extent.overlaps(key_extent) && !extent.overlaps(value_extent), kOp, "expected ",
+                name, " in memory apart from keys and values, got overlapping ranges");
+  };
+  check_apart("indices", indices);
+  if (offsets) check_apart("offsets", *offsets);
 
   const DeviceScope scope(keys);
   KvCompactParams params{};
@@ -104,7 +118,7 @@ void kv_compact_op(const Tensor& keys, const Tensor& values, const Tensor& indic
   check_indices(params);
   if (params.num_indices == 0) return;
 
-  const Tensor workspace = new_workspace(keys, kv_compact_workspace_bytes(params));
+  const Tensor workspace = new_workspace(kOp, keys, kv_compact_workspace_bytes(params));
   params.workspace = workspace.mutable_data_ptr();
   kv_compact(params, scope.stream());
 }

@@ -37,7 +37,7 @@ std::optional<Tensor> check_affine(const char* name, const std::optional<Tensor>
               scores.size(2), "], got ", shape(*map));
   check_dtype(kOp, name, *map, ScalarType::Float);
   check_device(kOp, name, *map, scores);
-  return torch::stable::contiguous(*map);
+  return contiguous(kOp, *map);
 }
 
 Tensor mix_scores_op(const Tensor& scores_in, const Tensor& weights_in, const Tensor& experts_in,
@@ -57,10 +57,10 @@ Tensor mix_scores_op(const Tensor& scores_in, const Tensor& weights_in, const Te
 
   const DeviceScope scope(scores_in);
   // Scores are fp32 wherever an op of moekv made them.
-  const Tensor scores = with_dense_rows(torch::stable::to(scores_in, ScalarType::Float));
-  const Tensor weights = with_dense_rows(weights_in), experts = with_dense_rows(experts_in);
-  Tensor mixed =
-      torch::stable::new_empty(scores, {batch, num_kv_heads, num_keys}, ScalarType::Float);
+  const Tensor scores = with_dense_rows(kOp, torch::stable::to(scores_in, ScalarType::Float));
+  const Tensor weights = with_dense_rows(kOp, weights_in),
+               experts = with_dense_rows(kOp, experts_in);
+  Tensor mixed = new_tensor(kOp, scores, {batch, num_kv_heads, num_keys}, ScalarType::Float);
 
   MixScoresParams params{};
   params.scores = static_cast<const float*>(scores.const_data_ptr());

@@ -32,13 +32,13 @@ std::tuple<Tensor, Tensor> project_tokens_op(const Tensor& hidden_states_in,
   }
 
   const DeviceScope scope(hidden_states_in);
-  const Tensor hidden_states = with_dense_rows(hidden_states_in);
-  const Tensor weight = with_dense_rows(weight_in);
-  Tensor projected = torch::stable::new_empty(hidden_states, {batch, num_tokens, num_projections},
-                                              ScalarType::Float);
+  const Tensor hidden_states = with_dense_rows(kOp, hidden_states_in);
+  const Tensor weight = with_dense_rows(kOp, weight_in);
+  Tensor projected =
+      new_tensor(kOp, hidden_states, {batch, num_tokens, num_projections}, ScalarType::Float);
   std::optional<Tensor> mask;
-  if (mask_in) mask = torch::stable::contiguous(*mask_in);
-  Tensor standout = torch::stable::new_empty(hidden_states, {batch, num_tokens}, ScalarType::Float);
+  if (mask_in) mask = contiguous(kOp, *mask_in);
+  Tensor standout = new_tensor(kOp, hidden_states, {batch, num_tokens}, ScalarType::Float);
   if (standout.numel() == 0) return {projected, standout};
 
   ProjectTokensParams params{
@@ -56,7 +56,8 @@ std::tuple<Tensor, Tensor> project_tokens_op(const Tensor& hidden_states_in,
       .weight_stride = weight.stride(0),
       .dtype = dtype,
   };
-  const Tensor workspace = new_workspace(hidden_states, project_tokens_workspace_bytes(params));
+  const Tensor workspace =
+      new_workspace(kOp, hidden_states, project_tokens_workspace_bytes(params));
   params.workspace = workspace.mutable_data_ptr();
   project_tokens(params, scope.stream());
   return {projected, standout};

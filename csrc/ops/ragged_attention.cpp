@@ -43,6 +43,7 @@ Tensor ragged_attention_op(const Tensor& query_in, const Tensor& keys_in, const 
   const int64_t num_tail = tail_keys_in && tail_keys_in->dim() == 4 ? tail_keys_in->size(2) : 0;
   MOEKV_CHECK(keys_in.size(0) <= kMaxRows - num_tail, kOp, "expected at most ", kMaxRows,
               " stored rows and tail positions, got ", keys_in.size(0), " and ", num_tail);
+  check_logits(kOp, scaling, softcap);
   MOEKV_CHECK(begin_in.size(0) == batch && num_kv_heads >= 1 && num_query_heads % num_kv_heads == 0,
               kOp, "expected begin [", batch, ", num_kv_heads], num_kv_heads dividing ",
               num_query_heads, ", got ", shape(begin_in));
@@ -57,11 +58,12 @@ Tensor ragged_attention_op(const Tensor& query_in, const Tensor& keys_in, const 
   MOEKV_CHECK(!mask || tail_keys_in, kOp, "expected mask only with a tail");
 
   const DeviceScope scope(query_in);
-  const Tensor query = with_dense_rows(query_in), keys = with_dense_rows(keys_in);
-  const Tensor values = with_dense_rows(values_in);
-  const Tensor begin = torch::stable::contiguous(begin_in);
-  const Tensor end = torch::stable::contiguous(end_in);
-  Tensor output = torch::stable::new_empty(query, {batch, num_queries, num_query_heads, value_dim});
+  const Tensor query = with_dense_rows(kOp, query_in), keys = with_dense_rows(kOp, keys_in);
+  const Tensor values = with_dense_rows(kOp, values_in);
+  const Tensor begin = contiguous(kOp, begin_in);
+  const Tensor end = contiguous(kOp, end_in);
+  Tensor output =
+      new_tensor(kOp, query, {batch, num_queries, num_query_heads, value_dim}, query.scalar_type());
 
   RaggedAttentionParams params{};
   params.query = query.const_data_ptr();
@@ -99,8 +101,8 @@ Tensor ragged_attention_op(const Tensor& query_in, const Tensor& keys_in, const 
     }
     MOEKV_CHECK(num_tail >= num_queries, kOp, "expected a tail of at least the ", num_queries,
                 " queries themselves, got ", num_tail, " positions");
-    tail_keys = with_dense_rows(*tail_keys_in);
-    tail_values = with_dense_rows(*tail_values_in);
+    tail_keys = with_dense_rows(kOp, *tail_keys_in);
+    tail_values = with_dense_rows(kOp, *tail_values_in);
     params.tail_keys = tail_keys->const_data_ptr();
     params.tail_values = tail_values->const_data_ptr();
     params.num_tail = num_tail;
@@ -123,7 +125,7 @@ Tensor ragged_attention_op(const Tensor& query_in, const Tensor& keys_in, const 
   if (batch * num_queries * num_query_heads * value_dim == 0) return output;
 
   check_row_ranges(params);
-  const Tensor workspace = new_workspace(query, ragged_attention_workspace_bytes(params));
+  const Tensor workspace = new_workspace(kOp, query, ragged_attention_workspace_bytes(params));
   params.workspace = workspace.mutable_data_ptr();
   ragged_attention(params, scope.stream());
   return output;

@@ -19,7 +19,8 @@ std::tuple<Tensor, Tensor> select_kept_op(const Tensor& scores_in,
   check_rank(kOp, "scores", scores_in, 3, "[groups, rows, num_keys]");
   const DType dtype = float_dtype(kOp, "scores", scores_in);
   const int64_t groups = scores_in.size(0), rows = scores_in.size(1), num_keys = scores_in.size(2);
-  MOEKV_CHECK(num_keys <= INT32_MAX, kOp, "expected at most 2^31 - 1 positions, got ", num_keys);
+  check_positions(kOp, num_keys);
+  MOEKV_CHECK(rows <= INT32_MAX, kOp, "expected at most 2^31 - 1 rows in a group, got ", rows);
   MOEKV_CHECK(static_cast<int64_t>(total.size()) == groups, kOp, "expected ", groups,
               " totals, one per group, got ", total.size());
   MOEKV_CHECK(sinks >= 0, kOp, "expected sinks >= 0, got ", sinks);
@@ -36,17 +37,17 @@ std::tuple<Tensor, Tensor> select_kept_op(const Tensor& scores_in,
               num_indices);
 
   const DeviceScope scope(scores_in);
-  const Tensor scores = with_dense_rows(scores_in);
+  const Tensor scores = with_dense_rows(kOp, scores_in);
   std::optional<Tensor> start;
   if (start_in) {
     MOEKV_CHECK(start_in->dim() == 2 && start_in->size(0) == groups && start_in->size(1) == rows,
                 kOp, "expected start [", groups, ", ", rows, "], got ", shape(*start_in));
     check_dtype(kOp, "start", *start_in, ScalarType::Int);
     check_device(kOp, "start", *start_in, scores);
-    start = torch::stable::contiguous(*start_in);
+    start = contiguous(kOp, *start_in);
   }
-  Tensor indices = torch::stable::new_empty(scores, {num_indices}, ScalarType::Int);
-  Tensor offsets = torch::stable::new_empty(scores, {groups * rows + 1}, ScalarType::Int);
+  Tensor indices = new_tensor(kOp, scores, {num_indices}, ScalarType::Int);
+  Tensor offsets = new_tensor(kOp, scores, {groups * rows + 1}, ScalarType::Int);
 
   SelectKeptParams params{};
   params.scores = scores.const_data_ptr();
@@ -63,7 +64,7 @@ std::tuple<Tensor, Tensor> select_kept_op(const Tensor& scores_in,
   params.window = window;
   params.floor = floor;
   params.dtype = dtype;
-  const Tensor workspace = new_workspace(scores, select_kept_workspace_bytes(params));
+  const Tensor workspace = new_workspace(kOp, scores, select_kept_workspace_bytes(params));
   params.workspace = workspace.mutable_data_ptr();
   select_kept(params, scope.stream());
   return {indices, offsets};

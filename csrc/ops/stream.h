@@ -35,8 +35,8 @@ class DeviceScope {
 #endif
 
 // A byte tensor beside `like`; at least one byte, so that its pointer is never null.
-inline Tensor new_workspace(const Tensor& like, size_t bytes) {
-  return torch::stable::new_empty(like, {static_cast<int64_t>(bytes) + 1}, ScalarType::Byte);
+inline Tensor new_workspace(const char* op, const Tensor& like, size_t bytes) {
+  return new_tensor(op, like, {static_cast<int64_t>(bytes) + 1}, ScalarType::Byte);
 }
 
 }  // namespace moekv::MOEKV_BACKEND

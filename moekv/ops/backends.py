@@ -56,9 +56,6 @@ def _load_cuda(cpu_failure: str | None) -> str | None:
 FAILURES: dict[str, str | None] = {"cpu": _load(_CPU_LIBRARY)}
 FAILURES["cuda"] = _load_cuda(FAILURES["cpu"])
 _native = frozenset(name for name, failure in FAILURES.items() if failure is None)
-_meta: Any = None  # the library of the shapes
-if "cpu" in _native:
-    _meta = torch.library.Library("moekv", "IMPL", "Meta")  # type: ignore[no-untyped-call]
 
 
 def available_backends() -> dict[str, str | None]:
@@ -185,30 +182,3 @@ def for_heads(backend: str, *pairs: Tensor) -> str:
     """
     is_wide = any(x.shape[-1] > MAX_HEAD_DIM for x in pairs)
     return "torch" if is_wide and backend == "auto" else backend
-
-
-def register(
-    op: str,
-    fake: Callable[..., Any],
-    *,
-    backward: Callable[..., Any] | None = None,
-    setup_context: Callable[..., Any] | None = None,
-) -> None:
-    """Give a native op its shapes and its gradient, where the library is there.
-
-    Parameters
-    ----------
-    op : str
-        Its name in ``torch.ops.moekv``.
-    fake : callable
-        Returns empty outputs, for fake and meta tensors.
-    backward, setup_context : callable, optional
-        As ``torch.library.register_autograd`` takes them.
-    """
-    if _meta is None:
-        return
-    # Meta kernels serve fake tensors too; torch.library.register_fake takes ten times as long to
-    # import, as it looks through all modules for the name of this one.
-    _meta.impl(op, fake)
-    if backward is not None:
-        torch.library.register_autograd(f"moekv::{op}", backward, setup_context=setup_context)

@@ -1,6 +1,9 @@
-"""What the ops expect of their arguments, as ``csrc/ops`` checks it for the native kernels."""
+"""What the ops expect of their arguments, as ``csrc/ops`` checks it for the native kernels.
 
-import math
+The references check so, and the fake implementations of the native ops, which add what the kernels
+alone refuse: ``native``.
+"""
+
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +13,14 @@ _MAX_EXPERTS = 256
 _MAX_HEAD_DIM = 1024  # of the references
 _NUM_SCORE_KINDS = 4
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_MOST = 2**31 - 1
+"""Kernels count positions in 32 bits."""
+
+_MOST_ROWS = _MOST - 65535
+"""Stored rows and tail of ``ragged_attention``, whose kernels step beyond the last."""
+
+_FACTORS = 1e-18, 1e18
+"""Factors, their inverses and their quotients are normal numbers of float32 within these bounds."""
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -66,9 +77,31 @@ class _Expect:
             self.dtype(name, tensor, dtype)
             self.device(name, tensor)
 
+    def most(self, what: str, count: int) -> None:
+        self(count <= _MOST, "at most 2^31 - 1 {}, got {}", what, count)
+
+    def factor(self, name: str, value: float) -> None:
+        least, most = _FACTORS
+        self(least <= value <= most, "{} between 1e-18 and 1e18, got {}", name, value)
+
     def logits(self, scaling: float, softcap: float) -> None:
-        self(0 < scaling < math.inf, "scaling > 0, got {}", scaling)
-        self(0 <= softcap < math.inf, "softcap >= 0, got {}", softcap)
+        self.factor("scaling", scaling)
+        if softcap != 0:
+            self.factor("a softcap of 0 or", softcap)
+
+
+def native(op: str, name: str, tensor: Tensor) -> None:
+    """Check that a tensor is not float64, which the references alone take."""
+    if tensor.dtype == torch.float64:
+        expect = _Expect(op, tensor)
+        expect(False, "{} of dtype float32, float16 or bfloat16, got float64", name)
+
+
+def native_rows(op: str, name: str, tensor: Tensor) -> None:
+    """Check that the last dimension is dense, where no copy would do."""
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        expect = _Expect(op, tensor)
+        expect(False, "{} with a dense last dimension, got stride {}", name, tensor.stride(-1))
 
 
 def gating_topk(
@@ -86,7 +119,7 @@ def gating_topk(
     num_tokens, num_experts = logits.shape
     expect(1 <= num_experts <= _MAX_EXPERTS, "1 to {} experts, got {}", _MAX_EXPERTS, num_experts)
     expect(1 <= k <= num_experts, "k between 1 and num_experts = {}, got {}", num_experts, k)
-    expect(temperature > 0, "temperature > 0, got {}", temperature)
+    expect.factor("temperature", temperature)
     expect.tensor("bias", bias, torch.float32, [num_experts])
     expect.tensor("mask", mask, torch.bool, [num_tokens])
     expect.tensor("importance", importance, torch.float32, [num_tokens])
@@ -135,6 +168,7 @@ def expert_scores(
         num_keys,
         num_queries,
     )
+    expect.most("positions", num_keys)
     expect.tensor("start", start, torch.int32, [batch])
     expect.logits(scaling, softcap)
     expect(pool >= 1 and pool % 2 == 1, "an odd pool >= 1, got {}", pool)
@@ -169,6 +203,7 @@ def expected_attention(
         num_query_heads,
     )
     expect(1 <= head_dim <= _MAX_HEAD_DIM, "a head dim of 1 to {}, got {}", _MAX_HEAD_DIM, head_dim)
+    expect.most("positions", num_keys)
     expect.tensor("start", start, torch.int32, [batch])
     expect.logits(scaling, softcap)
 
@@ -227,6 +262,8 @@ def select_kept(
     expect.rank("scores", scores, 3, "[groups, rows, num_keys]")
     expect.floating("scores", scores)
     groups, rows, num_keys = scores.shape
+    expect.most("positions", num_keys)
+    expect.most("rows in a group", rows)
     expect(len(total) == groups, "{} totals, one per group, got {}", groups, len(total))
     for name, value in (("sinks", sinks), ("window", window), ("floor", floor)):
         expect(value >= 0, "{} >= 0, got {}", name, value)
@@ -239,6 +276,7 @@ def select_kept(
             rows * num_keys,
             kept,
         )
+    expect.most("kept pairs", sum(total))
     expect.tensor("start", start, torch.int32, [groups, rows])
 
 
@@ -248,16 +286,98 @@ def kv_compact_(
     """Check the arguments of ``kv_compact_``."""
     expect = _Expect("kv_compact_", keys)
     expect.rank("keys", keys, 4, "[batch, num_kv_heads, num_keys, head_dim]")
+    expect.rank("values", values, 4, "[batch, num_kv_heads, num_keys, value_dim]")
+    expect.floating("keys", keys)
     batch, num_kv_heads, num_keys, _ = keys.shape
-    expect.shape("values", values, [batch, num_kv_heads, num_keys, "value_dim"])
-    expect.device("values", values)
-    if packed:
-        for name, tensor in (("keys", keys), ("values", values)):
-            expect(tensor.is_contiguous(), "contiguous {} with packed=True", name)
-    expect.dtype("indices", indices, torch.int32)
+    expect.tensor("values", values, keys.dtype, [batch, num_kv_heads, num_keys, "value_dim"])
+    expect.most("positions", num_keys)
+    for name, tensor in (("keys", keys), ("values", values)):
+        expect(not packed or tensor.is_contiguous(), "contiguous {} with packed=True", name)
+    if indices.dtype != torch.int32:
+        expect(False, "indices of dtype int32, got {}", _name(indices.dtype))
     expect.device("indices", indices)
+    expect.most("indices", indices.numel())
     if offsets is None:
         expect.shape("indices", indices, [batch, num_kv_heads, "num_kept"])
     else:
         expect.rank("indices", indices, 1, "[num_indices] where there are offsets")
         expect.tensor("offsets", offsets, torch.int32, [batch * num_kv_heads + 1])
+
+
+def ragged_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    tail_keys: Tensor | None,
+    tail_values: Tensor | None,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float,
+) -> None:
+    """Check the arguments of ``ragged_attention``."""
+    expect = _Expect("ragged_attention", query)
+    expect.floating("query", query)
+    expect.rank("query", query, 4, "[batch, num_query_heads, num_queries, head_dim]")
+    expect.rank("keys", keys, 2, "[num_stored, head_dim]")
+    expect.rank("values", values, 2, "[num_stored, value_dim]")
+    expect.rank("begin", begin, 2, "[batch, num_kv_heads]")
+    batch, num_query_heads, num_queries, key_dim = query.shape
+    num_stored, value_dim = values.shape
+    num_kv_heads = begin.shape[1]
+    expect.tensor("keys", keys, query.dtype, ["num_stored", key_dim])
+    expect.tensor("values", values, query.dtype, [keys.shape[0], "value_dim"])
+    num_tail = tail_keys.shape[2] if tail_keys is not None and tail_keys.dim() == 4 else 0
+    expect(
+        num_stored <= _MOST_ROWS - num_tail,
+        "at most {} stored rows and tail positions, got {} and {}",
+        _MOST_ROWS,
+        num_stored,
+        num_tail,
+    )
+    expect.logits(scaling, softcap)
+    expect(
+        begin.shape[0] == batch and num_kv_heads >= 1 and num_query_heads % num_kv_heads == 0,
+        "begin [{}, num_kv_heads], num_kv_heads dividing {}, got {}",
+        batch,
+        num_query_heads,
+        list(begin.shape),
+    )
+    expect(
+        end.shape == begin.shape,
+        "end like begin {}, got {}",
+        list(begin.shape),
+        list(end.shape),
+    )
+    for name, tensor in (("begin", begin), ("end", end)):
+        if tensor.dtype != torch.int32:
+            expect(False, "{} of dtype int32, got {}", name, _name(tensor.dtype))
+        expect.device(name, tensor)
+    expect(
+        (tail_keys is None) == (tail_values is None),
+        "tail_keys and tail_values together, got one of them",
+    )
+    expect(mask is None or tail_keys is not None, "mask only with a tail")
+    if tail_keys is None:
+        return
+    expect.rank("tail_keys", tail_keys, 4, "[batch, num_kv_heads, num_tail, head_dim]")
+    heads = [batch, num_kv_heads, num_tail]
+    expect.tensor("tail_keys", tail_keys, query.dtype, [*heads, key_dim])
+    expect.tensor("tail_values", tail_values, query.dtype, [*heads, value_dim])
+    expect(
+        num_tail >= num_queries,
+        "a tail of at least the {} queries themselves, got {} positions",
+        num_queries,
+        num_tail,
+    )
+    if mask is not None:
+        expect.rank("mask", mask, 4, "[batch, num_query_heads, num_queries, num_tail]")
+        expect.tensor("mask", mask, torch.bool, ["batch", "heads", "queries", "tail"])
+        whole = [batch, num_query_heads, num_queries, num_tail]
+        expect(
+            all(size in (1, full) for size, full in zip(mask.shape, whole, strict=True)),
+            "mask broadcastable to {}, got {}",
+            whole,
+            list(mask.shape),
+        )

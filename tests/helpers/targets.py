@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from moekv import ops
@@ -47,3 +48,14 @@ def on_any_number_of_threads(run: Callable[[], Any]) -> None:
         for a, b in zip(results[0], other, strict=True):
             # As integers, for NaN is not equal to itself.
             assert torch.equal(a[None].view(torch.uint8), b[None].view(torch.uint8))
+
+
+def refuses(target: Target, name: str, arguments: dict[str, Any], message: str) -> None:
+    """Assert that an op refuses its arguments, and fake tensors like them, with a message."""
+    for device in (target.device, "meta"):
+        moved = {
+            name: x.to(device) if isinstance(x, torch.Tensor) else x
+            for name, x in arguments.items()
+        }
+        with pytest.raises(RuntimeError, match=f"moekv::{name}: expected .*{message}"):
+            target.op(name)(**moved)

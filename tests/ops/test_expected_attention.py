@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from memory import peak_mib
-from targets import NATIVE_TARGETS, on_any_number_of_threads
+from targets import NATIVE_TARGETS, on_any_number_of_threads, refuses
 from torch import Tensor
 
 from moekv import ops
@@ -251,6 +251,18 @@ def test_compiles_as_one_graph(target, dynamic):
         torch.testing.assert_close(compiled(*inputs), half(*inputs))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [30.0, 1e3, 1e4])
+def test_large_logits(target, size, dtype):
+    """A single token gets all attention; five that are equal share it, whatever their size."""
+    token = (torch.full((1, 1, 1, 64), size) + torch.arange(64) * size / 77).to(dtype)
+    for count in (1, 5, 64):
+        tokens = token.expand(1, 1, count, 64).contiguous().to(target.device)
+        got = target.op("expected_attention")(tokens, tokens, scaling=0.1234).cpu()
+        shares = torch.arange(1, count + 1).clamp(max=5).sqrt() / count
+        torch.testing.assert_close(got[0, 0], shares.log(), atol=1e-5, rtol=0)
+
+
 GOOD = {"queries": torch.zeros(2, 4, 9, 8), "keys": torch.zeros(2, 2, 9, 8)}
 BAD = {
     "queries": ({"queries": torch.zeros(4, 9, 8)}, r"queries \[batch, .* got \[4, 9, 8\]"),
@@ -284,12 +296,7 @@ BAD = {
 
 @pytest.mark.parametrize("change, message", BAD.values(), ids=BAD)
 def test_bad_input(target, change, message):
-    arguments = {
-        name: x.to(target.device) if isinstance(x, Tensor) else x
-        for name, x in (GOOD | change).items()
-    }
-    with pytest.raises(RuntimeError, match="moekv::expected_attention: expected .*" + message):
-        target.op("expected_attention")(**arguments)
+    refuses(target, "expected_attention", GOOD | change, message)
 
 
 def test_wrapper(target):

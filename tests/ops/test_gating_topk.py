@@ -3,7 +3,7 @@ import math
 import op_cases
 import pytest
 import torch
-from targets import on_any_number_of_threads
+from targets import on_any_number_of_threads, refuses
 from torch import Tensor
 
 from moekv import ops
@@ -204,6 +204,21 @@ def test_gradcheck(target):
     assert torch.autograd.gradcheck(differentiable, logits, eps=1e-3, atol=2e-3, rtol=1e-2)
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("num_experts", [8, 64, 128])
+@pytest.mark.parametrize("size", [1e8, 1e10, 3e38])
+def test_large_logits(target, size, num_experts, temperature):
+    """Weights sum to 1 and the best expert has its share, however large the logits."""
+    logits = torch.zeros(3, num_experts)
+    logits[0, 3], logits[1] = size, -size
+    logits[1, 5], logits[2, 6] = -size / 2, math.inf
+    weights, experts, *_ = target.op("gating_topk")(
+        logits.to(target.device), k=2, temperature=temperature
+    )
+    assert experts[:, 0].tolist() == [3, 5, 6]
+    torch.testing.assert_close(weights.cpu(), torch.tensor([[1.0, 0.0]]).expand(3, 2))
+
+
 BAD = {
     "rank": (
         {"logits": torch.zeros(4, 8, 16)},
@@ -214,8 +229,8 @@ BAD = {
     "experts": ({"logits": torch.zeros(4, 257)}, "1 to 256 experts, got 257"),
     "k=0": ({"k": 0}, "k between 1 and num_experts = 8, got 0"),
     "k=9": ({"k": 9}, "k between 1 and num_experts = 8, got 9"),
-    "temperature=0": ({"temperature": 0.0}, "temperature > 0, got 0"),
-    "temperature=nan": ({"temperature": nan}, "temperature > 0, got nan"),
+    "temperature=0": ({"temperature": 0.0}, "temperature between 1e-18 and 1e18, got 0"),
+    "temperature=nan": ({"temperature": nan}, "temperature between 1e-18 and 1e18, got nan"),
     "bias size": ({"bias": torch.zeros(7)}, r"bias \[8\], got \[7\]"),
     "bias dtype": ({"bias": torch.zeros(8).half()}, "bias of dtype float32, got float16"),
     "importance size": ({"importance": torch.ones(5)}, r"importance \[4\], got \[5\]"),
@@ -227,12 +242,12 @@ BAD = {
 
 @pytest.mark.parametrize("change, message", BAD.values(), ids=BAD)
 def test_bad_input(target, change, message):
-    arguments = {"logits": torch.zeros(4, 8), "bias": None, "mask": None, "k": 2} | change
-    arguments = {
-        name: x.to(target.device) if isinstance(x, Tensor) else x for name, x in arguments.items()
-    }
-    with pytest.raises(RuntimeError, match="moekv::gating_topk: expected .*" + message):
-        target.op("gating_topk")(**arguments)
+    refuses(
+        target,
+        "gating_topk",
+        {"logits": torch.zeros(4, 8), "bias": None, "mask": None, "k": 2} | change,
+        message,
+    )
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (2, 0, 3, 5)])

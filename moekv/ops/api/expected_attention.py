@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from moekv.ops.backends import for_heads, implementation, register
+from moekv.ops import checks
+from moekv.ops.backends import for_heads, implementation
+from moekv.ops.registration import register
 
 
 def expected_attention(
@@ -78,6 +80,8 @@ def _fake(
     scaling: float = 1.0,
     softcap: float = 0.0,
 ) -> Tensor:
+    checks.native("expected_attention", "queries", queries)
+    checks.expected_attention(queries, keys, start, scaling, softcap)
     return keys.new_empty(keys.shape[:3], dtype=torch.float32)
 
 

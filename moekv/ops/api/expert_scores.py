@@ -6,8 +6,9 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from moekv.ops import reference
-from moekv.ops.backends import for_heads, implementation, register
+from moekv.ops import checks, reference
+from moekv.ops.backends import for_heads, implementation
+from moekv.ops.registration import register
 
 
 class ScoreKind(IntEnum):
@@ -118,6 +119,8 @@ def _fake(
     pool: int = 1,
     lag: int = 128,
 ) -> Tensor:
+    checks.native("expert_scores", "keys", keys)
+    checks.expert_scores(keys, values, queries, start, kinds, scaling, softcap, pool, lag)
     return keys.new_empty(len(kinds), *keys.shape[:3], dtype=torch.float32)
 
 

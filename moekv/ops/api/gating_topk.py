@@ -1,12 +1,14 @@
 """The op ``gating_topk``."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moekv.ops import reference
-from moekv.ops.backends import implementation, register
+from moekv.ops import checks, reference
+from moekv.ops.backends import implementation
+from moekv.ops.registration import exportable, register
 
 
 class GatingTopk(NamedTuple):
@@ -17,6 +19,9 @@ class GatingTopk(NamedTuple):
     prob_sum: Tensor
     load: Tensor
     entropy: Tensor
+
+
+exportable(GatingTopk)
 
 
 def gating_topk(
@@ -105,6 +110,8 @@ def _fake(
     k: int,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    checks.native("gating_topk", "logits", logits)
+    checks.gating_topk(logits, bias, mask, importance, k, temperature)
     num_tokens, num_experts = logits.shape
     return (
         logits.new_empty(num_tokens, k, dtype=torch.float32),
@@ -117,15 +124,15 @@ def _fake(
 
 def _setup_context(
     ctx: Any,
-    inputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
-    keyword_only_inputs: dict[str, Any],
-    output: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    inputs: Sequence[Tensor | None],
+    options: dict[str, Any],
+    output: Sequence[Tensor],
 ) -> None:
-    logits, _, mask, importance = inputs
+    logits, _, mask, importance = (*inputs, None, None, None)[:4]
     weights, experts, _, *statistics = output
     ctx.mark_non_differentiable(experts, *statistics)
     ctx.save_for_backward(logits, mask, importance, weights, experts)
-    ctx.temperature = keyword_only_inputs["temperature"]
+    ctx.temperature = options.get("temperature", 1.0)
 
 
 def _backward(

@@ -2,7 +2,9 @@
 
 from torch import Tensor
 
-from moekv.ops.backends import implementation, register
+from moekv.ops import checks
+from moekv.ops.backends import implementation
+from moekv.ops.registration import register
 
 
 def kv_compact_(
@@ -38,9 +40,10 @@ def kv_compact_(
     ValueError
         ``backend`` is unknown, or ``keys`` are elsewhere.
     RuntimeError
-        The backend is not available, or an argument has a wrong shape, dtype or device. On the CPU
-        also where indices do not ascend or are not in [0, T): before anything has moved. On CUDA,
-        where to check would be to wait, such an index is neither read nor moved.
+        The backend is not available, or an argument has a wrong shape, dtype or device, or needs a
+        gradient, or shares memory with another. On the CPU also where indices do not ascend or are
+        not in [0, T): before anything has moved. On CUDA, where to check would be to wait, such an
+        index is neither read nor moved.
     """
     op = implementation("kv_compact_", keys, backend)
     op(keys, values, indices, offsets, packed=packed)
@@ -54,7 +57,10 @@ def _fake(
     *,
     packed: bool = False,
 ) -> None:
-    return None
+    checks.native("kv_compact_", "keys", keys)
+    checks.kv_compact_(keys, values, indices, offsets, packed)
+    checks.native_rows("kv_compact_", "keys", keys)
+    checks.native_rows("kv_compact_", "values", values)
 
 
-register("kv_compact_", _fake)
+register("kv_compact_", _fake, written=(0, 1))

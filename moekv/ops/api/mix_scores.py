@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from moekv.ops.backends import implementation, register
+from moekv.ops import checks
+from moekv.ops.backends import implementation
+from moekv.ops.registration import register
 
 
 def mix_scores(
@@ -55,6 +57,8 @@ def _fake(
     gain: Tensor | None = None,
     offset: Tensor | None = None,
 ) -> Tensor:
+    checks.native("mix_scores", "scores", scores)
+    checks.mix_scores(scores, weights, experts, gain, offset)
     return scores.new_empty(scores.shape[1:], dtype=torch.float32)
 
 

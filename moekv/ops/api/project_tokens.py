@@ -1,11 +1,14 @@
 """The op ``project_tokens``."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moekv.ops.backends import implementation, register
+from moekv.ops import checks
+from moekv.ops.backends import implementation
+from moekv.ops.registration import exportable, register
 
 
 class ProjectTokens(NamedTuple):
@@ -13,6 +16,9 @@ class ProjectTokens(NamedTuple):
 
     projected: Tensor
     standout: Tensor
+
+
+exportable(ProjectTokens)
 
 
 def project_tokens(
@@ -55,6 +61,8 @@ def project_tokens(
 def _fake(
     hidden_states: Tensor, weight: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
+    checks.native("project_tokens", "hidden_states", hidden_states)
+    checks.project_tokens(hidden_states, weight, mask)
     shape = hidden_states.shape[:2]
     return (
         hidden_states.new_empty(*shape, len(weight), dtype=torch.float32),
@@ -63,9 +71,9 @@ def _fake(
 
 
 def _setup_context(
-    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: tuple[Tensor, Tensor]
+    ctx: Any, inputs: Sequence[Tensor | None], options: dict[str, Any], output: Sequence[Tensor]
 ) -> None:
-    hidden_states, weight, mask = inputs
+    hidden_states, weight, mask = (*inputs, None)[:3]
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(hidden_states, weight, mask)
 

@@ -2,7 +2,9 @@
 
 from torch import Tensor
 
-from moekv.ops.backends import implementation, register
+from moekv.ops import checks
+from moekv.ops.backends import implementation
+from moekv.ops.registration import register
 
 
 def ragged_attention(
@@ -45,6 +47,7 @@ def ragged_attention(
         Logits become ``softcap * tanh(logits / softcap)``; 0: they stay.
     backend : str
         One of ``BACKENDS``; ``auto``: native kernels where they are, by the device of ``query``.
+        ``torch`` alone has gradients.
 
     Returns
     -------
@@ -92,6 +95,10 @@ def _fake(
     scaling: float,
     softcap: float = 0.0,
 ) -> Tensor:
+    checks.native("ragged_attention", "query", query)
+    checks.ragged_attention(
+        query, keys, values, begin, end, tail_keys, tail_values, mask, scaling, softcap
+    )
     batch, num_query_heads, num_queries, _ = query.shape
     return query.new_empty(batch, num_queries, num_query_heads, values.shape[1])
 

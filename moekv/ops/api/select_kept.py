@@ -6,7 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moekv.ops.backends import implementation, register
+from moekv.ops import checks
+from moekv.ops.backends import implementation
+from moekv.ops.registration import exportable, register
 
 
 class SelectKept(NamedTuple):
@@ -14,6 +16,9 @@ class SelectKept(NamedTuple):
 
     indices: Tensor
     offsets: Tensor
+
+
+exportable(SelectKept)
 
 
 def select_kept(
@@ -75,6 +80,8 @@ def _fake(
     window: int = 0,
     floor: int = 1,
 ) -> tuple[Tensor, Tensor]:
+    checks.native("select_kept", "scores", scores)
+    checks.select_kept(scores, start, total, sinks, window, floor)
     groups, rows, _ = scores.shape
     return (
         scores.new_empty(sum(total), dtype=torch.int32),

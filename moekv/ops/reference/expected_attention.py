@@ -70,6 +70,7 @@ def expected_attention(
     near = functional.pad(keys, (0, 0, 0, REACH)).unfold(2, REACH + 1, 1)  # [B, H, T, D, REACH + 1]
     queries = queries.view(batch, num_heads, -1, num_keys, dim)
     position = torch.arange(num_keys, device=keys.device)
+    steps = torch.arange(REACH + 1, device=keys.device)
 
     def logits(equation: str, a: Tensor, b: Tensor) -> Tensor:
         s = scaling * torch.einsum(equation, widened(a), widened(b))
@@ -79,9 +80,12 @@ def expected_attention(
     for begin in range(0, num_keys, TILE):
         tile, at = queries[:, :, :, begin : begin + TILE], position[begin : begin + TILE]
         band = logits("bhgtd,bhtdj->bhgtj", tile, near[:, :, begin : begin + TILE])
-        steps = torch.arange(REACH + 1, device=keys.device)
-        band = band.masked_fill(at[:, None] + steps >= num_keys, -torch.inf)
         all_keys = logits("bhgtd,bhsd->bhgts", tile, sample)
+        # A key that is a sample, too, is one number: rounded alike where it is large.
+        place = (at[:, None] + steps - start[..., None]).clamp(0, SINKS + SAMPLES - 1)  # [B, T, J]
+        same = all_keys.gather(-1, place[:, None, None].expand_as(band))
+        band = torch.where(sampled[..., None], band, same)
+        band = band.masked_fill(at[:, None] + steps >= num_keys, -torch.inf)
         peak = torch.maximum(band.amax(-1), all_keys.amax(-1))[..., None]
         band = (band - peak).exp()
         total = ((all_keys - peak).exp() * weight).sum(-1)

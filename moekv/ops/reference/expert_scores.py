@@ -103,11 +103,25 @@ def _attention(mass: Tensor, start: Tensor, num_queries: int, pool: int) -> Tens
     num_seeing = num_keys - torch.maximum(position, first_query)
     attention = torch.where(real, mass * num_real / num_seeing.clamp(min=1), 0.0)
 
-    def window_mean(x: Tensor) -> Tensor:
-        return functional.avg_pool1d(x, pool, stride=1, padding=pool // 2)
-
-    mean = window_mean(attention) / window_mean(real.to(mass.dtype))
+    reach = min(pool // 2, num_keys)
+    mean = _pooled(attention, reach) / _pooled(real.to(mass.dtype), reach)
     return mean.clamp(min=_LEAST_SHARE).log()
+
+
+def _pooled(x: Tensor, reach: int) -> Tensor:
+    """Sum the positions within ``reach`` along the last dimension, in linear time.
+
+    A sum up to a multiple of the pool's width and one from there on: nothing is taken away again,
+    so that the little that is left where much was is exact.
+    """
+    num_keys, width = x.shape[-1], 2 * reach + 1
+    behind = reach + -(num_keys + 2 * reach) % width
+    padded = functional.pad(x, (reach, behind))
+    parts = padded.view(*padded.shape[:-1], padded.shape[-1] // width, width)
+    up_to = parts.cumsum(-1).flatten(-2)[..., 2 * reach :][..., :num_keys]
+    from_on = parts.flip(-1).cumsum(-1).flip(-1).flatten(-2)[..., :num_keys]
+    whole = torch.arange(num_keys, device=x.device) % width == 0
+    return from_on + up_to.masked_fill(whole, 0.0)
 
 
 def _diversity(keys: Tensor, real: Tensor) -> Tensor:

@@ -11,10 +11,11 @@ _FLOAT_MAX = torch.finfo(torch.float32).max
 
 def gate_probs(logits: Tensor, temperature: float) -> Tensor:
     """Probabilities [N, E] of the experts."""
-    z = widened(logits) / temperature
+    z = widened(logits)
     z = torch.where(z.isnan(), -torch.inf, z).clamp(max=_FLOAT_MAX)
-    hopeless = (z == -torch.inf).all(-1, keepdim=True)
-    return torch.where(hopeless, 0.0, z).softmax(-1)
+    highest = z.detach().amax(-1, keepdim=True)
+    z = torch.where(highest == -torch.inf, 0.0, (z - highest) / temperature)
+    return z.softmax(-1)
 
 
 def slot_counts(importance: Tensor, k: int) -> Tensor:

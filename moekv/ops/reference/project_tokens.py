@@ -28,4 +28,4 @@ def project_tokens(
     mean = distance.where(mask, 0.0).sum(1, keepdim=True) / num_real
     deviation = (distance - mean).where(mask, 0.0)
     std = (deviation.square().sum(1, keepdim=True) / num_real).sqrt()
-    return projected, deviation / (std + _LEAST_SPREAD)
+    return projected, (deviation / (std + _LEAST_SPREAD)).where(mask, 0.0)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from moekv.ops.reference.common import TILE, widened
+from moekv.ops import checks
+from moekv.ops.reference.common import TILE, assert_on_cpu, widened
 
 
 def ragged_attention(
@@ -20,8 +21,16 @@ def ragged_attention(
     softcap: float = 0.0,
 ) -> Tensor:
     """Attention over each head's own stored rows and the dense tail behind them."""
-    batch, num_query_heads, num_queries, _ = query.shape
-    groups = num_query_heads // begin.shape[1]
+    checks.ragged_attention(
+        query, keys, values, begin, end, tail_keys, tail_values, mask, scaling, softcap
+    )
+    num_stored = keys.shape[0]
+    assert_on_cpu(
+        ((begin >= 0) & (begin <= end) & (end <= num_stored)).all(),
+        f"moekv::ragged_attention: expected 0 <= begin <= end <= {num_stored} stored rows",
+    )
+    num_queries = query.shape[2]
+    groups = query.shape[1] // begin.shape[1]
     q = widened(query) * scaling
 
     def fold(
@@ -36,7 +45,8 @@ def ragged_attention(
         shift = torch.where(new == -torch.inf, 0.0, new)
         weights = (scores - shift).exp()
         keep = (highest - shift).exp()
-        return new, total * keep + weights.sum(-1, keepdim=True), mixed * keep + weights @ pairs
+        mixed = mixed * keep + _seen_values(weights, seen, pairs)
+        return new, total * keep + weights.sum(-1, keepdim=True), mixed
 
     state = (
         q.new_full((*q.shape[:3], 1), -torch.inf),
@@ -62,3 +72,14 @@ def ragged_attention(
     _, total, mixed = state
     output = torch.where(total > 0, mixed / torch.where(total > 0, total, 1.0), mixed)
     return output.transpose(1, 2).to(query.dtype).contiguous()
+
+
+def _seen_values(weights: Tensor, seen: Tensor, values: Tensor) -> Tensor:
+    """``weights @ values`` over what is seen: 0 times NaN is not 0."""
+    number = values.isfinite()
+    mixed = weights @ torch.where(number, values, 0.0)
+    others = torch.cat([values == torch.inf, values == -torch.inf, values.isnan()], -1)
+    up, down, nan = (seen.to(weights.dtype) @ others.to(weights.dtype)).chunk(3, -1)
+    mixed = torch.where(up > 0, mixed + torch.inf, mixed)
+    mixed = torch.where(down > 0, mixed - torch.inf, mixed)
+    return torch.where(nan > 0, torch.nan, mixed)

@@ -1,0 +1,38 @@
+"""Exports of what the native ops return."""
+
+import io
+
+import torch
+from torch import Tensor, nn
+
+from moekv import ops
+
+
+def test_choices_have_no_gradient():
+    scores = torch.randn(1, 1, 9, requires_grad=True)
+    assert not any(output.requires_grad for output in ops.select_kept(scores, total=4))
+
+
+class Everything(nn.Module):
+    """Gives each named tuple that an op returns."""
+
+    def forward(self, hidden: Tensor, weight: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+        projected = ops.project_tokens(hidden, weight)
+        gate = ops.gating_topk(projected.projected, k=2)
+        return projected, gate, ops.select_kept(projected.standout[:, None], total=3)
+
+
+def test_exported_programs_can_be_saved():
+    inputs = torch.randn(2, 7, 6), torch.randn(3, 6)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(Everything(), inputs), file)
+    file.seek(0)
+    results = torch.export.load(file).module()(*inputs)
+    assert [type(result) for result in results] == [
+        ops.ProjectTokens,
+        ops.GatingTopk,
+        ops.SelectKept,
+    ]
+    for got, expected in zip(results, Everything()(*inputs), strict=True):
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b)
