@@ -30,7 +30,7 @@ torch := $(VENV)/.torch-$(shell echo '$(TORCH)' | cksum | cut -d ' ' -f 1)
 installed := $(VENV)/.installed
 
 .PHONY: help demo test test-all test-fast test-latest lint format install clean FORCE
-.PHONY: fuzz-presses bench bench-cpp instructions instructions-check
+.PHONY: fuzz-ops fuzz-presses bench bench-cpp instructions instructions-check
 .PHONY: cuda-build cuda-check cuda-resources cuda-link-check gpu-check
 
 help:  ## this list
@@ -58,6 +58,9 @@ stamp := $(latest)/.stamp-$(shell echo '$(TORCH) $(LATEST)' | cksum | cut -d ' '
 test-latest: $(installed) $(stamp)  ## the newest transformers, without kvpress: all that meets it
 	OMP_NUM_THREADS=1 $(latest)/bin/python -m pytest --dist loadgroup -n $(JOBS) \
 	    -m 'not slow' $(or $(ARGS),tests/cache tests/experts tests/models tests/press)
+
+fuzz-ops: $(installed)  ## ninety seconds of calls nobody would write, on each instruction set, against float64
+	OMP_NUM_THREADS=1 $(python) tests/fuzz/op_fuzz.py --seconds 90 $(ARGS)
 
 fuzz-presses: $(installed)  ## a minute of random lives of caches, each beside the full one with masks
 	OMP_NUM_THREADS=1 $(python) tests/fuzz/press_fuzz.py --seconds 60 $(ARGS)
