@@ -3,6 +3,8 @@
 // in order.
 #pragma once
 
+#include <type_traits>
+
 #include "../params.h"
 #include "parallel.h"
 #include "ragged_plan.h"
@@ -92,15 +94,10 @@ inline void tile_scores(const float* query, int64_t dim, const T* keys, int64_t 
   }
 }
 
-// Keys of a tile, one after another.
-struct Run {
-  int begin, end;
-};
-
 // The next of these, for P pairs of vectors of the values.
 template <int R, int P, typename T>
-inline void add_values(const float (*weights)[kTileKeys], const T* values, int64_t stride, Run run,
-                       const Ahead<T>& ahead, float* sums, int64_t sum_stride) {
+inline void add_values(const float (*weights)[kTileKeys], const T* values, int64_t stride,
+                       int count, const Ahead<T>& ahead, float* sums, int64_t sum_stride) {
   VecPair acc[R][P];
   for (int r = 0; r < R; ++r) {
     for (int i = 0; i < P; ++i) {
@@ -108,7 +105,7 @@ inline void add_values(const float (*weights)[kTileKeys], const T* values, int64
       acc[r][i] = {Vec::load(sum), Vec::load(sum + Vec::kLanes)};
     }
   }
-  for (int j = run.begin; j < run.end; ++j) {
+  for (int j = 0; j < count; ++j) {
     ahead.ask(j, j + 1);
     VecPair v[P];
     for (int i = 0; i < P; ++i) v[i] = load_pair(values + j * stride + i * kPairLanes);
@@ -128,25 +125,25 @@ inline void add_values(const float (*weights)[kTileKeys], const T* values, int64
   }
 }
 
-// sums[r][:] += weights[r][j] * values[j][:] over a run of the tile's keys; row r of the sums is
-// sum_stride floats away.
+// sums[r][:] += weights[r][j] * values[j][:] over the tile; row r of the sums is sum_stride floats
+// away.
 template <int R, typename T>
-inline void run_values(const float (*weights)[kTileKeys], const T* values, int64_t stride, Run run,
-                       int64_t dim, Ahead<T> ahead, float* sums, int64_t sum_stride) {
+inline void tile_values(const float (*weights)[kTileKeys], const T* values, int64_t stride,
+                        int count, int64_t dim, Ahead<T> ahead, float* sums, int64_t sum_stride) {
   int64_t d = 0;
   for (; d + 2 * kPairLanes <= dim; d += 2 * kPairLanes) {
-    add_values<R, 2>(weights, values + d, stride, run, ahead, sums + d, sum_stride);
+    add_values<R, 2>(weights, values + d, stride, count, ahead, sums + d, sum_stride);
     ahead.count = 0;
   }
   if (d + kPairLanes <= dim) {
-    add_values<R, 1>(weights, values + d, stride, run, ahead, sums + d, sum_stride);
+    add_values<R, 1>(weights, values + d, stride, count, ahead, sums + d, sum_stride);
     ahead.count = 0;
     d += kPairLanes;
   }
   for (; d + Vec::kLanes <= dim; d += Vec::kLanes) {
     for (int r = 0; r < R; ++r) {
       Vec acc = Vec::load(sums + r * sum_stride + d);
-      for (int j = run.begin; j < run.end; ++j) {
+      for (int j = 0; j < count; ++j) {
         acc = fma(Vec::set(weights[r][j]), Vec::load(values + j * stride + d), acc);
       }
       acc.store(sums + r * sum_stride + d);
@@ -154,7 +151,7 @@ inline void run_values(const float (*weights)[kTileKeys], const T* values, int64
   }
   for (; d < dim; ++d) {
     for (int r = 0; r < R; ++r) {
-      for (int j = run.begin; j < run.end; ++j) {
+      for (int j = 0; j < count; ++j) {
         sums[r * sum_stride + d] += weights[r][j] * to_float(values[j * stride + d]);
       }
     }
@@ -194,22 +191,25 @@ struct Tile {
 };
 
 // Adds the values that the queries see, and no others: 0 times NaN is not 0. seen[j]: a bit for
-// each of the R queries.
+// each of the R queries. Keys that the same queries see come together.
 template <int R, typename T>
-inline void seen_values(const float (*weights)[kTileKeys], const uint8_t* seen, const Tile<T>& tile,
-                        int64_t dim, float* sums, int64_t sum_stride) {
-  constexpr int kAll = (1 << R) - 1;
-  for (Run run{0, 0}; run.begin < tile.count; run.begin = run.end) {
-    while (run.end < tile.count && seen[run.end] == seen[run.begin]) ++run.end;
-    if (seen[run.begin] == kAll) {
-      run_values<R>(weights, tile.values, tile.value_stride, run, dim, tile.next_keys, sums,
-                    sum_stride);
+[[gnu::noinline]] void seen_values(const float (*weights)[kTileKeys], const uint8_t* seen,
+                                   const Tile<T>& tile, int64_t dim, float* sums,
+                                   int64_t sum_stride) {
+  for (int begin = 0, end = 0; begin < tile.count; begin = end) {
+    while (end < tile.count && seen[end] == seen[begin]) ++end;
+    const T* values = tile.values + begin * tile.value_stride;
+    const auto add = [&](auto queries, int first) {
+      tile_values<queries>(reinterpret_cast<const float (*)[kTileKeys]>(&weights[first][begin]),
+                           values, tile.value_stride, end - begin, dim, tile.next_keys,
+                           sums + first * sum_stride, sum_stride);
+    };
+    if (seen[begin] == (1 << R) - 1) {
+      add(std::integral_constant<int, R>{}, 0);
       continue;
     }
     for (int r = 0; r < R; ++r) {
-      if (!(seen[run.begin] >> r & 1)) continue;
-      run_values<1>(weights + r, tile.values, tile.value_stride, run, dim, tile.next_keys,
-                    sums + r * sum_stride, sum_stride);
+      if (seen[begin] >> r & 1) add(std::integral_constant<int, 1>{}, r);
     }
   }
 }
@@ -267,8 +267,8 @@ inline void attend_tile(const RaggedAttentionParams& p, const float* query, int6
   if (tail) {
     seen_values<R>(scores, seen, tile, p.value_dim, partials + 2, partial_stride);
   } else {
-    run_values<R>(scores, tile.values, tile.value_stride, {0, count}, p.value_dim, tile.next_keys,
-                  partials + 2, partial_stride);
+    tile_values<R>(scores, tile.values, tile.value_stride, count, p.value_dim, tile.next_keys,
+                   partials + 2, partial_stride);
   }
 }
 

@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, 2) expected_attention_kernel(Argumen
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& x = product[j][2 * half + i];
-          x = exp2_fast((x - shift_of(highest)) * logit.scale);
+          x = logit.weight(x, highest);
           if (j < kSampleTiles) {
             total = fmaf(weights[8 * j + 2 * (lane % 4) + i], x, total);
           } else if (length > kPlaces) {  // the sample may have missed just those

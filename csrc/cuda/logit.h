@@ -7,9 +7,14 @@ namespace moekv::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// From a product of query and key to a logit in units of log2, for exp2. Without a softcap it is
-// product * scale; with one, capped(product), and scale is 1. Where the largest is subtracted
-// before they are scaled, what is near it keeps its distance whatever its size.
+// What to subtract, where nothing may have been seen yet.
+__device__ __forceinline__ float shift_of(float highest) {
+  return highest == -INFINITY ? 0.0f : highest;
+}
+
+// From a product of query and key to a logit in units of log2, for exp2: unscaled(product) * scale.
+// The largest is subtracted before they are scaled: what is near it keeps its distance, whatever
+// its size.
 struct Logit {
   float scale, cap, cap_scale;
 
@@ -26,14 +31,10 @@ struct Logit {
   __device__ __forceinline__ float unscaled(float product) const {
     return has_cap() ? capped(product) : product;
   }
-  __device__ __forceinline__ float operator()(float product) const {
-    return unscaled(product) * scale;
+  // 2^(logit - highest) of two logits, both unscaled.
+  __device__ __forceinline__ float weight(float value, float highest) const {
+    return exp2_fast((value - shift_of(highest)) * scale);
   }
 };
-
-// What to subtract, where nothing may have been seen yet.
-__device__ __forceinline__ float shift_of(float highest) {
-  return highest == -INFINITY ? 0.0f : highest;
-}
 
 }  // namespace moekv::cuda

@@ -142,13 +142,14 @@ struct RawChannels {
   }
 };
 
-// Attention so far: the largest logit, the sum of 2^(logit - highest), and the values so weighted.
+// Attention so far: the largest logit before it is scaled, the sum of 2^(scale * (logit -
+// highest)), and the values so weighted.
 struct State {
   float highest, total;
   float sums[kChannels];
 
-  __device__ __forceinline__ void rescale(float new_highest) {
-    const float factor = exp2_fast(highest - shift_of(new_highest));
+  __device__ __forceinline__ void rescale(float new_highest, const Logit& logit) {
+    const float factor = logit.weight(highest, new_highest);
     highest = new_highest;
     total *= factor;
 #pragma unroll
@@ -249,7 +250,7 @@ __global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
                             i * params.mask_stride[2] + tail * params.mask_stride[3]];
           }
         }
-        weights[b][q] = visible ? logit(product) : -INFINITY;
+        weights[b][q] = visible ? logit.unscaled(product) : -INFINITY;
       }
     }
 #pragma unroll
@@ -257,10 +258,10 @@ __global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
       float highest = state[q].highest;
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) highest = fmaxf(highest, weights[b][q]);
-      state[q].rescale(highest);
+      state[q].rescale(highest, logit);
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
-        weights[b][q] = exp2_fast(weights[b][q] - shift_of(highest));
+        weights[b][q] = logit.weight(weights[b][q], highest);
         state[q].total += weights[b][q];
       }
     }
@@ -290,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
   for (int q = 0; q < kQueries; ++q) {
     for (int distance = arguments.lanes; distance < kWarpSize; distance *= 2) {
       const float other = __shfl_xor_sync(kFullWarp, state[q].highest, distance);
-      state[q].rescale(fmaxf(state[q].highest, other));
+      state[q].rescale(fmaxf(state[q].highest, other), logit);
       state[q].total += __shfl_xor_sync(kFullWarp, state[q].total, distance);
 #pragma unroll
       for (int i = 0; i < kChannels; ++i) {
@@ -315,7 +316,7 @@ __global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
     float factor[kWarps];
 #pragma unroll
     for (int i = 0; i < kWarps; ++i) {
-      factor[i] = exp2_fast(warp_highest[i * kQueries + q] - shift_of(highest));
+      factor[i] = logit.weight(warp_highest[i * kQueries + q], highest);
     }
     float* out =
         arguments.states +
@@ -345,6 +346,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) ragged_attention_merge_kernel(Arguments arguments) {
   const RaggedAttentionParams& params = arguments.params;
   const Cut cut(arguments);
+  const Logit logit(params.scaling, params.softcap);
   const int index = static_cast<int>(blockIdx.x) / arguments.rows;
   const int64_t row = static_cast<int>(blockIdx.x) % arguments.rows;
   const int64_t first_chunk = cut.first_chunk(params, index);
@@ -357,7 +359,7 @@ __global__ void __launch_bounds__(kThreads) ragged_attention_merge_kernel(Argume
   for (int i = 0; i < num_chunks; ++i) highest = fmaxf(highest, states[i * stride + value_dim]);
   float total = 0.0f;
   for (int i = 0; i < num_chunks; ++i) {
-    const float factor = exp2_fast(states[i * stride + value_dim] - shift_of(highest));
+    const float factor = logit.weight(states[i * stride + value_dim], highest);
     total = fmaf(factor, states[i * stride + value_dim + 1], total);
   }
   const float inverse = total == 0.0f ? 0.0f : 1.0f / total;  // nothing seen: 0
@@ -372,7 +374,7 @@ __global__ void __launch_bounds__(kThreads) ragged_attention_merge_kernel(Argume
   for (int channel = static_cast<int>(threadIdx.x); channel < value_dim; channel += kThreads) {
     float sum = 0.0f;
     for (int i = 0; i < num_chunks; ++i) {
-      const float factor = exp2_fast(states[i * stride + value_dim] - shift_of(highest));
+      const float factor = logit.weight(states[i * stride + value_dim], highest);
       sum = fmaf(factor, states[i * stride + channel], sum);
     }
     output[channel] = from_float<T>(sum * inverse);

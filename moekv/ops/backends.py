@@ -112,6 +112,14 @@ def cpu_capability() -> str | None:
     return name.decode()
 
 
+_direct: dict[str, Callable[..., Any]] = {}
+
+
+def call_directly(op: str, call: Callable[..., Any]) -> None:
+    """Let ``implementation`` give ``call`` for a native op, instead of the op itself."""
+    _direct[op] = call
+
+
 _warned: set[str] = set()
 
 
@@ -154,16 +162,15 @@ def implementation(op: str, tensor: Tensor, backend: str) -> Callable[..., Any]:
     if backend == "torch" or (backend == "auto" and device not in _native):
         if backend == "auto" and not torch.compiler.is_compiling():
             _warn_of_missing(device)
-        namespace: Any = reference
+        found: Callable[..., Any] = getattr(reference, op)
     else:
         if backend != "auto" and (backend not in _native or backend != device):
             check_backend(backend)
             raise ValueError(
                 f"moekv::{op}: backend {backend!r} expected tensors on {backend}, got {device}"
             )
-        namespace = torch.ops.moekv
-    implementation: Callable[..., Any] = getattr(namespace, op)
-    return implementation
+        found = _direct.get(op) or getattr(torch.ops.moekv, op)
+    return found
 
 
 def for_heads(backend: str, *pairs: Tensor) -> str:

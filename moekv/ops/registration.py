@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree
 
-from moekv.ops.backends import FAILURES
+from moekv.ops.backends import FAILURES, call_directly
 
 _libraries: dict[str, Any] = {}  # of Python kernels, by dispatch key
 if FAILURES["cpu"] is None:
@@ -53,6 +53,7 @@ def register(
         kernel = _in_place(op, native, written)
     else:
         kernel = _functional(op, native, backward, setup_context)
+        call_directly(op, _direct(native))
     _libraries["Autograd"].impl(op, kernel)
 
 
@@ -109,6 +110,23 @@ def _functional(
             return native(*arguments, **options)
 
     return kernel
+
+
+def _direct(native: Any) -> Callable[..., Any]:
+    """Pass by the kernel above where nothing needs a gradient: it costs as much as a small op."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or (torch.is_grad_enabled() and _needs_gradient(_tensors(arguments)))
+            or forward_ad._current_level >= 0
+            or torch._C._functorch.peek_interpreter_stack() is not None
+        ):
+            return native(*arguments, **options)
+        with torch._C._AutoDispatchBelowAutograd():
+            return native(*arguments, **options)
+
+    return call
 
 
 def _in_place(op: str, native: Any, written: Sequence[int]) -> Callable[..., None]:

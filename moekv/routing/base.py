@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moekv import ops
+from moekv.ops.reference import gate_probs
 from moekv.routing.losses import switch_loss
 
 MAX_EXPERTS = 256
@@ -90,10 +91,7 @@ class Gate(NamedTuple):
 
 def probabilities(logits: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
     """Probabilities `[B, T, E]` in fp32, NaN and infinities treated as in `gating_topk`."""
-    scaled = logits.float() / temperature
-    scaled = scaled.nan_to_num(nan=-torch.inf, posinf=torch.finfo(torch.float32).max)
-    no_finite = (scaled == -torch.inf).all(-1, keepdim=True)
-    probs = scaled.masked_fill(no_finite, 0).softmax(-1)
+    probs = gate_probs(logits.float(), temperature)
     return probs if mask is None else probs.masked_fill(~mask[..., None], 0)
 
 

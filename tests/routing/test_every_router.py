@@ -5,7 +5,7 @@ import torch
 from router_cases import HIDDEN, hidden_states, trained
 
 from moekv.routing.balance import TopKBalancedRouter
-from moekv.routing.base import BaseMoERouter
+from moekv.routing.base import BaseMoERouter, probabilities
 from moekv.routing.eplb import EPLBRouter
 from moekv.routing.hierarchical import HierarchicalRouter
 from moekv.routing.registry import ROUTERS, make_router
@@ -234,3 +234,15 @@ def test_a_frozen_router_decides_as_before(cls, reads):
         torch.testing.assert_close(got.shares, dense)
     unread = router(torch.full_like(hidden, torch.nan)).weights
     assert torch.allclose(unread, before[0].weights) == (not reads)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e4, 1e7])
+def test_probabilities_are_right_however_large_the_logits(size):
+    """The highest logit is subtracted before the temperature divides what is left."""
+    generator = torch.Generator().manual_seed(0)
+    logits = size + torch.rand(2, 5, 6, generator=generator)
+    logits[0, 1, 2], logits[1, 0] = torch.nan, -torch.inf
+    exact = logits.double().nan_to_num(nan=-torch.inf, neginf=-torch.inf) / 0.1234
+    exact[1, 0] = 0
+    got = probabilities(logits, 0.1234, None)
+    torch.testing.assert_close(got.double(), exact.softmax(-1), atol=1e-6, rtol=1e-5)

@@ -10,7 +10,7 @@ _FLOAT_MAX = torch.finfo(torch.float32).max
 
 
 def gate_probs(logits: Tensor, temperature: float) -> Tensor:
-    """Probabilities [N, E] of the experts."""
+    """Probabilities [..., E] of the experts."""
     z = widened(logits)
     z = torch.where(z.isnan(), -torch.inf, z).clamp(max=_FLOAT_MAX)
     highest = z.detach().amax(-1, keepdim=True)
