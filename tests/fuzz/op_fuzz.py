@@ -53,7 +53,12 @@ def check(op: str, **fields: Any) -> None:
         finally:
             torch.set_num_threads(1)
     bits = [
-        [x.contiguous().view(torch.uint8) if x.dim() else x[None].view(torch.uint8) for x in result]
+        [
+            x.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+            if x.dim()
+            else x[None].view(torch.uint8)
+            for x in result
+        ]
         for result in results
     ]
     for one, two in zip(bits[0], bits[-1], strict=True):

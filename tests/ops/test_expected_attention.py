@@ -287,10 +287,10 @@ BAD = {
     ),
     "start shape": ({"start": torch.zeros(3).int()}, r"start \[2\], got \[3\]"),
     "start dtype": ({"start": torch.zeros(2).long()}, "start of dtype int32, got int64"),
-    "scaling": ({"scaling": 0.0}, "scaling > 0, got 0"),
-    "scaling nan": ({"scaling": math.nan}, "scaling > 0, got nan"),
-    "softcap": ({"softcap": -1.0}, "softcap >= 0, got -1"),
-    "softcap inf": ({"softcap": math.inf}, "softcap >= 0, got inf"),
+    "scaling": ({"scaling": 0.0}, "scaling between 1e-18 and 1e18, got 0"),
+    "scaling nan": ({"scaling": math.nan}, "scaling between 1e-18 and 1e18, got nan"),
+    "softcap": ({"softcap": -1.0}, "softcap of 0 or between 1e-18 and 1e18, got -1"),
+    "softcap inf": ({"softcap": math.inf}, "softcap of 0 or between 1e-18 and 1e18, got inf"),
 }
 
 

@@ -132,7 +132,7 @@ class PretendedGpu(TorchFunctionMode):
         if moves or written or (begins_here and waits_for_numbers(func, args, kwargs)):
             self._wait(getattr(func, "__name__", str(func)))
         if begins_here and str(func).startswith("moekv."):
-            func = self.device.op(str(func).removeprefix("moekv."))
+            func = self.device.op(str(func).removeprefix("moekv.").removesuffix(".default"))
         args, kwargs = tree_map(on_cpu, (args, kwargs))
         result = func(*args, **kwargs)
         if func in (Tensor.to, Tensor.cpu) and begins_here != ends_here:

@@ -53,6 +53,7 @@ class Device:
         k: int,
         temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        logits = with_dense_rows(logits)
         num_tokens, num_experts = logits.shape
         weights = torch.empty(num_tokens, k)
         experts = torch.empty(num_tokens, k, dtype=torch.int32)
@@ -330,6 +331,8 @@ class Memory:
     def input(self, tensor: Tensor | None) -> int:
         if tensor is None:
             return 0
+        if tensor.dim() == 1:  # no parameter says how far apart a vector's elements are
+            tensor = tensor.contiguous()
         memory, address = self._place(tensor)
         memory.write(tensor.untyped_storage().data_ptr())
         return address

@@ -22,21 +22,7 @@ def gpu(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> pretended.Prete
     return pretended.PretendedGpu(kernels)
 
 
-# Untrained routers of a cache that is compressed chunk by chunk trust other experts there than on
-# the CPU: the attention that they are held to differs. Whether kernels or the pretence are wrong is
-# not known yet.
-UNEXPLAINED = ("in chunks",)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name, marks=pytest.mark.xfail(name in UNEXPLAINED, reason="see above", strict=True)
-        )
-        for name in press_cases.CASES
-    ],
-)
+@pytest.mark.parametrize("name", press_cases.CASES)
 @torch.no_grad()
 def test_as_on_the_cpu(gpu: pretended.PretendedGpu, name: str) -> None:
     run, input_ids = press_cases.CASES[name], press_cases.prompt()

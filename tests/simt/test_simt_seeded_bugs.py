@@ -265,8 +265,8 @@ BUGS = {
     "attention, too little dynamic shared memory": Bug(
         Edit(
             "window_attention.cu",
-            "(tile_stride<T>(dim) + 8);",
-            "(tile_stride<T>(dim) + (SEEDED ? 4 : 8));",
+            "(tile_stride<T>(dim) + 16);",
+            "(tile_stride<T>(dim) + (SEEDED ? 8 : 16));",
         ),
         "expert_scores",
         MASS,
