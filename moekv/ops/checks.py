@@ -9,98 +9,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moekv.ops.expect import Expect, dtype_name
+
 _MAX_EXPERTS = 256
 _MAX_HEAD_DIM = 1024  # of the references
 _NUM_SCORE_KINDS = 4
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_MOST = 2**31 - 1
-"""Kernels count positions in 32 bits."""
-
-_MOST_ROWS = _MOST - 65535
-"""Stored rows and tail of ``ragged_attention``, whose kernels step beyond the last."""
-
-_FACTORS = 1e-18, 1e18
-"""Factors, their inverses and their quotients are normal numbers of float32 within these bounds."""
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-class _Expect:
-    """The expectations of one op; every error names what was expected and what came.
-
-    Messages are formatted where they are needed: that costs nothing otherwise, and can be traced
-    where sizes are symbols.
-    """
-
-    def __init__(self, op: str, like: Tensor) -> None:
-        self.op = op
-        self.like = like
-
-    def __call__(self, condition: bool, expected: str, *values: object) -> None:
-        if not condition:
-            raise RuntimeError(f"moekv::{self.op}: expected {expected.format(*values)}")
-
-    def rank(self, name: str, tensor: Tensor, rank: int, dims: str) -> None:
-        self(tensor.dim() == rank, "{} {}, got {}", name, dims, list(tensor.shape))
-
-    def shape(self, name: str, tensor: Tensor, shape: Sequence[int | str]) -> None:
-        """``shape`` holds a size or, where any will do, the name of a dimension."""
-        fits = tensor.dim() == len(shape) and all(
-            isinstance(want, str) or size == want
-            for size, want in zip(tensor.shape, shape, strict=True)
-        )
-        if not fits:
-            dims = ", ".join(map(str, shape))
-            self(False, "{} [{}], got {}", name, dims, list(tensor.shape))
-
-    def dtype(self, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-        if dtype == torch.float32 and self.like.dtype == torch.float64:
-            return  # in higher precision, what goes with it may have either
-        if tensor.dtype != dtype:
-            self(False, "{} of dtype {}, got {}", name, _name(dtype), _name(tensor.dtype))
-
-    def floating(self, name: str, tensor: Tensor) -> None:
-        if tensor.dtype not in _FLOATS:
-            got = _name(tensor.dtype)
-            self(False, "{} of dtype float32, float16 or bfloat16, got {}", name, got)
-
-    def device(self, name: str, tensor: Tensor) -> None:
-        self(tensor.device == self.like.device, "{} on the device of the first argument", name)
-
-    def tensor(
-        self, name: str, tensor: Tensor | None, dtype: torch.dtype, shape: Sequence[int | str]
-    ) -> None:
-        if tensor is not None:
-            self.shape(name, tensor, shape)
-            self.dtype(name, tensor, dtype)
-            self.device(name, tensor)
-
-    def most(self, what: str, count: int) -> None:
-        self(count <= _MOST, "at most 2^31 - 1 {}, got {}", what, count)
-
-    def factor(self, name: str, value: float) -> None:
-        least, most = _FACTORS
-        self(least <= value <= most, "{} between 1e-18 and 1e18, got {}", name, value)
-
-    def logits(self, scaling: float, softcap: float) -> None:
-        self.factor("scaling", scaling)
-        if softcap != 0:
-            self.factor("a softcap of 0 or", softcap)
 
 
 def native(op: str, name: str, tensor: Tensor) -> None:
     """Check that a tensor is not float64, which the references alone take."""
     if tensor.dtype == torch.float64:
-        expect = _Expect(op, tensor)
+        expect = Expect(op, tensor)
         expect(False, "{} of dtype float32, float16 or bfloat16, got float64", name)
 
 
 def native_rows(op: str, name: str, tensor: Tensor) -> None:
     """Check that the last dimension is dense, where no copy would do."""
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        expect = _Expect(op, tensor)
+        expect = Expect(op, tensor)
         expect(False, "{} with a dense last dimension, got stride {}", name, tensor.stride(-1))
 
 
@@ -113,7 +39,7 @@ def gating_topk(
     temperature: float,
 ) -> None:
     """Check the arguments of ``gating_topk``."""
-    expect = _Expect("gating_topk", logits)
+    expect = Expect("gating_topk", logits)
     expect.rank("logits", logits, 2, "[num_tokens, num_experts]")
     expect.floating("logits", logits)
     num_tokens, num_experts = logits.shape
@@ -137,7 +63,7 @@ def expert_scores(
     lag: int,
 ) -> None:
     """Check the arguments of ``expert_scores``."""
-    expect = _Expect("expert_scores", keys)
+    expect = Expect("expert_scores", keys)
     expect.rank("keys", keys, 4, "[batch, num_kv_heads, num_keys, head_dim]")
     expect.rank("values", values, 4, "[batch, num_kv_heads, num_keys, value_dim]")
     expect.rank("queries", queries, 4, "[batch, num_query_heads, num_queries, head_dim]")
@@ -189,7 +115,7 @@ def expected_attention(
     queries: Tensor, keys: Tensor, start: Tensor | None, scaling: float, softcap: float
 ) -> None:
     """Check the arguments of ``expected_attention``."""
-    expect = _Expect("expected_attention", queries)
+    expect = Expect("expected_attention", queries)
     expect.rank("queries", queries, 4, "[batch, num_query_heads, num_keys, head_dim]")
     expect.rank("keys", keys, 4, "[batch, num_kv_heads, num_keys, head_dim]")
     expect.floating("queries", queries)
@@ -210,7 +136,7 @@ def expected_attention(
 
 def project_tokens(hidden_states: Tensor, weight: Tensor, mask: Tensor | None) -> None:
     """Check the arguments of ``project_tokens``."""
-    expect = _Expect("project_tokens", hidden_states)
+    expect = Expect("project_tokens", hidden_states)
     expect.rank("hidden_states", hidden_states, 3, "[batch, num_tokens, hidden_size]")
     expect.floating("hidden_states", hidden_states)
     hidden_size = hidden_states.shape[2]
@@ -222,7 +148,7 @@ def mix_scores(
     scores: Tensor, weights: Tensor, experts: Tensor, gain: Tensor | None, offset: Tensor | None
 ) -> None:
     """Check the arguments of ``mix_scores``."""
-    expect = _Expect("mix_scores", scores)
+    expect = Expect("mix_scores", scores)
     expect.rank("scores", scores, 4, "[num_experts, batch, num_kv_heads, num_keys]")
     expect.floating("scores", scores)
     num_experts, batch, num_kv_heads, num_keys = scores.shape
@@ -258,7 +184,7 @@ def select_kept(
     scores: Tensor, start: Tensor | None, total: Sequence[int], sinks: int, window: int, floor: int
 ) -> None:
     """Check the arguments of ``select_kept``."""
-    expect = _Expect("select_kept", scores)
+    expect = Expect("select_kept", scores)
     expect.rank("scores", scores, 3, "[groups, rows, num_keys]")
     expect.floating("scores", scores)
     groups, rows, num_keys = scores.shape
@@ -284,7 +210,7 @@ def kv_compact_(
     keys: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, packed: bool
 ) -> None:
     """Check the arguments of ``kv_compact_``."""
-    expect = _Expect("kv_compact_", keys)
+    expect = Expect("kv_compact_", keys)
     expect.rank("keys", keys, 4, "[batch, num_kv_heads, num_keys, head_dim]")
     expect.rank("values", values, 4, "[batch, num_kv_heads, num_keys, value_dim]")
     expect.floating("keys", keys)
@@ -294,7 +220,7 @@ def kv_compact_(
     for name, tensor in (("keys", keys), ("values", values)):
         expect(not packed or tensor.is_contiguous(), "contiguous {} with packed=True", name)
     if indices.dtype != torch.int32:
-        expect(False, "indices of dtype int32, got {}", _name(indices.dtype))
+        expect(False, "indices of dtype int32, got {}", dtype_name(indices.dtype))
     expect.device("indices", indices)
     expect.most("indices", indices.numel())
     if offsets is None:
@@ -302,82 +228,3 @@ def kv_compact_(
     else:
         expect.rank("indices", indices, 1, "[num_indices] where there are offsets")
         expect.tensor("offsets", offsets, torch.int32, [batch * num_kv_heads + 1])
-
-
-def ragged_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    begin: Tensor,
-    end: Tensor,
-    tail_keys: Tensor | None,
-    tail_values: Tensor | None,
-    mask: Tensor | None,
-    scaling: float,
-    softcap: float,
-) -> None:
-    """Check the arguments of ``ragged_attention``."""
-    expect = _Expect("ragged_attention", query)
-    expect.floating("query", query)
-    expect.rank("query", query, 4, "[batch, num_query_heads, num_queries, head_dim]")
-    expect.rank("keys", keys, 2, "[num_stored, head_dim]")
-    expect.rank("values", values, 2, "[num_stored, value_dim]")
-    expect.rank("begin", begin, 2, "[batch, num_kv_heads]")
-    batch, num_query_heads, num_queries, key_dim = query.shape
-    num_stored, value_dim = values.shape
-    num_kv_heads = begin.shape[1]
-    expect.tensor("keys", keys, query.dtype, ["num_stored", key_dim])
-    expect.tensor("values", values, query.dtype, [keys.shape[0], "value_dim"])
-    num_tail = tail_keys.shape[2] if tail_keys is not None and tail_keys.dim() == 4 else 0
-    expect(
-        num_stored <= _MOST_ROWS - num_tail,
-        "at most {} stored rows and tail positions, got {} and {}",
-        _MOST_ROWS,
-        num_stored,
-        num_tail,
-    )
-    expect.logits(scaling, softcap)
-    expect(
-        begin.shape[0] == batch and num_kv_heads >= 1 and num_query_heads % num_kv_heads == 0,
-        "begin [{}, num_kv_heads], num_kv_heads dividing {}, got {}",
-        batch,
-        num_query_heads,
-        list(begin.shape),
-    )
-    expect(
-        end.shape == begin.shape,
-        "end like begin {}, got {}",
-        list(begin.shape),
-        list(end.shape),
-    )
-    for name, tensor in (("begin", begin), ("end", end)):
-        if tensor.dtype != torch.int32:
-            expect(False, "{} of dtype int32, got {}", name, _name(tensor.dtype))
-        expect.device(name, tensor)
-    expect(
-        (tail_keys is None) == (tail_values is None),
-        "tail_keys and tail_values together, got one of them",
-    )
-    expect(mask is None or tail_keys is not None, "mask only with a tail")
-    if tail_keys is None:
-        return
-    expect.rank("tail_keys", tail_keys, 4, "[batch, num_kv_heads, num_tail, head_dim]")
-    heads = [batch, num_kv_heads, num_tail]
-    expect.tensor("tail_keys", tail_keys, query.dtype, [*heads, key_dim])
-    expect.tensor("tail_values", tail_values, query.dtype, [*heads, value_dim])
-    expect(
-        num_tail >= num_queries,
-        "a tail of at least the {} queries themselves, got {} positions",
-        num_queries,
-        num_tail,
-    )
-    if mask is not None:
-        expect.rank("mask", mask, 4, "[batch, num_query_heads, num_queries, num_tail]")
-        expect.tensor("mask", mask, torch.bool, ["batch", "heads", "queries", "tail"])
-        whole = [batch, num_query_heads, num_queries, num_tail]
-        expect(
-            all(size in (1, full) for size, full in zip(mask.shape, whole, strict=True)),
-            "mask broadcastable to {}, got {}",
-            whole,
-            list(mask.shape),
-        )

@@ -23,6 +23,8 @@ def oracle(
     tail_keys: Tensor | None = None,
     tail_values: Tensor | None = None,
     mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     *,
     scaling: float,
     softcap: float = 0.0,
@@ -46,9 +48,18 @@ def oracle(
         scores = query[b, head].double() @ k.T * scaling
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
-        probs = scores.masked_fill(~seen, -math.inf).softmax(-1)
+        if bias is not None:
+            scores[:, : len(bias[rows])] += bias[rows].double()
+            seen[:, : len(bias[rows])] &= bias[rows] > -math.inf
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[head].double().expand(num_queries, 1)], -1)
+            shown = torch.cat([seen, torch.ones(num_queries, 1).bool()], -1)
+        else:
+            shown = seen
+        probs = scores.masked_fill(~shown, -math.inf).softmax(-1)[:, : len(k)]
         probs[~seen.any(-1)] = 0.0
-        output[b, :, head] = probs @ v
+        for i in range(num_queries):  # what is not seen has no part in it, NaN included
+            output[b, i, head] = probs[i, seen[i]] @ v[seen[i]]
     return output
 
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from moekv.ops import checks
+from moekv.ops import checks, reference, row_checks
 from moekv.ops.backends import implementation
 from moekv.ops.registration import register
 
@@ -16,9 +16,13 @@ def ragged_attention(
     tail_keys: Tensor | None = None,
     tail_values: Tensor | None = None,
     mask: Tensor | None = None,
+    scales: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     *,
     scaling: float,
     softcap: float = 0.0,
+    pairs: str = "16",
     backend: str = "auto",
 ) -> Tensor:
     """Attend with a few queries to a cache whose heads keep different numbers of pairs.
@@ -32,8 +36,9 @@ def ragged_attention(
     query : Tensor [B, Hq, Q, D], float32, float16 or bfloat16
         Rotated queries of the last Q positions; Hq is a multiple of H.
     keys : Tensor [N, D], dtype of ``query``
-        Stored keys of all heads.
+        Stored keys of all heads; with quantised ``pairs`` their codes [N, KB], uint8.
     values : Tensor [N, Dv], dtype of ``query``
+        Stored values, or their codes [N, VB], uint8.
     begin, end : Tensor [B, H], int32
         Head h of row b owns the stored rows ``begin[b, h]`` to ``end[b, h] - 1``. Heads may be
         empty, and may share rows, as beams do.
@@ -41,31 +46,64 @@ def ragged_attention(
         Positions appended since, the Q of the queries at their end.
     mask : Tensor, bool, broadcastable to [B, Hq, Q, S], optional
         True: the query may see the tail position.
+    scales : Tensor [N, M], float16, optional
+        What ``quantize_pairs`` gave beside the codes.
+    bias : Tensor [N], float32, optional
+        Added to the logits of a stored row, behind the softcap. -inf hides the row.
+    sinks : Tensor [Hq], float32, optional
+        A logit for each query head that takes its share of the softmax and has no value [2]_.
     scaling : float
         Factor of the query-key products.
     softcap : float
-        Logits become ``softcap * tanh(logits / softcap)``; 0: they stay.
+        Logits become ``softcap * tanh(logits / softcap)``; 0: they stay. Those of ``sinks`` stay.
+    pairs : str
+        One of ``PAIRS``: how the rows are stored; see ``quantize_pairs``. The tail never is.
     backend : str
         One of ``BACKENDS``; ``auto``: native kernels where they are, by the device of ``query``.
-        ``torch`` alone has gradients.
+        ``torch`` alone has gradients, and alone serves quantised rows, ``bias`` and ``sinks`` so
+        far: ``auto`` chooses it for them.
 
     Returns
     -------
     Tensor [B, Q, Hq, Dv], dtype of ``query``
-        0 for a query that sees nothing.
+        0 for a query that sees nothing. A row that ``quantize_pairs`` could not encode gives NaN,
+        as NaN in a key or value does, unless it is hidden.
 
     Raises
     ------
     ValueError
         ``backend`` is unknown, or ``query`` is elsewhere.
     RuntimeError
-        The backend is not available, or an argument has a wrong shape, dtype or device. On the CPU
-        also where ``begin`` or ``end`` leave the stored rows; on CUDA they are clamped.
+        The backend is not available or does not serve such rows, or an argument has a wrong shape,
+        dtype or device. On the CPU also where ``begin`` or ``end`` leave the stored rows; on CUDA
+        they are clamped.
 
     References
     ----------
     .. [1] Dao et al., "Flash-Decoding for long-context inference", 2023.
+    .. [2] OpenAI, "gpt-oss-120b & gpt-oss-20b model card", 2025.
     """
+    more = scales, bias, sinks
+    if pairs != "16" or any(tensor is not None for tensor in more):
+        if backend not in ("auto", "torch"):
+            raise RuntimeError(
+                "moekv::ragged_attention: expected backend auto or torch for quantised rows, bias "
+                f"and sinks, got {backend!r}"
+            )
+        return reference.ragged_attention(
+            query,
+            keys,
+            values,
+            begin,
+            end,
+            tail_keys,
+            tail_values,
+            mask,
+            *more,
+            scaling=scaling,
+            softcap=softcap,
+            pairs=pairs,
+        )
     op = implementation("ragged_attention", query, backend)
     output: Tensor = op(
         query,
@@ -91,14 +129,17 @@ def _fake(
     tail_keys: Tensor | None = None,
     tail_values: Tensor | None = None,
     mask: Tensor | None = None,
+    scales: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     *,
     scaling: float,
     softcap: float = 0.0,
+    pairs: str = "16",
 ) -> Tensor:
     checks.native("ragged_attention", "query", query)
-    checks.ragged_attention(
-        query, keys, values, begin, end, tail_keys, tail_values, mask, scaling, softcap
-    )
+    arguments = query, keys, values, begin, end, tail_keys, tail_values, mask, scales, bias, sinks
+    row_checks.ragged_attention(*arguments, scaling, softcap, pairs)
     batch, num_query_heads, num_queries, _ = query.shape
     return query.new_empty(batch, num_queries, num_query_heads, values.shape[1])
 

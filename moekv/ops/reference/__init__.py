@@ -11,6 +11,7 @@ from moekv.ops.reference.gating_topk import gate_probs, gating_topk, slot_counts
 from moekv.ops.reference.kv_compact import kv_compact_
 from moekv.ops.reference.mix_scores import mix_scores
 from moekv.ops.reference.project_tokens import project_tokens
+from moekv.ops.reference.quantize_pairs import dequantize_pairs, quantize_pairs
 from moekv.ops.reference.ragged_attention import ragged_attention
 from moekv.ops.reference.select_kept import select_kept
 
@@ -19,6 +20,7 @@ __all__ = [
     "DIVERSITY",
     "LAG",
     "MASS",
+    "dequantize_pairs",
     "expected_attention",
     "expert_scores",
     "gate_probs",
@@ -26,6 +28,7 @@ __all__ = [
     "kv_compact_",
     "mix_scores",
     "project_tokens",
+    "quantize_pairs",
     "ragged_attention",
     "sample_places",
     "select_kept",
