@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     from moekv.press.options import DecodingConfig
     from moekv.press.press import MoERouterPress
     from moekv.routing.adaptive import AdaptiveRouter
-    from moekv.routing.balance import TopKBalancedRouter
     from moekv.routing.base import BaseMoERouter, RouterOutput
     from moekv.routing.eplb import EPLBRouter
     from moekv.routing.hierarchical import HierarchicalRouter
     from moekv.routing.pikv import PiKVMoERouter
+    from moekv.routing.topk_balanced import TopKBalancedRouter
 
 __version__ = "0.1.0"
 
@@ -60,7 +60,7 @@ _HOMES = {
     "LayerView": "experts.view",
     "PiKVMoERouter": "routing.pikv",
     "RouterOutput": "routing.base",
-    "TopKBalancedRouter": "routing.balance",
+    "TopKBalancedRouter": "routing.topk_balanced",
     "calibrate": "calibration.calibrate",
     "compress": "contexts.context",
     "expert_names": "experts.registry",

@@ -28,6 +28,17 @@ from moekv.press.stats import Statistics
 from moekv.press.streaming import Streaming
 
 logger = logging.getLogger("moekv")
+_MARK = "_moekv_block"  # attribute of caches
+
+
+class _Mark:
+    """A block, told from others. Copies of a cache carry its mark."""
+
+    def __copy__(self) -> _Mark:
+        return self
+
+    def __deepcopy__(self, memo: object) -> _Mark:
+        return self
 
 
 class Planner:
@@ -48,11 +59,6 @@ class Planner:
     context_length : int, optional
         Length of a prompt in chunks, padding included.
 
-    Attributes
-    ----------
-    has_acted : bool
-        Whether a forward has been seen to its end.
-
     Raises
     ------
     ValueError
@@ -72,7 +78,7 @@ class Planner:
         if context_length is not None:
             check_count("context_length", context_length, 1)
         self.layers = layers
-        self.has_acted = False
+        self._mark = _Mark()
         self._rotary = rotary
         self._options, self._rater, self._statistics = options, rater, statistics
         self._context_length = context_length
@@ -84,6 +90,14 @@ class Planner:
     def rater(self) -> Rater:
         """The rater for the options as they are."""
         return self._rater(self._options())
+
+    def note(self, cache: Cache | None) -> None:
+        """Remember that the block has seen what fills a cache, be it that nothing had to leave."""
+        if cache is not None:
+            vars(cache)[_MARK] = self._mark
+
+    def _has_seen(self, cache: Cache) -> bool:
+        return vars(cache).get(_MARK) is self._mark
 
     def _check(self, options: Options) -> None:
         """Refuse what no forward in the block could do."""
@@ -245,7 +259,7 @@ class Planner:
     ) -> None:
         """Refuse tokens for a cache that holds some, unless all that goes on can be right."""
         first_layer = cache.layers[index_of(self.layers[0])]
-        serves = plan.goes_on or self.has_acted or _is_compressed(first_layer)
+        serves = plan.goes_on or self._has_seen(cache) or _is_compressed(first_layer)
         if plan.evicts and not serves:
             raise RuntimeError(
                 f"MoERouterPress compressed nothing: expected a prefill inside the block, got "

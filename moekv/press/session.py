@@ -226,7 +226,7 @@ class Session:
             )
         )
         if forward.strategy.is_done:
-            self._planner.has_acted = True
+            self._planner.note(cache)
 
     def _after_forward(
         self, forward_of: weakref.ref[Forward], module: nn.Module, args: Any, output: Any

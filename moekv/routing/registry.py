@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from moekv.routing.adaptive import AdaptiveRouter
-from moekv.routing.balance import TopKBalancedRouter
 from moekv.routing.base import BaseMoERouter
 from moekv.routing.eplb import EPLBRouter
 from moekv.routing.hierarchical import HierarchicalRouter
 from moekv.routing.pikv import PiKVMoERouter
+from moekv.routing.topk_balanced import TopKBalancedRouter
 
 ROUTERS: dict[str, type[BaseMoERouter]] = {
     "base": BaseMoERouter,

@@ -1,5 +1,6 @@
 """Blocks that cannot begin, and forwards in a block that nothing would be made of."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -75,3 +76,17 @@ def test_prefill_outside_of_the_block() -> None:
     assert_untouched(model, press, cache)
     with press(model):
         pass  # nothing fed, nothing to complain about
+
+
+@pytest.mark.parametrize("length", [LENGTH, 3])  # 3: nothing has to leave
+def test_prefill_outside_of_the_block_beside_one_inside(length: int) -> None:
+    model, press = tiny_model(), MoERouterPress()
+    outside = prefill(model, tokens(1, LENGTH))
+    with press(model), torch.no_grad():
+        inside = prefill(model, tokens(1, length))
+        with pytest.raises(RuntimeError, match="holds 40, fed outside"):
+            model(tokens(1, 1), past_key_values=outside)
+        for cache in (inside, copy.deepcopy(inside)):
+            model(tokens(1, 1), past_key_values=cache)
+            assert cache.get_seq_length() == length + 1
+    assert outside.get_seq_length() == LENGTH

@@ -4,11 +4,12 @@ import pytest
 import torch
 from router_cases import HIDDEN, hidden_states, trained
 
-from moekv.routing.balance import TopKBalancedRouter
+from moekv.routing.adaptive import AdaptiveRouter
 from moekv.routing.base import BaseMoERouter, probabilities
 from moekv.routing.eplb import EPLBRouter
 from moekv.routing.hierarchical import HierarchicalRouter
 from moekv.routing.registry import ROUTERS, make_router
+from moekv.routing.topk_balanced import TopKBalancedRouter
 
 ALL = sorted(ROUTERS)
 
@@ -24,9 +25,16 @@ def left_padded(rows):
     return batch, mask
 
 
+LINEAR = (BaseMoERouter._rate, AdaptiveRouter._rate)  # what routers of the package rate by
+
+
 def gate_probs(router, hidden):
+    """The softmax of a linear gate, or of what stands for one in a router that rates otherwise."""
     logits = hidden.double() @ router.gate.weight.double().T + router.gate.bias.double()
-    return ((logits + router.prior.double()) / router.temperature).softmax(-1)
+    logits = logits + router.prior.double()
+    if type(router)._rate not in LINEAR:
+        logits = router.rate(hidden)[0].double()
+    return (logits / router.temperature).softmax(-1)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -3,7 +3,7 @@
 import torch
 from router_cases import HIDDEN, hidden_states
 
-from moekv.routing.balance import TopKBalancedRouter
+from moekv.routing.topk_balanced import TopKBalancedRouter
 
 
 def test_variance_gradient_is_exact():

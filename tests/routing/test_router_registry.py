@@ -5,12 +5,12 @@ import math
 import pytest
 from router_cases import HIDDEN
 
-from moekv.routing.balance import TopKBalancedRouter
 from moekv.routing.base import BaseMoERouter
 from moekv.routing.eplb import EPLBRouter
 from moekv.routing.hierarchical import HierarchicalRouter
 from moekv.routing.pikv import PiKVMoERouter
 from moekv.routing.registry import ROUTERS, make_router
+from moekv.routing.topk_balanced import TopKBalancedRouter
 
 
 def test_registry_builds_every_router():

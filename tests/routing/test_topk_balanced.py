@@ -6,8 +6,8 @@ import pytest
 import torch
 from router_cases import HIDDEN, hidden_states
 
-from moekv.routing.balance import TopKBalancedRouter
 from moekv.routing.base import BaseMoERouter
+from moekv.routing.topk_balanced import TopKBalancedRouter
 
 
 @pytest.mark.parametrize(
