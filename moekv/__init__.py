@@ -10,6 +10,7 @@ side by side):
 ``experts``      what a pair is worth
 ``routing``      which expert a token trusts
 ``budget``       how many pairs stay, and which
+``report``       what stayed, as a page
 ``models``       what is taken for granted of transformers, and checked
 ``ops``          what the kernels compute
 

@@ -25,7 +25,7 @@ SLOW_FOLDERS = ("benchmarks", "calibration", "cli", "examples", "integrations", 
 SLOW_FILES = (
     *("test_backends", "test_compile", "test_compiled", "test_expected_attention", "test_static"),
     *("test_calibrated_growth", "test_chunks", "test_growth", "test_lives"),
-    *("test_loading", "test_models", "test_streaming"),
+    *("test_loading", "test_models", "test_page", "test_streaming"),
 )
 
 

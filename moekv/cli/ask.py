@@ -29,6 +29,7 @@ def run(
     ratio: float,
     save: Path | None,
     load: Path | None,
+    html: Path | None,
     compare: bool,
     chunk_size: int | None,
     model: str | None,
@@ -46,12 +47,15 @@ def run(
     """
     if bool(files) == (load is not None):
         raise CommandError("expected files to read, or --load with a saved context")
-    if load is not None and (compare or save or chunk_size):
-        raise CommandError("expected --compare, --save and --chunk-size with files to read")
-    if STANDARD_INPUT in files and not questions and save is None:
+    if load is not None and (compare or save or chunk_size or html):
+        raise CommandError("expected --compare, --save, --html and --chunk-size with files to read")
+    if html is not None and chunk_size is not None:
+        raise CommandError("expected --html or --chunk-size: a page shows one reading of the whole")
+    if STANDARD_INPUT in files and not questions and save is None and html is None:
         raise CommandError("expected a --question where the document is standard input")
-    if save is not None:
-        check_output(save)
+    for output in (save, html):
+        if output is not None:
+            check_output(output)
     if load is not None and not load.is_file():
         raise CommandError(f"expected a saved context, there is no file {load}")
     try:
@@ -71,7 +75,10 @@ def run(
             contexts = [load_context(load, *loaded)]
             console.print(f"{load}: {_describe(contexts[0])}")
         else:
-            contexts = [_compress(console, loaded, document, one, chunk_size) for one in presses]
+            contexts = [
+                _compress(console, loaded, document, press, chunk_size, record=record)
+                for press, record in zip(presses, (html is not None, False), strict=False)
+            ]
     except (OSError, TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
     if save is not None:
@@ -80,7 +87,14 @@ def run(
         except OSError as error:
             raise CommandError(str(error)) from error
         console.print(f"saved: {save}, {size(save.stat().st_size)}")
-    for question in questions or ([] if save is not None else _asked(console)):
+    if html is not None:
+        try:
+            contexts[0].report(html)
+        except OSError as error:
+            raise CommandError(str(error)) from error
+        console.print(f"what stayed: {html}")
+    written = save is not None or html is not None
+    for question in questions or ([] if written else _asked(console)):
         _answer(console, contexts, question, max_new_tokens, titled=bool(questions))
 
 
@@ -99,6 +113,8 @@ def _compress(
     document: str,
     press: MoERouterPress,
     chunk_size: int | None,
+    *,
+    record: bool,
 ) -> CompressedContext:
     begin = time.perf_counter()
     with make_progress(console) as progress:
@@ -107,7 +123,14 @@ def _compress(
         def advance(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
 
-        context = compress(*loaded, document, press=press, chunk_size=chunk_size, progress=advance)
+        context = compress(
+            *loaded,
+            document,
+            press=press,
+            chunk_size=chunk_size,
+            record=record,
+            progress=advance,
+        )
     seconds = time.perf_counter() - begin
     console.print(f"{_describe(context)}, read in {seconds:.1f} s")
     return context

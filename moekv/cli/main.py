@@ -206,6 +206,10 @@ def ask(
         Path | None,
         typer.Option(metavar="FILE", help="Take a context that --save wrote, and read no file."),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a page that shows which tokens stayed, and why."),
+    ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Show the full cache's answers as well.")
     ] = False,
@@ -226,7 +230,7 @@ def ask(
     \b
     Examples:
       moekv ask report.pdf -q "Who signed it?" -q "What did it cost?"
-      moekv ask notes/*.md --save notes.safetensors
+      moekv ask notes/*.md --save notes.safetensors --html notes.html
       moekv ask --load notes.safetensors -q "What is left to do?"
     """
     from moekv.cli.ask import run
@@ -237,6 +241,7 @@ def ask(
         ratio=ratio,
         save=save,
         load=load,
+        html=html,
         compare=compare,
         chunk_size=chunk_size,
         model=model,

@@ -19,6 +19,8 @@ from moekv.models.chat import user_turn
 from moekv.models.hooks import cache_argument, find_layers
 from moekv.press.chunks import prefill_in_chunks
 from moekv.press.press import MoERouterPress
+from moekv.report.page import write_page
+from moekv.report.recording import Recording
 
 MAX_NEW_TOKENS = 128
 """Tokens of an answer at most, unless said."""
@@ -38,6 +40,8 @@ class CompressedContext:
         The tokens of the document, and of what comes before it in a chat.
     stats : dict, optional
         What the press measured, see ``MoERouterPress.get_stats``.
+    recording : Recording, optional
+        Which pairs stayed, for :meth:`report`.
 
     Raises
     ------
@@ -52,6 +56,7 @@ class CompressedContext:
         cache: Cache,
         input_ids: Tensor,
         stats: dict[str, Any] | None = None,
+        recording: Recording | None = None,
     ) -> None:
         if input_ids.dim() != 2 or input_ids.shape[0] != 1:
             raise ValueError(f"expected input_ids [1, T], got {list(input_ids.shape)}")
@@ -65,6 +70,7 @@ class CompressedContext:
         self.cache = cache
         self.input_ids = input_ids
         self.stats = stats or {}
+        self.recording = recording
 
     def __len__(self) -> int:
         """Tokens that were read."""
@@ -149,6 +155,23 @@ class CompressedContext:
         """
         save_cache(self.cache, path, self.model, input_ids=self.input_ids)
 
+    def report(self, path: str | os.PathLike[str]) -> None:
+        """Write a page that shows which tokens stayed, see ``MoERouterPress.report``.
+
+        Raises
+        ------
+        RuntimeError
+            Nothing was recorded: the context was made without ``record=True``, or loaded.
+        ValueError, OSError
+            The file cannot be written.
+        """
+        if self.recording is None:
+            raise RuntimeError(
+                "expected a context with a record, got one without: "
+                "moekv.compress(..., record=True) makes one; a saved context has none"
+            )
+        write_page(path, self.recording, self.tokenizer, self.input_ids)
+
 
 def compress(
     model: PreTrainedModel,
@@ -157,6 +180,7 @@ def compress(
     *,
     press: MoERouterPress | None = None,
     chunk_size: int | None = None,
+    record: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> CompressedContext:
     """Let a model read a document once, and compress its cache.
@@ -174,6 +198,8 @@ def compress(
     chunk_size : int, optional
         Read so many tokens at a time and compress after each, for documents whose full cache does
         not fit; by default all at once.
+    record : bool
+        Note which pairs stay, for :meth:`CompressedContext.report`; not with `chunk_size`.
     progress : callable, optional
         Called with the number of layers that are done, and of all that there are to do.
 
@@ -186,7 +212,7 @@ def compress(
     TypeError
         `document` is no str, or what is to be a press is none.
     ValueError
-        The document is empty; or as in a block of the press.
+        The document is empty; or is to be recorded in chunks; or as in a block of the press.
 
     Examples
     --------
@@ -205,6 +231,11 @@ def compress(
         press = MoERouterPress()
     if not isinstance(press, MoERouterPress):
         raise TypeError(f"expected a MoERouterPress, got {press!r:.99}")
+    if record and chunk_size is not None:
+        raise ValueError(
+            f"expected record or chunk_size, got record={record!r} and {chunk_size}: a record is "
+            "of a prefill in one forward"
+        )
     before, _ = turn(tokenizer)
     ids = encode(tokenizer, before + document.strip())
     given = ids.to(model.device)
@@ -218,10 +249,11 @@ def compress(
             cache = done.past_key_values
         else:
             cache = DynamicCache(config=model.config)
-            stack.enter_context(press(model))
+            stack.enter_context(press(model, record=record))
             with torch.no_grad():
                 model(given, **cache_argument(model, cache), logits_to_keep=1)
-    return CompressedContext(model, tokenizer, cache, ids, press.get_stats())
+    recording = press.recording() if record else None
+    return CompressedContext(model, tokenizer, cache, ids, press.get_stats(), recording)
 
 
 def load_context(

@@ -37,7 +37,7 @@ def choose(ratings: Sequence[Rating], plan: Plan) -> list[Kept | None]:
     totals = plan.keep(first.lengths, num_keys)
     if first.start is None and totals[0] == num_keys:
         return [None] * len(ratings)
-    sinks, recent = _protected(first, plan)
+    sinks, recent = protected_in(first, plan)
     chosen = select(
         order([r.votes for r in ratings], plan.budget, [r.real for r in ratings]),
         first.start,
@@ -54,7 +54,8 @@ def choose(ratings: Sequence[Rating], plan: Plan) -> list[Kept | None]:
     return list(chosen)
 
 
-def _protected(rating: Rating, plan: Plan) -> tuple[int, int]:
+def protected_in(rating: Rating, plan: Plan) -> tuple[int, int]:
+    """Count the first and last positions that stay in any case."""
     sinks, recent = protected(rating, plan.options)
     return sinks, max(recent, plan.recent) if rating.ends else recent
 

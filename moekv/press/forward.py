@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from moekv.models.watching import Asked
 from moekv.press.options import Options
 from moekv.press.rating import Rater
 from moekv.press.stats import Statistics
+from moekv.report.recording import Recording
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Plan:
         Length of a prompt in chunks, padding included.
     recent : int
         Last positions that stay in any case.
+    note : callable or None
+        Takes the record of a prefill, where one is asked for.
     """
 
     options: Options
@@ -46,6 +49,7 @@ class Plan:
     budget: str
     context_length: int | None
     recent: int
+    note: Callable[[Recording], None] | None = None
 
     @property
     def goes_on(self) -> bool:

@@ -26,6 +26,7 @@ from moekv.press.prefill import Prefill
 from moekv.press.rating import Rater
 from moekv.press.stats import Statistics
 from moekv.press.streaming import Streaming
+from moekv.report.recording import Recording
 
 logger = logging.getLogger("moekv")
 _MARK = "_moekv_block"  # attribute of caches
@@ -58,6 +59,8 @@ class Planner:
         Gives those that a forward adds to.
     context_length : int, optional
         Length of a prompt in chunks, padding included.
+    note : callable, optional
+        Takes the record of every prefill.
 
     Raises
     ------
@@ -74,6 +77,7 @@ class Planner:
         rater: Callable[[Options], Rater],
         statistics: Callable[[], Statistics],
         context_length: int | None,
+        note: Callable[[Recording], None] | None = None,
     ) -> None:
         if context_length is not None:
             check_count("context_length", context_length, 1)
@@ -82,6 +86,7 @@ class Planner:
         self._rotary = rotary
         self._options, self._rater, self._statistics = options, rater, statistics
         self._context_length = context_length
+        self._note = note
         self._possible: Options | None = None
         self._named: set[str] = set()
         self._check(options())
@@ -200,6 +205,7 @@ class Planner:
             budget,
             self._context_length,
             recent,
+            self._note,
         )
 
     def _automatic(self, options: Options, rater: Rater, cache: Any) -> str:

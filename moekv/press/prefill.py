@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ import transformers
 from torch import Tensor
 from transformers import Cache
 
+from moekv.budget import Kept
 from moekv.cache.caches import cached_pairs, check_cache, is_static
 from moekv.experts.builder import ViewBuilder
 from moekv.models.habits import check_attention, habits_of
@@ -18,6 +20,7 @@ from moekv.press.commit import apply, choose, record, whole_or_empty
 from moekv.press.forward import Call, Plan, Strategy
 from moekv.press.growth import adopt, last_states, read_of
 from moekv.press.rating import Look, Rating
+from moekv.press.recording import recording_of
 
 TOGETHER = 8
 """Layers of a prefill that are rated at once: a layer's own share is many small operations."""
@@ -149,8 +152,20 @@ class Prefill(Strategy):
             for r, chosen in zip(rated, kept, strict=True):
                 num_bytes.append(apply(r.cache, r.index, chosen, plan, run))
                 adopt(r.cache, r.index, plan, r.done, chosen, r.recent, r.read)
+        self._record(rated, kept, num_bytes)
+
+    def _record(
+        self,
+        rated: Sequence[Rated],
+        kept: Sequence[Kept | None],
+        num_bytes: Sequence[tuple[int, int]],
+    ) -> None:
+        """Record what stays of the rated layers, and their bytes before and after."""
+        plan, ratings = self.plan, [r.done for r in rated]
         record(ratings, kept, num_bytes, plan.rater, plan.statistics)
         plan.statistics.follow(rated[0].cache, plan.most)
+        if plan.note is not None:
+            plan.note(recording_of(ratings, kept, num_bytes, plan))
 
     def _run(self, rating: Rating) -> int | None:
         num_keys = rating.votes.shape[2]

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moekv.calibration.router import CalibratedRouter, is_folder, load_router
 from moekv.experts.base import Expert
 from moekv.models.hooks import find_layers
 from moekv.models.weights import language_model
-from moekv.press.options import DecodingConfig, Options
+from moekv.press.options import DecodingConfig, Options, check_flag
 from moekv.press.rating import Rater, name_router
 from moekv.press.session import Session
 from moekv.press.stats import Statistics
+from moekv.report.recording import Recording
 from moekv.routing.base import BaseMoERouter
 
 logger = logging.getLogger("moekv")
@@ -163,6 +166,7 @@ class MoERouterPress:
         self._rater: Rater | None = None
         self._model: Callable[[], PreTrainedModel | None] = _nobody  # a weak reference
         self._statistics = Statistics()
+        self._recording: Recording | None = None
         self._session: Session | None = None
         self._opening = False
         self._options()
@@ -184,8 +188,8 @@ class MoERouterPress:
         return f"{type(self).__name__}({', '.join(f'{n}={given[n]!r}' for n in own)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Take options and copies of statistics and routers along; not the block, nor the model."""
-        left = {"_lock", "_session", "_opening"}
+        """Take options, and copies of statistics and routers along; no block, model or record."""
+        left = {"_lock", "_session", "_opening", "_recording"}
         state = {name: value for name, value in self.__dict__.items() if name not in left}
         state["_statistics"] = copy.copy(self._statistics)
         state["_rater"] = copy.copy(self._rater)
@@ -196,7 +200,7 @@ class MoERouterPress:
         """Take what was saved."""
         self.__dict__ |= state
         self._lock = threading.Lock()
-        self._session, self._opening = None, False
+        self._session, self._opening, self._recording = None, False, None
 
     # --- Options and what is made of them ---------------------------------------------------------
 
@@ -259,7 +263,11 @@ class MoERouterPress:
 
     @contextmanager
     def __call__(
-        self, model: PreTrainedModel, *, context_length: int | None = None
+        self,
+        model: PreTrainedModel,
+        *,
+        context_length: int | None = None,
+        record: bool = False,
     ) -> Iterator[None]:
         """Compress the prefills that run in the block.
 
@@ -272,23 +280,34 @@ class MoERouterPress:
             ``moekv.prefill_in_chunks`` does). Pairs leave after each, as many as it takes to hold
             no more than what stays of the whole prompt: the peak is that and a chunk. Layers become
             ragged, whatever the budget. None: a prefill is one forward.
+        record : bool
+            Note which pairs of a prefill stay, and which expert spoke for each, for :meth:`report`:
+            two bytes a pair, until the next block begins.
 
         Raises
         ------
         TypeError
             The model has no decoder layers with attention, or its cache cannot be served.
         ValueError
-            All its layers have sliding windows; or eager attention cannot serve what would result.
+            All its layers have sliding windows; or eager attention cannot serve what would result;
+            or a prompt in chunks is to be recorded.
         RuntimeError
             A press is at work on the model, or this one on another; or, from a forward in the
             block: it cannot be compressed, or nothing was, although something was to be.
         """
         model = language_model(model)
+        check_flag("record", record)
+        if record and context_length is not None:
+            raise ValueError(
+                "expected record or context_length, got both: a record is of a prefill in one "
+                "forward, of which pairs leave once"
+            )
         with self._lock:
             if self._session is not None or self._opening:
                 raise RuntimeError("expected a press in one block at a time, got a second one")
             self._opening = True
         try:
+            self._recording = None
             self._prepare(model)
             self._session = Session(
                 model,
@@ -296,6 +315,7 @@ class MoERouterPress:
                 rater=self._rater_for,
                 statistics=lambda: self._statistics,
                 context_length=context_length,
+                note=self._note if record else None,
             )
         finally:
             self._opening = False
@@ -305,6 +325,9 @@ class MoERouterPress:
             self._warn_of_idle()
         finally:
             self._session = None
+
+    def _note(self, recording: Recording) -> None:
+        self._recording = replace(recording, press=repr(self))
 
     def _warn_of_idle(self) -> None:
         rater = self._rater
@@ -385,6 +408,65 @@ class MoERouterPress:
         from moekv.press.summary import print_summary
 
         print_summary(repr(self), self.get_stats())
+
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        tokenizer: PreTrainedTokenizerBase,
+        input_ids: Tensor | Sequence[int],
+        *,
+        row: int = 0,
+    ) -> None:
+        """Write a page that shows what stayed of the last prefill, in a block with ``record=True``.
+
+        One HTML file, which asks no network: bytes, kept pairs by layer and head, the experts'
+        weights, and the text, each token shaded by how many heads kept it.
+
+        Parameters
+        ----------
+        path : path
+            The file to write or replace. It holds the text.
+        tokenizer : PreTrainedTokenizerBase
+        input_ids : Tensor [B, T] or [T], int64, or sequence of T ints
+            What was prefilled.
+        row : int
+            Of the batch.
+
+        Raises
+        ------
+        RuntimeError
+            Nothing has been recorded.
+        TypeError, ValueError
+            Tokenizer or tokens are none, the tokens are not as many as were prefilled, or there is
+            no such row.
+        OSError
+            The file cannot be written.
+
+        Examples
+        --------
+        >>> with press(model, record=True):  # doctest: +SKIP
+        ...     out = model.generate(input_ids, max_new_tokens=100)
+        >>> press.report("report.html", tokenizer, input_ids)  # doctest: +SKIP
+        """
+        # Here, for who wants no page does without what writes it.
+        from moekv.report.page import write_page
+
+        write_page(path, self.recording(), tokenizer, input_ids, row=row)
+
+    def recording(self) -> Recording:
+        """Return the record of the last prefill.
+
+        Raises
+        ------
+        RuntimeError
+            There is none: see ``record`` of a block.
+        """
+        if self._recording is None:
+            raise RuntimeError(
+                "expected a recorded prefill, got none: run one in a block of this press's own, "
+                "`with press(model, record=True):`, and report before the next block begins"
+            )
+        return self._recording
 
     def reset_stats(self) -> None:
         """Forget everything measured: statistics, routers' histories, and the model they are of."""

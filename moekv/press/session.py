@@ -36,6 +36,7 @@ from moekv.press.options import Options
 from moekv.press.planning import Planner
 from moekv.press.rating import Rater
 from moekv.press.stats import Statistics
+from moekv.report.recording import Recording
 
 
 def _between_graphs(function: Callable[..., None]) -> Callable[..., None]:
@@ -62,6 +63,8 @@ class Session:
         Gives those that a forward adds to.
     context_length : int, optional
         Length of a prompt in chunks, padding included.
+    note : callable, optional
+        Takes the record of every prefill.
 
     Raises
     ------
@@ -77,6 +80,7 @@ class Session:
         rater: Callable[[Options], Rater],
         statistics: Callable[[], Statistics],
         context_length: int | None = None,
+        note: Callable[[Recording], None] | None = None,
     ) -> None:
         check_transformers()
         install()  # what layers do is seen by it
@@ -103,6 +107,7 @@ class Session:
             rater=rater,
             statistics=statistics,
             context_length=context_length,
+            note=note,
         )
         self._depth = option(self.decoder.config, "num_hidden_layers")
         self._local = threading.local()

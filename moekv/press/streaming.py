@@ -21,7 +21,6 @@ from moekv.cache.caches import cached_pairs, compressed, empty_cache, held_bytes
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.ragged import RaggedLayer
 from moekv.experts.builder import ViewBuilder
-from moekv.press.commit import record
 from moekv.press.forward import Plan
 from moekv.press.growth import adopt
 from moekv.press.prefill import Prefill, Rated
@@ -269,14 +268,11 @@ class Streaming(Prefill):
             if isinstance(trimmed.layer, CompressedLayer):
                 trimmed.layer.hold_run(run)
             adopt(r.cache, r.index, self.plan, r.done, trimmed.kept, r.recent, r.read)
-        record(
-            [r.done for r in rated],
+        self._record(
+            rated,
             [trimmed.kept for trimmed in stream.layers],
             [(trimmed.before, trimmed.after) for trimmed in stream.layers],
-            self.plan.rater,
-            self.plan.statistics,
         )
-        self.plan.statistics.follow(rated[0].cache, self.plan.most)
 
     def abort(self) -> None:
         """Empty the cache of a prefill that has not come to its end."""

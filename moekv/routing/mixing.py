@@ -12,7 +12,7 @@ share acts, and one that is wrong costs its share and no more.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -100,14 +100,61 @@ def order(
 def _order(votes: Sequence[Votes], real: Sequence[Tensor | None], num_heads: int) -> list[Tensor]:
     """Bring the pairs of layers that share a budget into one order."""
     best = [torch.full_like(x.scores[0], torch.inf) for x in votes]
+    for ranks in _ranks(votes, real, num_heads):
+        for lowest, ranked in zip(best, ranks, strict=True):
+            torch.minimum(lowest, ranked, out=lowest)
+    return [x.neg_() for x in best]
+
+
+def speakers(votes: Sequence[Votes], budget: str, real: Sequence[Tensor | None]) -> list[Tensor]:
+    """Say which voter gave each pair its place in the order, the first of those that agree.
+
+    Parameters
+    ----------
+    votes, budget, real
+        As in :func:`order`.
+
+    Returns
+    -------
+    list of L Tensor [B, H, T], uint8
+        Numbers of voters; 0 where none has a say.
+    """
+    if budget == "model":
+        return _speakers(votes, real, sum(each.shape[1] for each in votes))
+    return [
+        numbers
+        for each, mask in zip(votes, real, strict=True)
+        for numbers in _speakers([each], [mask], 1 if budget == "uniform" else each.shape[1])
+    ]
+
+
+def _speakers(
+    votes: Sequence[Votes], real: Sequence[Tensor | None], num_heads: int
+) -> list[Tensor]:
+    """Say which voter gave each pair of layers that share a budget its place."""
+    best = [torch.full_like(x.scores[0], torch.inf) for x in votes]
+    voters = [torch.zeros_like(x, dtype=torch.uint8) for x in best]
+    if len(votes[0].comparable) == 1:
+        return voters
+    for number, ranks in enumerate(_ranks(votes, real, num_heads)):
+        for lowest, voter, ranked in zip(best, voters, ranks, strict=True):
+            voter.masked_fill_(ranked < lowest, number)
+            torch.minimum(lowest, ranked, out=lowest)
+    return voters
+
+
+def _ranks(
+    votes: Sequence[Votes], real: Sequence[Tensor | None], num_heads: int
+) -> Iterator[Iterator[Tensor]]:
+    """Give each voter's ranks of the pairs of each layer, divided by its share; inf: no say."""
     for voter, comparable in enumerate(votes[0].comparable):
         scores = [_telling(x.scores[voter], on) for x, on in zip(votes, real, strict=True)]
         together = comparable and num_heads > 1
         ranks = _rank_together(scores) if together else [num_heads * rank(x) for x in scores]
-        for lowest, x, ranked, said in zip(best, votes, ranks, scores, strict=True):
-            ranked = ranked / x.shares[voter, :, None, None]
-            torch.minimum(lowest, ranked.where(said > -torch.inf, torch.inf), out=lowest)
-    return [x.neg_() for x in best]
+        yield (
+            (ranked / x.shares[voter, :, None, None]).where(said > -torch.inf, torch.inf)
+            for x, ranked, said in zip(votes, ranks, scores, strict=True)
+        )
 
 
 def _telling(scores: Tensor, real: Tensor | None) -> Tensor:

@@ -117,3 +117,22 @@ def test_standard_input_is_a_document(
     monkeypatch.setattr("sys.stdin", io.StringIO(" "))
     assert ask(folder, "-", "-q", QUESTIONS[0]) == 2
     assert "expected text at standard input" in capsys.readouterr().err
+
+
+def test_a_page_shows_what_stayed(
+    folder: Path, story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "report.html"
+    assert ask(folder, str(story), "--html", str(page), "-q", QUESTIONS[0], "--compare") == 0
+    out = printed(capsys)
+    assert "what stayed:" in out
+    expected, _ = answers(folder, STORY, 0.75)
+    assert expected in out
+    assert "compression_ratio=0.75" in page.read_text()
+    page.unlink()
+    for wrong in (["--chunk-size", "9"], ["--load", str(story)]):
+        files = [] if "--load" in wrong else [str(story)]
+        assert ask(folder, *files, "--html", str(page), *wrong) == 2
+        assert "expected" in capsys.readouterr().err and not page.exists()
+    assert ask(folder, str(story), "--html", str(tmp_path)) == 2
+    assert "got the folder" in capsys.readouterr().err

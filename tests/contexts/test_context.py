@@ -94,3 +94,18 @@ def test_progress_counts_layers(model: PreTrainedModel, tokenizer: PreTrainedTok
     seen.clear()
     moekv.compress(model, tokenizer, DOCUMENT, chunk_size=100, progress=note)
     assert seen == [(done, 6) for done in range(1, 7)]
+
+
+def test_a_context_shows_what_stayed(
+    tmp_path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    press = MoERouterPress(compression_ratio=0.75)
+    context = moekv.compress(model, tokenizer, DOCUMENT, press=press, record=True)
+    with press(model):
+        model(context.input_ids[:, :20])  # what the press does later is no part of it
+    context.report(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "compression_ratio=0.75" in page and f'"tokens":{len(context)},' in page
+    assert context.recording is not None
+    kept = sum(int(layer.kept.sum()) for layer in context.recording.layers)
+    assert kept == 2 * 2 * (len(context) // 4)

@@ -53,7 +53,8 @@ def test_the_wheel_is_for_any_python_and_holds_the_library(built: Path) -> None:
     with zipfile.ZipFile(path) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
         (tags,) = (wheel.read(n).decode() for n in wheel.namelist() if n.endswith("/WHEEL"))
-    expected = _files("moekv", "*.py") | _files("moekv/data") | {"moekv/py.typed"}
+    expected = _files("moekv", "*.py") | _files("moekv", "*.html") | _files("moekv/data")
+    expected.add("moekv/py.typed")
     assert names == expected | {"moekv/lib/libmoekv_cpu.so"}
     assert "Root-Is-Purelib: false" in tags
 
