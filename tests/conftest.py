@@ -1,5 +1,6 @@
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import hypothesis
 import pytest
@@ -18,10 +19,23 @@ hypothesis.settings.register_profile("moekv", deadline=None, derandomize=True, m
 hypothesis.settings.load_profile("moekv")
 
 
-# They are about kvpress.
-collect_ignore = [] if HAS_KVPRESS else ["integrations", "benchmarks/test_quality.py"]
+# They are about packages that need not be there.
+collect_ignore_glob = []
+if not HAS_KVPRESS:
+    collect_ignore_glob += ["integrations/test_*.py", "benchmarks/test_quality.py"]
+if find_spec("vllm") is None:
+    collect_ignore_glob += ["integrations/vllm/*"]
 
-SLOW_FOLDERS = ("benchmarks", "calibration", "cli", "examples", "integrations", "simt", "tools")
+SLOW_FOLDERS = (
+    "benchmarks",
+    "calibration",
+    "cli",
+    "examples",
+    "integrations",
+    "simt",
+    "tools",
+    "vllm",
+)
 SLOW_FILES = (
     *("test_backends", "test_compile", "test_compiled", "test_expected_attention", "test_static"),
     *("test_calibrated_growth", "test_chunks", "test_growth", "test_lives"),

@@ -1,4 +1,4 @@
-"""The command line: ``moekv info``, ``demo``, ``ask``, ``bench``, ``calibrate``.
+"""The command line: ``moekv info``, ``demo``, ``ask``, ``serve``, ``bench``, ``calibrate``.
 
 Here stand the commands' options and help. What they do is a module each, imported when it is
 called for: ``moekv --help`` waits for neither torch nor transformers.
@@ -250,6 +250,31 @@ def ask(
         device=device,
         dtype=dtype.value,
     )
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or local folder.")],
+    compression_ratio: Annotated[
+        float,
+        typer.Option(min=0, metavar="R", help="Share of each prompt's pairs to remove, in [0, 1)."),
+    ] = 0.5,
+    budget: Annotated[
+        str, typer.Option(metavar="KIND", help="What the budget is set over: uniform or model.")
+    ] = "model",
+) -> None:
+    """Serve a model with compressed prompts: vLLM's own OpenAI-compatible server.
+
+    All further options are vLLM's; `vllm serve --help` lists them.
+
+    \b
+    Example:
+      moekv serve HuggingFaceTB/SmolLM2-135M-Instruct --compression-ratio 0.75 --block-size 32
+    """
+    from moekv.cli.serve import run
+
+    run(model=model, ratio=compression_ratio, budget=budget, arguments=context.args)
 
 
 @app.command(

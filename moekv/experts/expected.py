@@ -7,6 +7,14 @@ from moekv.experts.base import Expert
 from moekv.experts.view import LayerView
 
 
+def weigh(expected: Tensor, values: Tensor) -> Tensor:
+    """Add the size of what pairs give, as half its log, to the attention [B, H, T] they expect."""
+    # Squares are summed up in fp32. The norm itself in fp32 would take three times as long, and
+    # rounding it to bf16 moves its log by 1/256 at most.
+    size: Tensor = torch.linalg.vector_norm(values, dim=-1).float()
+    return expected.add(size.clamp_(1e-6, 1e30).log_(), alpha=0.5)
+
+
 class ExpectedExpert(Expert):
     """Rates by the attention that a pair can expect, and by the size of what it then gives.
 
@@ -21,7 +29,4 @@ class ExpectedExpert(Expert):
 
     def scores(self, view: LayerView) -> Tensor:
         """Rate by attention and value, see the class."""
-        # Squares are summed up in fp32. The norm itself in fp32 would take three times as long, and
-        # rounding it to bf16 moves its log by 1/256 at most.
-        size: Tensor = torch.linalg.vector_norm(view.values, dim=-1).float()
-        return view.expected().add(size.clamp_(1e-6, 1e30).log_(), alpha=0.5)
+        return weigh(view.expected(), view.values)

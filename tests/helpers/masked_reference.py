@@ -34,6 +34,11 @@ def _attend(
     return (weights @ value).transpose(1, 2), None
 
 
+def show(layer: int, seen: Tensor) -> None:
+    """Say which pairs [B, H, T] a layer of the reference sees from now on."""
+    _visible[layer] = seen
+
+
 # Masks are made only for attention functions that transformers knows.
 ALL_ATTENTION_FUNCTIONS.register("masked_reference", _attend)
 

@@ -1,0 +1,103 @@
+"""What is asked for, and which blocks of a prompt stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+from moekv.budget import check_ratio, kept_pairs
+
+KEY = "moekv"
+"""Of ``additional_config``."""
+
+BUDGETS = ("model", "uniform")
+
+
+class Gap(NamedTuple):
+    """Blocks [kept, full) of a request, which are given back."""
+
+    kept: int
+    full: int
+
+
+@dataclass(frozen=True)
+class ServingOptions:
+    """Options of ``additional_config={"moekv": {...}}``.
+
+    Parameters
+    ----------
+    compression_ratio : float
+        Share of a prompt's pairs to remove, in [0, 1). What stays is rounded up to whole blocks.
+    budget : str
+        ``"model"``: blocks move between the heads of all layers. ``"uniform"``: each head keeps as
+        many.
+    sinks, recent : int
+        First and last positions of a prompt that every head keeps.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An option is out of range, or no number.
+    """
+
+    compression_ratio: float = 0.5
+    budget: str = "model"
+    sinks: int = 4
+    recent: int = 16
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_ratio(self.compression_ratio)
+        if self.budget not in BUDGETS:
+            raise ValueError(f"expected budget among {', '.join(BUDGETS)}, got {self.budget!r}")
+        for name in ("sinks", "recent"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 16:
+                raise ValueError(f"expected {name} an integer from 0 to 16, got {value!r}")
+
+    @classmethod
+    def read(cls, additional_config: object) -> ServingOptions | None:
+        """Read vLLM's ``additional_config``; None: moekv was not asked for.
+
+        Raises
+        ------
+        ValueError, TypeError
+            What stands there is no mapping, or names an option that there is not.
+        """
+        if not isinstance(additional_config, Mapping) or KEY not in additional_config:
+            return None
+        given = additional_config[KEY]
+        if not isinstance(given, Mapping):
+            raise TypeError(
+                f'expected additional_config["{KEY}"] a mapping of options, got {given!r}'
+            )
+        names = [field.name for field in fields(cls)]
+        if unknown := [name for name in given if name not in names]:
+            raise ValueError(
+                f"expected moekv options among {', '.join(names)}, got {', '.join(unknown)}"
+            )
+        values: dict[str, Any] = dict(given)
+        return cls(**values)
+
+    def gap(self, prompt: int, block_size: int) -> Gap | None:
+        """Say which blocks of a prompt leave once all of it has been computed.
+
+        A function of the prompt's length alone: scheduler and workers agree without a word.
+
+        Parameters
+        ----------
+        prompt : int
+            Tokens.
+        block_size : int
+            Tokens of a block.
+
+        Returns
+        -------
+        Gap or None
+            The block that the prompt fills in part stays as it is. None: nothing leaves.
+        """
+        full, rest = divmod(prompt, block_size)
+        wanted = kept_pairs(prompt, self.compression_ratio) - rest
+        kept = max(1, -(-wanted // block_size))
+        return Gap(kept, full) if kept < full else None

@@ -1,0 +1,67 @@
+"""vLLM's own server with the plug-in on."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from moekv.integrations.vllm.options import KEY, ServingOptions
+from moekv.integrations.vllm.plugin import TESTED, check_version
+
+
+def parse(model: str, options: dict[str, Any], arguments: Sequence[str]) -> tuple[Any, Namespace]:
+    """Read what vLLM's server is to do.
+
+    Parameters
+    ----------
+    model : str
+        Name or folder.
+    options : dict
+        Of ``ServingOptions``.
+    arguments : sequence of str
+        Further ones, of ``vllm serve``.
+
+    Returns
+    -------
+    tuple
+        vLLM's command, and its arguments.
+
+    Raises
+    ------
+    ImportError, RuntimeError
+        There is no vLLM, or another version of it.
+    ValueError, TypeError
+        An option is out of range, or excludes another.
+    SystemExit
+        From vLLM: it does not know an argument, or was asked for help.
+    """
+    ServingOptions(**options)
+    if find_spec("vllm") is None:
+        raise ImportError(f"expected vLLM {TESTED}.* beside moekv, got none: pip install vllm")
+    check_version()
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.platforms import current_platform
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    if not current_platform.is_cpu():
+        raise RuntimeError(f"expected vLLM on CPUs, got {current_platform.device_type}")
+    cli_env_setup()
+    parser = FlexibleArgumentParser(prog="moekv")
+    command = ServeSubcommand()
+    command.subparser_init(parser.add_subparsers(dest="subparser"))
+    args = parser.parse_args(["serve", model, *arguments])
+    if args.enable_prefix_caching:
+        raise ValueError(
+            "expected prefix caching to be off, as pairs move within blocks, got "
+            "--enable-prefix-caching"
+        )
+    args.enable_prefix_caching = False
+    given = args.additional_config or {}
+    if KEY in given:
+        raise ValueError(f"expected moekv's options as options, got {KEY!r} in --additional-config")
+    args.additional_config = {**given, KEY: options}
+    command.validate(args)
+    return command, args
