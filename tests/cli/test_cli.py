@@ -77,7 +77,7 @@ def test_help_and_version_wait_for_nothing() -> None:
     assert done.stdout.splitlines()[-1] == "[0, 0] []"
 
 
-@pytest.mark.parametrize("command", ["info", "demo", "ask", "calibrate"])
+@pytest.mark.parametrize("command", ["info", "demo", "ask", "serve", "calibrate"])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     out = capsys.readouterr().out

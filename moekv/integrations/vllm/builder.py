@@ -77,6 +77,7 @@ class CompressingBuilder(CPUAttentionMetadataBuilder):
                 compressed.append(Compressed(row, rows, end, blocks, gap, kept))
                 continue
             if begin == 0:
+                worker.forget(blocks.tolist())
                 worker.rated[first] = Rated(length)
             end = min(end, length)  # of one that was preempted, some of the answer comes, too
             rows = slice(rows.start, rows.start + end - begin)

@@ -89,8 +89,8 @@ class Worker:
     rated : dict of Rated
         Prompts that are being computed, by the first block of their requests.
     kept : dict of Kept
-        What heads hold that hold different numbers of blocks, by the first block of their requests.
-        That block stays the request's: what has ended is overwritten by who comes next.
+        What heads hold that hold different numbers of blocks, by the first block of their requests,
+        which stays theirs as long as they live.
     """
 
     options: ServingOptions
@@ -122,6 +122,12 @@ class Worker:
         if self.options.budget == "model":
             return [Pages(caches, self.isa)]
         return [Pages([cache], self.isa) for cache in caches]
+
+    def forget(self, blocks: list[int]) -> None:
+        """Let go of requests that have ended, by blocks that another has been given."""
+        for block in blocks:
+            self.rated.pop(block, None)
+            self.kept.pop(block, None)
 
     def rate(self, prompt: Prompt, layer: Any, queries: Tensor) -> None:
         """Rate a layer's pairs, and move those that stay once the prompt has been rated.

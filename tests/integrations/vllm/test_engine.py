@@ -70,7 +70,7 @@ def test_nothing_to_remove_is_plain_vllm(folder: Path) -> None:
 
 @pytest.mark.parametrize("chunk", [1024, 70])
 @pytest.mark.parametrize("budget", ["uniform", "model"])
-@pytest.mark.parametrize("ratio", [0.5, 0.9])
+@pytest.mark.parametrize("ratio", [0.5, 0.75])
 def test_answers_are_those_of_transformers_with_the_same_pairs(
     folder: Path, chosen: list[dict[str, Any]], budget: str, ratio: float, chunk: int
 ) -> None:

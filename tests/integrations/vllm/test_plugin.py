@@ -86,5 +86,5 @@ def test_elsewhere_the_plugin_stays_off_and_says_so(
     monkeypatch.setattr(plugin.logger.parent, "propagate", True)
     monkeypatch.setattr(manager, "register", lambda: pytest.fail("registered"))
     plugin.register()
-    (said,) = [record.getMessage() for record in caplog.records if "moekv" in record.name]
+    (said,) = {record.getMessage() for record in caplog.records if "moekv" in record.name}
     assert expected in said and "stays off" in said
