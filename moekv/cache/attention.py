@@ -64,6 +64,13 @@ def _shown(function: Callable[..., Any]) -> Callable[..., Any]:
         module: nn.Module, query: Tensor, key: Any, value: Any, *args: Any, **kwargs: Any
     ) -> Any:
         report(module, query, key, value, kwargs)
+        mask = args[0] if args else kwargs.get("attention_mask")
+        if isinstance(key, DensePairs) and isinstance(mask, Tensor):
+            mask = held_of(mask, key.layer, key.shape[2])
+            if args:
+                args = (mask, *args[1:])
+            else:
+                kwargs["attention_mask"] = mask
         return function(module, query, key, value, *args, **kwargs)
 
     return attention

@@ -187,8 +187,7 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
         What is held stands for the last positions: whichever these are, all come before the new
         tokens, which see each other's past alone.
         """
-        offset = offset_of(self, self.evicted) if self.evicted else 0
-        return self._keys.shape[2] + num_fed(fed), offset
+        return self._keys.shape[2] + num_fed(fed), offset_of(self, self.evicted)
 
     def _forget(self, count: int) -> None:
         held = self._keys.shape[2] - count

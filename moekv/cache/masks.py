@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -144,23 +145,36 @@ def tail_of(mask: Tensor | None, layer: "CompressedLayer", tail_length: int) -> 
 
 
 def held_of(mask: Tensor, layer: "CompressedLayer", held: int) -> Tensor:
-    """Cut a mask that the caller made himself to what a dense layer holds.
+    """Bring a mask to what a dense layer holds.
+
+    transformers makes one mask for all layers, as wide as the first one needs, whose columns stand
+    for the last positions. Pairs before these are shown: all of a dense context are.
 
     Parameters
     ----------
     mask : Tensor
-        As attention gets it, over all positions or over those that are held.
+        As attention gets it, or over all positions, where the caller made it himself.
     layer : CompressedLayer
         With the tokens that are asking.
     held : int
         Pairs of a head.
     """
-    length = layer.get_seq_length()
-    if held == length or mask in _seen_whole or mask.shape[-1] not in (held, length):
-        return mask  # places are positions; or it was checked; or it does not fit
-    context = layer.context_length - (length - mask.shape[-1])
+    length, width = layer.get_seq_length(), mask.shape[-1]
+    if mask in _seen_whole:
+        return mask if width == held else _widened(mask, held)
+    if held == length or width not in (held, length):
+        return mask  # places are positions; or it does not fit
+    context = layer.context_length - (length - width)
     part = mask[..., :context]
     seen = part == 0 if part.is_floating_point() else part.bool()
     if not bool(seen.all()):
-        _refuse(layer, mask.shape[-1])
-    return mask[..., mask.shape[-1] - held :]
+        _refuse(layer, width)
+    return mask[..., width - held :]
+
+
+def _widened(mask: Tensor, width: int) -> Tensor:
+    """Cut a mask at its left, or show what is before it."""
+    shown = 0.0 if mask.is_floating_point() else 1
+    mask = functional.pad(mask, (width - mask.shape[-1], 0), value=shown)
+    _seen_whole[mask] = True
+    return mask

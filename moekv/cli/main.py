@@ -71,7 +71,9 @@ Router = Annotated[
 ]
 Budget = Annotated[
     str,
-    typer.Option(metavar="KIND", help="What the budget is set over: uniform, head or model."),
+    typer.Option(
+        metavar="KIND", help="What the budget is set over: uniform, layer, head or model."
+    ),
 ]
 Backend = Annotated[str, typer.Option(metavar="NAME", help="What computes: cpu, cuda or torch.")]
 NewTokens = Annotated[

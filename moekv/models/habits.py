@@ -106,6 +106,16 @@ def reads_dense(layer: nn.Module, rotary: nn.Module | None = None) -> bool:
     return implementation_of(layer) == "eager" or is_wide or not habits.hands_over
 
 
+def follows_masks(layer: nn.Module, rotary: nn.Module | None = None) -> bool:
+    """Say whether each layer's attention can be given a mask of its own length.
+
+    It cannot where the model's own file attends, cuts a mask, or reads latents of all heads, and
+    where a mask is no tensor (flex attention).
+    """
+    own = not looks_up(layer) or habits_of(layer, rotary).mixes
+    return not own and implementation_of(layer) != "flex_attention"
+
+
 def check_attention(layer: nn.Module, rotary: nn.Module | None, what: str) -> None:
     """Raise unless the model's attention implementation can serve ragged layers.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from moekv import budget as budgets
 from moekv.budget import Kept, select, without_padding
 from moekv.cache.caches import empty_cache, evict, held_bytes, is_static
 from moekv.cache.layer import CompressedLayer
@@ -38,15 +39,21 @@ def choose(ratings: Sequence[Rating], plan: Plan) -> list[Kept | None]:
     if first.start is None and totals[0] == num_keys:
         return [None] * len(ratings)
     sinks, recent = protected_in(first, plan)
-    chosen = select(
-        order([r.votes for r in ratings], plan.budget, [r.real for r in ratings]),
-        first.start,
-        totals,
-        budget=plan.budget,
-        sinks=sinks,
-        recent=recent,
-        backend=options.backend,
-    )
+
+    def under(budget: str, layers: slice, totals: Sequence[int]) -> list[Kept]:
+        these = ratings[layers]
+        return select(
+            order([r.votes for r in these], budget, [r.real for r in these]),
+            first.start,
+            totals,
+            budget=budget,
+            sinks=sinks,
+            recent=recent,
+            backend=options.backend,
+        )
+
+    lengths = [first.lengths] * len(ratings)
+    chosen = budgets.choose(under, plan.budget, totals, lengths, alike=first.start is None)
     # Rows may be all padding, so far.
     chosen = [without_padding(kept, first.start, first.lengths) for kept in chosen]
     if plan.context_length is not None:

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from moekv import budget as budgets
 from moekv.budget import Grown, Kept, select_grown
 from moekv.cache.caches import growing, recompress
 from moekv.cache.growing import GrowingLayer
@@ -170,7 +171,9 @@ class Growth(Strategy):
                 [n + layer.num_heads * more for n in layer.count_pairs(padding)]
                 for layer, more in zip(layers, coming, strict=True)
             ]
-            return _exceeds(counts, layers[0].num_heads, limit, over_model=plan.budget == "model")
+            return _exceeds(
+                counts, layers[0].num_heads, limit, over_model=plan.budget in budgets.OVER_MODEL
+            )
 
         if in_prompt:
             padding = list(self.view.row_starts(mask, batch))
@@ -191,7 +194,7 @@ class Growth(Strategy):
         for b in rows:
             window = min(plan.options.window, counts[b], seen - padding[b])
             groups.setdefault(max(window, 1), []).append(b)
-        ragged = in_prompt or any(padding) or plan.budget != "uniform"
+        ragged = in_prompt or any(padding) or plan.budget not in budgets.DENSE
         if ragged:
             what = "heads or layers of different lengths"
             check_attention(plan.layers[0], self.view.rotary, what)
@@ -199,26 +202,11 @@ class Growth(Strategy):
 
     def _shrink(self, cache: Cache, shrinking: Shrinking) -> None:
         """Let pairs leave the rated layers."""
-        plan, options = self.plan, self.plan.options
-        plan.statistics.budget = plan.budget
+        self.plan.statistics.budget = self.plan.budget
         kept: list[list[Kept]] = []  # of each group, of each layer
         for group, rows in enumerate(shrinking.groups):
             parts = [rated.parts[group] for rated in self._rated]
-            votes = [rating.votes.view(*held.shape[:2]) for held, rating in parts]
-            scores = order(votes, plan.budget, [held.real for held, _ in parts])
-            kept.append(
-                select_grown(
-                    [
-                        Grown(x, held.start, held.lengths)
-                        for x, (held, _) in zip(scores, parts, strict=True)
-                    ],
-                    [shrinking.keep[b] for b in rows],
-                    budget=plan.budget,
-                    sinks=options.sinks,
-                    recent=plan.recent,
-                    backend=options.backend,
-                )
-            )
+            kept.append(self._choose(parts, [shrinking.keep[b] for b in rows]))
         for rated, *chosen in zip(self._rated, *kept, strict=True):
             whole = _merge(rated.held, shrinking.groups, chosen)
             if shrinking.ragged:
@@ -226,6 +214,30 @@ class Growth(Strategy):
             self._leave(cache, rated, whole, shrinking)
             for (_, rating), part in zip(rated.parts, chosen, strict=True):
                 self._observe(rating, part)
+
+    def _choose(self, parts: Sequence[tuple[Held, Rating]], keep: Sequence[int]) -> list[Kept]:
+        """Choose what stays of each layer's rows."""
+        options = self.plan.options
+
+        def under(budget: str, layers: slice, keep: Sequence[int]) -> list[Kept]:
+            these = parts[layers]
+            votes = [rating.votes.view(*held.shape[:2]) for held, rating in these]
+            scores = order(votes, budget, [held.real for held, _ in these])
+            return select_grown(
+                [
+                    Grown(x, held.start, held.lengths)
+                    for x, (held, _) in zip(scores, these, strict=True)
+                ],
+                keep,
+                budget=budget,
+                sinks=options.sinks,
+                recent=self.plan.recent,
+                backend=options.backend,
+            )
+
+        lengths = [[min(row) for row in held.lengths] for held, _ in parts]
+        alike = all(held.start is None for held, _ in parts)
+        return budgets.choose(under, self.plan.budget, keep, lengths, alike=alike)
 
     def _leave(self, cache: Cache, rated: Rated, kept: Kept, shrinking: Shrinking) -> None:
         """Let pairs leave one layer."""
@@ -238,7 +250,10 @@ class Growth(Strategy):
         runs = [since] * len(held)
         newest = [seen] * len(held)
         for b in (b for rows in shrinking.groups for b in rows):
-            run = plan.run_without_gaps([shrinking.keep[b]], [held[b] // heads])
+            keep, had = shrinking.keep[b], held[b] // heads
+            if plan.budget in budgets.OVER_MODEL:  # pairs may have left however few there were
+                had = keep + 1
+            run = plan.run_without_gaps([keep], [had])
             if run is not None:
                 runs[b], newest[b] = min(run, since), run
         index = rated.parts[0][1].index

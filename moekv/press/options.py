@@ -144,6 +144,11 @@ class Options:
             raise TypeError(f"expected decoding a moekv.DecodingConfig, got {decoding!r}")
         if given["policy"] == "dominant":
             _check_dominant(given)
+        if given["streaming"] and given["budget"] == "layer":
+            raise ValueError(
+                "expected a budget other than 'layer' with streaming: how many pairs a layer keeps "
+                "is known when the last has been rated"
+            )
         routing = _routing(given, known)
         if decoding is not None and routing.experts is not None and routing.calibrated is None:
             check_able(routing.experts)

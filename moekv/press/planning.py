@@ -13,9 +13,10 @@ from moekv.cache.caches import check_cache, is_static
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.static import CompactStaticLayer
 from moekv.experts.builder import ViewBuilder, read_starts
-from moekv.models.habits import check_attention, habits_of, reads_dense
+from moekv.models.habits import check_attention, follows_masks, habits_of, reads_dense
 from moekv.models.hooks import (
     cache_of,
+    implementation_of,
     index_of,
 )
 from moekv.ops.backends import MAX_HEAD_DIM
@@ -140,6 +141,15 @@ class Planner:
             check_able(self._rater(options).experts)
         if options.budget in ("head", "model") and options.evicts:
             check_attention(self.layers[0], self._rotary, f"budget {options.budget!r}")
+        if options.budget == "layer" and not all(
+            follows_masks(layer, self._rotary) for layer in self.layers
+        ):
+            raise ValueError(
+                "expected attention layers that look their attention function up, by whose masks "
+                "layers may differ in length, for budget 'layer', got "
+                f"{type(self.layers[0]).__name__} with {implementation_of(self.layers[0])!r}; "
+                "use budget='uniform'"
+            )
         self._possible = options
 
     def choose(self, given: Mapping[str, Any], wanted: int) -> Strategy | None:
@@ -217,14 +227,26 @@ class Planner:
             reader = "the model's own attention ('eager', sinks, or heads that it mixes)"
         if reader is None:
             return "model"
+        if is_static(cache) or not self._takes_lengths(options):
+            budget, what = "uniform", "every head keeping the same number of pairs"
+        else:
+            budget, what = "layer", "the heads of a layer keeping the same number of pairs"
         if options.evicts and reader not in self._named:
             self._named.add(reader)
             logger.warning(
-                "budget 'auto' is 'uniform', every head keeping the same number of pairs, as %s "
-                "needs layers of one length; 'model' loses less, with DynamicCache and 'sdpa'",
+                "budget 'auto' is %r, %s, as %s needs dense layers; 'model' loses less, with "
+                "DynamicCache and 'sdpa'",
+                budget,
+                what,
                 reader,
             )
-        return "uniform"
+        return budget
+
+    def _takes_lengths(self, options: Options) -> bool:
+        """Whether dense layers may differ in length: masks are then fitted to each."""
+        return not options.streaming and all(
+            follows_masks(layer, self._rotary) for layer in self.layers
+        )
 
     @property
     def _indices(self) -> list[int]:

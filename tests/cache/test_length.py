@@ -18,6 +18,7 @@ from moekv.cache.ragged import RaggedLayer
 LENGTH, ANSWER = 60, 8
 PRESSES: dict[str, dict[str, Any]] = {
     "uniform": {"budget": "uniform"},
+    "layer": {"budget": "layer"},
     "head": {"budget": "head"},
     "model": {"budget": "model"},
     "routed": {"num_experts": 4},
@@ -60,7 +61,7 @@ def one_by_one(model: Any, cache: Cache, ids: Tensor) -> Tensor:
 def test_generate_goes_on_with_the_whole_text(press: MoERouterPress, attention: str) -> None:
     model = tiny_model(attention=attention)
     text = tokens(1, LENGTH + 9)
-    if attention == "eager" and press.budget not in ("auto", "uniform"):
+    if attention == "eager" and press.budget in ("head", "model"):
         pytest.skip("eager attention reads dense caches")
     if attention == "eager" and press.policy == "dominant":
         pytest.skip("its layers may differ in length")
@@ -129,7 +130,7 @@ def test_crop_forgets_a_question(press: MoERouterPress) -> None:
 def test_slices_that_are_assigned_back_count_true_positions() -> None:
     """As kvpress's pipeline takes an answer off, by what ``get_seq_length`` said before."""
     model, text = tiny_model(), tokens(1, LENGTH)
-    for budget in ("uniform", "model"):
+    for budget in ("uniform", "layer", "model"):
         cache = compressed(MoERouterPress(0.5, budget=budget), model, text)
         lengths = [layer.get_seq_length() for layer in cache.layers]
         for count in (3, 40):
@@ -203,9 +204,7 @@ def test_guesses_in_the_block(press: MoERouterPress, how: str, attention: str) -
     """What was guessed wrongly leaves the cache, also where it was compressed with the prompt."""
     skip_unless_served(how)
     model = tiny_model(attention=attention)
-    if attention == "eager" and (
-        press.budget not in ("auto", "uniform") or press.policy == "dominant"
-    ):
+    if attention == "eager" and (press.budget in ("head", "model") or press.policy == "dominant"):
         pytest.skip("eager attention reads dense caches of one length")
     if press.policy == "dominant":
         press.policy, press.recent = "mixture", 0  # the guesses alone stay in any case

@@ -97,8 +97,9 @@ class Life(Lockstep):
                 if (self.pairs() < pairs + 1).any():
                     self.loose = 0
         real = self.length - self.padding
-        over = [0, 2] if options["budget"] == "model" else [2]
-        scope = self.heads * (len(self.whole) if options["budget"] == "model" else 1)
+        over_model = options["budget"] in ("layer", "model")
+        over = [0, 2] if over_model else [2]
+        scope = self.heads * (len(self.whole) if over_model else 1)
         assert (self.pairs().sum(over) <= scope * real.clamp(max=target + interval - 1)).all()
 
     def masked(self, back: list[int], row: int, count: int) -> None:
@@ -211,7 +212,9 @@ def draw(seed: int) -> tuple[str, str, tuple[int, ...], list[Step]]:
 
     def options(**more: Any) -> dict[str, Any]:
         return more | {
-            "budget": "uniform" if kind == "static" else r.choice(["uniform", "head", "model"]),
+            "budget": "uniform"
+            if kind == "static"
+            else r.choice(["uniform", "layer", "head", "model"]),
             "experts": r.choice([EXPERTS, ["selective"], "uneven"]),
             "top_k": 1,
             "sinks": r.randint(0, 3),
@@ -225,6 +228,8 @@ def draw(seed: int) -> tuple[str, str, tuple[int, ...], list[Step]]:
         cuts = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
     streaming = len(cuts) == 1 and kind != "static" and r.random() < 0.3
     prefill = options(compression_ratio=ratio, streaming=streaming)
+    if streaming and prefill["budget"] == "layer":  # which is refused
+        prefill["budget"] = "uniform"
     steps: list[Step] = [("prefill", cuts, prefill)]
     kinds = ["more", "masked", "file"]
     if kind == "calibrated":  # which has to see all tokens, and these are fed outside of blocks

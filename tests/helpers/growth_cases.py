@@ -7,7 +7,7 @@ from tiny_models import tokens
 
 from moekv import Expert, LayerView, MoERouterPress
 
-BUDGETS = ["uniform", "head", "model"]
+BUDGETS = ["uniform", "layer", "head", "model"]
 
 
 EXPERTS = ["conservative", "selective", "semantic", "temporal"]
@@ -33,6 +33,9 @@ def assert_average(pairs: torch.Tensor, expected: torch.Tensor, budget: str) -> 
     layers, _, heads = pairs.shape
     if budget == "uniform":
         assert (pairs == expected[:, None]).all()
+    elif budget == "layer":
+        assert (pairs == pairs[..., :1]).all()
+        assert (pairs[..., 0].sum(0) == layers * expected).all()
     elif budget == "head":
         assert (pairs.sum(2) == heads * expected).all()
     else:

@@ -115,7 +115,7 @@ def test_generation_without_end(budget: str, attention: str) -> None:
     torch.testing.assert_close(torch.stack(out.logits), torch.stack(logits), atol=1e-3, rtol=1e-3)
     for layer, other in zip(out.past_key_values.layers, both.cache.layers, strict=True):
         assert type(layer) is type(other)
-        assert isinstance(layer, GrowingLayer if budget == "uniform" else RaggedLayer)
+        assert isinstance(layer, GrowingLayer if budget in ("uniform", "layer") else RaggedLayer)
 
 
 def test_dense_layers_are_compacted_in_the_memory_that_they_have() -> None:

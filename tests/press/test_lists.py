@@ -205,6 +205,6 @@ def test_a_budget_that_falls_back_says_why(caplog: pytest.LogCaptureFixture) -> 
     assert not caplog.records
     eager = make_press(0.6)
     kept(eager, tiny_model(attention="eager"))
-    assert eager.get_stats()["budget"] == {"asked": "auto", "used": "uniform"}
+    assert eager.get_stats()["budget"] == {"asked": "auto", "used": "layer"}
     (record,) = caplog.records
-    assert "'auto' is 'uniform'" in record.message and "eager" in record.message
+    assert "'auto' is 'layer'" in record.message and "eager" in record.message

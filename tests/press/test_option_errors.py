@@ -53,7 +53,7 @@ def test_number_of_experts(number: Any) -> None:
     [
         (MoERouterPress, "router_type", "best", "hierarchical"),
         (MoERouterPress, "policy", "best", "mixture, dominant"),
-        (MoERouterPress, "budget", "best", "auto, uniform, head, model"),
+        (MoERouterPress, "budget", "best", "auto, uniform, layer, head, model"),
         (MoERouterPress, "experts", ["selective", "best"], "temporal"),
         (functools.partial(TopKBalancedRouter, 64, 4), "balance_mode", "best", "entropy"),
     ],
@@ -82,8 +82,17 @@ def test_what_excludes_streaming() -> None:
     with pytest.raises(ValueError, match="policy 'mixture' with streaming, got 'dominant'"):
         MoERouterPress(policy="dominant", streaming=True)
     press = MoERouterPress(budget="model", streaming=True)
+    with pytest.raises(ValueError, match="budget other than 'layer' with streaming"):
+        MoERouterPress(budget="layer", streaming=True)
     message = "expected streaming or context_length, got both"
     refuse_block(ValueError, message, tiny_model(), press, context_length=100)
+
+
+@pytest.mark.parametrize("name", ["doge", "llama"])
+def test_dense_layers_whose_masks_cannot_be_fitted(name: str) -> None:
+    model = tiny_model(name, attention="flex_attention" if name == "llama" else "sdpa")
+    message = "look their attention function up.*for budget 'layer'.*use budget='uniform'"
+    refuse_block(ValueError, message, model, MoERouterPress(budget="layer"))
 
 
 @pytest.mark.parametrize("number", [0, -1, 2.5, True, None])
