@@ -38,6 +38,7 @@ void project_tokens(const ProjectTokensParams& params, Stream stream);
 void mix_scores(const MixScoresParams& params, Stream stream);
 void select_kept(const SelectKeptParams& params, Stream stream);
 void kv_compact(const KvCompactParams& params, Stream stream);
+void quantize_pairs(const QuantizePairsParams& params, Stream stream);
 void ragged_attention(const RaggedAttentionParams& params, Stream stream);
 
 }  // namespace moekv::MOEKV_BACKEND

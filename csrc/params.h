@@ -109,10 +109,39 @@ struct KvCompactParams {
   bool packed;
 };
 
+// How a stored pair is quantised. 8 bits: int8 codes, times one scale a row. 4 bits: the row mixed
+// by blocks of its dim's largest power of two (sums and differences, divided by their number);
+// groups of kCodeGroup channels, or what is left, are lo + step * code, a byte holding a channel of
+// the group's first half in its low bits and the one as far into the second half in its high bits.
+// A pair's scales are fp16: those of its key, then its value; one for 8 bits, {lo, step} a group
+// for 4.
+constexpr int kCodeGroup = 32;
+constexpr int64_t kMaxCodeDim = 1024;
+
+inline constexpr int64_t code_bytes(int64_t dim, int bits) { return dim * bits / 8; }
+inline constexpr int64_t code_scales(int64_t dim, int bits) {
+  return bits == 8 ? 1 : (dim + kCodeGroup - 1) / kCodeGroup * 2;
+}
+
+struct QuantizePairsParams {
+  const void* keys;      // [num_pairs, D], dtype
+  const void* values;    // [num_pairs, Dv], dtype
+  uint8_t* key_codes;    // [num_pairs, code_bytes(D, key_bits)]
+  uint8_t* value_codes;  // [num_pairs, code_bytes(Dv, value_bits)]
+  uint16_t* scales;      // [num_pairs, the scales of both], fp16
+  int64_t num_pairs, key_dim, value_dim;
+  int64_t key_stride, value_stride;  // of a pair; channels are dense
+  int key_bits, value_bits;          // 8 or 4
+  DType dtype;
+};
+
 struct RaggedAttentionParams {
   const void* query;        // [B, Hq, Q, D], dtype; the last Q positions
-  const void* keys;         // [num_stored, D], dtype
-  const void* values;       // [num_stored, Dv], dtype
+  const void* keys;         // [num_stored, D], dtype, or codes
+  const void* values;       // [num_stored, Dv], dtype, or codes
+  const uint16_t* scales;   // [num_stored, the scales of both], fp16, or null
+  const float* bias;        // [num_stored] or null, added to logits; -inf hides a row
+  const float* sinks;       // [Hq] or null: logits of a key without a value
   const int32_t* begin;     // [B, H] first stored row of a head
   const int32_t* end;       // [B, H] one past its last
   const void* tail_keys;    // [B, H, S, D] or null
@@ -123,9 +152,11 @@ struct RaggedAttentionParams {
   int64_t batch, num_kv_heads, num_query_heads, num_queries, key_dim, value_dim;
   int64_t num_stored, num_tail;
   int64_t query_stride[3], key_stride, value_stride;  // batch, head, position; dim is dense
+  int64_t scale_stride;                               // of a pair; its scales are dense
   int64_t tail_key_stride[3], tail_value_stride[3];
   int64_t mask_stride[4];  // batch, head, query, position; 0 where broadcast
   float scaling, softcap;
+  int key_bits, value_bits;  // of the stored rows: 16, those of dtype, or 8 or 4
   DType dtype;
 };
 
@@ -138,6 +169,7 @@ struct Kernels {
   void (*mix_scores)(const MixScoresParams&);
   void (*select_kept)(const SelectKeptParams&);
   void (*kv_compact)(const KvCompactParams&);
+  void (*quantize_pairs)(const QuantizePairsParams&);
   void (*ragged_attention)(const RaggedAttentionParams&);
 };
 

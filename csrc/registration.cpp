@@ -27,7 +27,11 @@ STABLE_TORCH_LIBRARY(moekv, m) {
       "kv_compact_(Tensor(a!) keys, Tensor(b!) values, Tensor indices, Tensor? offsets=None, *, "
       "bool packed=False) -> ()");
   m.def(
+      "quantize_pairs(Tensor keys, Tensor values, *, str pairs) "
+      "-> (Tensor key_codes, Tensor value_codes, Tensor scales)");
+  m.def(
       "ragged_attention(Tensor query, Tensor keys, Tensor values, Tensor begin, Tensor end, "
-      "Tensor? tail_keys=None, Tensor? tail_values=None, Tensor? mask=None, *, float scaling, "
-      "float softcap=0.0) -> Tensor output");
+      "Tensor? tail_keys=None, Tensor? tail_values=None, Tensor? mask=None, Tensor? scales=None, "
+      "Tensor? bias=None, Tensor? sinks=None, *, float scaling, float softcap=0.0, "
+      "str pairs=\"16\") -> Tensor output");
 }

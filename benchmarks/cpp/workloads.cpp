@@ -261,13 +261,52 @@ Workload kv_compact(int64_t num_keys) {
               memory);
 }
 
-Workload ragged_attention(int64_t num_keys) {
+Workload quantize_pairs(const std::string& name, int64_t num_keys, int key_bits, int value_bits) {
+  Memory memory;
+  const int64_t pairs = kHeads * num_keys;
+  const int64_t key_bytes = code_bytes(kDim, key_bits), value_bytes = code_bytes(kDim, value_bits);
+  const int64_t scales = code_scales(kDim, key_bits) + code_scales(kDim, value_bits);
+  QuantizePairsParams p{};
+  p.keys = memory.bfloats(pairs * kDim);
+  p.values = memory.bfloats(pairs * kDim);
+  p.key_codes = memory.take<uint8_t>(pairs * key_bytes);
+  p.value_codes = memory.take<uint8_t>(pairs * value_bytes);
+  p.scales = memory.take<uint16_t>(pairs * scales);
+  p.num_pairs = pairs;
+  p.key_dim = p.value_dim = kDim;
+  p.key_stride = p.value_stride = kDim;
+  p.key_bits = key_bits;
+  p.value_bits = value_bits;
+  p.dtype = DType::kBFloat16;
+  return make(name, pairs * (2 * 2 * kDim + key_bytes + value_bytes + 2 * scales),
+              &Kernels::quantize_pairs, p, memory);
+}
+
+// Stored rows in bf16, or in codes that are anything, with scales of about 1 / 128.
+Workload ragged_attention(const std::string& name, int64_t num_keys, int key_bits, int value_bits) {
   Memory memory;
   const int64_t pairs = kHeads * num_keys;
   RaggedAttentionParams p{};
   p.query = memory.bfloats(kQueryHeads * kDim);
-  p.keys = memory.bfloats(pairs * kDim);
-  p.values = memory.bfloats(pairs * kDim);
+  p.key_bits = key_bits;
+  p.value_bits = value_bits;
+  int64_t row_bytes = 2 * 2 * kDim;
+  if (key_bits == 16) {
+    p.keys = memory.bfloats(pairs * kDim);
+    p.values = memory.bfloats(pairs * kDim);
+    p.key_stride = p.value_stride = kDim;
+  } else {
+    // Bytes of numbers, which is what codes look like.
+    p.key_stride = code_bytes(kDim, key_bits);
+    p.value_stride = code_bytes(kDim, value_bits);
+    p.scale_stride = code_scales(kDim, key_bits) + code_scales(kDim, value_bits);
+    p.keys = memory.bfloats(pairs * p.key_stride / 2);
+    p.values = memory.bfloats(pairs * p.value_stride / 2);
+    uint16_t* scales = memory.take<uint16_t>(pairs * p.scale_stride);
+    for (int64_t i = 0; i < pairs * p.scale_stride; ++i) scales[i] = 0x2000;
+    p.scales = scales;
+    row_bytes = p.key_stride + p.value_stride + 2 * p.scale_stride;
+  }
   int32_t* begin = memory.take<int32_t>(kHeads);
   int32_t* end = memory.take<int32_t>(kHeads);
   for (int64_t h = 0; h < kHeads; ++h) {
@@ -284,11 +323,10 @@ Workload ragged_attention(int64_t num_keys) {
   p.key_dim = p.value_dim = kDim;
   p.num_stored = pairs;
   set_strides(p.query_stride, kQueryHeads, 1, kDim);
-  p.key_stride = p.value_stride = kDim;
   p.scaling = 0.08838834764f;
   p.dtype = DType::kBFloat16;
   p.workspace = memory.take<char>(MOEKV_BACKEND::ragged_attention_workspace_bytes(p));
-  return make("ragged_attention", 2 * pairs * 2 * kDim, &Kernels::ragged_attention, p, memory);
+  return make(name, pairs * row_bytes, &Kernels::ragged_attention, p, memory);
 }
 
 }  // namespace
@@ -307,7 +345,14 @@ std::vector<Workload> workloads(int64_t num_keys) {
       select_kept("select_kept, per head", num_keys, 1),
       select_kept("select_kept, over heads", num_keys, kHeads),
       kv_compact(num_keys),
-      ragged_attention(num_keys),
+      ragged_attention("ragged_attention", num_keys, 16, 16),
+#ifndef MOEKV_CUDA
+      quantize_pairs("quantize_pairs, k8v8", num_keys, 8, 8),
+      quantize_pairs("quantize_pairs, k4v4", num_keys, 4, 4),
+      ragged_attention("ragged_attention, k8v8", num_keys, 8, 8),
+      ragged_attention("ragged_attention, k8v4", num_keys, 8, 4),
+      ragged_attention("ragged_attention, k4v4", num_keys, 4, 4),
+#endif
   };
 }
 

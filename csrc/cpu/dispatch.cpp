@@ -99,6 +99,7 @@ void project_tokens(const ProjectTokensParams& params, Stream) { kernels().proje
 void mix_scores(const MixScoresParams& params, Stream) { kernels().mix_scores(params); }
 void select_kept(const SelectKeptParams& params, Stream) { kernels().select_kept(params); }
 void kv_compact(const KvCompactParams& params, Stream) { kernels().kv_compact(params); }
+void quantize_pairs(const QuantizePairsParams& params, Stream) { kernels().quantize_pairs(params); }
 void ragged_attention(const RaggedAttentionParams& params, Stream) {
   kernels().ragged_attention(params);
 }

@@ -6,6 +6,7 @@
 #include "kv_compact.h"
 #include "mix_scores.h"
 #include "project_tokens.h"
+#include "quantize_pairs.h"
 #include "ragged_attention.h"
 #include "select_kept.h"
 
@@ -19,6 +20,7 @@ extern const Kernels kernels{
     .mix_scores = mix_scores_kernel,
     .select_kept = select_kept_kernel,
     .kv_compact = kv_compact_kernel,
+    .quantize_pairs = quantize_pairs_kernel,
     .ragged_attention = ragged_attention_kernel,
 };
 

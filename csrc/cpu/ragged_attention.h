@@ -7,156 +7,13 @@
 
 #include "../params.h"
 #include "parallel.h"
+#include "ragged_coded.h"
+#include "ragged_dense.h"
 #include "ragged_plan.h"
 #include "vec.h"
 
 namespace moekv::cpu::MOEKV_ISA {
 namespace {
-
-constexpr int kTileKeys = 64;  // K and V tiles of a head_dim up to 256 stay in L2
-constexpr int kQueryRows = 4;  // queries that share one read of the keys
-constexpr int kPairLanes = 2 * Vec::kLanes;
-
-// Queries and sums of values are in the order of load_pair<T> as far as there are whole pairs of
-// vectors, in their own order from there on.
-
-// Rows of keys or values that are needed soon. They are asked for a few at a time, in step with the
-// work on a tile: the processor, which sees runs of one tile each from two places, does not foresee
-// them, and all at once they would be in the way of what is needed now.
-template <typename T>
-struct Ahead {
-  const T* rows;
-  int64_t stride, dim, count;
-
-  void ask(int64_t begin, int64_t end) const {
-    for (int64_t i = begin; i < end && i < count; ++i) {
-      const char* row = reinterpret_cast<const char*>(rows + i * stride);
-      for (size_t byte = 0; byte < dim * sizeof(T); byte += 64) __builtin_prefetch(row + byte);
-    }
-  }
-};
-
-// Dot products of R queries (stride D) with 4 keys, keys[j] at key + j * stride: out[r * 4 + j].
-template <int R, typename T>
-inline void dot_block(const float* query, int64_t dim, const T* key, int64_t stride, float* out) {
-  Vec sums[kQueryRows * 4];
-  for (int i = 0; i < kQueryRows * 4; ++i) sums[i] = Vec::set(0.0f);
-  int64_t d = 0;
-  for (; d + kPairLanes <= dim; d += kPairLanes) {
-    VecPair k[4];
-    for (int j = 0; j < 4; ++j) k[j] = load_pair(key + j * stride + d);
-    for (int r = 0; r < R; ++r) {
-      const Vec a = Vec::load(query + r * dim + d);
-      const Vec b = Vec::load(query + r * dim + d + Vec::kLanes);
-      for (int j = 0; j < 4; ++j) {
-        sums[r * 4 + j] = fma(b, k[j].b, fma(a, k[j].a, sums[r * 4 + j]));
-      }
-    }
-  }
-  for (; d + Vec::kLanes <= dim; d += Vec::kLanes) {
-    Vec k[4];
-    for (int j = 0; j < 4; ++j) k[j] = Vec::load(key + j * stride + d);
-    for (int r = 0; r < R; ++r) {
-      const Vec q = Vec::load(query + r * dim + d);
-      for (int j = 0; j < 4; ++j) sums[r * 4 + j] = fma(q, k[j], sums[r * 4 + j]);
-    }
-  }
-  sum16(sums, out);
-  for (; d < dim; ++d) {
-    for (int r = 0; r < R; ++r) {
-      for (int j = 0; j < 4; ++j)
-        out[r * 4 + j] += query[r * dim + d] * to_float(key[j * stride + d]);
-    }
-  }
-}
-
-// scores[r][j] for all keys of a tile.
-template <int R, typename T>
-inline void tile_scores(const float* query, int64_t dim, const T* keys, int64_t stride, int count,
-                        const Ahead<T>& ahead, float (*scores)[kTileKeys]) {
-  float block[kQueryRows * 4];
-  for (int j = 0; j < count; j += 4) {
-    const int n = count - j < 4 ? count - j : 4;
-    ahead.ask(j, j + n);
-    // At the end of a short tile, one key at a time (stride 0) instead of reading past the end.
-    if (n == 4) {
-      dot_block<R>(query, dim, keys + j * stride, stride, block);
-    } else {
-      for (int i = 0; i < n; ++i) {
-        float single[kQueryRows * 4];
-        dot_block<R>(query, dim, keys + (j + i) * stride, 0, single);
-        for (int r = 0; r < R; ++r) block[r * 4 + i] = single[r * 4];
-      }
-    }
-    for (int r = 0; r < R; ++r) {
-      for (int i = 0; i < n; ++i) scores[r][j + i] = block[r * 4 + i];
-    }
-  }
-}
-
-// The next of these, for P pairs of vectors of the values.
-template <int R, int P, typename T>
-inline void add_values(const float (*weights)[kTileKeys], const T* values, int64_t stride,
-                       int count, const Ahead<T>& ahead, float* sums, int64_t sum_stride) {
-  VecPair acc[R][P];
-  for (int r = 0; r < R; ++r) {
-    for (int i = 0; i < P; ++i) {
-      const float* sum = sums + r * sum_stride + i * kPairLanes;
-      acc[r][i] = {Vec::load(sum), Vec::load(sum + Vec::kLanes)};
-    }
-  }
-  for (int j = 0; j < count; ++j) {
-    ahead.ask(j, j + 1);
-    VecPair v[P];
-    for (int i = 0; i < P; ++i) v[i] = load_pair(values + j * stride + i * kPairLanes);
-    for (int r = 0; r < R; ++r) {
-      const Vec w = Vec::set(weights[r][j]);
-      for (int i = 0; i < P; ++i) {
-        acc[r][i] = {fma(w, v[i].a, acc[r][i].a), fma(w, v[i].b, acc[r][i].b)};
-      }
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int i = 0; i < P; ++i) {
-      float* sum = sums + r * sum_stride + i * kPairLanes;
-      acc[r][i].a.store(sum);
-      acc[r][i].b.store(sum + Vec::kLanes);
-    }
-  }
-}
-
-// sums[r][:] += weights[r][j] * values[j][:] over the tile; row r of the sums is sum_stride floats
-// away.
-template <int R, typename T>
-inline void tile_values(const float (*weights)[kTileKeys], const T* values, int64_t stride,
-                        int count, int64_t dim, Ahead<T> ahead, float* sums, int64_t sum_stride) {
-  int64_t d = 0;
-  for (; d + 2 * kPairLanes <= dim; d += 2 * kPairLanes) {
-    add_values<R, 2>(weights, values + d, stride, count, ahead, sums + d, sum_stride);
-    ahead.count = 0;
-  }
-  if (d + kPairLanes <= dim) {
-    add_values<R, 1>(weights, values + d, stride, count, ahead, sums + d, sum_stride);
-    ahead.count = 0;
-    d += kPairLanes;
-  }
-  for (; d + Vec::kLanes <= dim; d += Vec::kLanes) {
-    for (int r = 0; r < R; ++r) {
-      Vec acc = Vec::load(sums + r * sum_stride + d);
-      for (int j = 0; j < count; ++j) {
-        acc = fma(Vec::set(weights[r][j]), Vec::load(values + j * stride + d), acc);
-      }
-      acc.store(sums + r * sum_stride + d);
-    }
-  }
-  for (; d < dim; ++d) {
-    for (int r = 0; r < R; ++r) {
-      for (int j = 0; j < count; ++j) {
-        sums[r * sum_stride + d] += weights[r][j] * to_float(values[j * stride + d]);
-      }
-    }
-  }
-}
 
 // A tile of the tail as the queries see it; stored rows are all seen.
 struct TailView {
@@ -180,29 +37,17 @@ struct TailView {
   }
 };
 
-// Keys that are attended to at once, and what is asked for meanwhile.
-template <typename T>
-struct Tile {
-  const T* keys;
-  const T* values;
-  int64_t key_stride, value_stride;
-  int count;
-  Ahead<T> value_rows, next_keys;
-};
-
 // Adds the values that the queries see, and no others: 0 times NaN is not 0. seen[j]: a bit for
 // each of the R queries. Keys that the same queries see come together.
-template <int R, typename T>
+template <int R, typename Tile>
 [[gnu::noinline]] void seen_values(const float (*weights)[kTileKeys], const uint8_t* seen,
-                                   const Tile<T>& tile, int64_t dim, float* sums,
-                                   int64_t sum_stride) {
+                                   const Tile& tile, float* sums, int64_t sum_stride) {
   for (int begin = 0, end = 0; begin < tile.count; begin = end) {
     while (end < tile.count && seen[end] == seen[begin]) ++end;
-    const T* values = tile.values + begin * tile.value_stride;
     const auto add = [&](auto queries, int first) {
-      tile_values<queries>(reinterpret_cast<const float (*)[kTileKeys]>(&weights[first][begin]),
-                           values, tile.value_stride, end - begin, dim, tile.next_keys,
-                           sums + first * sum_stride, sum_stride);
+      tile.template add<queries>(
+          reinterpret_cast<const float (*)[kTileKeys]>(&weights[first][begin]), begin, end,
+          sums + first * sum_stride, sum_stride);
     };
     if (seen[begin] == (1 << R) - 1) {
       add(std::integral_constant<int, R>{}, 0);
@@ -214,24 +59,36 @@ template <int R, typename T>
   }
 }
 
+// Whether biases hide some of the rows.
+inline bool hides_any(const float* bias, int count) {
+  bool hides = false;
+  for (int j = 0; j < count; ++j) hides |= bias[j] == -__builtin_inff();
+  return hides;
+}
+
 // Folds one tile of keys into the partial results of R queries, each [max, sum, values...].
-template <int R, typename T>
+// Not all queries see all keys: by `tail`, or, of stored rows, by `bias`.
+template <int R, typename Tile>
 inline void attend_tile(const RaggedAttentionParams& p, const float* query, int64_t first_query,
-                        const Tile<T>& tile, const TailView* tail, float* partials,
-                        int64_t partial_stride) {
+                        const Tile& tile, const TailView* tail, const float* bias, bool hides,
+                        float* partials, int64_t partial_stride) {
   const int count = tile.count;
   alignas(64) float scores[kQueryRows][kTileKeys];
-  tile_scores<R>(query, p.key_dim, tile.keys, tile.key_stride, count, tile.value_rows, scores);
+  tile.template products<R>(query, scores);
   uint8_t seen[kTileKeys] = {};
   for (int r = 0; r < R; ++r) {
     float* row = scores[r];
     if (p.softcap > 0) {
       for (int j = 0; j < count; ++j) row[j] = p.softcap * __builtin_tanhf(row[j] / p.softcap);
     }
-    bool any = !tail;
-    if (tail) {
+    if (bias) {
+      for (int j = 0; j < count; ++j) row[j] += bias[j];
+    }
+    bool any = !hides;
+    if (hides) {
       for (int j = 0; j < count; ++j) {
-        const bool visible = tail->visible(first_query + r, j);
+        const bool visible =
+            bias ? bias[j] != -__builtin_inff() : tail->visible(first_query + r, j);
         seen[j] = static_cast<uint8_t>(seen[j] | visible << r);
         any |= visible;
         if (!visible) row[j] = -__builtin_inff();
@@ -249,7 +106,7 @@ inline void attend_tile(const RaggedAttentionParams& p, const float* query, int6
     const Vec shift = Vec::set(largest);
     for (int j = 0; j < kTileKeys; j += Vec::kLanes) exp(Vec::load(row + j) - shift).store(row + j);
     for (int j = count; j < kTileKeys; ++j) row[j] = 0.0f;
-    if (tail) {
+    if (hides) {
       for (int j = 0; j < count; ++j) {
         if (!(seen[j] >> r & 1)) row[j] = 0.0f;
       }
@@ -264,52 +121,80 @@ inline void attend_tile(const RaggedAttentionParams& p, const float* query, int6
       for (int64_t d = 0; d < p.value_dim; ++d) partial[2 + d] *= keep;
     }
   }
-  if (tail) {
-    seen_values<R>(scores, seen, tile, p.value_dim, partials + 2, partial_stride);
+  if (hides) {
+    seen_values<R>(scores, seen, tile, partials + 2, partial_stride);
   } else {
-    tile_values<R>(scores, tile.values, tile.value_stride, count, p.value_dim, tile.next_keys,
-                   partials + 2, partial_stride);
+    tile.template add<R>(scores, 0, count, partials + 2, partial_stride);
   }
 }
 
-template <typename T>
-inline void attend_keys(const RaggedAttentionParams& p, const float* queries, int64_t num_rows,
-                        const T* keys, int64_t key_stride, const T* values, int64_t value_stride,
-                        int64_t count, TailView* tail, float* partials) {
+// Attends to `count` rows: those of the tail that `tail` says, or stored ones with their bias.
+template <typename Rows>
+inline void attend_rows(const RaggedAttentionParams& p, const float* queries, int64_t num_queries,
+                        Rows& rows, int64_t count, TailView* tail, const float* bias,
+                        float* partials) {
   const int64_t stride = ragged_partial_floats(p);
   for (int64_t first = 0; first < count; first += kTileKeys) {
     const int n = static_cast<int>(count - first < kTileKeys ? count - first : kTileKeys);
-    const T* k = keys + first * key_stride;
-    const T* v = values + first * value_stride;
-    Tile<T> tile{.keys = k,
-                 .values = v,
-                 .key_stride = key_stride,
-                 .value_stride = value_stride,
-                 .count = n,
-                 .value_rows = {v, value_stride, p.value_dim, n},
-                 .next_keys = {k + n * key_stride, key_stride, p.key_dim, count - first - n}};
-    const TailView* hidden = tail && !tail->all_visible(n) ? tail : nullptr;
-    for (int64_t m = 0; m < num_rows; m += kQueryRows) {
-      const float* q = queries + m * p.key_dim;
+    auto tile = rows.tile(first, n, count - first - n);
+    const float* shift = bias ? bias + first : nullptr;
+    const bool hides = tail ? !tail->all_visible(n) : bias && hides_any(shift, n);
+    for (int64_t m = 0; m < num_queries; m += kQueryRows) {
+      const float* q = queries + m * rows.query_stride();
       float* partial = partials + m * stride;
-      switch (num_rows - m) {
+      switch (num_queries - m) {
         case 1:
-          attend_tile<1>(p, q, m, tile, hidden, partial, stride);
+          attend_tile<1>(p, q, m, tile, tail, shift, hides, partial, stride);
           break;
         case 2:
-          attend_tile<2>(p, q, m, tile, hidden, partial, stride);
+          attend_tile<2>(p, q, m, tile, tail, shift, hides, partial, stride);
           break;
         case 3:
-          attend_tile<3>(p, q, m, tile, hidden, partial, stride);
+          attend_tile<3>(p, q, m, tile, tail, shift, hides, partial, stride);
           break;
         default:
-          attend_tile<4>(p, q, m, tile, hidden, partial, stride);
+          attend_tile<4>(p, q, m, tile, tail, shift, hides, partial, stride);
           break;
       }
-      tile.value_rows.count = tile.next_keys.count = 0;  // once is enough
+      tile.ask_no_more();  // once is enough
     }
     if (tail) tail->first += n;
   }
+}
+
+// To stored rows from `first` on, in whichever format they are.
+template <typename T>
+inline void attend_stored(const RaggedAttentionParams& p, const float* queries,
+                          const float* coded_queries, int64_t num_queries, int64_t first,
+                          int64_t count, float* partials) {
+  const float* bias = p.bias ? p.bias + first : nullptr;
+  const auto attend = [&](auto&& rows, const float* prepared) {
+    attend_rows(p, prepared, num_queries, rows, count, nullptr, bias, partials);
+  };
+  if (p.key_bits == 16) {
+    return attend(DenseRows<T>{static_cast<const T*>(p.keys) + first * p.key_stride,
+                               static_cast<const T*>(p.values) + first * p.value_stride,
+                               p.key_stride, p.value_stride, p.key_dim, p.value_dim},
+                  queries);
+  }
+  if (p.key_bits == 4) {
+    attend(CodedRows<4, 4>(p, first), coded_queries);
+  } else if (p.value_bits == 4) {
+    attend(CodedRows<8, 4>(p, first), coded_queries);
+  } else {
+    attend(CodedRows<8, 8>(p, first), coded_queries);
+  }
+  for (int64_t m = 0; m < num_queries; ++m) {
+    finish_coded<T>(p, partials + m * ragged_partial_floats(p) + 2);
+  }
+}
+
+// What sums of weighted values are multiplied with: 1 over all weights, that of a sink included.
+inline float share_of(float largest, float total, float sink) {
+  if (sink == -__builtin_inff()) return 1.0f / total;
+  const float top = largest > sink ? largest : sink;
+  const float mine = __builtin_expf(largest - top);
+  return mine / (total * mine + __builtin_expf(sink - top));
 }
 
 template <typename T>
@@ -320,7 +205,9 @@ inline void ragged_attention_typed(const RaggedAttentionParams& p) {
   const int64_t partial_floats = ragged_partial_floats(p);
   int64_t* first_item = static_cast<int64_t*>(p.workspace);
   float* queries = reinterpret_cast<float*>(first_item + rows + 1);
-  float* partials = queries + ragged_query_floats(p);
+  float* coded_queries = queries + ragged_query_floats(p);
+  float* partials = coded_queries + ragged_coded_query_floats(p);
+  const int64_t coded_dim = ragged_coded_dim(p);
   first_item[0] = 0;
   for (int64_t row = 0; row < rows; ++row) {
     first_item[row + 1] = first_item[row] + ragged_row_items(p, plan.segment, row);
@@ -343,6 +230,7 @@ inline void ragged_attention_typed(const RaggedAttentionParams& p) {
             (pair.b * scaling).store(scaled + d + Vec::kLanes);
           }
           for (; d < p.key_dim; ++d) scaled[d] = to_float(source[d]) * p.scaling;
+          if (coded_dim > 0) prepare_coded_query(p, source, coded_queries + i * coded_dim);
         }
       });
 
@@ -362,23 +250,24 @@ inline void ragged_attention_typed(const RaggedAttentionParams& p) {
       const int64_t first = (item - first_item[row]) * plan.segment;
       const int64_t last = first + plan.segment;
       if (first < stored) {
-        const int64_t source = p.begin[row] + first;
-        attend_keys(p, row_query, row_queries,
-                    static_cast<const T*>(p.keys) + source * p.key_stride, p.key_stride,
-                    static_cast<const T*>(p.values) + source * p.value_stride, p.value_stride,
-                    (last < stored ? last : stored) - first, nullptr, partial);
+        attend_stored<T>(p, row_query, coded_queries + row * row_queries * coded_dim, row_queries,
+                         p.begin[row] + first, (last < stored ? last : stored) - first, partial);
       }
       if (last > stored && p.num_tail > 0) {
         const int64_t tail_first = first > stored ? first - stored : 0;
         const int64_t tail_last = last - stored < p.num_tail ? last - stored : p.num_tail;
         TailView tail{&p, batch, kv_head, tail_first};
-        attend_keys(p, row_query, row_queries,
-                    static_cast<const T*>(p.tail_keys) + batch * p.tail_key_stride[0] +
-                        kv_head * p.tail_key_stride[1] + tail_first * p.tail_key_stride[2],
-                    p.tail_key_stride[2],
-                    static_cast<const T*>(p.tail_values) + batch * p.tail_value_stride[0] +
-                        kv_head * p.tail_value_stride[1] + tail_first * p.tail_value_stride[2],
-                    p.tail_value_stride[2], tail_last - tail_first, &tail, partial);
+        DenseRows<T> tail_rows{
+            static_cast<const T*>(p.tail_keys) + batch * p.tail_key_stride[0] +
+                kv_head * p.tail_key_stride[1] + tail_first * p.tail_key_stride[2],
+            static_cast<const T*>(p.tail_values) + batch * p.tail_value_stride[0] +
+                kv_head * p.tail_value_stride[1] + tail_first * p.tail_value_stride[2],
+            p.tail_key_stride[2],
+            p.tail_value_stride[2],
+            p.key_dim,
+            p.value_dim};
+        attend_rows(p, row_query, row_queries, tail_rows, tail_last - tail_first, &tail, nullptr,
+                    partial);
       }
     }
   });
@@ -409,7 +298,8 @@ inline void ragged_attention_typed(const RaggedAttentionParams& p) {
         sums[0] = largest;
         for (int64_t d = 1; d < partial_floats; ++d) sums[d] = sums[d] * mine + other[d] * theirs;
       }
-      const float scale = sums[0] == -__builtin_inff() ? 0.0f : 1.0f / sums[1];
+      const float sink = p.sinks ? p.sinks[head] : -__builtin_inff();
+      const float scale = sums[0] == -__builtin_inff() ? 0.0f : share_of(sums[0], sums[1], sink);
       const float* values = sums + 2;
       int64_t d = 0;
       for (; d + kPairLanes <= p.value_dim; d += kPairLanes) {

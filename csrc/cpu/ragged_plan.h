@@ -41,12 +41,24 @@ inline RaggedPlan ragged_plan(const RaggedAttentionParams& p) {
   return plan;
 }
 
+inline int64_t whole_groups(int64_t dim) {
+  return (dim + kCodeGroup - 1) / kCodeGroup * kCodeGroup;
+}
+
 // The workspace: first item of each row [rows + 1] int64, the scaled queries [B, Hq, Q, D] fp32,
-// then per item and query the largest score, the sum of weights and the weighted values [Dv] so
-// far.
-inline int64_t ragged_partial_floats(const RaggedAttentionParams& p) { return p.value_dim + 2; }
+// for quantised rows once more in whole groups of channels, then per item and query the largest
+// score, the sum of weights and the weighted values [Dv, or whole groups] so far.
+inline int64_t ragged_partial_floats(const RaggedAttentionParams& p) {
+  return (p.key_bits == 16 ? p.value_dim : whole_groups(p.value_dim)) + 2;
+}
 inline int64_t ragged_query_floats(const RaggedAttentionParams& p) {
   return p.batch * p.num_query_heads * p.num_queries * p.key_dim;
+}
+inline int64_t ragged_coded_dim(const RaggedAttentionParams& p) {
+  return p.key_bits == 16 ? 0 : whole_groups(p.key_dim);
+}
+inline int64_t ragged_coded_query_floats(const RaggedAttentionParams& p) {
+  return p.batch * p.num_query_heads * p.num_queries * ragged_coded_dim(p);
 }
 
 }  // namespace

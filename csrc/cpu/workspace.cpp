@@ -38,7 +38,8 @@ size_t ragged_attention_workspace_bytes(const RaggedAttentionParams& params) {
   const RaggedPlan plan = ragged_plan(params);
   const int64_t partials = plan.num_items * plan.row_queries * ragged_partial_floats(params);
   return (plan.rows + 1) * sizeof(int64_t) +
-         (ragged_query_floats(params) + partials) * sizeof(float);
+         (ragged_query_floats(params) + ragged_coded_query_floats(params) + partials) *
+             sizeof(float);
 }
 
 }  // namespace moekv::cpu

@@ -2,6 +2,7 @@
 
 #include "../backend.h"
 #include "../check.h"
+#include "pairs.h"
 #include "stream.h"
 
 namespace moekv::MOEKV_BACKEND {
@@ -21,11 +22,40 @@ void copy_strides(const Tensor& tensor, int64_t* strides, int64_t count) {
   for (int64_t i = 0; i < count; ++i) strides[i] = tensor.stride(i);
 }
 
+// Stored rows: those of the query's dtype, or codes with their scales.
+void check_stored(const Tensor& query, const Tensor& keys, const Tensor& values,
+                  const std::optional<Tensor>& scales, int key_bits, int value_bits) {
+  const int64_t key_dim = query.size(3), num_stored = keys.size(0);
+  if (key_bits == 16) {
+    MOEKV_CHECK(!scales, kOp, "expected scales only with quantised pairs");
+    check_dtype_and_device("keys", keys, query);
+    check_dtype_and_device("values", values, query);
+    MOEKV_CHECK(keys.size(1) == key_dim, kOp, "expected keys [num_stored, ", key_dim, "], got ",
+                shape(keys));
+    MOEKV_CHECK(values.size(0) == num_stored, kOp, "expected values [", num_stored,
+                ", value_dim], got ", shape(values));
+    return;
+  }
+  const int64_t value_dim = values.size(1) * 8 / value_bits;
+  check_code_dims(kOp, key_dim, value_dim, key_bits, value_bits);
+  check_matrix(kOp, "keys", keys, query, ScalarType::Byte, num_stored, "num_stored",
+               code_bytes(key_dim, key_bits));
+  check_matrix(kOp, "values", values, query, ScalarType::Byte, num_stored, nullptr,
+               code_bytes(value_dim, value_bits));
+  MOEKV_CHECK(scales, kOp, "expected scales with quantised pairs, got none");
+  check_matrix(kOp, "scales", *scales, query, ScalarType::Half, num_stored, nullptr,
+               code_scales(key_dim, key_bits) + code_scales(value_dim, value_bits));
+}
+
 Tensor ragged_attention_op(const Tensor& query_in, const Tensor& keys_in, const Tensor& values_in,
                            const Tensor& begin_in, const Tensor& end_in,
                            const std::optional<Tensor>& tail_keys_in,
                            const std::optional<Tensor>& tail_values_in,
-                           const std::optional<Tensor>& mask, double scaling, double softcap) {
+                           const std::optional<Tensor>& mask,
+                           const std::optional<Tensor>& scales_in,
+                           const std::optional<Tensor>& bias_in,
+                           const std::optional<Tensor>& sinks_in, double scaling, double softcap,
+                           const std::string& pairs) {
   const DType dtype = float_dtype(kOp, "query", query_in);
   check_rank(kOp, "query", query_in, 4, "[batch, num_query_heads, num_queries, head_dim]");
   check_rank(kOp, "keys", keys_in, 2, "[num_stored, head_dim]");
@@ -33,13 +63,15 @@ Tensor ragged_attention_op(const Tensor& query_in, const Tensor& keys_in, const 
   check_rank(kOp, "begin", begin_in, 2, "[batch, num_kv_heads]");
   const int64_t batch = query_in.size(0), num_query_heads = query_in.size(1);
   const int64_t num_queries = query_in.size(2), key_dim = query_in.size(3);
-  const int64_t num_kv_heads = begin_in.size(1), value_dim = values_in.size(1);
-  check_dtype_and_device("keys", keys_in, query_in);
-  check_dtype_and_device("values", values_in, query_in);
-  MOEKV_CHECK(keys_in.size(1) == key_dim, kOp, "expected keys [num_stored, ", key_dim, "], got ",
-              shape(keys_in));
-  MOEKV_CHECK(values_in.size(0) == keys_in.size(0), kOp, "expected values [", keys_in.size(0),
-              ", value_dim], got ", shape(values_in));
+  const int64_t num_kv_heads = begin_in.size(1);
+  const auto [key_bits, value_bits] = bits_of(kOp, pairs, true);
+  const int64_t value_dim = values_in.size(1) * (value_bits == 4 ? 2 : 1);
+  check_stored(query_in, keys_in, values_in, scales_in, key_bits, value_bits);
+#ifdef MOEKV_CUDA
+  MOEKV_CHECK(key_bits == 16 && !bias_in && !sinks_in, kOp,
+              "expected pairs 16, no bias and no sinks on CUDA, got others; backend=\"torch\" "
+              "serves them");
+#endif
   const int64_t num_tail = tail_keys_in && tail_keys_in->dim() == 4 ? tail_keys_in->size(2) : 0;
   MOEKV_CHECK(keys_in.size(0) <= kMaxRows - num_tail, kOp, "expected at most ", kMaxRows,
               " stored rows and tail positions, got ", keys_in.size(0), " and ", num_tail);
@@ -60,6 +92,12 @@ Tensor ragged_attention_op(const Tensor& query_in, const Tensor& keys_in, const 
   const DeviceScope scope(query_in);
   const Tensor query = with_dense_rows(kOp, query_in), keys = with_dense_rows(kOp, keys_in);
   const Tensor values = with_dense_rows(kOp, values_in);
+  std::optional<Tensor> scales;
+  if (scales_in) scales = with_dense_rows(kOp, *scales_in);
+  const std::optional<Tensor> bias =
+      dense_vector(kOp, "bias", bias_in, ScalarType::Float, keys.size(0), query);
+  const std::optional<Tensor> sinks =
+      dense_vector(kOp, "sinks", sinks_in, ScalarType::Float, num_query_heads, query);
   const Tensor begin = contiguous(kOp, begin_in);
   const Tensor end = contiguous(kOp, end_in);
   Tensor output =
@@ -84,6 +122,14 @@ Tensor ragged_attention_op(const Tensor& query_in, const Tensor& keys_in, const 
   params.value_stride = values.stride(0);
   params.scaling = static_cast<float>(scaling);
   params.softcap = static_cast<float>(softcap);
+  params.key_bits = key_bits;
+  params.value_bits = value_bits;
+  if (scales) {
+    params.scales = static_cast<const uint16_t*>(scales->const_data_ptr());
+    params.scale_stride = scales->stride(0);
+  }
+  params.bias = data<float>(bias);
+  params.sinks = data<float>(sinks);
   params.dtype = dtype;
 
   std::optional<Tensor> tail_keys, tail_values;

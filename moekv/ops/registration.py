@@ -57,6 +57,11 @@ def register(
     _libraries["Autograd"].impl(op, kernel)
 
 
+def without_gradient(op: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a reference say that it has no gradient when one is asked for, as native ops do."""
+    return _functional(op, reference, None, None)
+
+
 def _refuse(op: str, what: str) -> NoReturn:
     raise NotImplementedError(
         f"moekv::{op} has no {what}; detach() what goes into it, or call it under torch.no_grad()"

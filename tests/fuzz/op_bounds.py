@@ -38,10 +38,13 @@ def same(what: str, got: Array, want: Array) -> None:
     within(what, got, want, want)
 
 
-def logits_of(queries: Array, keys: Array, scaling: float, softcap: float) -> tuple[Array, Array]:
-    """Logits [..., Q, K], and how far off float32 may be."""
+def logits_of(
+    queries: Array, keys: Array, scaling: float, softcap: float, key_size: Array | None = None
+) -> tuple[Array, Array]:
+    """Logits [..., Q, K], and how far off float32 may be; ``key_size`` if not that of the keys."""
     products = scaling * (queries @ keys.swapaxes(-1, -2))
-    size = scaling * (np.abs(queries) @ np.abs(keys).swapaxes(-1, -2))
+    key_size = np.abs(keys) if key_size is None else key_size
+    size = scaling * (np.abs(queries) @ key_size.swapaxes(-1, -2))
     error = UNIT * (4 + np.sqrt(queries.shape[-1])) * size + 1e-12
     if softcap > 0:
         low, middle, high = (

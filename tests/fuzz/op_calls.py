@@ -69,7 +69,7 @@ class Inputs:
         if tensor.is_floating_point():
             nonsense: float | bool = math.nan
         else:
-            nonsense = True if tensor.dtype == torch.bool else 2**30
+            nonsense = {torch.bool: True, torch.uint8: 200}.get(tensor.dtype, 2**30)
         memory = tensor.new_full((offset + extent + 9,), nonsense)
         laid = memory.as_strided(tensor.shape, strides, offset)
         return laid.copy_(tensor)
@@ -383,11 +383,55 @@ def whole_memory(tensor: Tensor) -> Tensor:
     return tensor.as_strided((size,), (1,), 0)
 
 
+def draw_quantize_pairs(r: random.Random) -> Fields:
+    pairs = r.choice(["k8v8", "k8v4", "k4v4"])
+    dims = [1, 3, 16, 33, 64, 80, 96, 128, 256]
+    return {
+        **common(r),
+        "pairs": pairs,
+        "num": r.choice([0, 1, 5, 64, 200]),
+        "dim": r.choice(dims) * (2 if pairs[1] == "4" else 1),
+        "value_dim": r.choice(dims) * (2 if pairs[3] == "4" else 1),
+        "strange": r.choice(["none", "none", "nan", "inf", "-inf"]),
+    }
+
+
+def quantize_pairs(f: Fields) -> Call:
+    make = Inputs(f["seed"], f["values"], f["size"], f["layout"])
+    rows = [make.numbers(f["num"], d, dtype=f["dtype"]) for d in (f["dim"], f["value_dim"])]
+    if f["strange"] != "none" and f["num"]:
+        at = make.random.randrange(f["num"])
+        make.random.choice(rows)[at, 0] = INFINITE[f["strange"]]
+    tensors = [make.laid(x) for x in rows]
+    options = {"pairs": f["pairs"]}
+    return tensors, options, lambda got: contracts.quantize_pairs(got, *tensors, **options)
+
+
+def coded_rows(make: Inputs, f: Fields) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of any codes, with scales as they come of numbers of the size; no sum leaves float16."""
+    bits = int(f["pairs"][1]), int(f["pairs"][3])
+    dims = f["dim"], f["value_dim"]
+    codes, scales = [], []
+    for width, dim in zip(bits, dims, strict=True):
+        code = make.integers(0, 256, f["stored"], dim * width // 8).to(torch.uint8)
+        if width == 8:
+            code[code == 128] = 0  # -128 is no code
+            scales.append((make.numbers(f["stored"], 1).abs() / 127).clamp(max=400))
+        else:
+            lo = -make.numbers(f["stored"], -(-dim // 32)).abs().clamp(max=2e4 / dim)
+            scales.append(torch.stack([lo, lo.abs() / 7], 2).flatten(1))
+        codes.append(code)
+    return codes[0], codes[1], torch.cat(scales, 1).clamp(-6e4, 6e4).half()
+
+
 def draw_ragged_attention(r: random.Random) -> Fields:
     tail = r.choice([0, 1, 1, 3, 20, 64, 65, 130])
     return {
         **common(r),
         **heads(r),
+        "pairs": r.choice(["16", "16", "16", "k8v8", "k8v4", "k4v4"]),
+        "bias": r.choice(["none", "none", "some", "hiding", "nothing"]),
+        "sinks": r.random() < 0.3,
         "queries": r.choice([1, 1, 2, 5]) if tail == 0 else min(tail, r.choice([1, 1, 2, 3, 20])),
         "value_dim": r.choice([1, 3, 8, 16, 33, 64, 80, 128]),
         "stored": r.choice([0, 1, 5, 64, 65, 200, 700]),
@@ -403,8 +447,21 @@ def draw_ragged_attention(r: random.Random) -> Fields:
 def ragged_attention(f: Fields) -> Call:
     make = Inputs(f["seed"], f["values"], f["size"], f["layout"])
     b, h, q, n, s = f["batch"], f["heads"], f["queries"], f["stored"], f["tail"]
+    if f["pairs"] != "16":  # 4 bits need even dims
+        f = {**f, "dim": 2 * f["dim"], "value_dim": 2 * f["value_dim"]}
     query = make.numbers(b, h * f["group"], q, f["dim"], dtype=f["dtype"])
-    keys, values = (make.numbers(n, d, dtype=f["dtype"]) for d in (f["dim"], f["value_dim"]))
+    scales = bias = sinks = None
+    if f["pairs"] == "16":
+        keys, values = (make.numbers(n, d, dtype=f["dtype"]) for d in (f["dim"], f["value_dim"]))
+    else:
+        keys, values, scales = coded_rows(make, f)
+    if f["bias"] != "none":
+        bias = make.numbers(n, size=3.0)
+        share = {"some": 0.0, "hiding": 0.5, "nothing": 1.0}[f["bias"]]
+        bias[make.booleans(share, n)] = -math.inf
+        bias = make.laid(bias)
+    if f["sinks"]:
+        sinks = make.laid(make.numbers(h * f["group"], size=3.0))
     begin = make.integers(0, n + 1, b, h)
     end = torch.maximum(begin, make.integers(0, n + 1, b, h))
     row = torch.arange(n)
@@ -431,11 +488,13 @@ def ragged_attention(f: Fields) -> Call:
         tail = [make.laid(tail_keys), make.laid(tail_values), mask]
         if mask is not None:
             tail[2] = make.laid(mask)
-    for x in (keys, values):
-        hide(x, ~owned[:, None], f["hidden"])
+    unseen = ~owned if bias is None else ~owned | (bias == -math.inf)
+    for x in (keys, values) if scales is None else (scales,):
+        hide(x, unseen[:, None], f["hidden"])
     given = (query, keys, values, begin, end)
     tensors = [*(make.laid(x) for x in given), *tail]
-    options = {"scaling": f["scaling"], "softcap": f["softcap"]}
+    tensors += [None if scales is None else make.laid(scales), bias, sinks]
+    options = {"scaling": f["scaling"], "softcap": f["softcap"], "pairs": f["pairs"]}
     return tensors, options, lambda got: contracts.ragged_attention(got, *tensors, **options)
 
 
@@ -447,6 +506,7 @@ BUILD: dict[str, Callable[[Fields], Call]] = {
     "mix_scores": mix_scores,
     "select_kept": select_kept,
     "kv_compact_": kv_compact_,
+    "quantize_pairs": quantize_pairs,
     "ragged_attention": ragged_attention,
 }
 DRAW = {name: globals()[f"draw_{name}"] for name in BUILD}

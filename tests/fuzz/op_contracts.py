@@ -7,6 +7,7 @@ the last place of the sum of their absolute terms, and what comes of that is bou
 """
 
 from pair_contracts import kv_compact_, ragged_attention, select_kept
+from row_contracts import quantize_pairs
 from score_contracts import expected_attention, expert_scores
 from token_contracts import gating_topk, mix_scores, project_tokens
 
@@ -17,6 +18,7 @@ __all__ = [
     "kv_compact_",
     "mix_scores",
     "project_tokens",
+    "quantize_pairs",
     "ragged_attention",
     "select_kept",
 ]

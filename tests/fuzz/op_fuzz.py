@@ -91,6 +91,8 @@ def check_wrong(op: str, tensors: list[Any], options: Fields, r: random.Random) 
             return
         if isinstance(options[name], list):
             options[name] = r.choice([[], options[name] * 2, [-1], [10**6]])
+        elif isinstance(options[name], str):
+            options[name] = r.choice(["16", "k8v8", "k8v4", "k4v4", "k4v8", ""])
         elif isinstance(options[name], int):
             options[name] = r.choice([-1, 0, 2, 257, 2**31])
         else:
@@ -168,6 +170,7 @@ def smallest(op: str, fields: Fields, tries: int = 300) -> Fields:
     kind = (failure(op, fields) or "").split(":")[0]
     simple = {"backend": "cpu", "dtype": "float32", "values": "normal", "layout": "dense"}
     simple |= {"padding": "none", "hidden": "value", "poison": "none", "strange": "none"}
+    simple |= {"bias": "none", "pairs": "16" if op == "ragged_attention" else "k8v8"}
     simple |= {"mask": "none" if isinstance(fields.get("mask"), str) else False, "seen": "none"}
     again = True
     while again and tries > 0:

@@ -7,21 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from stored_rows import QUANTISED, decode, transform
-from targets import TARGETS, refuses
+from targets import on_any_number_of_threads, refuses
 
 from moekv import ops
 from moekv.ops import reference
 
-SERVING = [target for target in TARGETS if target.backend == "torch"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DIMS = [(64, 64), (128, 80), (96, 112), (2, 2), (34, 66), (256, 128), (30, 6)]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@pytest.fixture(params=SERVING, ids=str)
-def target(request):
-    return request.param
 
 
 def pairs_of(key_dim, value_dim, num=23, seed=0, scale=1.0):
@@ -155,6 +149,35 @@ def test_small_numbers(target, pairs):
         # Half of a step, which is at least the smallest float16, of up to 64 channels.
         allowed = 0.5 * 64 * 2**-24 + 0.4 * keys.abs().max()
         assert (k - keys).abs().max() <= allowed and (v - values).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pairs", QUANTISED)
+def test_native_codes_are_the_references(native, pairs, dtype):
+    """To the bit: sums are formed in one order, and quotients rounded once."""
+    for dims in DIMS:
+        keys, values = (x.to(dtype) for x in pairs_of(*dims))
+        got = encode(native, keys, values, pairs)
+        assert all(map(torch.equal, got, reference.quantize_pairs(keys, values, pairs=pairs)))
+
+
+def test_opcheck(native):
+    keys, values = (x.to(native.device) for x in pairs_of(64, 48))
+    for pairs in QUANTISED:
+        op = torch.ops.moekv.quantize_pairs.default
+        torch.library.opcheck(op, (keys, values), {"pairs": pairs})
+
+
+def test_codes_have_no_gradient(target):
+    keys, values = (x.to(target.device).requires_grad_() for x in pairs_of(8, 8))
+    _, _, scales = ops.quantize_pairs(keys, values, pairs="k8v4", backend=target.backend)
+    with pytest.raises(NotImplementedError, match="moekv::quantize_pairs has no backward"):
+        scales.sum().backward()
+
+
+def test_threads_change_nothing(native):
+    keys, values = (x.to(native.device) for x in pairs_of(64, 96, num=1000))
+    on_any_number_of_threads(lambda: encode(native, keys, values, "k8v4"))
 
 
 def test_strides(target):

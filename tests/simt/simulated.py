@@ -263,10 +263,15 @@ class Device:
         tail_keys: Tensor | None = None,
         tail_values: Tensor | None = None,
         mask: Tensor | None = None,
+        scales: Tensor | None = None,
+        bias: Tensor | None = None,
+        sinks: Tensor | None = None,
         *,
         scaling: float,
         softcap: float = 0.0,
+        pairs: str = "16",
     ) -> Tensor:
+        assert pairs == "16" and scales is bias is sinks is None, "the op refuses these on CUDA"
         query, keys, values = (with_dense_rows(x) for x in (query, keys, values))
         begin, end = begin.contiguous(), end.contiguous()
         batch, num_query_heads, num_queries, key_dim = query.shape

@@ -3,7 +3,12 @@
 import torch
 from torch import Tensor
 
-from moekv.ops import reference
+from moekv.ops import checks, reference, row_checks
+from moekv.ops.backends import implementation
+from moekv.ops.formats import pair_layout
+from moekv.ops.registration import register, without_gradient
+
+_refusing = without_gradient("quantize_pairs", reference.quantize_pairs)
 
 
 def quantize_pairs(
@@ -23,7 +28,8 @@ def quantize_pairs(
     pairs : str
         ``"k8v8"``, ``"k8v4"`` or ``"k4v4"``: the bits of a key's channel and of a value's.
     backend : str
-        One of ``BACKENDS``. ``auto``: PyTorch, as long as there are no native kernels.
+        One of ``BACKENDS``; ``auto``: native kernels where they are, by the device of ``keys``;
+        on CUDA, PyTorch.
 
     Returns
     -------
@@ -32,7 +38,7 @@ def quantize_pairs(
         the key first. ``pair_layout`` gives KB, VB and M. A key or value with NaN, an infinity, or
         a scale beyond float16 has NaN for all its scales, and no other pair sees that: it
         decodes to NaN, and ``bias`` of ``ragged_attention`` can hide it. In 4 bits that begins
-        beyond 65,504, the last float16, in 8 bits beyond 8.3 million. None has a gradient.
+        beyond 65,504, the last float16, in 8 bits beyond 8.3 million. There is no gradient.
 
     Raises
     ------
@@ -46,11 +52,14 @@ def quantize_pairs(
     ----------
     .. [1] Ashkboos et al., "QuaRot: Outlier-free 4-bit inference in rotated LLMs", 2024.
     """
-    if backend not in ("auto", "torch"):
-        raise RuntimeError(
-            f"moekv::quantize_pairs: expected backend auto or torch, got {backend!r}"
-        )
-    return reference.quantize_pairs(keys, values, pairs=pairs)
+    if backend == "auto" and keys.is_cuda:
+        backend = "torch"
+    op = implementation("quantize_pairs", keys, backend)
+    needs_gradient = keys.requires_grad or values.requires_grad
+    if op is reference.quantize_pairs and torch.is_grad_enabled() and needs_gradient:
+        op = _refusing
+    key_codes, value_codes, scales = op(keys, values, pairs=pairs)
+    return key_codes, value_codes, scales
 
 
 def dequantize_pairs(
@@ -94,3 +103,17 @@ def dequantize_pairs(
         value_dim=value_dim,
         dtype=dtype,
     )
+
+
+def _fake(keys: Tensor, values: Tensor, *, pairs: str) -> tuple[Tensor, Tensor, Tensor]:
+    checks.native("quantize_pairs", "keys", keys)
+    row_checks.quantize_pairs(keys, values, pairs)
+    layout = pair_layout(pairs, keys.shape[1], values.shape[1])
+    return (
+        keys.new_empty(len(keys), layout.key_codes, dtype=torch.uint8),
+        keys.new_empty(len(keys), layout.value_codes, dtype=torch.uint8),
+        keys.new_empty(len(keys), layout.num_scales, dtype=torch.float16),
+    )
+
+
+register("quantize_pairs", _fake)

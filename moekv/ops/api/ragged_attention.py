@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from moekv.ops import checks, reference, row_checks
+from moekv.ops import checks, row_checks
 from moekv.ops.backends import implementation
 from moekv.ops.registration import register
 
@@ -60,8 +60,8 @@ def ragged_attention(
         One of ``PAIRS``: how the rows are stored; see ``quantize_pairs``. The tail never is.
     backend : str
         One of ``BACKENDS``; ``auto``: native kernels where they are, by the device of ``query``.
-        ``torch`` alone has gradients, and alone serves quantised rows, ``bias`` and ``sinks`` so
-        far: ``auto`` chooses it for them.
+        ``torch`` alone has gradients, and alone serves quantised rows, ``bias`` and ``sinks`` on
+        CUDA: ``auto`` chooses it for them there.
 
     Returns
     -------
@@ -74,36 +74,17 @@ def ragged_attention(
     ValueError
         ``backend`` is unknown, or ``query`` is elsewhere.
     RuntimeError
-        The backend is not available or does not serve such rows, or an argument has a wrong shape,
-        dtype or device. On the CPU also where ``begin`` or ``end`` leave the stored rows; on CUDA
-        they are clamped.
+        The backend is not available, or an argument has a wrong shape, dtype or device. On the CPU
+        also where ``begin`` or ``end`` leave the stored rows; on CUDA they are clamped.
 
     References
     ----------
     .. [1] Dao et al., "Flash-Decoding for long-context inference", 2023.
     .. [2] OpenAI, "gpt-oss-120b & gpt-oss-20b model card", 2025.
     """
-    more = scales, bias, sinks
-    if pairs != "16" or any(tensor is not None for tensor in more):
-        if backend not in ("auto", "torch"):
-            raise RuntimeError(
-                "moekv::ragged_attention: expected backend auto or torch for quantised rows, bias "
-                f"and sinks, got {backend!r}"
-            )
-        return reference.ragged_attention(
-            query,
-            keys,
-            values,
-            begin,
-            end,
-            tail_keys,
-            tail_values,
-            mask,
-            *more,
-            scaling=scaling,
-            softcap=softcap,
-            pairs=pairs,
-        )
+    is_plain = pairs == "16" and bias is None and sinks is None
+    if backend == "auto" and query.is_cuda and not is_plain:
+        backend = "torch"
     op = implementation("ragged_attention", query, backend)
     output: Tensor = op(
         query,
@@ -114,8 +95,12 @@ def ragged_attention(
         tail_keys,
         tail_values,
         mask,
+        scales,
+        bias,
+        sinks,
         scaling=scaling,
         softcap=softcap,
+        pairs=pairs,
     )
     return output
 
@@ -141,7 +126,8 @@ def _fake(
     arguments = query, keys, values, begin, end, tail_keys, tail_values, mask, scales, bias, sinks
     row_checks.ragged_attention(*arguments, scaling, softcap, pairs)
     batch, num_query_heads, num_queries, _ = query.shape
-    return query.new_empty(batch, num_queries, num_query_heads, values.shape[1])
+    value_dim = values.shape[1] * (1 if pairs == "16" else 8 // int(pairs[3]))
+    return query.new_empty(batch, num_queries, num_query_heads, value_dim)
 
 
 register("ragged_attention", _fake)

@@ -46,11 +46,11 @@ def hadamard(rows: Tensor) -> Tensor:
     """
     num_rows, dim = rows.shape
     block = largest_power_of_two(dim)
-    mixed, width = rows, 1
-    while width < block:
+    mixed, width = rows, block // 2
+    while width > 0:
         first, second = mixed.reshape(num_rows, dim // (2 * width), 2, width).unbind(2)
         mixed = torch.stack([first + second, first - second], 2)
-        width *= 2
+        width //= 2
     return mixed.reshape(num_rows, dim)
 
 

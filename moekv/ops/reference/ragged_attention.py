@@ -74,12 +74,11 @@ def ragged_attention(
         mixed = mixed * keep + _seen_values(weights, seen, v)
         return new, total * keep + weights.sum(-1, keepdim=True), mixed
 
-    highest = q.new_full((*q.shape[:3], 1), -torch.inf)
-    total = torch.zeros_like(highest)
-    if sinks is not None:  # a key without a value, which all queries of its head see
-        highest = widened(sinks)[:, None, None].to(q.dtype).expand_as(highest)
-        total = (highest - torch.where(highest == -torch.inf, 0.0, highest)).exp()
-    state = highest, total, q.new_zeros((*q.shape[:3], value_dim))
+    state = (
+        q.new_full((*q.shape[:3], 1), -torch.inf),
+        q.new_zeros((*q.shape[:3], 1)),
+        q.new_zeros((*q.shape[:3], value_dim)),
+    )
     # Every head looks at all stored rows and ignores those of others: no length has to be known.
     first, last = (x.repeat_interleave(groups, 1)[:, :, None, None] for x in (begin, end))
     for tile in range(0, num_stored, TILE):
@@ -100,7 +99,13 @@ def ragged_attention(
         if mask is not None:
             seen = seen & mask
         state = fold(state, q @ k.mT, seen, v)
-    _, total, mixed = state
+    highest, total, mixed = state
+    if sinks is not None:  # a key without a value, for queries that see any other
+        sink = widened(sinks)[:, None, None].to(q.dtype)
+        new = torch.maximum(highest, torch.where(highest == -torch.inf, highest, sink))
+        shift = torch.where(new == -torch.inf, 0.0, new)
+        keep = (highest - shift).exp()
+        mixed, total = mixed * keep, total * keep + (sink - shift).exp()
     output = torch.where(total > 0, mixed / torch.where(total > 0, total, 1.0), mixed)
     return output.transpose(1, 2).to(query.dtype).contiguous()
 
