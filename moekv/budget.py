@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import chain
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ OVER_MODEL = ("layer", "model")  # those that let pairs move between layers
 DENSE = ("uniform", "layer")  # those under which the heads of a layer keep as many
 
 
-def kept_pairs(length: int, compression_ratio: float) -> int:
+def kept_pairs(length: int, compression_ratio: float, gain: Fraction | int = 1) -> int:
     """Count the pairs of a head that stay: ``max(1, int(length * (1 - compression_ratio)))``.
 
     Parameters
@@ -28,14 +30,17 @@ def kept_pairs(length: int, compression_ratio: float) -> int:
     length : int
         Real pairs, >= 0.
     compression_ratio : float
-        Share to remove, in [0, 1).
+        Share of their bytes to remove, in [0, 1).
+    gain : Fraction
+        Pairs that can be stored in the bytes of one: more than 1 where they are quantised.
 
     Returns
     -------
     int
-        At least 1, so that no cache is ever emptied; what kvpress keeps.
+        At least 1, so that no cache is ever emptied; with `gain` 1 what kvpress keeps. At most
+        all: where quantising makes the room, nothing has to leave.
     """
-    return max(1, int(length * (1 - compression_ratio)))
+    return max(1, min(length, int(length * (1 - compression_ratio) * gain)))
 
 
 def check_ratio(compression_ratio: float) -> None:
@@ -47,7 +52,7 @@ def check_ratio(compression_ratio: float) -> None:
         )
     if not 0 <= compression_ratio < 1:
         raise ValueError(
-            f"expected compression_ratio in [0, 1), the share of pairs to remove, "
+            f"expected compression_ratio in [0, 1), the share of bytes to remove, "
             f"got {compression_ratio}"
         )
 
@@ -119,6 +124,17 @@ class Kept:
         indices = mask.nonzero()[:, 2].int()
         offsets = functional.pad(mask.sum(-1).flatten().cumsum(0), (1, 0)).int()
         return cls(indices, offsets, (batch, num_heads, num_keys))
+
+    @classmethod
+    def everything(cls, shape: tuple[int, int, int], real: Tensor | None, device: Any) -> "Kept":
+        """Keep all pairs that are real [B, H or 1, T]; None: all. Waits for the device if any."""
+        batch, num_heads, num_keys = shape
+        if real is not None:
+            return cls.from_mask(real.expand(shape))
+        heads = batch * num_heads
+        indices = torch.arange(num_keys, dtype=torch.int32, device=device).repeat(heads)
+        offsets = torch.arange(heads + 1, dtype=torch.int32, device=device) * num_keys
+        return cls(indices, offsets, shape)
 
     def rows(self) -> Tensor:
         """Return the kept pairs' numbers in the flat layer [B * H * T]: int64 [n]."""

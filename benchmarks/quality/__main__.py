@@ -24,6 +24,7 @@ from .presses import (
     METHODS,
     OURS,
     PEERS,
+    QUANTISED,
     ROUTED,
     add_routers,
 )
@@ -36,6 +37,7 @@ SETS = {
     "peers": PEERS,
     "anchors": ANCHORS,
     "ours": OURS,
+    "quantised": QUANTISED,
     "experts": EXPERTS,
     "budgets": BUDGETS,
     "knobs": KNOBS,

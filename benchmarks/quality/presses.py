@@ -136,12 +136,21 @@ KNOBS: dict[str, Factory] = {
     for name, value in (("sinks", 0), ("recent", 0), ("window", 16), ("window", 256))
 }
 
+#: Pairs in fewer bits, in the bytes that 16-bit pairs of the ratio would take: the model runs in
+#: fp32, in whose bytes that is half as much.
+QUANTISED: dict[str, Factory] = {
+    f"moekv pairs={pairs}": lambda ratio, pairs=pairs: MoERouterPress((1 + ratio) / 2, pairs=pairs)
+    for pairs in ("k8v8", "k8v4", "k4v4", "auto")
+}
+
 #: Every kind of router over the same experts.
 ROUTED: dict[str, Factory] = {
     f"moekv {name}": _scorer(MoERouterPress, router_type=name) for name in ROUTERS
 }
 
-METHODS: dict[str, Factory] = PEERS | ANCHORS | OURS | EXPERTS | BUDGETS | KNOBS | ROUTED
+METHODS: dict[str, Factory] = (
+    PEERS | ANCHORS | OURS | QUANTISED | EXPERTS | BUDGETS | KNOBS | ROUTED
+)
 
 
 def add_routers(folder: Path) -> list[str]:

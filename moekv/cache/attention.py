@@ -230,15 +230,15 @@ def attend(
     softcap = softcap or 0.0
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, *key.tail)):
         return _attend_with_gradients(query, key, mask, scaling, softcap)
-    tensors: tuple[Tensor, ...] = (query, *key.stored, *key.tail)
+    rows, (tail_keys, tail_values) = key.rows, key.tail
     if torch.is_autocast_enabled(query.device.type):  # as PyTorch's own attention
         dtype = torch.get_autocast_dtype(query.device.type)
-        tensors = tuple(x.to(dtype) for x in tensors)
-    query, keys, values, tail_keys, tail_values = tensors
+        query, tail_keys, tail_values = (x.to(dtype) for x in (query, tail_keys, tail_values))
+        rows = rows.read_as(dtype, dtype)
     return ops.ragged_attention(
         query,
-        keys,
-        values,
+        rows.keys,
+        rows.values,
         layer.begin,
         layer.end,
         tail_keys,
@@ -246,6 +246,8 @@ def attend(
         mask,
         scaling=scaling,
         softcap=softcap,
+        pairs=rows.pairs,
+        scales=rows.scales,
         backend=layer.backend,
     )
 

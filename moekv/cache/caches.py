@@ -1,6 +1,7 @@
 """Which caches can be served, and how pairs leave them."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from moekv.cache.buffers import storage_bytes
 from moekv.cache.growing import GrowingLayer
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.ragged import RaggedLayer
+from moekv.cache.rows import gain
 from moekv.cache.static import CompactStaticLayer
 
 
@@ -112,10 +114,45 @@ def held_bytes(layer: CacheLayerMixin) -> int:
     return storage_bytes(keys, values)
 
 
+def bytes_by_kind(layers: Iterable[CacheLayerMixin]) -> dict[str, int]:
+    """Bytes of the storages of initialised layers: of pairs, scales, tails and notes."""
+    kinds = dict.fromkeys(("pairs", "scales", "tail", "notes"), 0)
+    for layer in layers:
+        kinds["pairs"] += held_bytes(layer)
+        if isinstance(layer, CompressedLayer) and layer.notes is not None:
+            kinds["notes"] += layer.notes.nbytes
+        if isinstance(layer, RaggedLayer):
+            scales = layer.rows.scales
+            beside = {
+                "scales": 0 if scales is None else storage_bytes(scales),
+                "tail": layer.nbytes - storage_bytes(*layer.rows.tensors),
+            }
+            for kind, count in beside.items():
+                kinds[kind] += count
+                kinds["pairs"] -= count
+    return kinds
+
+
+def bits_per_number(layers: Iterable[CacheLayerMixin]) -> float | None:
+    """Bits that a number of a stored key or value takes, scales counted; None: there is none."""
+    bits = numbers = 0
+    for layer in layers:
+        if isinstance(layer, RaggedLayer):
+            bits += 8 * len(layer.rows) * layer.rows.bytes_per_pair
+            numbers += len(layer.rows) * (layer.rows.key_dim + layer.rows.value_dim)
+        else:
+            for pairs in cached_pairs(layer):
+                bits += 8 * pairs.nbytes
+                numbers += pairs.numel()
+    return bits / numbers if numbers else None
+
+
 def compressed(
-    keys: Tensor, values: Tensor, kept: Kept, *, backend: str = "auto"
+    keys: Tensor, values: Tensor, kept: Kept, *, pairs: str = "16", backend: str = "auto"
 ) -> GrowingLayer | RaggedLayer:
     """Copy the chosen pairs of a dense layer, to a dense one if each head keeps as many.
+
+    What is quantised is ragged in any case.
 
     Parameters
     ----------
@@ -123,6 +160,8 @@ def compressed(
         [B, H, T, D] and [B, H, T, Dv].
     kept : Kept
         What stays of each head.
+    pairs : str
+        How it is stored: one of ``moekv.ops.PAIRS``.
     backend : str
         Which implementation of ``ragged_attention`` serves the layer.
 
@@ -130,23 +169,24 @@ def compressed(
     -------
     GrowingLayer or RaggedLayer
     """
-    if kept.per_head is None:
-        return RaggedLayer.compress(keys, values, kept, backend=backend)
+    if kept.per_head is None or pairs != "16":
+        return RaggedLayer.compress(keys, values, kept, pairs=pairs, backend=backend)
     return GrowingLayer.compress(keys, values, kept, backend=backend)
 
 
-def evict(cache: Cache, index: int, kept: Kept, *, backend: str) -> tuple[int, int]:
+def evict(
+    cache: Cache, index: int, kept: Kept, *, pairs: str = "16", backend: str
+) -> tuple[int, int]:
     """Leave only the kept pairs in a layer of a cache, and give the memory of the others back.
 
     Parameters
     ----------
     cache : Cache
-        Its layer is replaced: by a ``GrowingLayer`` where all heads keep as many pairs, else by a
-        ``RaggedLayer``.
+        Its layer is replaced, see :func:`compressed`.
     index : int
         Of the layer.
     kept : Kept
-    backend : str
+    pairs, backend : str
 
     Returns
     -------
@@ -155,8 +195,26 @@ def evict(cache: Cache, index: int, kept: Kept, *, backend: str) -> tuple[int, i
         layer's old tensors; these stay as they were.
     """
     before = cache.layers[index]
-    layer = cache.layers[index] = compressed(*cached_pairs(before), kept, backend=backend)
+    layer = cache.layers[index] = compressed(
+        *cached_pairs(before), kept, pairs=pairs, backend=backend
+    )
     return held_bytes(before), layer.nbytes
+
+
+def gain_of(layer: CompressedLayer, pairs: str) -> Fraction:
+    """Count the pairs that a layer will store in the bytes of one dense pair.
+
+    Parameters
+    ----------
+    layer : CompressedLayer
+        One that is quantised keeps its format.
+    pairs : str
+        How others are going to be stored.
+    """
+    if isinstance(layer, RaggedLayer):
+        own = layer.rows.pairs
+        return gain(pairs if own == "16" else own, layer.tail_keys, layer.tail_values)
+    return gain(pairs, *cached_pairs(layer))
 
 
 def growing(cache: Cache, index: int, *, backend: str) -> CompressedLayer:
@@ -168,7 +226,9 @@ def growing(cache: Cache, index: int, *, backend: str) -> CompressedLayer:
     return layer
 
 
-def recompress(cache: Cache, index: int, kept: Kept, *, backend: str) -> CompressedLayer:
+def recompress(
+    cache: Cache, index: int, kept: Kept, *, pairs: str = "16", backend: str
+) -> CompressedLayer:
     """Leave only the kept pairs in a layer that has grown.
 
     Where all heads keep as many, and did so before, they move to the front of the memory that they
@@ -180,6 +240,8 @@ def recompress(cache: Cache, index: int, kept: Kept, *, backend: str) -> Compres
     index : int
         Of the layer.
     kept : Kept
+    pairs : str
+        How they are stored, if they are not quantised already.
     backend : str
 
     Returns
@@ -189,22 +251,22 @@ def recompress(cache: Cache, index: int, kept: Kept, *, backend: str) -> Compres
     """
     layer = cache.layers[index]
     assert isinstance(layer, CompressedLayer)
-    if isinstance(layer, GrowingLayer) and kept.per_head is None:
-        layer = cache.layers[index] = _to_ragged(layer, kept, backend=backend)
+    if isinstance(layer, GrowingLayer) and (kept.per_head is None or pairs != "16"):
+        layer = cache.layers[index] = _to_ragged(layer, kept, pairs, backend=backend)
     else:
-        layer.recompress(kept)
+        layer.recompress(kept, pairs)
     return layer
 
 
-def _to_ragged(layer: GrowingLayer, kept: Kept, *, backend: str) -> RaggedLayer:
-    ragged = RaggedLayer.compress(*cached_pairs(layer), kept, backend=backend)
+def _to_ragged(layer: GrowingLayer, kept: Kept, pairs: str, *, backend: str) -> RaggedLayer:
+    ragged = RaggedLayer.compress(*cached_pairs(layer), kept, pairs=pairs, backend=backend)
     ragged.context_length += layer.evicted
     if layer.evicted:  # places were no positions
         ragged.first = layer.first
     ragged.recent, ragged.counted = layer.recent, layer.counted
     notes = layer.whole_notes()
     if isinstance(notes, GrowingLayer):
-        ragged.notes = _to_ragged(notes, kept, backend=backend)
+        ragged.notes = _to_ragged(notes, kept, "16", backend=backend)
     return ragged
 
 

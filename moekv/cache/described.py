@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moekv import ops
 from moekv.cache.layer import CompressedLayer
-from moekv.cache.parts import KINDS, TABLES, backend_of, notes_of
+from moekv.cache.parts import DTYPES, KINDS, backend_of, notes_of
 
 FLOATING = ("F32", "F16", "BF16")
 """Dtypes of pairs, hidden states and queries, as safetensors calls them."""
@@ -50,7 +51,9 @@ def check(
     if named != wanted:
         raise ValueError(f"{within}: expected {sorted(wanted)}, got {sorted(named)!r:.300}")
     for name in (*kind.numbers, *(("context_length", "run", "most") if compressed else ())):
-        if not (name == "most" and description[name] is None):
+        if name == "pairs":
+            _check_pairs(description[name], within)
+        elif not (name == "most" and description[name] is None):
             _check_number(description[name], f"{within}: expected {name}")
     shapes = dict(kind.tensors)
     if compressed:
@@ -58,6 +61,8 @@ def check(
         shapes |= {"recent": "BMC", "asked": "BMQE"} if "recent" in description else {}
     own = {name: x for name, x in found.items() if not name.startswith("notes.")}
     size = _sizes(own, shapes, within)
+    if "pairs" in kind.numbers:
+        _check_widths(description["pairs"], size, within)
     length = kind.length(description, size)
     _check_counts(description, size, length, within)
     if "notes" in description:
@@ -70,6 +75,27 @@ def check(
 def _check_number(number: Any, expected: str, least: int = 0, most: int = _MOST) -> None:
     if type(number) is not int or not least <= number <= most:
         raise ValueError(f"{expected} an integer from {least} to {most}, got {number!r:.99}")
+
+
+def _check_pairs(pairs: Any, within: str) -> None:
+    if pairs not in ops.PAIRS[1:]:
+        known = ", ".join(ops.PAIRS[1:])
+        raise ValueError(f"{within}: expected pairs among {known}, got {pairs!r:.99}")
+
+
+def _check_widths(pairs: str, size: Mapping[str, int], within: str) -> None:
+    """Check that codes and scales are those of keys and values of their size."""
+    try:
+        layout = ops.pair_layout(pairs, size["D"], size["V"])
+    except ValueError as error:
+        raise ValueError(f"{within}: {error}") from None
+    wanted = layout.key_codes, layout.value_codes, layout.num_scales
+    found = size["K"], size["W"], size["G"]
+    if found != wanted:
+        raise ValueError(
+            f"{within}: expected codes and scales of {wanted} numbers for pairs {pairs!r}, got "
+            f"{found}"
+        )
 
 
 def _check_rows(numbers: Any, batch: int, most: int, expected: str) -> None:
@@ -108,7 +134,7 @@ def _sizes(
     size: dict[str, int] = {}
     for name, letters in shapes.items():
         dtype, shape = found[name]
-        dtypes = ("I32",) if name in TABLES else FLOATING
+        dtypes = (DTYPES[name],) if name in DTYPES else FLOATING
         if dtype not in dtypes:
             raise ValueError(f"{within}: expected {name} in {' or '.join(dtypes)}, got {dtype}")
         wanted = [size.get(letter, n) for letter, n in zip(letters, shape, strict=False)]
@@ -163,7 +189,8 @@ def _check_notes(
     notes, within = description["notes"], f"{within}, notes"
     if not isinstance(notes, dict) or not _OPTIONAL.isdisjoint(notes):
         raise ValueError(f"{within}: expected notes without notes, got {notes!r:.99}")
-    if notes.get("kind") != description["kind"]:
+    quantised = description["kind"] == "quantised"
+    if notes.get("kind") != ("ragged" if quantised else description["kind"]):
         raise ValueError(f"{within}: expected those of their layer, got {notes!r:.99}")
     noted = check(notes, notes_of(found), within=within)
     if noted != (size["B"], size["H"], 1, 1, length):
@@ -171,6 +198,7 @@ def _check_notes(
             f"{within}: expected one number for each of {length} positions, got {noted}"
         )
     # Where heads differ, tables say which pairs are theirs: see `put_together`.
-    for name in ("keys", "stored_keys", "tail_keys"):
-        if name in found and found[f"notes.{name}"][1][:-1] != found[name][1][:-1]:
+    for name in ("keys", "stored_keys", "tail_keys", "key_codes"):
+        noted_as = "notes.stored_keys" if name == "key_codes" else f"notes.{name}"
+        if name in found and found[noted_as][1][:-1] != found[name][1][:-1]:
             raise ValueError(f"{within}: expected one for each pair, got other shapes")

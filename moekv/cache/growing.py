@@ -83,15 +83,17 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
         layer.first = first_kept(kept)
         return layer
 
-    def recompress(self, kept: Kept) -> None:
+    def recompress(self, kept: Kept, pairs: str = "16") -> None:
         """Move the chosen pairs to the front, in place: the rest is room for new tokens.
 
         Parameters
         ----------
         kept : Kept
             With ``per_head``.
+        pairs : str
+            ``"16"``: dense pairs stay as they are.
         """
-        assert kept.per_head is not None
+        assert kept.per_head is not None and pairs == "16"
         batch, num_kv_heads, length = kept.shape
         indices = kept.indices.view(batch, num_kv_heads, kept.per_head)
         self.notes = notes = self.whole_notes()

@@ -77,7 +77,16 @@ class CompressedLayer(CacheLayerMixin):
     @property
     @abstractmethod
     def bytes_per_pair(self) -> int:
-        """Bytes of one key and its value."""
+        """Bytes of one key and its value, as the model makes them."""
+
+    @property
+    def stored_bytes_per_pair(self) -> int:
+        """Bytes of one key and its value that were compressed."""
+        return self.bytes_per_pair
+
+    def allowed_bytes(self, most: int) -> int:
+        """Bytes of `most` pairs of each head, those that are to come as the model makes them."""
+        return self.batch_size * self.num_heads * most * self.bytes_per_pair
 
     @abstractmethod
     def count_pairs(self, padding: list[int]) -> list[int]:
@@ -90,13 +99,15 @@ class CompressedLayer(CacheLayerMixin):
         """
 
     @abstractmethod
-    def recompress(self, kept: Kept) -> None:
+    def recompress(self, kept: Kept, pairs: str = "16") -> None:
         """Leave only the chosen pairs of those that the layer holds.
 
         Parameters
         ----------
         kept : Kept
             Of the pairs as they stand in a dense tensor, those of a shorter head at its right.
+        pairs : str
+            How a ragged layer stores them, if they are not quantised already.
         """
 
     @abstractmethod

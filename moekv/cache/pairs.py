@@ -113,7 +113,7 @@ class RaggedPairs:
         self.dim = dim
         self.length = length
         # As they are now: an offloaded cache moves a layer away before attention reads it.
-        self.stored = layer.stored_keys, layer.stored_values
+        self.rows = layer.rows
         self.tail = layer.tail_keys, layer.tail_values
         self.taken = layer.taken()
 
@@ -138,7 +138,7 @@ class RaggedPairs:
         length = cropped_to(index, self.length)
         if length is not None:
             part = RaggedPairs(self.layer, self.dim, length)
-            part.stored, part.tail, part.taken = self.stored, self.tail, self.taken
+            part.rows, part.tail, part.taken = self.rows, self.tail, self.taken
             return part
         raise TypeError(f"expected a crop such as pairs[:, :, :n], got pairs[{index}]: {NOT_DENSE}")
 

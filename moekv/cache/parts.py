@@ -21,19 +21,17 @@ from moekv.cache.growing import GrowingLayer
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.ragged import RaggedLayer
 from moekv.cache.recent import RecentStates
+from moekv.cache.rows import Rows
 from moekv.cache.static import CompactStaticLayer
 
 _DENSE = {"keys": "BHND", "values": "BHNV"}
-_RAGGED = {
-    "stored_keys": "SD",
-    "stored_values": "SV",
-    "begin": "BH",
-    "end": "BH",
-    "tail_keys": "BHND",
-    "tail_values": "BHNV",
-}
+_TAIL = {"begin": "BH", "end": "BH", "tail_keys": "BHND", "tail_values": "BHNV"}
+_RAGGED = {"stored_keys": "SD", "stored_values": "SV"} | _TAIL
+_QUANTISED = {"key_codes": "SK", "value_codes": "SW", "scales": "SG"} | _TAIL
 TABLES = ("begin", "end")
 """Tensors that say which of the stored pairs are a head's."""
+DTYPES = {"begin": "I32", "end": "I32", "key_codes": "U8", "value_codes": "U8", "scales": "F16"}
+"""Dtypes, as safetensors calls them, of all but pairs, hidden states and queries."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +44,9 @@ class Kind:
         Layers of exactly this class.
     tensors : mapping
         Names and shapes: B rows, H heads, N pairs or slots of each head, S stored pairs of all, D
-        and V the sizes of a key and a value.
+        and V the sizes of a key and a value, K and W of their codes, G of scales.
     numbers : tuple of str
-        What else it takes.
+        What else it takes, a format of pairs among it.
     length : callable
         The true length, by the numbers and the sizes.
     make : callable
@@ -85,6 +83,8 @@ def take_apart(layer: Any, index: int) -> tuple[dict[str, Tensor], dict[str, Any
         It is empty.
     """
     name = next((name for name, kind in KINDS.items() if type(layer) is kind.layer), None)
+    if isinstance(layer, RaggedLayer) and layer.rows.scales is not None:
+        name = "quantised"
     if name is None:
         raise TypeError(
             f"expected compressed, dense or static layers, layer {index} is a "
@@ -96,7 +96,8 @@ def take_apart(layer: Any, index: int) -> tuple[dict[str, Tensor], dict[str, Any
     parts = dict(zip(_DENSE, cached_pairs(layer), strict=True)) if kind.tensors is _DENSE else {}
     description: dict[str, Any] = {"kind": name}
     if isinstance(layer, RaggedLayer):
-        parts = {part: getattr(layer, part) for part in _RAGGED}
+        parts = dict(zip(kind.tensors, layer.rows.tensors, strict=False))
+        parts |= {part: getattr(layer, part) for part in _TAIL}
         # A file may not hold one memory under two names.
         parts |= {part: parts[part].clone() for part in TABLES}
     elif type(layer) is not StaticSlidingWindowLayer and isinstance(layer, StaticLayer):
@@ -108,6 +109,7 @@ def take_apart(layer: Any, index: int) -> tuple[dict[str, Tensor], dict[str, Any
         "seen": _seen(layer),
         "slots": getattr(layer, "max_cache_len", 0),
         "window": getattr(layer, "sliding_window", 0),
+        "pairs": layer.rows.pairs if isinstance(layer, RaggedLayer) else "16",
     }
     description |= {key: numbers[key] for key in kind.numbers}
     if isinstance(layer, CompressedLayer):
@@ -207,20 +209,33 @@ def _growing(parts: Mapping[str, Tensor], description: Mapping[str, Any]) -> Gro
 
 
 def _ragged(parts: Mapping[str, Tensor], description: Mapping[str, Any]) -> RaggedLayer:
-    stored_keys, stored_values, begin, end = (parts[name] for name in list(_RAGGED)[:4])
-    length = description["context_length"]
+    rows = Rows.of(parts["stored_keys"], parts["stored_values"])
+    return _with_tail(rows, parts, description)
+
+
+def _quantised(parts: Mapping[str, Tensor], description: Mapping[str, Any]) -> RaggedLayer:
+    keys, values, scales = (parts[name] for name in list(_QUANTISED)[:3])
+    tail_keys, tail_values = parts["tail_keys"], parts["tail_values"]
+    sizes = tail_keys.shape[3], tail_values.shape[3]
+    dtype = torch.promote_types(tail_keys.dtype, tail_values.dtype)
+    rows = Rows(description["pairs"], keys, values, scales, *sizes, dtype)
+    return _with_tail(rows, parts, description)
+
+
+def _with_tail(
+    rows: Rows, parts: Mapping[str, Tensor], description: Mapping[str, Any]
+) -> RaggedLayer:
+    begin, end, length = parts["begin"], parts["end"], description["context_length"]
     heads = end.long() - begin.long()
     if not (
-        bool((begin >= 0).all() and (heads >= 0).all() and (end <= len(stored_keys)).all())
+        bool((begin >= 0).all() and (heads >= 0).all() and (end <= len(rows)).all())
         and bool((heads <= length).all())
     ):
         raise ValueError(
-            f"expected tables of heads within {len(stored_keys)} stored pairs of {length} "
-            "positions, got others"
+            f"expected tables of heads within {len(rows)} stored pairs of {length} positions, got "
+            "others"
         )
-    layer = RaggedLayer(
-        stored_keys, stored_values, begin, end, length=length, backend=backend_of(description)
-    )
+    layer = RaggedLayer(rows, begin, end, length=length, backend=backend_of(description))
     if parts["tail_keys"].shape[2]:
         layer.update(parts["tail_keys"], parts["tail_values"])
     return layer
@@ -286,6 +301,13 @@ KINDS = {
         (),
         lambda numbers, size: numbers["context_length"] + size["N"],
         _ragged,
+    ),
+    "quantised": Kind(
+        RaggedLayer,
+        _QUANTISED,
+        ("pairs",),
+        lambda numbers, size: numbers["context_length"] + size["N"],
+        _quantised,
     ),
     "static": Kind(StaticLayer, _DENSE, ("slots",), lambda _, size: size["N"], _static),
     "compact static": Kind(

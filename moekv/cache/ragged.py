@@ -16,16 +16,19 @@ from moekv.cache.buffers import append, first_kept, gather_rows, storage_bytes
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.masks import offset_of
 from moekv.cache.pairs import NOT_DENSE, RaggedPairs
+from moekv.cache.rows import Rows
 from moekv.models.hooks import num_fed
 
 
 class RaggedLayer(CompressedLayer):
     """Kept pairs of every head, stored back to back, and a dense tail of the tokens since.
 
+    What is stored may be quantised; the tail has the model's dtype.
+
     Parameters
     ----------
-    keys, values : Tensor
-        [N, D] and [N, Dv], the kept pairs of all heads.
+    rows : Rows
+        The N kept pairs of all heads.
     begin, end : Tensor
         [B, H] int32. Head h of batch row b owns rows ``begin[b, h] ... end[b, h] - 1``.
     length : int
@@ -37,30 +40,41 @@ class RaggedLayer(CompressedLayer):
 
     def __init__(
         self,
-        keys: Tensor,
-        values: Tensor,
+        rows: Rows,
         begin: Tensor,
         end: Tensor,
         *,
         length: int,
         backend: str = "auto",
     ) -> None:
-        self.stored_keys = keys
-        self.stored_values = values
+        self.rows = rows
         self.begin = begin
         self.end = end
-        self.tail_length = 0
         self._stored_pairs: list[int] | None = None
-        self._tail_keys = keys.new_empty((*begin.shape, 0, keys.shape[1]))
-        self._tail_values = values.new_empty((*begin.shape, 0, values.shape[1]))
+        self._begin_tail()
         super().__init__(backend=backend)
         install()
         self.context_length = length
         self.is_initialized = True
 
+    def _begin_tail(self) -> None:
+        """Begin an empty tail, without memory."""
+        rows, heads = self.rows, self.begin.shape
+        value_dtype = rows.values.dtype if rows.scales is None else rows.dtype
+        empty = torch.empty(0, dtype=rows.dtype, device=rows.device)
+        self.tail_length = 0
+        self._tail_keys = empty.new_empty((*heads, 0, rows.key_dim))
+        self._tail_values = empty.new_empty((*heads, 0, rows.value_dim), dtype=value_dtype)
+
     @classmethod
     def compress(
-        cls, keys: Tensor, values: Tensor, kept: Kept, *, backend: str = "auto"
+        cls,
+        keys: Tensor,
+        values: Tensor,
+        kept: Kept,
+        *,
+        pairs: str = "16",
+        backend: str = "auto",
     ) -> "RaggedLayer":
         """Copy the chosen pairs of a dense layer.
 
@@ -70,6 +84,8 @@ class RaggedLayer(CompressedLayer):
             [B, H, T, D] and [B, H, T, Dv].
         kept : Kept
             What stays of each head.
+        pairs : str
+            How it is stored: one of ``moekv.ops.PAIRS``.
         backend : str
             Which implementation of ``ragged_attention`` to use.
 
@@ -81,8 +97,7 @@ class RaggedLayer(CompressedLayer):
         rows = kept.rows()
         batch, num_kv_heads, length = kept.shape
         layer = cls(
-            gather_rows(keys, rows),
-            gather_rows(values, rows),
+            Rows.of(gather_rows(keys, rows), gather_rows(values, rows), pairs, backend=backend),
             kept.offsets[:-1].view(batch, num_kv_heads),
             kept.offsets[1:].view(batch, num_kv_heads),
             length=length,
@@ -91,7 +106,7 @@ class RaggedLayer(CompressedLayer):
         layer.first = first_kept(kept)
         return layer
 
-    def recompress(self, kept: Kept) -> None:
+    def recompress(self, kept: Kept, pairs: str = "16") -> None:
         """Leave only the chosen pairs, in new memory; the tail becomes part of what is stored.
 
         Its memory waits for as many tokens where they are expected (``most``).
@@ -100,6 +115,8 @@ class RaggedLayer(CompressedLayer):
         ----------
         kept : Kept
             Of the pairs as :meth:`to_dense` shows them.
+        pairs : str
+            How they are stored, if they are not quantised already.
         """
         batch, num_kv_heads, longest = kept.shape
         head = torch.arange(batch * num_kv_heads, device=self.device).repeat_interleave(
@@ -110,15 +127,11 @@ class RaggedLayer(CompressedLayer):
         row = torch.where(
             place < stored[head],
             self.begin.flatten()[head] + place,
-            len(self.stored_keys) + head * self.tail_length + place - stored[head],
+            len(self.rows) + head * self.tail_length + place - stored[head],
         )
-        keys, values = (
-            torch.cat([pairs, tail.flatten(0, 2)]).index_select(0, row)
-            for pairs, tail in (
-                (self.stored_keys, self.tail_keys),
-                (self.stored_values, self.tail_values),
-            )
-        )
+        tail = self.tail_keys.flatten(0, 2), self.tail_values.flatten(0, 2)
+        rows = self.rows.in_format(pairs, backend=self.backend)
+        rows = rows.join(*tail, backend=self.backend).select(row)
         self.notes = self.whole_notes()
         if self.notes is not None:
             self.notes.recompress(kept)
@@ -128,13 +141,11 @@ class RaggedLayer(CompressedLayer):
         before = torch.zeros_like(first) if self.first is None else self.first
         self.first = torch.where(first < known, before, first - longest + self.get_seq_length())
         self.context_length, self.tail_length = self.get_seq_length(), 0
-        self.stored_keys, self.stored_values, self._stored_pairs = keys, values, None
+        self.rows, self._stored_pairs = rows, None
         self.begin = kept.offsets[:-1].view(batch, num_kv_heads)
         self.end = kept.offsets[1:].view(batch, num_kv_heads)
         if self.most is None or self._tail_keys.shape[2] > self.most:
-            # Nobody knows whether so many tokens will come again.
-            self._tail_keys = self._tail_keys.new_empty((*self.begin.shape, 0, keys.shape[1]))
-            self._tail_values = self._tail_values.new_empty((*self.begin.shape, 0, values.shape[1]))
+            self._begin_tail()  # nobody knows whether so many tokens will come again
 
     def subset(self, kept: Kept, *, of: Kept) -> "RaggedLayer":
         """Copy some of the stored pairs.
@@ -154,8 +165,7 @@ class RaggedLayer(CompressedLayer):
         rows = torch.searchsorted(of.rows(), kept.rows())  # both ascend
         heads = self.begin.shape
         layer = RaggedLayer(
-            self.stored_keys.index_select(0, rows),
-            self.stored_values.index_select(0, rows),
+            self.rows.select(rows),
             kept.offsets[:-1].view(heads),
             kept.offsets[1:].view(heads),
             length=self.context_length,
@@ -168,18 +178,18 @@ class RaggedLayer(CompressedLayer):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the pairs."""
-        return self.stored_keys.dtype
+        """The dtype of the pairs, as they are read."""
+        return self.rows.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the pairs are."""
-        return self.stored_keys.device
+        return self.rows.device
 
     @property  # type: ignore[override]  # attention is to see that the pairs are ragged
     def keys(self) -> RaggedPairs:
         """The keys, for attention."""
-        return RaggedPairs(self, self.stored_keys.shape[1], self.get_seq_length())
+        return RaggedPairs(self, self.rows.key_dim, self.get_seq_length())
 
     @keys.setter
     def keys(self, pairs: Any) -> None:
@@ -190,7 +200,7 @@ class RaggedLayer(CompressedLayer):
     @property  # type: ignore[override]
     def values(self) -> RaggedPairs:
         """The values, for attention."""
-        return RaggedPairs(self, self.stored_values.shape[1], self.get_seq_length())
+        return RaggedPairs(self, self.rows.value_dim, self.get_seq_length())
 
     @values.setter
     def values(self, pairs: Any) -> None:
@@ -238,8 +248,7 @@ class RaggedLayer(CompressedLayer):
         self._branch()
         self._tail_keys = append(self._tail_keys, self.tail_length, key_states, self.most)
         self._tail_values = append(self._tail_values, self.tail_length, value_states, self.most)
-        self.stored_keys = self.stored_keys.to(self._tail_keys.dtype)
-        self.stored_values = self.stored_values.to(self._tail_values.dtype)
+        self.rows = self.rows.read_as(self._tail_keys.dtype, self._tail_values.dtype)
         self.tail_length += key_states.shape[2]
         return self.keys, self.values
 
@@ -279,13 +288,12 @@ class RaggedLayer(CompressedLayer):
         counts = (end - begin).flatten().long()
         ends = counts.cumsum(0)
         left = int(counts.sum())
-        if left >= len(self.stored_keys):
+        if left >= len(self.rows):
             return
         # Of each pair, how far it moves, added to where it comes to stand.
         shift = (begin.flatten() - (ends - counts)).repeat_interleave(counts, output_size=left)
         place = torch.arange(left, device=self.device) + shift.to(self.device)
-        self.stored_keys = self.stored_keys.index_select(0, place)
-        self.stored_values = self.stored_values.index_select(0, place)
+        self.rows = self.rows.select(place)
         self.end = ends.to(self.end.dtype).view_as(end)[row].view(heads)
         self.begin = (ends - counts).to(self.begin.dtype).view_as(begin)[row].view(heads)
 
@@ -295,12 +303,13 @@ class RaggedLayer(CompressedLayer):
 
     def prefetch(self) -> None:
         """Move offloaded pairs back to where the head tables are."""
-        if self.stored_keys.device != self.begin.device:
+        if self.device != self.begin.device:
             self._move(self.begin.device)
 
     def _move(self, device: torch.device | str) -> None:
-        for name in ("stored_keys", "stored_values", "_tail_keys", "_tail_values"):
-            setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+        self.rows = self.rows.move(device)
+        self._tail_keys = self._tail_keys.to(device, non_blocking=True)
+        self._tail_values = self._tail_values.to(device, non_blocking=True)
 
     # -- what moekv asks of a layer ----------------------------------------------------------------
 
@@ -316,8 +325,18 @@ class RaggedLayer(CompressedLayer):
 
     @property
     def bytes_per_pair(self) -> int:
-        """Bytes of one key and its value."""
-        return (self.stored_keys.shape[1] + self.stored_values.shape[1]) * self.dtype.itemsize
+        """Bytes of one key and its value in the tail."""
+        return (self.rows.key_dim + self.rows.value_dim) * self.dtype.itemsize
+
+    @property
+    def stored_bytes_per_pair(self) -> int:
+        """Bytes of one key and its value where they are stored, scales included."""
+        return self.rows.bytes_per_pair
+
+    def allowed_bytes(self, most: int) -> int:
+        """Bytes of `most` pairs of each head, those that are to come as the model makes them."""
+        saved = self.bytes_per_pair - self.stored_bytes_per_pair
+        return super().allowed_bytes(most) - sum(self.stored_pairs) * saved
 
     def count_pairs(self, padding: list[int]) -> list[int]:
         """Count the real pairs of each row, all heads together. Waits for the device if new."""
@@ -325,6 +344,16 @@ class RaggedLayer(CompressedLayer):
             stored + self.num_heads * (self.tail_length - max(p - self.context_length, 0))
             for stored, p in zip(self.stored_pairs, padding, strict=True)
         ]
+
+    @property
+    def stored_keys(self) -> Tensor:
+        """[N, D], the stored keys; their codes where they are quantised."""
+        return self.rows.keys
+
+    @property
+    def stored_values(self) -> Tensor:
+        """[N, Dv], the stored values; their codes where they are quantised."""
+        return self.rows.values
 
     @property
     def tail_keys(self) -> Tensor:
@@ -346,9 +375,7 @@ class RaggedLayer(CompressedLayer):
     @property
     def nbytes(self) -> int:
         """Bytes that this layer's storages hold, room to grow included."""
-        return storage_bytes(
-            self.stored_keys, self.stored_values, self._tail_keys, self._tail_values
-        )
+        return storage_bytes(*self.rows.tensors, self._tail_keys, self._tail_values)
 
     def to_dense(self) -> tuple[Tensor, Tensor, Tensor]:
         """Copy the pairs into padded tensors.
@@ -364,12 +391,9 @@ class RaggedLayer(CompressedLayer):
         kept = (self.end - self.begin).long()
         longest = int(kept.max())
         column = torch.arange(longest, device=self.device) - (longest - kept)[..., None]
-        row = (self.begin[..., None] + column).clamp(0, max(len(self.stored_keys) - 1, 0))
+        row = (self.begin[..., None] + column).clamp(0, max(len(self.rows) - 1, 0))
         dense = []
-        for stored, tail in (
-            (self.stored_keys, self.tail_keys),
-            (self.stored_values, self.tail_values),
-        ):
+        for stored, tail in zip(self.rows.dense(), (self.tail_keys, self.tail_values), strict=True):
             pairs = stored[row].masked_fill((column < 0)[..., None], 0)
             dense.append(torch.cat([pairs, tail], dim=2))
         return dense[0], dense[1], kept + self.tail_length

@@ -20,7 +20,8 @@ from moekv.models.fingerprint import check_same, fingerprint
 from moekv.models.hooks import find_layers, index_of
 from moekv.models.weights import device_of, language_model, shard_of
 
-_FORMAT = "moekv-cache-2"
+_FORMAT = "moekv-cache-3"
+_READ = ("moekv-cache-2", _FORMAT)  # the second knew no quantised pairs
 _TOKENS = "input_ids"
 _KEYS = {"format", "model", "dtype", "shard", "layers", "sha256"}
 
@@ -53,7 +54,7 @@ def save_cache(
     Raises
     ------
     TypeError
-        If a layer is of another kind, such as a quantised one.
+        If a layer is of another kind, such as transformers' quantised one.
     ValueError
         If the cache is empty or not that of the model, or the path a folder's; or `input_ids` are
         not of its rows and length.
@@ -174,6 +175,7 @@ _NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int32: "I32",
+    torch.uint8: "U8",
 }
 
 
@@ -185,8 +187,10 @@ def _check_header(
     header: dict[str, str], found: dict[str, tuple[str, list[int]]], model: PreTrainedModel
 ) -> list[dict[str, Any]]:
     """Check all that a file says of itself; give the descriptions of its layers."""
-    if header.get("format") != _FORMAT:
-        raise ValueError(f"expected a cache of format {_FORMAT}, got {header.get('format')!r:.99}")
+    if header.get("format") not in _READ:
+        raise ValueError(
+            f"expected a cache of format {' or '.join(_READ)}, got {header.get('format')!r:.99}"
+        )
     if set(header) != _KEYS:
         raise ValueError(f"expected a header of {sorted(_KEYS)}, got {sorted(header)!r:.300}")
     check_same(header["model"], model, "a cache of this model")

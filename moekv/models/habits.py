@@ -32,12 +32,15 @@ class Habits:
         the same tokens': latents that keys and values are made of (DeepSeek V3), a mask (Doge).
     head_dim : int
         Of keys or values as attention gets them, whichever is larger; 0: not known.
+    sizes : tuple of int, int, torch.dtype, or None
+        Of a key and a value, and what they are made of, where both are seen.
     """
 
     is_seen: bool
     hands_over: bool
     mixes: bool
     head_dim: int = 0
+    sizes: tuple[int, int, torch.dtype] | None = None
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[str, Habits]] = weakref.WeakKeyDictionary()
@@ -88,8 +91,9 @@ def _try(layer: nn.Module, rotary: nn.Module | None) -> Habits:
         return Habits(True, False, mixes, getattr(layer, "head_dim", 0) or 0)
     is_whole = asked.key is cache.pairs[0] and asked.value is cache.pairs[1]
     hands_over = is_whole and not cache.touched
-    size = max(int(pairs.shape[3]) for pairs in (asked.key, asked.value))
-    return Habits(True, hands_over and not asked.has_sinks, not hands_over, size)
+    sizes = int(asked.key.shape[3]), int(asked.value.shape[3])
+    serves = hands_over and not asked.has_sinks
+    return Habits(True, serves, not hands_over, max(sizes), (*sizes, asked.key.dtype))
 
 
 def _hidden_size(layer: nn.Module) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -28,16 +29,18 @@ def choose(ratings: Sequence[Rating], plan: Plan) -> list[Kept | None]:
     The one place where a dominant policy and a model's budget wait for the device.
     """
     options = plan.options
-    if not plan.evicts:
+    if not plan.acts:
         return [None] * len(ratings)
-    plan.statistics.budget = plan.budget
+    plan.statistics.budget, plan.statistics.stored = plan.budget, options.pairs
+    if not plan.evicts:
+        return _everything(ratings, plan)
     if options.policy == "dominant":
-        return list(_choose_by_rulers(ratings, plan))
+        return _choose_by_rulers(ratings, plan)
     first = ratings[0]
     num_keys = first.votes.shape[2]
-    totals = plan.keep(first.lengths, num_keys)
+    totals = plan.keep(first.lengths, num_keys, first.gain)
     if first.start is None and totals[0] == num_keys:
-        return [None] * len(ratings)
+        return _everything(ratings, plan)
     sinks, recent = protected_in(first, plan)
 
     def under(budget: str, layers: slice, totals: Sequence[int]) -> list[Kept]:
@@ -56,9 +59,16 @@ def choose(ratings: Sequence[Rating], plan: Plan) -> list[Kept | None]:
     chosen = budgets.choose(under, plan.budget, totals, lengths, alike=first.start is None)
     # Rows may be all padding, so far.
     chosen = [without_padding(kept, first.start, first.lengths) for kept in chosen]
-    if plan.context_length is not None:
+    if plan.context_length is not None or options.quantises:
         chosen = [replace(kept, per_head=None) for kept in chosen]
     return list(chosen)
+
+
+def _everything(ratings: Sequence[Rating], plan: Plan) -> list[Kept | None]:
+    """Keep all pairs: where they are quantised, in layers of their own."""
+    if not plan.options.quantises:
+        return [None] * len(ratings)
+    return [Kept.everything(r.votes.shape, r.real, r.votes.scores.device) for r in ratings]
 
 
 def protected_in(rating: Rating, plan: Plan) -> tuple[int, int]:
@@ -67,12 +77,12 @@ def protected_in(rating: Rating, plan: Plan) -> tuple[int, int]:
     return sinks, max(recent, plan.recent) if rating.ends else recent
 
 
-def _choose_by_rulers(ratings: Sequence[Rating], plan: Plan) -> list[Kept]:
+def _choose_by_rulers(ratings: Sequence[Rating], plan: Plan) -> list[Kept | None]:
     ruling = [r.ruling for r in ratings if r.ruling is not None]
     rulers = torch.stack([r.to(ruling[0].device) for r in ruling]).tolist()
     chosen: list[Kept] = []
     for rating, ruler in zip(ratings, rulers, strict=True):
-        totals = kept_alone(plan.rater.experts[ruler], rating.lengths, plan.options)
+        totals = kept_alone(plan.rater.experts[ruler], rating.lengths, plan.options, rating.gain)
         chosen += select(
             [rating.votes.scores[0]],
             rating.start,
@@ -81,10 +91,10 @@ def _choose_by_rulers(ratings: Sequence[Rating], plan: Plan) -> list[Kept]:
             recent=0,
             backend=plan.options.backend,
         )
-    if len({kept.per_head for kept in chosen}) > 1:
+    if len({kept.per_head for kept in chosen}) > 1 or plan.options.quantises:
         # Masks are made of one length for all dense layers; ragged ones have their own.
         chosen = [replace(kept, per_head=None) for kept in chosen]
-    return chosen
+    return list(chosen)
 
 
 def apply(
@@ -111,7 +121,8 @@ def apply(
     if is_static(cache):
         compact(cache, index, kept, backend=plan.options.backend)
     elif kept is not None:
-        before, after = evict(cache, index, kept, backend=plan.options.backend)
+        options = plan.options
+        before, after = evict(cache, index, kept, pairs=options.pairs, backend=options.backend)
         layer = cache.layers[index]
         assert isinstance(layer, CompressedLayer)
         layer.hold_run(run)
@@ -168,7 +179,8 @@ def record(
     for rating, chosen, change in zip(ratings, kept, num_bytes, strict=True):
         pairs = rating.votes.shape[1] * sum(rating.lengths)
         stay = pairs if chosen is None else len(chosen.indices)
-        statistics.count((pairs, stay), change)
+        gain = Fraction(1) if chosen is None else rating.gain
+        statistics.count((pairs, stay), change, gain)
         heads = rating.votes.shape[1]
         statistics.hold(
             rating.index,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from torch import Tensor, nn
@@ -62,16 +63,24 @@ class Plan:
         return self.options.evicts
 
     @property
+    def acts(self) -> bool:
+        """Whether the cache is changed at all."""
+        return self.options.acts
+
+    @property
     def most(self) -> int | None:
         """Pairs of a head, on average, that a cache may come to hold; None: nothing bounds it."""
         decoding = self.options.decoding
         return None if decoding is None else decoding.target + decoding.interval
 
-    def keep(self, lengths: Sequence[int], num_tokens: int) -> list[int]:
-        """Pairs of a head in each row that stay of a prompt, of which so many tokens are seen."""
+    def keep(self, lengths: Sequence[int], num_tokens: int, gain: Fraction) -> list[int]:
+        """Pairs of a head in each row that stay of a prompt, of which so many tokens are seen.
+
+        `gain` pairs are stored in the bytes of one.
+        """
         options = self.options
         ahead = 0 if self.context_length is None else self.context_length - num_tokens
-        keep = [kept_pairs(n + ahead, options.compression_ratio) for n in lengths]
+        keep = [kept_pairs(n + ahead, options.compression_ratio, gain) for n in lengths]
         if options.decoding is not None:
             keep = [min(n, options.decoding.target) for n in keep]
         return [min(k, max(n, 1)) for k, n in zip(keep, lengths, strict=True)]

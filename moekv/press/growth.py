@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -35,10 +36,11 @@ from transformers import Cache
 
 from moekv import budget as budgets
 from moekv.budget import Grown, Kept, select_grown
-from moekv.cache.caches import growing, recompress
+from moekv.cache.caches import gain_of, growing, recompress
 from moekv.cache.growing import GrowingLayer
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.notes import note, remember, take_notes
+from moekv.cache.rows import gain
 from moekv.experts.builder import ViewBuilder
 from moekv.experts.view import LayerView
 from moekv.models.habits import check_attention
@@ -68,6 +70,8 @@ class Shrinking:
         Of each group: so many of the last inputs.
     ragged : bool
         Whether layers become ragged even where all heads keep as many.
+
+    Without groups no pair leaves, and what has come is stored as the rest.
     """
 
     padding: list[int]
@@ -82,6 +86,7 @@ class Rated:
     """A layer, and how its groups of rows were rated."""
 
     layer: CompressedLayer
+    index: int
     held: Held
     parts: list[tuple[Held, Rating]]
 
@@ -135,7 +140,7 @@ class Growth(Strategy):
         options, rater = self.plan.options, self.plan.rater
         held = Held.of(layer, shrinking.padding)
         assert layer.recent is not None
-        rated = Rated(layer, held, [])
+        rated = Rated(layer, call.index, held, [])
         for rows, window in zip(shrinking.groups, shrinking.windows, strict=True):
             part = held.rows(rows)
             view = part.view(
@@ -177,7 +182,8 @@ class Growth(Strategy):
 
         if in_prompt:
             padding = list(self.view.row_starts(mask, batch))
-            keep = limit = plan.keep([seen - p for p in padding], seen)
+            gained = gain_of(layers[0], plan.options.pairs)
+            keep = limit = plan.keep([seen - p for p in padding], seen, gained)
         elif decoding is not None:
             keep = [decoding.target] * batch
             limit = [decoding.target + decoding.interval - 1] * batch
@@ -187,14 +193,16 @@ class Growth(Strategy):
             return None
         rows = too_many(limit)
         if not rows:
-            return None
+            stores = in_prompt and plan.options.quantises
+            return Shrinking(padding, keep, [], [], True) if stores else None
         assert layers[0].recent is not None
         counts = layers[0].recent.counts()
         groups: dict[int, list[int]] = {}
         for b in rows:
             window = min(plan.options.window, counts[b], seen - padding[b])
             groups.setdefault(max(window, 1), []).append(b)
-        ragged = in_prompt or any(padding) or plan.budget not in budgets.DENSE
+        ragged = plan.budget not in budgets.DENSE or in_prompt or any(padding)
+        ragged = ragged or plan.options.quantises
         if ragged:
             what = "heads or layers of different lengths"
             check_attention(plan.layers[0], self.view.rotary, what)
@@ -202,7 +210,8 @@ class Growth(Strategy):
 
     def _shrink(self, cache: Cache, shrinking: Shrinking) -> None:
         """Let pairs leave the rated layers."""
-        self.plan.statistics.budget = self.plan.budget
+        statistics = self.plan.statistics
+        statistics.budget, statistics.stored = self.plan.budget, self.plan.options.pairs
         kept: list[list[Kept]] = []  # of each group, of each layer
         for group, rows in enumerate(shrinking.groups):
             parts = [rated.parts[group] for rated in self._rated]
@@ -249,16 +258,20 @@ class Growth(Strategy):
         since = before.run + seen - before.context_length
         runs = [since] * len(held)
         newest = [seen] * len(held)
-        for b in (b for rows in shrinking.groups for b in rows):
+        leaving = [b for rows in shrinking.groups for b in rows]
+        for b in leaving:
             keep, had = shrinking.keep[b], held[b] // heads
             if plan.budget in budgets.OVER_MODEL:  # pairs may have left however few there were
                 had = keep + 1
             run = plan.run_without_gaps([keep], [had])
             if run is not None:
                 runs[b], newest[b] = min(run, since), run
-        index = rated.parts[0][1].index
-        layer = recompress(cache, index, kept, backend=plan.options.backend)
-        _expect(layer, plan, min(runs))
+        # Of rows that are left alone nobody has said how few pairs they hold.
+        least = min(shrinking.keep) if len(leaving) == len(held) else 0
+        before.most = _most(before, plan, least)  # more room than that is given back
+        options, index = plan.options, rated.index
+        layer = recompress(cache, index, kept, pairs=options.pairs, backend=options.backend)
+        _expect(layer, plan, min(runs), least)
         if layer.recent is not None:
             layer.recent.keep(newest)
         self._record(layer, kept, sum(held))
@@ -278,8 +291,9 @@ class Growth(Strategy):
         owner, counted = layer.counted
         counted = counted if owner == statistics.epoch else 0
         num_kept = len(kept.indices)
-        before, after, pair = num_held - counted, num_kept - counted, layer.bytes_per_pair
-        statistics.count((before, after), (before * pair, after * pair))
+        before, after = num_held - counted, num_kept - counted
+        came, stored = layer.bytes_per_pair, layer.stored_bytes_per_pair
+        statistics.count((before, after), (before * came, after * stored), Fraction(came, stored))
         layer.counted = (statistics.epoch, num_kept)
 
 
@@ -301,12 +315,13 @@ def last_states(plan: Plan, hidden_states: Tensor, view: LayerView) -> tuple[Ten
     if not plan.goes_on:
         return None
     length = hidden_states.shape[1]
-    newest = min(max(_newest(plan, view.lengths, length)), view.queries.shape[2])
+    stored = gain(plan.options.pairs, view.keys, view.values)
+    newest = min(max(_newest(plan, view.lengths, length, stored)), view.queries.shape[2])
     queries = view.queries[:, :, view.queries.shape[2] - newest :]
     return hidden_states[:, length - newest :].clone(), queries.clone()
 
 
-def _newest(plan: Plan, lengths: Sequence[int], length: int) -> list[int]:
+def _newest(plan: Plan, lengths: Sequence[int], length: int, stored: Fraction) -> list[int]:
     """Count the last tokens of each row of a prefill that no head will lack, of a window at most.
 
     Parameters
@@ -316,8 +331,10 @@ def _newest(plan: Plan, lengths: Sequence[int], length: int) -> list[int]:
         Real tokens of each row.
     length : int
         Padding included.
+    stored : Fraction
+        Pairs that are stored in the bytes of one.
     """
-    keep = plan.keep(lengths, length)
+    keep = plan.keep(lengths, length, stored)
     runs = [plan.run_without_gaps([k], [n]) for k, n in zip(keep, lengths, strict=True)]
     window = plan.options.window
     return [
@@ -377,26 +394,33 @@ def adopt(
     layer = growing(cache, index, backend=backend)
     remember(layer, *recent, plan.options.window)
     assert layer.recent is not None
-    layer.recent.keep(_newest(plan, rating.lengths, rating.votes.shape[2]))
+    layer.recent.keep(_newest(plan, rating.lengths, rating.votes.shape[2], rating.gain))
     if read is not None:
         layer.notes = take_notes(read, kept, backend=backend)
-    _expect(layer, plan, layer.run)
+    stay = plan.keep(rating.lengths, rating.votes.shape[2], rating.gain)
+    _expect(layer, plan, layer.run, min(stay))
     padding = [rating.votes.shape[2] - n for n in rating.lengths]
     layer.counted = (plan.statistics.epoch, sum(layer.count_pairs(padding)))
 
 
-def _expect(layer: CompressedLayer, plan: Plan, run: int | None) -> None:
+def _expect(layer: CompressedLayer, plan: Plan, run: int | None, least: int) -> None:
     """Tell a layer how far it may be cropped, and how far it will grow, where that is known."""
     layer.hold_run(run)
-    decoding = plan.options.decoding
-    if decoding is not None:
-        layer.most = decoding.interval
-        if isinstance(layer, GrowingLayer):
-            layer.most += decoding.target
+    layer.most = _most(layer, plan, least)
     if layer.notes is not None:
-        layer.notes.run = layer.run
-        if decoding is not None:
-            layer.notes.most = layer.most
+        layer.notes.run, layer.notes.most = layer.run, layer.most
+
+
+def _most(layer: CompressedLayer, plan: Plan, least: int) -> int | None:
+    """Count the pairs that a layer will have room for, where that is known.
+
+    Its rows hold at least so many of a head, on average over those that share the budget.
+    """
+    decoding = plan.options.decoding
+    if decoding is None:
+        return layer.most
+    held = 0 if isinstance(layer, GrowingLayer) else least
+    return decoding.interval + max(decoding.target - held, 0)
 
 
 def _exceeds(

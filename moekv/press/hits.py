@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -14,12 +15,14 @@ from moekv.press.options import Options
 from moekv.routing.evidence import together
 
 
-def kept_alone(expert: Expert, lengths: Sequence[int], options: Options) -> list[int]:
-    """Count the pairs that an expert alone keeps in each row."""
+def kept_alone(
+    expert: Expert, lengths: Sequence[int], options: Options, gain: Fraction
+) -> list[int]:
+    """Count the pairs that an expert alone keeps in each row; `gain` are stored for one."""
     ratio = options.compression_ratio
     if options.policy == "mixture":
-        return [kept_pairs(n, ratio) for n in lengths]
-    return [min(max(expert.kept(n, ratio), 1), max(n, 1)) for n in lengths]
+        return [kept_pairs(n, ratio, gain) for n in lengths]
+    return [min(max(int(expert.kept(n, ratio) * gain), 1), max(n, 1)) for n in lengths]
 
 
 def hit_rates(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
+
+import torch
 
 from moekv import ops
 from moekv.budget import BUDGETS, check_ratio
+from moekv.cache.rows import check_pairs, gain
 from moekv.calibration.router import CalibratedRouter
 from moekv.experts.base import Expert
 from moekv.experts.registry import build_experts, expert_names
@@ -19,6 +22,11 @@ POLICIES = ("mixture", "dominant")
 SHARED_EXPERT, ROUTED_EXPERTS = "expected", ("selective", "semantic")
 """What rates a model that nobody calibrated, unless options choose something else: ``expected``
 has the hidden states of all pairs after a prefill; where a cache grows, the others rate alone."""
+
+
+FEW_BITS = 1.12
+"""Bits that are left for each number of a cache, below which ``pairs="auto"`` has 4 bits for keys
+as well: they lose less than the pairs that would have to leave."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,7 @@ class Options:
     window: int
     decoding: DecodingConfig | None
     streaming: bool
+    pairs: str
 
     @classmethod
     def of(cls, given: Mapping[str, Any], known: Sequence[Routing] = ()) -> Options:
@@ -137,6 +146,7 @@ class Options:
         for name, least in (("sinks", 0), ("recent", 0), ("window", 1)):
             check_count(name, given[name], least)
         check_flag("streaming", given["streaming"])
+        check_choice("pairs", given["pairs"], (*ops.PAIRS, "auto"))
         if given["cache_aware"] is not None:
             check_flag("cache_aware", given["cache_aware"])
         decoding = given["decoding"]
@@ -160,6 +170,46 @@ class Options:
         """Whether pairs may leave at all."""
         by_ratio = self.compression_ratio > 0
         return by_ratio or self.policy == "dominant" or self.decoding is not None
+
+    @property
+    def quantises(self) -> bool:
+        """Whether pairs are stored in fewer bits."""
+        return self.pairs != "16"
+
+    @property
+    def acts(self) -> bool:
+        """Whether caches are changed at all."""
+        return self.evicts or self.quantises
+
+    def in_format(self, sizes: tuple[int, int, torch.dtype] | None) -> Options:
+        """Say what ``pairs="auto"`` stands for.
+
+        Parameters
+        ----------
+        sizes : tuple of int, int, torch.dtype, or None
+            Of a key and a value, and what they are made of; None: they have to stay as they are.
+        """
+        if self.pairs != "auto":
+            return self
+        return replace(self, pairs=_best_pairs(1 - self.compression_ratio, sizes, self.backend))
+
+
+def _best_pairs(room: float, sizes: tuple[int, int, torch.dtype] | None, backend: str) -> str:
+    """Name the format that loses least where a share of the bytes is to stay."""
+    if sizes is None or room == 1:
+        return "16"
+    key_dim, value_dim, dtype = sizes
+    keys, values = (torch.empty(0, dim, dtype=dtype) for dim in (key_dim, value_dim))
+    best = "k8v4" if 8 * dtype.itemsize * room >= FEW_BITS else "k4v4"
+    if room * gain("k8v8", keys, values) >= 1:  # all pairs stay
+        best = "k8v8"
+    for pairs in (best, "k8v8"):
+        try:
+            check_pairs(pairs, *sizes, backend=backend)
+        except (RuntimeError, ValueError):
+            continue
+        return pairs
+    return "16"
 
 
 def _check_dominant(given: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from transformers import Cache
 
 from moekv.cache.caches import check_cache, is_static
 from moekv.cache.layer import CompressedLayer
+from moekv.cache.rows import check_pairs
 from moekv.cache.static import CompactStaticLayer
 from moekv.experts.builder import ViewBuilder, read_starts
 from moekv.models.habits import check_attention, follows_masks, habits_of, reads_dense
@@ -19,6 +20,7 @@ from moekv.models.hooks import (
     implementation_of,
     index_of,
 )
+from moekv.models.weights import device_of
 from moekv.ops.backends import MAX_HEAD_DIM
 from moekv.press.forward import Plan, Strategy
 from moekv.press.growth import Growth
@@ -150,6 +152,11 @@ class Planner:
                 f"{type(self.layers[0]).__name__} with {implementation_of(self.layers[0])!r}; "
                 "use budget='uniform'"
             )
+        if options.pairs not in ("16", "auto"):
+            check_attention(self.layers[0], self._rotary, f"pairs {options.pairs!r}")
+            device = device_of(self.layers[0])
+            for sizes in {x.sizes for x in habits if x.sizes is not None}:
+                check_pairs(options.pairs, *sizes, device=device, backend=backend)
         self._possible = options
 
     def choose(self, given: Mapping[str, Any], wanted: int) -> Strategy | None:
@@ -179,6 +186,9 @@ class Planner:
         num_tokens = 0 if tokens is None else tokens.shape[1]
         num_cached = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
         self._check(options)
+        dense = self._reads_dense or is_static(cache)
+        sizes = None if dense else habits_of(self.layers[0], self._rotary).sizes
+        options = options.in_format(sizes)
         if cache is not None and num_cached and self._goes_on(options):
             self._check_grown(options, cache)
         plan = self._plan(options, cache, wanted, num_tokens)
@@ -265,13 +275,13 @@ class Planner:
         if plan.options.decoding is not None:
             _check_positions(given, num_tokens)
         mask, padded = given.get("attention_mask"), False
-        if isinstance(mask, Tensor) and plan.evicts:
+        if isinstance(mask, Tensor) and plan.acts:
             padded = any(read_starts(mask[..., :num_tokens] if is_static(cache) else mask))
         if cache is not None:
             check_cache(cache, indices=self._indices, static=_not_for_static(plan, padded))
         if plan.context_length is not None:
             _check_chunk(plan.context_length, 0, num_tokens, given)
-            if plan.evicts:
+            if plan.acts:
                 check_attention(self.layers[0], self._rotary, "a prompt in chunks")
         if padded:
             check_attention(self.layers[0], self._rotary, "rows with padding")
@@ -288,7 +298,7 @@ class Planner:
         """Refuse tokens for a cache that holds some, unless all that goes on can be right."""
         first_layer = cache.layers[index_of(self.layers[0])]
         serves = plan.goes_on or self._has_seen(cache) or _is_compressed(first_layer)
-        if plan.evicts and not serves:
+        if plan.acts and not serves:
             raise RuntimeError(
                 f"MoERouterPress compressed nothing: expected a prefill inside the block, got "
                 f"{num_tokens} token(s) for a cache that holds {num_cached}, fed outside of it"
@@ -328,6 +338,8 @@ def _not_for_static(plan: Plan, padded: bool) -> str | None:
         return "compression that goes on (decoding, context_length)"
     if options.streaming:
         return "streaming, which gives memory back while layers arrive"
+    if options.quantises:
+        return f"pairs {options.pairs!r}"
     if plan.evicts and (plan.budget != "uniform" or options.policy != "mixture"):
         return f"budget {plan.budget!r} with policy {options.policy!r}"
     return "rows with padding" if padded else None

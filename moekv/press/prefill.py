@@ -169,4 +169,6 @@ class Prefill(Strategy):
 
     def _run(self, rating: Rating) -> int | None:
         num_keys = rating.votes.shape[2]
-        return self.plan.run_without_gaps(self.plan.keep(rating.lengths, num_keys), rating.lengths)
+        return self.plan.run_without_gaps(
+            self.plan.keep(rating.lengths, num_keys, rating.gain), rating.lengths
+        )

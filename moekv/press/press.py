@@ -48,9 +48,10 @@ class MoERouterPress:
     Parameters
     ----------
     compression_ratio : float
-        Share of the pairs to remove, in [0, 1). A head keeps exactly
+        Share of the bytes to remove, in [0, 1). A head keeps exactly
         ``max(1, int(T * (1 - compression_ratio)))`` pairs, of the T real ones of its row, on
-        average over the heads that share a budget; 0 measures and removes nothing.
+        average over the heads that share a budget; 0 measures and removes nothing. Where pairs
+        are quantised, as many more stay as fit into these bytes, scales counted, or all.
     num_experts : int or "auto", optional
         As many routed experts from the registry, in its order, the shared one left out. ``"auto"``:
         ``floor(log2(layers * KV heads))``, at least `top_k`, at most all: the more heads, the more
@@ -113,6 +114,14 @@ class MoERouterPress:
         the press rates holds tokens that it has not seen (as inside ``kvpress.DecodingPress``);
         ``get_stats()["router"]`` says which one is at work. None: none.
 
+    pairs : str
+        How pairs are stored that stay. ``"16"``: as the model makes them. ``"k8v8"``, ``"k8v4"``,
+        ``"k4v4"``: so many bits for each number of a key and of a value, and a few bits for scales
+        (``moekv.ops.quantize_pairs``), in ragged layers whatever the budget. Later tokens are not
+        quantised before a compression. A layer that is quantised already keeps its format. With
+        `compression_ratio` 0 nothing is evicted. ``"auto"``: what loses least at the ratio, in
+        bytes; ``"16"`` with ratio 0, and where nothing else can be served.
+
     Raises
     ------
     ValueError
@@ -159,6 +168,7 @@ class MoERouterPress:
     decoding: DecodingConfig | None = None
     streaming: bool = False
     router: CalibratedRouter | str | None = "auto"
+    pairs: str = "16"
 
     def __post_init__(self) -> None:
         """Check every option before a model is at hand."""
@@ -364,17 +374,22 @@ class MoERouterPress:
             ``avg_aux_loss``: that per forward.
             ``router``: which kind is at work, for which model it was calibrated, and how far its
             weights are from those here, if they are not the same.
-            ``budget``: ``asked`` for, and ``used`` last (None: nothing has been compressed).
+            ``budget`` and ``pairs``: ``asked`` for, and ``used`` last (None: nothing has been
+            compressed).
             ``never_chosen``: experts that no token of any layer was sent to; a block that ends
             warns of those that are routed.
             ``compression``: ``bytes_before``, ``bytes_after``, ``bytes_freed`` of the storages of
-            the layers that the press compressed, and ``ratio``, the exact share of real
-            pairs removed. Where a cache is compressed again, every pair counts once: before,
-            when the compression after its coming is done; after, as long as it stays. Room
-            for tokens to come does not count. (Inside a wrapper such as
+            the layers that the press compressed; ``ratio``, the exact share of the real pairs'
+            bytes that is gone, and ``evicted``, that of the pairs: less where they are quantised,
+            0 where that alone made the room. Where a cache is compressed again, every pair counts
+            once: before, when the compression after its coming is done; after, as long as it stays.
+            Room for tokens to come does not count. (Inside a wrapper such as
             ``kvpress.DecodingPress`` each compression counts by itself.)
             ``cache``: of the one that was compressed last, as it is now, while ``generate`` runs as
-            well: ``bytes_held`` by its storages (None: it is gone, or a wrapper's),
+            well: ``bytes_held`` by its storages (None: it is gone, or a wrapper's) and, beside
+            them, ``bytes_by_kind``: ``pairs`` and their ``scales``, the ``tail`` of tokens since
+            and ``notes`` for the next compression; ``bits_per_number`` of the pairs that were
+            compressed, scales counted;
             ``bytes_allowed`` where `decoding` bounds what it may hold; and ``evictions``, the pairs
             that have left so far.
             ``layer_stats``: for each layer index
@@ -402,7 +417,7 @@ class MoERouterPress:
         names = [] if rater is None else rater.names
         distance = 0.0 if rater is None else rater.distance
         name = name_router(routing, calibrated, distance)
-        return self._statistics.report(names, name, self.budget)
+        return self._statistics.report(names, name, self.budget, self.pairs)
 
     def summary(self) -> None:
         """Print in a few lines what the press was asked for, and what it has done."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import groupby
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moekv.cache.rows import gain, storable
 from moekv.calibration.router import CalibratedGate, CalibratedRouter, shipped_router
 from moekv.experts.base import Expert, scores_by
 from moekv.experts.expected import ExpectedExpert
@@ -28,7 +30,7 @@ from moekv.press.mixture import Part
 from moekv.press.options import Options, Routing
 from moekv.press.stats import Observation
 from moekv.routing.base import BaseMoERouter, RouterOutput
-from moekv.routing.evidence import is_silent, standardise
+from moekv.routing.evidence import is_silent, standardise, together
 from moekv.routing.mixing import Votes, order
 from moekv.routing.registry import make_router
 
@@ -69,6 +71,7 @@ class Rating:
     begins: bool
     ends: bool
     seen: Observation  # of all layers that were rated with it
+    gain: Fraction  # pairs that are stored in the bytes of one
 
     def for_heads(self, num_heads: int, *, mixes: bool) -> Rating:
         """Give the rating for so many heads of a cache; all alike where their layer mixes them."""
@@ -278,7 +281,13 @@ class Rater:
         # The layers are further rows of the batch, so that each step is one operation for all.
         scores = torch.cat(by_expert).view(num_experts, num_layers * batch, num_heads, num_keys)
         del by_expert
-        totals = [alone or kept_alone(expert, view.lengths, options) for expert in self.experts]
+        if options.quantises:
+            able = together([storable(view.keys, view.values) for view in views])
+            scores = scores.masked_fill(~able, torch.nan)
+        stored = gain(options.pairs, view.keys, view.values)
+        totals = [
+            alone or kept_alone(expert, view.lengths, options, stored) for expert in self.experts
+        ]
         sinks, recent = protected(view, options)
         rates = hit_rates(
             views, scores, totals, sinks=sinks, recent=recent, backend=self.routing.backend
@@ -304,7 +313,7 @@ class Rater:
             hit_rates=rates.mean(-1).mT,
             silent=torch.cat([self._silent_shared(scores, real), is_silent(alike)]),
         )
-        row = view.start, view.lengths, view.begins, view.ends, seen
+        row = view.start, view.lengths, view.begins, view.ends, seen, stored
         return [
             Rating(index_of(look.view.module), said, ruler, *row)
             for look, said, ruler in zip(looks, votes, ruling, strict=True)

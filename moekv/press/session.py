@@ -244,7 +244,7 @@ class Session:
         if output is not None:
             self._take_down()
         plan = None if forward.strategy is None else forward.strategy.plan
-        if not self._end(forward) and output is not None and plan is not None and plan.evicts:
+        if not self._end(forward) and output is not None and plan is not None and plan.acts:
             raise RuntimeError(
                 "MoERouterPress compressed nothing: the forward has ended, and not all attention "
                 f"layers that carry the hooks were called (transformers {transformers.__version__})"

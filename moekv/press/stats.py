@@ -6,14 +6,17 @@ import uuid
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from moekv.cache.caches import held_bytes
+from moekv.cache.caches import bits_per_number, bytes_by_kind, held_bytes
 from moekv.cache.layer import CompressedLayer
+
+_ALIKE = Fraction(1)
 
 HIT_RATE_DECAY = 0.9
 """Share of the old average that a call leaves in the moving average of the hit rates."""
@@ -125,8 +128,8 @@ class Statistics:
         :class:`LayerStats` of each layer, by its index.
     bytes, pairs : list of two int
         Before and after compression.
-    budget : str or None
-        The one that was used last; None: nothing has been compressed.
+    budget, stored : str or None
+        The budget and the format that were used last; None: nothing has been compressed.
     kept : dict
         Of each layer, by its index, the pairs [H] that its heads kept of all rows, the last time.
     silent : Tensor [E], bool, or None
@@ -138,7 +141,9 @@ class Statistics:
         self.layers: dict[int, LayerStats] = {}
         self.bytes = [0, 0]
         self.pairs = [0, 0]
+        self._worth = Fraction(0)  # what has left, in the bytes of pairs as they came
         self.budget: str | None = None
+        self.stored: str | None = None
         self.kept: dict[int, Tensor] = {}
         self.silent: Tensor | None = None
         self._cache: weakref.ref[Cache] | None = None
@@ -184,9 +189,12 @@ class Statistics:
                     self.layers[index] = LayerStats(len(load), load.device)
                 self.layers[index].add(load, more, rates, seen.num_tokens)
 
-    def count(self, pairs: tuple[int, int], num_bytes: tuple[int, int]) -> None:
-        """Add pairs and bytes, before and after."""
+    def count(
+        self, pairs: tuple[int, int], num_bytes: tuple[int, int], gain: Fraction = _ALIKE
+    ) -> None:
+        """Add pairs and bytes, before and after; `gain` are now stored in the bytes of one."""
         with self._lock:
+            self._worth += pairs[0] - pairs[1] / gain
             for total, more in ((self.pairs, pairs), (self.bytes, num_bytes)):
                 total[0] += more[0]
                 total[1] += more[1]
@@ -212,13 +220,16 @@ class Statistics:
         """Say what the cache that was compressed last holds by now."""
         cache = None if self._cache is None else self._cache()
         layers = [] if cache is None else [cache.layers[i] for i in self.kept]
-        held = [held_bytes(layer) for layer in layers if layer.is_initialized]
+        layers = [layer for layer in layers if layer.is_initialized]
+        held = [held_bytes(layer) for layer in layers]
         allowed = None
         if self._most is not None and layers:
             grown = [layer for layer in layers if isinstance(layer, CompressedLayer)]
-            allowed = sum(x.batch_size * x.num_heads * self._most * x.bytes_per_pair for x in grown)
+            allowed = sum(layer.allowed_bytes(self._most) for layer in grown)
         return {
             "bytes_held": sum(held) if held else None,
+            "bytes_by_kind": bytes_by_kind(layers) if held else None,
+            "bits_per_number": bits_per_number(layers) if held else None,
             "bytes_allowed": allowed,
             "evictions": self.pairs[0] - self.pairs[1],
         }
@@ -232,7 +243,7 @@ class Statistics:
         chosen = torch.stack([load.to(loads[0].device) for load in loads]).sum(0).tolist()
         return [name for name, n in zip(names, chosen, strict=True) if n == 0]
 
-    def report(self, names: Sequence[str], router: str, budget: str) -> dict[str, Any]:
+    def report(self, names: Sequence[str], router: str, budget: str, stored: str) -> dict[str, Any]:
         """Read everything, see ``MoERouterPress.get_stats``. Waits for the device.
 
         Parameters
@@ -241,7 +252,7 @@ class Statistics:
             Of the experts.
         router : str
             What is at work.
-        budget : str
+        budget, stored : str
             What was asked for.
         """
         layers = {i: layer for i, layer in sorted(self.layers.items())}
@@ -255,12 +266,14 @@ class Statistics:
             "forward_count": count,
             "router": router,
             "budget": {"asked": budget, "used": self.budget},
+            "pairs": {"asked": stored, "used": self.stored},
             "never_chosen": self.idle(names),
             "compression": {
                 "bytes_before": before,
                 "bytes_after": after,
                 "bytes_freed": before - after,
-                "ratio": (pairs - kept) / max(pairs, 1),
+                "ratio": float(self._worth / max(pairs, 1)),
+                "evicted": (pairs - kept) / max(pairs, 1),
             },
             "cache": self._held(),
             "layer_stats": {

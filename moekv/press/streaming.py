@@ -9,7 +9,7 @@ than the budget, a slack, and one whole layer.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -78,6 +78,8 @@ class StreamingBudget:
         Padding at the left of each row.
     sinks, recent : int
         First and last real positions that every head keeps, as far as the total allows.
+    pairs : str
+        How they are stored: one of ``moekv.ops.PAIRS``.
     backend : str
         Of the ops.
     """
@@ -93,6 +95,7 @@ class StreamingBudget:
         start: Tensor | None,
         sinks: int,
         recent: int,
+        pairs: str = "16",
         backend: str,
     ) -> None:
         self.layers: list[Trimmed] = []
@@ -103,6 +106,7 @@ class StreamingBudget:
         self._lengths = lengths
         self._start = start
         self._protected = {"sinks": sinks, "recent": recent}
+        self._pairs = pairs
         self._backend = backend
         self._votes: list[Votes] = []
 
@@ -146,7 +150,11 @@ class StreamingBudget:
         budget = [self._num_layers * heads * n for n in self._totals]
         real = [len(self.layers) * heads * max(n, 1) for n in self._lengths]
         last = len(self.layers) == self._num_layers
-        if self._start is None and not last and sum(real) <= sum(budget):
+        if self._start is None and sum(real) <= sum(budget):
+            if self._pairs != "16":  # quantised as they arrive
+                votes = self._votes[-1]
+                everything = Kept.everything(votes.shape, None, votes.scores.device)
+                self._trim(self.layers[-1], everything)
             return
         scores = order(
             self._votes,
@@ -206,8 +214,10 @@ class StreamingBudget:
                 f"layer {trimmed.index} meanwhile; kvpress.ComposedPress chains presses"
             )
         layer = trimmed.layer
+        if self._pairs != "16":
+            kept = replace(kept, per_head=None)
         if not isinstance(layer, RaggedLayer):
-            layer = compressed(*cached_pairs(layer), kept, backend=self._backend)
+            layer = compressed(*cached_pairs(layer), kept, pairs=self._pairs, backend=self._backend)
         elif len(kept.indices) < trimmed.size:
             assert trimmed.kept is not None
             layer = layer.subset(kept, of=trimmed.kept)
@@ -245,10 +255,11 @@ class Streaming(Prefill):
     def _begin(self, cache: Cache, rating: Rating) -> StreamingBudget | None:
         """Get ready to trim the layers as they arrive, if anything is to leave."""
         plan, num_keys = self.plan, rating.votes.shape[2]
-        totals = plan.keep(rating.lengths, num_keys)
-        if not plan.evicts or (rating.start is None and totals[0] == num_keys):
+        totals = plan.keep(rating.lengths, num_keys, rating.gain)
+        nothing_leaves = not plan.evicts or (rating.start is None and totals[0] == num_keys)
+        if nothing_leaves and not plan.options.quantises:
             return None
-        plan.statistics.budget = plan.budget
+        plan.statistics.budget, plan.statistics.stored = plan.budget, plan.options.pairs
         return StreamingBudget(
             cache,
             budget=plan.budget,
@@ -258,6 +269,7 @@ class Streaming(Prefill):
             start=rating.start,
             sinks=plan.options.sinks,
             recent=plan.recent,
+            pairs=plan.options.pairs,
             backend=plan.options.backend,
         )
 

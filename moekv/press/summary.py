@@ -40,8 +40,15 @@ def _lines(stats: Mapping[str, Any]) -> dict[str, str]:
     }
     if not layers:
         return lines | {"so far": "nothing has been compressed"}
+    pairs, evicted = stats["pairs"], f"{compression['evicted']:.1%} of the pairs"
+    if pairs["used"] not in (None, "16"):
+        evicted = evicted if cache["evictions"] else "and no pair"
+        evicted = f"{compression['ratio']:.1%} of the bytes, {evicted}"
+        lines["pairs"] = f"{pairs['used']} (asked for: {pairs['asked']})"
+        if cache["bits_per_number"] is not None:
+            lines["pairs"] += f", {cache['bits_per_number']:.1f} bits a number"
     lines["removed"] = (
-        f"{compression['ratio']:.1%} of the pairs, {cache['evictions']:,} in "
+        f"{evicted}, {cache['evictions']:,} in "
         f"{stats['forward_count']} ratings; {_size(compression['bytes_freed'])} of "
         f"{_size(compression['bytes_before'])} freed"
     )

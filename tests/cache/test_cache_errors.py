@@ -59,6 +59,7 @@ def test_continuous_batching(caplog: pytest.LogCaptureFixture) -> None:
         ({"budget": "model"}, {}, "budget 'model'"),
         ({"policy": "dominant"}, {}, "policy 'dominant'"),
         ({"streaming": True}, {}, "streaming"),
+        ({"pairs": "k8v4"}, {}, "pairs 'k8v4'"),
         ({"decoding": DecodingConfig()}, {}, "compression that goes on"),
         ({}, {"context_length": LENGTH}, "compression that goes on"),
         ({}, {}, "rows with padding"),

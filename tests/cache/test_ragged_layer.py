@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from twins import DIM, GROUP, HEADS, VALUE_DIM, Twin
 
+from moekv import ops
 from moekv.cache import attention
 from moekv.models.hooks import CROPS_BY_COUNT
 
@@ -15,6 +16,7 @@ STEPS = st.one_of(
     st.tuples(st.just("crop"), st.integers(1, 80)),
     st.tuples(st.just("select"), st.lists(st.integers(0, 7), min_size=1, max_size=4)),
     st.tuples(st.just("repeat"), st.integers(1, 2)),
+    st.tuples(st.just("recompress"), st.floats(0.2, 1.0)),
 )
 
 
@@ -23,11 +25,14 @@ STEPS = st.one_of(
     batch=st.integers(1, 3),
     length=st.integers(1, 200),
     seed=st.integers(0, 2**16),
-    backend=st.sampled_from(["cpu", "torch"]),
+    backend=st.sampled_from(["auto", "torch"]),
+    pairs=st.sampled_from(ops.PAIRS),
     steps=st.lists(STEPS, min_size=1, max_size=6),
 )
-def test_any_life_of_a_cache_equals_the_masked_dense_one(batch, length, seed, backend, steps):
-    twin = Twin(batch, length, seed, backend)
+def test_any_life_of_a_cache_equals_the_masked_dense_one(
+    batch, length, seed, backend, pairs, steps
+):
+    twin = Twin(batch, length, seed, backend, pairs)
     for name, *arguments in [*steps, ("append", 1, False)]:
         getattr(twin, name)(*arguments)
 

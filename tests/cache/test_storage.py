@@ -9,8 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from moekv import DecodingConfig, MoERouterPress
+from moekv import DecodingConfig, MoERouterPress, ops
 from moekv.budget import Kept
+from moekv.cache import storage
 from moekv.cache.ragged import RaggedLayer
 from moekv.cache.storage import load_cache, save_cache
 from moekv.models.fingerprint import fingerprint, short
@@ -134,7 +135,7 @@ def test_other_files_and_caches_are_refused(model, tmp_path):
     with pytest.raises(FileNotFoundError):
         load_cache(tmp_path / "nothing", model)
     save_file({"x": torch.zeros(1)}, tmp_path / "x")
-    with pytest.raises(ValueError, match="a cache of format moekv-cache-2, got None"):
+    with pytest.raises(ValueError, match="format moekv-cache-2 or moekv-cache-3, got None"):
         load_cache(tmp_path / "x", model)
     with pytest.raises(ValueError, match="got one without layers"):
         save_cache(DynamicCache(), tmp_path / "y", model)
@@ -188,11 +189,61 @@ def test_sliding_windows(static, tmp_path):
     goes_on_alike(model, cache, tmp_path / "x", steps=20)
 
 
+@pytest.mark.parametrize("pairs", ops.PAIRS[1:])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_quantised_pairs(pairs, streaming, tmp_path):
+    model, cache = tiny_model(), DynamicCache()
+    ids = tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    press = MoERouterPress(0.85, router=None, pairs=pairs, streaming=streaming)
+    with torch.no_grad(), press(model):
+        model(ids, attention_mask=mask, past_key_values=cache)
+    save_cache(cache, tmp_path / "x", model)
+    assert (tmp_path / "x").stat().st_size < sum(x.nbytes for x in cache.layers) + 4500
+    loaded = load_cache(tmp_path / "x", model)
+    for one, other in zip(cache.layers, loaded.layers, strict=True):
+        assert other.rows.pairs == pairs and other.rows.dtype == one.rows.dtype
+        assert all(map(torch.equal, one.rows.tensors, other.rows.tensors))
+        assert all(map(torch.equal, one.to_dense(), other.to_dense()))
+    with torch.no_grad():
+        mask, ids = torch.cat([mask, mask[:, :1]], 1), tokens(2, 1)
+        mask[1, -1] = 1
+        given = {"attention_mask": mask, "position_ids": torch.tensor([[40], [31]])}
+        logits = [model(ids, past_key_values=x, **given).logits for x in (cache, loaded)]
+    assert torch.equal(*logits)
+    goes_on = {"attention_mask": torch.cat([mask, mask[:, -1:]], 1)}
+    save_cache(loaded, tmp_path / "y", model)  # now with a tail
+    again = load_cache(tmp_path / "y", model)
+    with torch.no_grad():
+        given = goes_on | {"position_ids": torch.tensor([[41], [32]])}
+        logits = [model(ids, past_key_values=x, **given).logits for x in (cache, again)]
+    assert torch.equal(*logits)
+
+
+def test_files_of_the_format_before_are_read(model, cache, tmp_path):
+    """They knew no quantised pairs, and are the same otherwise."""
+    path = tmp_path / "context.safetensors"
+    save_cache(cache, path, model)
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    header["format"] = "moekv-cache-2"
+    del header["sha256"]
+    header["sha256"] = storage._checksum(header, tensors)
+    save_file(tensors, path, metadata=header)
+    loaded, ids = load_cache(path, model), torch.tensor([[7]])
+    with torch.no_grad():
+        logits = [model(ids, past_key_values=x).logits for x in (cache, loaded)]
+    assert torch.equal(*logits)
+
+
 @pytest.mark.parametrize("budget", ["uniform", "model"])
 @pytest.mark.parametrize("router", [True, False])
-def test_a_growing_cache_goes_on_as_it_would_have(budget, router, tmp_path):
+@pytest.mark.parametrize("pairs", ["16", "k8v4"])
+def test_a_growing_cache_goes_on_as_it_would_have(budget, router, pairs, tmp_path):
     model = tiny_model()
-    options = {"decoding": DecodingConfig(20, 4), "budget": budget}
+    options = {"decoding": DecodingConfig(20, 4), "budget": budget, "pairs": pairs}
     options["router"] = random_router(model) if router else None
     if not router and budget == "uniform":
         options["experts"] = ["selective", "semantic"]

@@ -128,6 +128,65 @@ CHANGES: dict[str, tuple[str, Change]] = {
 }
 
 
+def _fewer_notes(header: Any, layers: Any, tensors: dict[str, Tensor]) -> None:
+    for name in ("0.notes.stored_keys", "0.notes.stored_values"):
+        tensors[name] = tensors[name][1:].clone()
+
+
+QUANTISED: dict[str, tuple[str, Change]] = {
+    "no pairs": ("expected \\['backend'", lambda h, n, t: n[0].pop("pairs")),
+    "16": ("pairs among k8v8, k8v4, k4v4, got '16'", number("pairs", "16")),
+    "no format": ("pairs among", number("pairs", {"k8v4": 1})),
+    "another format": ("codes and scales of", number("pairs", "k4v4")),
+    "another kind": ("expected \\['backend'", number("kind", "ragged")),
+    "notes of codes": (
+        "those of their layer",
+        lambda h, n, t: n[0]["notes"].update(kind="quantised"),
+    ),
+    "no scales": ("expected tensors", lambda h, n, t: t.pop("0.scales")),
+    "fewer scales": ("codes and scales of", tensor("0.scales", lambda x: x[:, 1:])),
+    "fewer rows of scales": ("expected scales", tensor("0.scales", lambda x: x[1:])),
+    "fewer rows of values": ("expected value_codes", tensor("0.value_codes", lambda x: x[1:])),
+    "longer codes": ("codes and scales of", tensor("0.key_codes", lambda x: x.repeat(1, 2))),
+    "dtype of scales": ("scales in F16", tensor("0.scales", Tensor.float)),
+    "dtype of codes": ("key_codes in U8", tensor("0.key_codes", Tensor.int)),
+    "table beyond": ("within", tensor("0.end", lambda x: x + 10**6)),
+    "wide heads": (
+        "codes and scales of|keys of",
+        tensor("0.tail_keys", lambda x: x.new_zeros(*x.shape[:3], 2**20)),
+    ),
+    "odd heads": (
+        "even head dim",
+        tensor("0.tail_values", lambda x: x.new_zeros(*x.shape[:3], 15)),
+    ),
+    "notes of others": ("pairs that are held", tensor("0.notes.begin", torch.zeros_like)),
+    "fewer notes": ("one for each pair", _fewer_notes),
+}
+
+
+@pytest.fixture(scope="module")
+def quantised(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantised cache with a tail and notes."""
+    cache, path = DynamicCache(), tmp_path_factory.mktemp("caches") / "quantised"
+    config = DecodingConfig(20, 4)
+    press = MoERouterPress(0.9, router=random_router(model), pairs="k8v4", decoding=config)
+    with torch.no_grad(), press(model):
+        model(tokens(1, 40), past_key_values=cache)
+        model(tokens(1, 1), past_key_values=cache)
+    save_cache(cache, path, model)
+    assert load_cache(path, model).get_seq_length() == 41
+    return path
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_files_of_quantised_pairs_that_claim_more_than_they_hold(
+    quantised: Path, model: PreTrainedModel, name: str
+) -> None:
+    message, change = QUANTISED[name]
+    with pytest.raises(ValueError, match=message):
+        load_cache(changed(quantised, change), model)
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_files_that_are_no_caches(file: Path, model: PreTrainedModel, name: str) -> None:
     message, change = CHANGES[name]

@@ -1,21 +1,36 @@
 """A ragged layer beside the dense one that it is to equal."""
 
+import itertools
 import math
 
 import torch
 from torch import Tensor, nn
 
+from moekv import ops
 from moekv.budget import Kept
 from moekv.cache import attention
 from moekv.cache.ragged import RaggedLayer
 
-HEADS, GROUP, DIM, VALUE_DIM = 2, 3, 8, 5
+HEADS, GROUP, DIM, VALUE_DIM = 2, 3, 8, 6
+
+
+def rounded(keys: Tensor, values: Tensor, pairs: str) -> tuple[Tensor, Tensor]:
+    """Pairs [..., D] and [..., Dv] as they are read once they have been quantised."""
+    if pairs == "16":
+        return keys, values
+    flat = [x.flatten(0, -2) for x in (keys, values)]
+    codes = ops.quantize_pairs(*flat, pairs=pairs)
+    sizes = {"head_dim": keys.shape[-1], "value_dim": values.shape[-1], "dtype": keys.dtype}
+    read = ops.dequantize_pairs(*codes, pairs=pairs, **sizes)
+    return read[0].view_as(keys), read[1].view_as(values)
 
 
 class Twin:
     """A dense layer beside a ragged one: nothing evicted, evicted pairs masked."""
 
-    def __init__(self, batch: int, length: int, seed: int, backend: str = "auto") -> None:
+    def __init__(
+        self, batch: int, length: int, seed: int, backend: str = "auto", pairs: str = "16"
+    ) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.keys, self.values = self.pairs(batch, length)
         self.kept = torch.rand(batch, HEADS, length, generator=self.generator) < 0.4
@@ -23,7 +38,11 @@ class Twin:
         self.visible = torch.ones(batch, length, dtype=torch.bool)  # by the 2-D attention mask
         self.context = length
         kept = Kept.from_mask(self.kept)
-        self.layer = RaggedLayer.compress(self.keys, self.values, kept, backend=backend)
+        self.layer = RaggedLayer.compress(
+            self.keys, self.values, kept, pairs=pairs, backend=backend
+        )
+        self.format = pairs
+        self.keys, self.values = rounded(self.keys, self.values, pairs)
 
     def pairs(self, batch: int, length: int) -> tuple[Tensor, Tensor]:
         return tuple(
@@ -63,6 +82,24 @@ class Twin:
         self.layer.crop(length)
         self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
         self.kept, self.visible = self.kept[..., :length], self.visible[:, :length]
+
+    def recompress(self, share: float) -> None:
+        """Have random pairs leave; the tail is stored as the rest."""
+        if not self.visible.all():
+            return  # what is hidden would be, too
+        longest = int(self.kept.sum(-1).max())
+        kept = torch.zeros(*self.kept.shape[:2], longest, dtype=torch.bool)
+        draw = torch.rand(self.kept.shape, generator=self.generator) < share
+        for b, h in itertools.product(*map(range, self.kept.shape[:2])):
+            places = self.kept[b, h].nonzero()[:, 0]
+            draw[b, h, places[0]] = True
+            kept[b, h, longest - len(places) :] = draw[b, h, places]
+        tail = slice(self.context, None)
+        read = rounded(self.keys[:, :, tail], self.values[:, :, tail], self.format)
+        for pairs, new in zip((self.keys, self.values), read, strict=True):
+            pairs[:, :, tail] = new
+        self.kept, self.context = self.kept & draw, self.kept.shape[2]
+        self.layer.recompress(Kept.from_mask(kept), self.format)
 
     def select(self, rows: list[int]) -> None:
         index = torch.tensor(rows) % len(self.keys)

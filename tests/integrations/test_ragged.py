@@ -24,12 +24,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicLayer
+from twins import rounded
 
 from moekv import Expert, LayerView, MoERouterPress, load_cache, ragged, save_cache
 from moekv.budget import Kept
 from moekv.cache.buffers import storage_bytes
 from moekv.cache.growing import GrowingLayer
 from moekv.cache.ragged import RaggedLayer
+from moekv.cache.rows import Rows
 
 BUDGETS = ["uniform", "head", "model"]
 LENGTH = 120
@@ -293,16 +295,47 @@ def test_beams_and_several_questions_on_one_context(budget: str) -> None:
     assert cache.get_seq_length() == LENGTH
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("pairs", ["k8v8", "k8v4", "k4v4"])
+@pytest.mark.parametrize("make", [AdaKVPress, CriticalAdaKVPress])
+def test_presses_of_kvpress_with_quantised_pairs(make: Any, pairs: str) -> None:
+    """The same pairs stay, in fewer bits."""
+    model, ids, found = tiny_model(), tokens(1, LENGTH), []
+    for each in ("16", pairs):
+        inner, cache = make(SnapKVPress(0.6, window_size=8)), DynamicCache()
+        with torch.no_grad(), ragged(inner, pairs=each)(model):
+            model(ids, past_key_values=cache)
+        found.append(cache)
+    for one, other in zip(*(cache.layers for cache in found), strict=True):
+        assert torch.equal(one.begin, other.begin) and torch.equal(one.end, other.end)
+        read = rounded(one.stored_keys, one.stored_values, pairs)
+        assert all(map(torch.equal, read, other.rows.dense()))
+        assert other.rows.pairs == pairs
+
+
+def test_pairs_of_a_ragged_press_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="pairs among 16, k8v8, k8v4, k4v4, got 'auto'"):
+        ragged(AdaKVPress(KnormPress()), pairs="auto")
+    model, press = tiny_model(), ragged(AdaKVPress(KnormPress(0.0)), pairs="k8v8")
+    with pytest.raises(RuntimeError, match="masked no keys"), press(model):
+        prefill(model, tokens(1, 30))
+
+
+def spoilt(part: Tensor | Rows) -> Any:
+    if isinstance(part, Rows):
+        return part._each(spoilt)
+    return torch.full_like(part, torch.nan) if part.is_floating_point() else torch.ones_like(part)
+
+
+@pytest.mark.parametrize(("budget", "pairs"), [*((x, "16") for x in BUDGETS), ("model", "k8v4")])
 def test_an_offloaded_cache_takes_compressed_layers(
-    budget: str, monkeypatch: pytest.MonkeyPatch
+    budget: str, pairs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On one device: what has been offloaded reads as NaN until it is fetched again."""
     names = {
         GrowingLayer: ("keys", "values"),
-        RaggedLayer: ("stored_keys", "stored_values", "_tail_keys", "_tail_values"),
+        RaggedLayer: ("rows", "_tail_keys", "_tail_values"),
     }
-    away: dict[int, dict[str, Tensor]] = {}
+    away: dict[int, dict[str, Any]] = {}
     times = 0
 
     def move(layer: Any) -> None:
@@ -318,7 +351,7 @@ def test_an_offloaded_cache_takes_compressed_layers(
             offload(layer)
             away[id(layer)] = {name: getattr(layer, name) for name in parts}
             for name, tensor in away[id(layer)].items():
-                setattr(layer, name, torch.full_like(tensor, torch.nan))
+                setattr(layer, name, spoilt(tensor))
             if isinstance(layer, GrowingLayer):
                 assert layer.nbytes == storage_bytes(*away[id(layer)].values())  # no room is left
 
@@ -330,7 +363,7 @@ def test_an_offloaded_cache_takes_compressed_layers(
         monkeypatch.setattr(kind, "prefetch", fetch)
     monkeypatch.setattr(torch.cuda, "default_stream", MagicMock())
     model, cache = tiny_model(), DynamicCache()
-    with given_press(0.5, budget=budget)(model):
+    with given_press(0.5, budget=budget, pairs=pairs)(model):
         model(tokens(1, LENGTH), past_key_values=cache)
     plain, offloaded = copy.deepcopy(cache), DynamicCache(offloading=True)
     offloaded.layers, offloaded.prefetch_stream = cache.layers, nullcontext()

@@ -58,6 +58,11 @@ def test_compression_that_goes_on_in_a_wrapper(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
+def test_quantised_pairs_in_a_wrapper(name: str) -> None:
+    refuse(name, MoERouterPress(pairs="k8v4"), f"expected pairs='16' inside {name}, .*'k8v4'")
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
 def test_streaming_in_a_wrapper(name: str) -> None:
     refuse(name, MoERouterPress(streaming=True), f"expected streaming=False inside {name}, .*True")
 
@@ -73,7 +78,9 @@ def test_left_padding_in_a_wrapper(name: str) -> None:
     refuse(name, MoERouterPress(), message, padded())
 
 
-@pytest.mark.parametrize("options", [{"budget": "auto"}, {"decoding": None}, {"recent": 16}])
+@pytest.mark.parametrize(
+    "options", [{"budget": "auto"}, {"decoding": None}, {"recent": 16}, {"pairs": "auto"}]
+)
 def test_what_is_the_default_anyway_is_served(options: dict[str, Any]) -> None:
     model, press = tiny_model(), MoERouterPress(**options)
     with DMSPress(press, threshold=0.0)(model):

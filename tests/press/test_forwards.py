@@ -263,6 +263,7 @@ LATER: dict[str, Any] = {
     "decoding": DecodingConfig(8, 2),
     "streaming": True,
     "router": None,
+    "pairs": "k8v4",
 }
 
 

@@ -69,6 +69,7 @@ def test_stats_of_two_prefills_and_a_reset() -> None:
         "forward_count",
         "router",
         "budget",
+        "pairs",
         "never_chosen",
         "compression",
         "cache",

@@ -39,6 +39,7 @@ from moekv.press.rating import Rater, protected
 
 _UNSERVED = {
     "budget": "which acts on one layer at once, and says how many pairs its heads keep",
+    "pairs": "which reads keys and values as the model makes them",
     "decoding": "which says itself when pairs leave",
     "streaming": "which acts on each layer as it arrives",
 }
@@ -242,13 +243,15 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
         unserved = dict(_UNSERVED)
         if isinstance(wrapper, DMSPress):
             unserved["recent"] = "whose sliding window says which last pairs stay"
+        if self.pairs == "auto":
+            del unserved["pairs"]
         for name, why in unserved.items():
             if (value := getattr(self, name)) != known[name]:
                 raise ValueError(
                     f"expected {name}={known[name]!r} inside {_name(wrapper)}, {why}, got "
                     f"{value!r}; use the press in a block of its own"
                 )
-        return self._options()
+        return self._options().in_format(None)
 
     def _view(
         self,

@@ -18,10 +18,12 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from moekv import ops
 from moekv.budget import Kept
 from moekv.cache.ragged import RaggedLayer
+from moekv.cache.rows import check_pairs
 from moekv.models.hooks import cache_of
+from moekv.press.options import check_choice
 
 
-def ragged(press: BasePress, *, backend: str = "auto") -> "RaggedPress":
+def ragged(press: BasePress, *, pairs: str = "16", backend: str = "auto") -> "RaggedPress":
     """Free the memory of what a head-wise kvpress press evicts.
 
     Parameters
@@ -29,6 +31,10 @@ def ragged(press: BasePress, *, backend: str = "auto") -> "RaggedPress":
     press : kvpress.BasePress
         Any press that sets ``masked_key_indices``: ``AdaKVPress``, ``CriticalAdaKVPress``,
         ``DMSPress``, ``DuoAttentionPress``, ``KVgradPress``, ``KVzipPress``, ...
+    pairs : str
+        How what stays is stored: ``"16"``, as the model makes it, ``"k8v8"``, ``"k8v4"`` or
+        ``"k4v4"``, see ``MoERouterPress``. The press decides on the same pairs, which take fewer
+        bytes: its ratio is one of pairs.
     backend : str
         Which implementation of the ops to use.
 
@@ -42,7 +48,7 @@ def ragged(press: BasePress, *, backend: str = "auto") -> "RaggedPress":
     TypeError
         If ``press`` is not a kvpress press.
     """
-    return RaggedPress(press, backend=backend)
+    return RaggedPress(press, backend, pairs)
 
 
 @dataclass
@@ -55,15 +61,19 @@ class RaggedPress(BasePress):
         The head-wise press that decides what stays.
     backend : str
         Which implementation of the ops to use.
+    pairs : str
+        How it is stored.
     """
 
     press: BasePress
     backend: str = "auto"
+    pairs: str = "16"
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         if not isinstance(self.press, BasePress):
             raise TypeError(f"expected a kvpress press, got {type(self.press).__name__}")
+        check_choice("pairs", self.pairs, ops.PAIRS)
         ops.check_backend(self.backend)
 
     @property
@@ -117,7 +127,7 @@ class RaggedPress(BasePress):
         finally:
             for hook in hooks:
                 hook.remove()
-        if caches and not stored and self.compression_ratio > 0:
+        if caches and not stored and (self.compression_ratio > 0 or self.pairs != "16"):
             raise RuntimeError(
                 f"{type(self.press).__name__} masked no keys, so nothing was stored ragged; "
                 "ragged() is for head-wise presses such as AdaKVPress"
@@ -129,6 +139,11 @@ class RaggedPress(BasePress):
             raise TypeError(
                 f"expected a DynamicCache with dense layers, got a {type(layer).__name__}"
             )
+        if self.pairs != "16":
+            sizes = keys.shape[3], values.shape[3], keys.dtype
+            check_pairs(self.pairs, *sizes, device=keys.device, backend=self.backend)
         kept = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
         kept[tuple(masked)] = False  # of some presses it is a list
-        return RaggedLayer.compress(keys, values, Kept.from_mask(kept), backend=self.backend)
+        return RaggedLayer.compress(
+            keys, values, Kept.from_mask(kept), pairs=self.pairs, backend=self.backend
+        )

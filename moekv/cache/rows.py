@@ -1,0 +1,186 @@
+"""Pairs that are stored back to back: what a row of them consists of, and what can be done to it.
+
+A format says how the numbers of a key and of a value are kept. ``"16"``: as they came. Others are
+codes of 8 or 4 bits with scales beside them, see ``moekv.ops.quantize_pairs``. Codes are copied as
+they are wherever rows move, so that a pair is rounded once, however often its layer is compressed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from moekv import ops
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """N pairs in one format.
+
+    Attributes
+    ----------
+    pairs : str
+        One of ``moekv.ops.PAIRS``.
+    keys, values : Tensor
+        [N, D] and [N, Dv]; where they are quantised, their codes [N, KB] and [N, VB], uint8.
+    scales : Tensor [N, M], float16, or None
+        What else is known of each row; None: nothing.
+    key_dim, value_dim : int
+        D and Dv.
+    dtype : torch.dtype
+        Of the pairs as they are read.
+    """
+
+    pairs: str
+    keys: Tensor
+    values: Tensor
+    scales: Tensor | None
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, pairs: str = "16", *, backend: str = "auto") -> Rows:
+        """Take pairs over, or quantise them.
+
+        Parameters
+        ----------
+        keys, values : Tensor
+            [N, D] and [N, Dv].
+        pairs : str
+            One of ``moekv.ops.PAIRS``.
+        backend : str
+            Of ``quantize_pairs``.
+        """
+        dims = keys.shape[1], values.shape[1]
+        if pairs == "16":
+            return cls(pairs, keys, values, None, *dims, keys.dtype)
+        parts = ops.quantize_pairs(keys.detach(), values.detach(), pairs=pairs, backend=backend)
+        return cls(pairs, *parts, *dims, keys.dtype)
+
+    def __len__(self) -> int:
+        """Count the pairs."""
+        return len(self.keys)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that they consist of."""
+        parts = self.keys, self.values, self.scales
+        return tuple(part for part in parts if part is not None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.keys.device
+
+    @property
+    def bytes_per_pair(self) -> int:
+        """Bytes of a row, scales included."""
+        return sum(part.shape[1] * part.itemsize for part in self.tensors)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Rows:
+        keys, values = function(self.keys), function(self.values)
+        scales = None if self.scales is None else function(self.scales)
+        return replace(self, keys=keys, values=values, scales=scales)
+
+    def select(self, rows: Tensor) -> Rows:
+        """Copy some rows, as they are."""
+        return self._each(lambda part: part.index_select(0, rows))
+
+    def move(self, device: torch.device | str) -> Rows:
+        """Give the same rows on a device."""
+        return self._each(lambda part: part.to(device, non_blocking=True))
+
+    def read_as(self, key_dtype: torch.dtype, value_dtype: torch.dtype) -> Rows:
+        """Give the same rows, to be read in other dtypes."""
+        if self.pairs != "16":
+            return replace(self, dtype=torch.promote_types(key_dtype, value_dtype))
+        keys, values = self.keys.to(key_dtype), self.values.to(value_dtype)
+        return replace(self, keys=keys, values=values, dtype=keys.dtype)
+
+    def join(self, keys: Tensor, values: Tensor, *, backend: str = "auto") -> Rows:
+        """Copy the rows with further pairs [n, D] and [n, Dv] behind them, in their format."""
+        more = Rows.of(keys, values, self.pairs, backend=backend)
+        both = zip(self.tensors, more.tensors, strict=True)
+        keys, values, *scales = (torch.cat(parts) for parts in both)
+        return replace(self, keys=keys, values=values, scales=scales[0] if scales else None)
+
+    def in_format(self, pairs: str, *, backend: str = "auto") -> Rows:
+        """Quantise rows that are not; others keep the format that they have."""
+        if pairs == self.pairs or self.pairs != "16":
+            return self
+        return Rows.of(self.keys, self.values, pairs, backend=backend)
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Read the pairs: [N, D] and [N, Dv]. Those that are not quantised are not copied."""
+        if self.scales is None:
+            return self.keys, self.values
+        keys, values = ops.dequantize_pairs(
+            self.keys,
+            self.values,
+            self.scales,
+            pairs=self.pairs,
+            head_dim=self.key_dim,
+            value_dim=self.value_dim,
+            dtype=self.dtype,
+        )
+        return keys, values
+
+
+def check_pairs(
+    pairs: str,
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    *,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+) -> None:
+    """Raise unless a quantised format can serve pairs of these sizes and dtype.
+
+    Raises
+    ------
+    ValueError
+        It cannot.
+    RuntimeError
+        The backend cannot.
+    """
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"expected keys and values of float32, float16 or bfloat16 for pairs {pairs!r}, got "
+            f"{dtype}"
+        )
+    ops.pair_layout(pairs, key_dim, value_dim)
+    nothing = torch.empty(0, dtype=dtype, device=device)
+    keys, values = nothing.view(0, key_dim), nothing.view(0, value_dim)
+    Rows.of(keys, values, pairs, backend=backend)
+
+
+def gain(pairs: str, keys: Tensor, values: Tensor) -> Fraction:
+    """Count the stored pairs that take the bytes of one dense pair of a layer.
+
+    Parameters
+    ----------
+    pairs : str
+        How they are stored.
+    keys, values : Tensor [..., D] and [..., Dv]
+        In the dtype of the dense layer.
+    """
+    if pairs == "16":
+        return Fraction(1)
+    key_dim, value_dim = keys.shape[-1], values.shape[-1]
+    dense = key_dim * keys.itemsize + value_dim * values.itemsize
+    return Fraction(dense, ops.pair_layout(pairs, key_dim, value_dim).num_bytes)
+
+
+def storable(keys: Tensor, values: Tensor) -> Tensor:
+    """Say which pairs [...] of keys [..., D] and values [..., Dv] can be stored in any format.
+
+    Those without NaN, infinity or numbers beyond float16, of which scales are.
+    """
+    largest = torch.maximum(keys.abs().amax(-1), values.abs().amax(-1))
+    return largest <= torch.finfo(torch.float16).max
