@@ -75,6 +75,10 @@ Budget = Annotated[
         metavar="KIND", help="What the budget is set over: uniform, layer, head or model."
     ),
 ]
+Pairs = Annotated[
+    str,
+    typer.Option(metavar="FORMAT", help="How pairs are stored: 16 bits, k8v8, k8v4, k4v4 or auto."),
+]
 Backend = Annotated[str, typer.Option(metavar="NAME", help="What computes: cpu, cuda or torch.")]
 NewTokens = Annotated[
     int, typer.Option("--max-new-tokens", min=1, metavar="N", help="Tokens of an answer at most.")
@@ -144,6 +148,7 @@ def demo(
     top_k: TopK = None,
     router: Router = None,
     budget: Budget = "auto",
+    pairs: Pairs = "16",
     backend: Backend = "auto",
     device: Device = None,
     dtype: Weights = DType.bfloat16,
@@ -173,6 +178,7 @@ def demo(
             "top_k": top_k,
             "router_type": router,
             "budget": budget,
+            "pairs": pairs,
             "backend": backend,
         },
         device=device,
@@ -223,6 +229,7 @@ def ask(
     max_new_tokens: NewTokens = 128,
     router: Router = None,
     budget: Budget = "auto",
+    pairs: Pairs = "16",
     backend: Backend = "auto",
     device: Device = None,
     dtype: Weights = DType.bfloat16,
@@ -248,7 +255,7 @@ def ask(
         chunk_size=chunk_size,
         model=model,
         max_new_tokens=max_new_tokens,
-        options={"router_type": router, "budget": budget, "backend": backend},
+        options={"router_type": router, "budget": budget, "pairs": pairs, "backend": backend},
         device=device,
         dtype=dtype.value,
     )
