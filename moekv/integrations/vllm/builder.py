@@ -79,6 +79,11 @@ class CompressingBuilder(CPUAttentionMetadataBuilder):
             if begin == 0:
                 worker.forget(blocks.tolist())
                 worker.rated[first] = Rated(length)
+            elif first not in worker.rated:
+                raise RuntimeError(
+                    "moekv: expected a prompt that is computed here from its beginning, got one of "
+                    f"{length} tokens from the {begin}th on"
+                )
             end = min(end, length)  # of one that was preempted, some of the answer comes, too
             rows = slice(rows.start, rows.start + end - begin)
             blocks = blocks[: -(-end // self.block_size)].clone()

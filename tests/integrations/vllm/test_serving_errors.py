@@ -12,6 +12,7 @@ from vllm_engine import BLOCK, CONFIGS, answers, blocks_in_use, engine, tokens, 
 
 from moekv.cli.main import main
 from moekv.integrations.vllm import serve
+from moekv.integrations.vllm.builder import CompressingBuilder
 from moekv.integrations.vllm.heads import Compressed, HeadStep
 from moekv.integrations.vllm.options import Gap, ServingOptions
 from moekv.integrations.vllm.pages import Pages
@@ -106,6 +107,20 @@ def test_a_request_from_elsewhere() -> None:
     cache = torch.zeros(4, 2, BLOCK, 64)
     with pytest.raises(RuntimeError, match="prompt was compressed in this process, got another"):
         HeadStep.of([stranger], Pages([cache], "vec"), {})
+    builder = CompressingBuilder.__new__(CompressingBuilder)
+    builder.block_size = BLOCK
+    worker = SimpleNamespace(options=ServingOptions(), rated={}, kept={})
+    step = SimpleNamespace(
+        num_reqs=1,
+        rswa_prefix_lens=torch.tensor([200]),
+        seq_lens=torch.tensor([150]),
+        query_start_loc=torch.tensor([0, 50]),
+        block_table_tensor=torch.arange(8)[None],
+    )
+    with pytest.raises(
+        RuntimeError, match="from its beginning, got one of 200 tokens from the 100"
+    ):
+        builder._sort(worker, step)
 
 
 def test_serve_without_vllm(
