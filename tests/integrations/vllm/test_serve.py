@@ -37,7 +37,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         )
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
+        for _ in range(1500):  # five minutes: processes start slowly on a machine that is busy
             assert running.poll() is None, log.read_text()[-4000:]
             try:
                 urllib.request.urlopen(f"{address}/health", timeout=1)
