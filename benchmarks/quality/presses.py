@@ -121,9 +121,11 @@ EXPERTS: dict[str, Factory] = {
     f"expert {name}": _scorer(MoERouterPress, experts=(name,), top_k=1) for name in expert_names()
 }
 
-#: What the calibrated router gains from budgets that move.
+#: What budgets that move give, with the calibrated router and without.
 BUDGETS: dict[str, Factory] = {
-    f"moekv budget={name}": _scorer(MoERouterPress, budget=name) for name in ("uniform", "head")
+    f"moekv{free} budget={name}": _scorer(MoERouterPress, budget=name, **options)
+    for free, options in (("", {}), (" training-free", {"router": None}))
+    for name in ("uniform", "layer", "head")
 }
 
 #: Without what stays in any case, and with fewer or more observed queries: training-free, as the
