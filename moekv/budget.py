@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
 from numbers import Real
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from moekv import ops
 
-BUDGETS = ("auto", "uniform", "layer", "head", "model")
+Budget = Literal["auto", "uniform", "layer", "head", "model"]
+BUDGETS = get_args(Budget)
 """``"uniform"``: every head keeps the same number. ``"layer"``: pairs move between layers, each of
 which keeps as many in all its heads. ``"head"``: pairs move between the heads of a layer.
 ``"model"``: between those of all layers. ``"auto"``: one of these, see ``MoERouterPress``.

@@ -28,6 +28,7 @@ from moekv.cli.common import CommandError, load, make_console, make_progress, si
 from moekv.contexts.context import encode, turn
 from moekv.models.hooks import cache_argument
 from moekv.models.loading import DEFAULT_MODEL
+from moekv.press.reports import Stats
 
 INSTRUCTION = "Answer the question in a few words, from the text above."
 
@@ -68,7 +69,7 @@ class Result:
     cache_bytes: int
     prefill_seconds: float
     press_seconds: float
-    stats: dict[str, Any]
+    stats: Stats | None
     answers: list[str] = field(default_factory=list)
     decode_steps: int = 0
     decode_seconds: float = 0.0
@@ -172,7 +173,8 @@ def _story() -> str:
 
 def _check_compressed(result: Result, full: Result) -> None:
     """Raise if the press left the cache as it was: nothing is worse than doing so silently."""
-    if result.cache_bytes >= full.cache_bytes or not result.stats["forward_count"]:
+    rated = result.stats is not None and result.stats["forward_count"]
+    if result.cache_bytes >= full.cache_bytes or not rated:
         raise CommandError(
             f"the press did nothing: {_title(result.ratio)} was asked for, but the cache has "
             f"{result.cache_bytes:,} bytes, and {full.cache_bytes:,} without a press"
@@ -257,7 +259,7 @@ def read(
         cache_bytes=cache_bytes(cache),
         prefill_seconds=seconds,
         press_seconds=clock.seconds,
-        stats=press.get_stats() if press else {},
+        stats=press.get_stats() if press else None,
     )
     return result, cache
 

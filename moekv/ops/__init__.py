@@ -17,11 +17,18 @@ from moekv.ops.api.project_tokens import ProjectTokens, project_tokens
 from moekv.ops.api.quantize_pairs import dequantize_pairs, quantize_pairs
 from moekv.ops.api.ragged_attention import ragged_attention
 from moekv.ops.api.select_kept import SelectKept, select_kept
-from moekv.ops.backends import BACKENDS, available_backends, check_backend, cpu_capability
+from moekv.ops.backends import (
+    BACKENDS,
+    Backend,
+    available_backends,
+    check_backend,
+    cpu_capability,
+)
 from moekv.ops.formats import PAIRS, PairLayout, pair_layout
 
 __all__ = [
     "BACKENDS",
+    "Backend",
     "PAIRS",
     "GatingTopk",
     "PairLayout",

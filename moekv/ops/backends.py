@@ -9,14 +9,15 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from moekv.ops import reference
 
-BACKENDS = ("auto", "cpu", "cuda", "torch")
+Backend = Literal["auto", "cpu", "cuda", "torch"]
+BACKENDS = get_args(Backend)
 
 MAX_HEAD_DIM = 256
 """Channels of a head, at most, for which there are kernels that rate pairs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -17,7 +17,8 @@ from moekv.experts.registry import build_experts, expert_names
 from moekv.routing.base import BaseMoERouter
 from moekv.routing.registry import ROUTERS
 
-POLICIES = ("mixture", "dominant")
+Policy = Literal["mixture", "dominant"]
+POLICIES = get_args(Policy)
 
 SHARED_EXPERT, ROUTED_EXPERTS = "expected", ("selective", "semantic")
 """What rates a model that nobody calibrated, unless options choose something else: ``expected``

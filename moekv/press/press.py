@@ -10,21 +10,25 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moekv.budget import Budget
 from moekv.calibration.router import CalibratedRouter, is_folder, load_router
 from moekv.experts.base import Expert
 from moekv.models.hooks import find_layers
 from moekv.models.weights import language_model
-from moekv.press.options import DecodingConfig, Options, check_flag
+from moekv.ops import Backend
+from moekv.press.options import DecodingConfig, Options, Policy, check_flag
 from moekv.press.rating import Rater, name_router
+from moekv.press.reports import Stats
 from moekv.press.session import Session
 from moekv.press.stats import Statistics
 from moekv.report.recording import Recording
 from moekv.routing.base import BaseMoERouter
+from moekv.routing.registry import RouterType
 
 logger = logging.getLogger("moekv")
 
@@ -153,13 +157,13 @@ class MoERouterPress:
     """
 
     compression_ratio: float = 0.5
-    num_experts: int | str | None = None
+    num_experts: int | Literal["auto"] | None = None
     top_k: int | None = None
-    router_type: str | BaseMoERouter | None = None
+    router_type: RouterType | BaseMoERouter | None = None
     cache_aware: bool | None = None
-    policy: str = "mixture"
-    budget: str = "auto"
-    backend: str = "auto"
+    policy: Policy = "mixture"
+    budget: Budget = "auto"
+    backend: Backend = "auto"
     experts: Sequence[str | Expert | Any] | None = None
     shared: str | Expert | Any | None = "auto"
     sinks: int = 4
@@ -362,7 +366,7 @@ class MoERouterPress:
 
     # --- Statistics -------------------------------------------------------------------------------
 
-    def get_stats(self) -> dict[str, Any]:
+    def get_stats(self) -> Stats:
         """Read what the press has measured since it was made or reset. Waits for the device.
 
         Returns

@@ -15,6 +15,7 @@ from transformers import Cache
 
 from moekv.cache.caches import bits_per_number, bytes_by_kind, held_bytes
 from moekv.cache.layer import CompressedLayer
+from moekv.press.reports import HeldCache, LayerReport, Stats
 
 _ALIKE = Fraction(1)
 
@@ -84,17 +85,14 @@ class LayerStats:
         self.num_calls += 1
         self.num_tokens += num_tokens
 
-    def report(self, names: Sequence[str]) -> dict[str, Any]:
+    def report(self, names: Sequence[str], kept_pairs: Sequence[int] = ()) -> LayerReport:
         """Read the sums: the one place where the device is waited for.
 
         Parameters
         ----------
         names : sequence of E str
-
-        Returns
-        -------
-        dict
-            ``router_stats`` and ``expert_compression_stats``, see ``MoERouterPress.get_stats``.
+        kept_pairs : sequence of H int
+            What each head kept.
         """
         share, ruled, removed = self.sums[:-2].view(3, -1)
 
@@ -114,6 +112,7 @@ class LayerStats:
                 "compression_ratios": per_expert(removed / ruled),
                 "cache_hit_rates": per_expert(self.hit_rates),
             },
+            "kept_pairs": list(kept_pairs),
         }
 
 
@@ -216,7 +215,7 @@ class Statistics:
         with self._lock:
             self._cache, self._most = weakref.ref(cache), most
 
-    def _held(self) -> dict[str, Any]:
+    def _held(self) -> HeldCache:
         """Say what the cache that was compressed last holds by now."""
         cache = None if self._cache is None else self._cache()
         layers = [] if cache is None else [cache.layers[i] for i in self.kept]
@@ -243,7 +242,7 @@ class Statistics:
         chosen = torch.stack([load.to(loads[0].device) for load in loads]).sum(0).tolist()
         return [name for name, n in zip(names, chosen, strict=True) if n == 0]
 
-    def report(self, names: Sequence[str], router: str, budget: str, stored: str) -> dict[str, Any]:
+    def report(self, names: Sequence[str], router: str, budget: str, stored: str) -> Stats:
         """Read everything, see ``MoERouterPress.get_stats``. Waits for the device.
 
         Parameters
@@ -276,10 +275,7 @@ class Statistics:
                 "evicted": (pairs - kept) / max(pairs, 1),
             },
             "cache": self._held(),
-            "layer_stats": {
-                i: layer.report(names) | {"kept_pairs": self._kept(i)}
-                for i, layer in layers.items()
-            },
+            "layer_stats": {i: layer.report(names, self._kept(i)) for i, layer in layers.items()},
         }
 
     def _kept(self, index: int) -> list[int]:

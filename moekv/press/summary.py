@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moekv.press.reports import Stats
 
-def print_summary(name: str, stats: Mapping[str, Any]) -> None:
+
+def print_summary(name: str, stats: Stats) -> None:
     """Print statistics in about ten lines.
 
     Parameters
     ----------
     name : str
         Of the press, with its options.
-    stats : mapping
+    stats : Stats
         See ``MoERouterPress.get_stats``.
     """
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -30,7 +31,7 @@ def print_summary(name: str, stats: Mapping[str, Any]) -> None:
     console.print(table)
 
 
-def _lines(stats: Mapping[str, Any]) -> dict[str, str]:
+def _lines(stats: Stats) -> dict[str, str]:
     """Give a line to each thing worth knowing, by its label."""
     budget, compression, cache = stats["budget"], stats["compression"], stats["cache"]
     layers = stats["layer_stats"]
@@ -64,15 +65,15 @@ def _lines(stats: Mapping[str, Any]) -> dict[str, str]:
         )
         lines["kept by head"] = f"{min(heads):,} to {max(heads):,} pairs"
     parts = [x["expert_compression_stats"] for x in layers.values()]
-    lines["shares"] = _means(parts, "expert_usage")
-    lines["hit rates"] = _means(parts, "cache_hit_rates")
+    lines["shares"] = _means([x["expert_usage"] for x in parts])
+    lines["hit rates"] = _means([x["cache_hit_rates"] for x in parts])
     lines["never chosen"] = ", ".join(stats["never_chosen"]) or "none"
     return lines
 
 
-def _means(parts: list[Mapping[str, Any]], what: str) -> str:
+def _means(layers: Sequence[dict[str, float]]) -> str:
     """Write each expert's mean over the layers."""
-    means = {name: sum(x[what][name] for x in parts) / len(parts) for name in parts[0][what]}
+    means = {name: sum(x[name] for x in layers) / len(layers) for name in layers[0]}
     return ", ".join(f"{name} {mean:.1%}" for name, mean in means.items())
 
 

@@ -111,8 +111,10 @@ def speakers(votes: Sequence[Votes], budget: str, real: Sequence[Tensor | None])
 
     Parameters
     ----------
-    votes, budget, real
+    votes, real
         As in :func:`order`.
+    budget : str
+        The one that was used; ``"layer"`` chooses in each head by itself, as ``"uniform"`` does.
 
     Returns
     -------
@@ -124,7 +126,7 @@ def speakers(votes: Sequence[Votes], budget: str, real: Sequence[Tensor | None])
     return [
         numbers
         for each, mask in zip(votes, real, strict=True)
-        for numbers in _speakers([each], [mask], 1 if budget == "uniform" else each.shape[1])
+        for numbers in _speakers([each], [mask], each.shape[1] if budget == "head" else 1)
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from moekv.routing.adaptive import AdaptiveRouter
 from moekv.routing.base import BaseMoERouter
@@ -11,6 +11,7 @@ from moekv.routing.hierarchical import HierarchicalRouter
 from moekv.routing.pikv import PiKVMoERouter
 from moekv.routing.topk_balanced import TopKBalancedRouter
 
+RouterType = Literal["base", "topk_balanced", "adaptive", "pikv", "eplb", "hierarchical"]
 ROUTERS: dict[str, type[BaseMoERouter]] = {
     "base": BaseMoERouter,
     "topk_balanced": TopKBalancedRouter,

@@ -1,3 +1,4 @@
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -49,6 +50,19 @@ def test_info_shows_versions_and_why_a_backend_is_missing(
     assert f"CPU kernels {moekv.ops.cpu_capability()}" in out
     for name, reason in moekv.ops.available_backends().items():
         assert f"{name} {'yes' if reason is None else 'no ' + reason}" in out
+
+
+def test_info_without_kvpress(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(package: str) -> str:
+        if package == "kvpress":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return "1.2.3"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert main(["info"]) == 0
+    assert re.search(r"kvpress +not installed", capsys.readouterr().out)
 
 
 def test_info_reads_the_architectures_from_the_library(tmp_path: Path) -> None:

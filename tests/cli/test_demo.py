@@ -104,6 +104,15 @@ def test_usage_in_the_guide(
     assert press.get_stats()["forward_count"] > 0
 
 
+@pytest.mark.parametrize("name", ["index", "operators"])
+def test_usage_on_pages_of_the_site(
+    name: str, real_model: Loaded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Every Python block of a page runs as it stands, in order."""
+    names = _run_blocks(GUIDE.with_name(f"{name}.md"), real_model, monkeypatch, tmp_path)
+    assert "indices" in names or (tmp_path / "report.html").is_file()
+
+
 def _run_blocks(
     page: Path, loaded: Loaded, monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> dict[str, object]:
@@ -111,7 +120,7 @@ def _run_blocks(
     monkeypatch.setattr(moekv, "load_model", lambda *args: (model, tokenizer), raising=False)
     monkeypatch.chdir(folder)  # where it saves a cache
     blocks = re.findall(r"```py(?:thon)?\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) >= 2
+    assert blocks
     names: dict[str, object] = {}
     for block in blocks:
         exec(block, names)

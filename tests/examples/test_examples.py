@@ -33,6 +33,23 @@ def test_all_are_listed() -> None:
     assert all(f"`{name}.py`" in page for name in PRINTED)
 
 
+def test_the_notebook(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbformat = pytest.importorskip("nbformat", reason="needs nbformat, nbclient and ipykernel")
+    client = pytest.importorskip("nbclient", reason="needs nbformat, nbclient and ipykernel")
+    pytest.importorskip("ipykernel", reason="needs nbformat, nbclient and ipykernel")
+    notebook = nbformat.read(EXAMPLES / "read_once.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    shown = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(shown[1:])  # what it prints is there to be read
+    monkeypatch.setenv("MODEL", str(folder))
+    resources = {"metadata": {"path": str(tmp_path)}}
+    client.NotebookClient(notebook, timeout=120, resources=resources).execute()
+    assert (tmp_path / "report.html").is_file()
+    printed = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
+    assert " bytes" in printed and "Who is the keeper? ->" in printed
+    assert printed.count(" heads") == 8
+
+
 @pytest.mark.parametrize("name", PRINTED)
 def test_examples(
     name: str,

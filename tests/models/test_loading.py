@@ -66,6 +66,14 @@ def test_without_hub_and_index(no_index: Path) -> None:
     assert not list(models.cache_dir().iterdir())
 
 
+def test_what_reads_the_file_is_named_where_it_is_missing(
+    no_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    with pytest.raises(models.ModelUnavailableError, match=r"pip install 'moekv\[demo\]'"):
+        models.load_model()
+
+
 @pytest.mark.parametrize("name", ["no-such/model", "no such model", "a/b/c", ""])
 def test_a_name_that_nothing_has(name: str) -> None:
     with pytest.raises(models.ModelUnavailableError, match="is no local folder, and neither"):

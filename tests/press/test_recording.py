@@ -38,6 +38,7 @@ def pairs_of(layer: Any) -> list[Tensor]:
         {},
         {"budget": "uniform"},
         {"budget": "head"},
+        {"budget": "layer", "experts": EXPERTS},
         {"budget": "model", "experts": EXPERTS},
         {"budget": "model", "experts": EXPERTS, "streaming": True},
         {"budget": "uniform", "streaming": True},

@@ -171,7 +171,8 @@ def test_text_can_be_read_on_every_shade(page: Path, scheme: str) -> None:
     ratios = evaluate(
         page,
         """
-        const canvas = document.createElement("canvas").getContext("2d");
+        const canvas = document.createElement("canvas").getContext("2d", {
+          willReadFrequently: true });
         const light = (color) => {
           canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
           const linear = (x) => (x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);

@@ -10,6 +10,7 @@ from pathlib import Path
 import build_backend
 import pytest
 import torch
+from setuptools.errors import SetupError
 
 import moekv
 
@@ -88,6 +89,41 @@ def test_asks_for_a_torch_where_none_is_new_enough(monkeypatch: pytest.MonkeyPat
     assert "torch>=99" in build_backend.get_requires_for_build_editable()
     monkeypatch.setattr(build_backend, "TORCH_FLOOR", "2.9")
     assert build_backend.find_torch() is not None
+
+
+@pytest.mark.parametrize(
+    ("asked", "built"),
+    [
+        (None, []),
+        ("", []),
+        ("8.0", ["-DMOEKV_CUDA_ARCHITECTURES=80"]),
+        ("12.0 9.0a;8.0+PTX;8.0", ["-DMOEKV_CUDA_ARCHITECTURES=80;90a;120"]),
+    ],
+)
+def test_gpus_are_those_of_torch_s_variable(
+    asked: str | None, built: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    assert build_backend.architectures() == built
+
+
+@pytest.mark.parametrize("asked", ["Hopper", "80", "8.0;native", "8.0+ptx"])
+def test_other_names_of_gpus_are_refused(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    with pytest.raises(SetupError, match=r"expected compute capabilities such as 8\.0;9\.0"):
+        build_backend.architectures()
+
+
+def test_a_missing_compiler_is_said_in_a_line(tmp_path: Path) -> None:
+    env = os.environ | {"CXX": "no-such-compiler", "PYTHONPATH": str(ROOT / "tools")}
+    command = [sys.executable, "setup.py", "build_ext", "--build-temp", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: building moekv needs a C++20 compiler, got none (no-such-comp")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_wrong_choice_of_cuda_is_an_error(tmp_path: Path) -> None:

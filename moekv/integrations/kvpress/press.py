@@ -36,6 +36,7 @@ from moekv.press.commit import choose, observe, record
 from moekv.press.forward import Plan
 from moekv.press.options import Options
 from moekv.press.rating import Rater, protected
+from moekv.press.reports import Stats
 
 _UNSERVED = {
     "budget": "which acts on one layer at once, and says how many pairs its heads keep",
@@ -224,7 +225,7 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
 
     # --- Statistics -------------------------------------------------------------------------------
 
-    def get_stats(self) -> dict[str, Any]:
+    def get_stats(self) -> Stats:
         """See ``moekv.press.press.MoERouterPress.get_stats``; pairs that are masked have left."""
         self._outcomes.settle()
         return super().get_stats()

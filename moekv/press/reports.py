@@ -1,0 +1,80 @@
+"""What `get_stats` returns: numbers by name, and the names of experts and layers."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+
+class RouterStats(TypedDict):
+    """What the router of a layer did; where a dict, by the expert's name."""
+
+    expert_usage_ratios: dict[str, float]
+    expert_usage_count: dict[str, int]
+    total_tokens: int
+    routing_decisions: int
+    router_entropy: float
+
+
+class ExpertStats(TypedDict):
+    """What the experts of a layer did, each by its name."""
+
+    expert_usage: dict[str, float]
+    compression_ratios: dict[str, float]
+    cache_hit_rates: dict[str, float]
+
+
+class LayerReport(TypedDict):
+    """Statistics of a layer."""
+
+    router_stats: RouterStats
+    expert_compression_stats: ExpertStats
+    kept_pairs: list[int]
+
+
+class BudgetReport(TypedDict):
+    """Which budget was asked for, and which was used last; None: nothing was compressed."""
+
+    asked: str
+    used: str | None
+
+
+class PairsReport(TypedDict):
+    """How pairs were to be stored, and how they were last; None: nothing was compressed."""
+
+    asked: str
+    used: str | None
+
+
+class Compression(TypedDict):
+    """Bytes of storages, and the exact shares removed: of the bytes' worth, and of the pairs."""
+
+    bytes_before: int
+    bytes_after: int
+    bytes_freed: int
+    ratio: float
+    evicted: float
+
+
+class HeldCache(TypedDict):
+    """The cache that was compressed last, as it is now."""
+
+    bytes_held: int | None
+    bytes_by_kind: dict[str, int] | None
+    bits_per_number: float | None
+    bytes_allowed: int | None
+    evictions: int
+
+
+class Stats(TypedDict):
+    """Everything, see ``MoERouterPress.get_stats``."""
+
+    total_aux_loss: float
+    avg_aux_loss: float
+    forward_count: int
+    router: str
+    budget: BudgetReport
+    pairs: PairsReport
+    never_chosen: list[str]
+    compression: Compression
+    cache: HeldCache
+    layer_stats: dict[int, LayerReport]
