@@ -138,10 +138,9 @@ KNOBS: dict[str, Factory] = {
     for name, value in (("sinks", 0), ("recent", 0), ("window", 16), ("window", 256))
 }
 
-#: Pairs in fewer bits, in the bytes that 16-bit pairs of the ratio would take: the model runs in
-#: fp32, in whose bytes that is half as much.
+#: Pairs in fewer bits, in the bytes that pairs as the model makes them would take.
 QUANTISED: dict[str, Factory] = {
-    f"moekv pairs={pairs}": lambda ratio, pairs=pairs: MoERouterPress((1 + ratio) / 2, pairs=pairs)
+    f"moekv pairs={pairs}": _scorer(MoERouterPress, pairs=pairs)
     for pairs in ("k8v8", "k8v4", "k4v4", "auto")
 }
 
