@@ -13,9 +13,13 @@ def check_file(path: str | os.PathLike[str]) -> None:
 
     Raises
     ------
+    TypeError
+        It is no path.
     ValueError
         There is a folder, a device or a pipe.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"expected the path of a file, got {type(path).__name__}")
     if os.path.isdir(path):
         raise ValueError(f"expected a file, got the folder {os.fspath(path)}")
     if os.path.exists(path) and not os.path.isfile(path):
@@ -49,6 +53,11 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[str]:
     """
     check_file(path)
     target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(
+            f"expected a file in a folder that is there, got {os.fspath(path)}: there is no folder "
+            f"{target.parent}"
+        )
     temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}")
     # Opened as any file is, and not by tempfile, so that the umask says who may read it.
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))

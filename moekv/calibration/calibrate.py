@@ -41,7 +41,9 @@ from moekv.calibration.oracle import Oracle, Reading
 from moekv.calibration.ridge import Sums, fit_ridge
 from moekv.calibration.router import CalibratedRouter
 from moekv.files import whole_file
+from moekv.models.chat import check_tokenizer
 from moekv.models.fingerprint import fingerprint
+from moekv.models.weights import language_model
 
 _JUDGED = 512  # tokens of a held-out text, at most
 
@@ -119,6 +121,10 @@ def calibrate(
         The model has no decoder layers with attention.
     """
     config = config or CalibrationConfig()
+    language_model(model)
+    check_tokenizer(tokenizer)
+    if isinstance(texts, str):
+        raise TypeError("expected a list of texts, got one str")
     oracle = Oracle(model, tokenizer, config)
     texts = [text for text in texts if len(oracle.encode(text)) >= 64]
     if len(texts) < 2:

@@ -15,8 +15,9 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 from moekv.cache.caches import held_bytes
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.storage import load_filled, save_cache
-from moekv.models.chat import user_turn
+from moekv.models.chat import check_tokenizer, user_turn
 from moekv.models.hooks import cache_argument, find_layers
+from moekv.models.weights import language_model
 from moekv.press.chunks import prefill_in_chunks
 from moekv.press.press import MoERouterPress
 from moekv.press.reports import Stats
@@ -221,6 +222,8 @@ def compress(
     >>> context.ask("Who keeps the lighthouse?")  # doctest: +SKIP
     'Thomas'
     """
+    language_model(model)
+    check_tokenizer(tokenizer)
     if not isinstance(document, str):
         raise TypeError(
             f"expected the text of a document as str, got {type(document).__name__}; "
@@ -281,6 +284,8 @@ def load_context(
     ValueError
         It holds no context, or one of another model.
     """
+    language_model(model)
+    check_tokenizer(tokenizer)
     cache, input_ids = load_filled(path, model)
     if input_ids is None:
         raise ValueError(

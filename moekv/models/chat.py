@@ -24,3 +24,9 @@ def user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
     chat = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     before, after = str(chat).split(_MARK)
     return before, after
+
+
+def check_tokenizer(tokenizer: object) -> None:
+    """Raise ``TypeError`` unless something encodes and decodes text."""
+    if not callable(tokenizer) or not callable(getattr(tokenizer, "decode", None)):
+        raise TypeError(f"expected a tokenizer of transformers, got {type(tokenizer).__name__}")

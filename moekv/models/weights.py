@@ -13,7 +13,15 @@ _READERS = ("dequantize", "dequantize_weight")
 
 
 def language_model(model: Any) -> Any:
-    """Take the transformers model out of PEFT's wrapper; any other is returned as it is."""
+    """Take the transformers model out of PEFT's wrapper; any other is returned as it is.
+
+    Raises
+    ------
+    TypeError
+        It is no model.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a model of transformers, got {type(model).__name__}")
     unwrap = getattr(model, "get_base_model", None)
     return unwrap() if callable(unwrap) else model
 

@@ -158,7 +158,14 @@ def implementation(op: str, tensor: Tensor, backend: str) -> Callable[..., Any]:
         `backend` is unknown, or the tensor is elsewhere.
     RuntimeError
         The backend is not available.
+    TypeError
+        What is to be a tensor is none.
     """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"moekv::{op}: expected a tensor, got {type(tensor).__name__}; torch.from_numpy makes "
+            "one of an array"
+        )
     device = tensor.device.type
     if backend == "torch" or (backend == "auto" and device not in _native):
         if backend == "auto" and not torch.compiler.is_compiling():

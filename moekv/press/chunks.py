@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from moekv.models.hooks import cache_argument
+from moekv.press.options import check_count
 from moekv.press.press import MoERouterPress
 
 
@@ -62,8 +63,11 @@ def prefill_in_chunks(
     >>> cache = prefill_in_chunks(press, model, ids[:, :-1], chunk_size=1024).past_key_values
     >>> out = model.generate(ids, past_key_values=cache, max_new_tokens=100)
     """
-    if chunk_size < 1:
-        raise ValueError(f"expected chunk_size >= 1, got {chunk_size}")
+    if not isinstance(press, MoERouterPress):
+        raise TypeError(f"expected a MoERouterPress, got {type(press).__name__}")
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"expected input_ids as a tensor [B, T], got {type(input_ids).__name__}")
+    check_count("chunk_size", chunk_size, 1)
     if press.streaming or press.policy != "mixture":
         raise ValueError(
             "expected streaming=False, as chunks bound the peak already, and policy 'mixture', "

@@ -237,6 +237,7 @@ def _routing(given: Mapping[str, Any], known: Sequence[Routing]) -> Routing:
     chosen += ["policy"] if given["policy"] == "dominant" else []
     calibrated = _calibrated(given)
     router_type = "pikv" if given["router_type"] is None else given["router_type"]
+    _check_no_class(router_type)
     if not isinstance(router_type, BaseMoERouter):
         check_choice("router_type", router_type, tuple(ROUTERS))
     listed = given["experts"]
@@ -269,6 +270,14 @@ def _routing(given: Mapping[str, Any], known: Sequence[Routing]) -> Routing:
         backend=given["backend"],
         asked=asked,
     )
+
+
+def _check_no_class(router: object) -> None:
+    if isinstance(router, type) and issubclass(router, BaseMoERouter):
+        raise TypeError(
+            f"expected a router's instance, got the class: {router.__name__}(hidden_size, "
+            "num_experts) makes one"
+        )
 
 
 def _cache_aware(asked: bool | None, router_type: str | BaseMoERouter) -> bool:

@@ -158,7 +158,7 @@ def test_static_cache_that_is_too_small() -> None:
 
 def test_arguments_of_prefill_in_chunks() -> None:
     model, press = tiny_model(), MoERouterPress()
-    with pytest.raises(ValueError, match="chunk_size >= 1, got 0"):
+    with pytest.raises(ValueError, match="chunk_size an integer >= 1, got 0"):
         prefill_in_chunks(press, model, tokens(1, LENGTH), chunk_size=0)
     for other in (
         MoERouterPress(budget="model", streaming=True),

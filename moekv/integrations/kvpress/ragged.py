@@ -21,6 +21,7 @@ from moekv.cache.ragged import RaggedLayer
 from moekv.cache.rows import check_pairs
 from moekv.models.hooks import cache_of
 from moekv.press.options import check_choice
+from moekv.press.press import MoERouterPress
 
 
 def ragged(press: BasePress, *, pairs: str = "16", backend: str = "auto") -> "RaggedPress":
@@ -73,6 +74,11 @@ class RaggedPress(BasePress):
         """Check the arguments."""
         if not isinstance(self.press, BasePress):
             raise TypeError(f"expected a kvpress press, got {type(self.press).__name__}")
+        if isinstance(self.press, MoERouterPress):
+            raise TypeError(
+                "expected a kvpress press that masks what it evicts, got moekv's own, which frees "
+                "it: use it as it is"
+            )
         check_choice("pairs", self.pairs, ops.PAIRS)
         ops.check_backend(self.backend)
 

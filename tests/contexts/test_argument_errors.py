@@ -1,0 +1,74 @@
+"""Arguments in the wrong place, of the wrong kind, or one where several are wanted."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from character_tokenizer import character_tokenizer
+from peers import HAS_KVPRESS
+from tiny_models import tiny_model, tokens
+
+import moekv
+from moekv import BaseMoERouter, MoERouterPress, ops
+
+MODEL, TOKENIZER, PRESS = tiny_model(), character_tokenizer(), MoERouterPress()
+IDS = tokens(1, 40)
+NO_MODEL, NO_TOKENIZER = "a model of transformers, got", "a tokenizer of transformers, got"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: moekv.compress(TOKENIZER, MODEL, "text"), NO_MODEL),
+        (lambda: moekv.compress("text", MODEL, TOKENIZER), NO_MODEL),
+        (lambda: moekv.compress(MODEL, "text", TOKENIZER), NO_TOKENIZER),
+        (lambda: moekv.load_context("file", TOKENIZER, MODEL), NO_MODEL),
+        (lambda: moekv.load_cache(MODEL, "file"), "the path of a file, got Llama"),
+        (lambda: moekv.calibrate(TOKENIZER, MODEL, ["text"]), NO_MODEL),
+        (lambda: moekv.calibrate(MODEL, ["text"], TOKENIZER), NO_TOKENIZER),
+        (lambda: PRESS(TOKENIZER).__enter__(), NO_MODEL),
+        (lambda: moekv.prefill_in_chunks(MODEL, PRESS, IDS, chunk_size=8), "a MoERouterPress, got"),
+    ],
+)
+def test_swapped_arguments(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=f"expected {message}"):
+        call()
+
+
+def test_one_text_where_a_list_is_wanted() -> None:
+    with pytest.raises(TypeError, match="expected a list of texts, got one str"):
+        moekv.calibrate(MODEL, TOKENIZER, "one text")
+
+
+def test_the_class_of_a_router() -> None:
+    with pytest.raises(TypeError, match=r"got the class: BaseMoERouter\(hidden_size, "):
+        MoERouterPress(router_type=BaseMoERouter)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [8.0, "8", True])
+def test_counts_that_are_no_integers(size: Any) -> None:
+    with pytest.raises(ValueError, match="expected chunk_size an integer >= 1, got"):
+        moekv.prefill_in_chunks(PRESS, MODEL, IDS, chunk_size=size)
+
+
+def test_arrays_where_tensors_are_wanted() -> None:
+    with pytest.raises(TypeError, match=r"expected input_ids as a tensor \[B, T\], got ndarray"):
+        moekv.prefill_in_chunks(PRESS, MODEL, IDS.numpy(), chunk_size=8)  # type: ignore[arg-type]
+    scores: Any = np.zeros((1, 2, 8), dtype=np.float32)
+    with pytest.raises(TypeError, match=r"expected a tensor, got ndarray; torch\.from_numpy"):
+        ops.select_kept(scores, total=4)
+
+
+def test_a_folder_that_is_missing(tmp_path: Path) -> None:
+    context = moekv.compress(MODEL, TOKENIZER, "The tide covers it.")
+    with pytest.raises(FileNotFoundError, match="expected a file in a folder that is there, got"):
+        context.save(tmp_path / "missing" / "context.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not HAS_KVPRESS, reason="needs kvpress")
+def test_ragged_around_a_press_that_frees_by_itself() -> None:
+    with pytest.raises(TypeError, match="got moekv's own, which frees it: use it as it is"):
+        moekv.ragged(MoERouterPress())
