@@ -48,6 +48,7 @@ def check_engine(config: Any, options: ServingOptions) -> None:
     if config.kv_transfer_config is not None:
         raise ValueError("moekv: expected no KV connector, got a kv_transfer_config")
     for name in (
+        "tensor_parallel_size",
         "pipeline_parallel_size",
         "decode_context_parallel_size",
         "prefill_context_parallel_size",

@@ -72,13 +72,14 @@ def an_engine(**changes: Any) -> Any:
         ({"pairs": "fp8_e4m3"}, "kv_cache_dtype 'auto', got 'fp8_e4m3'"),
         ({"speculative": object()}, "expected no speculative decoding"),
         ({"connector": object()}, "expected no KV connector"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size 1, got 2"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size 1, got 2"),
         ({"decode_context_parallel_size": 2}, "decode_context_parallel_size 1, got 2"),
         ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size 1, got 2"),
     ],
 )
 def test_engines_that_cannot_be_served(change: dict[str, Any], message: str) -> None:
-    check_engine(an_engine(tensor_parallel_size=2), ServingOptions())
+    check_engine(an_engine(data_parallel_size=2), ServingOptions())
     with pytest.raises(ValueError, match=f"^moekv: expected.*{message.removeprefix('expected ')}"):
         check_engine(an_engine(**change), ServingOptions())
 
