@@ -150,8 +150,10 @@ class StreamingBudget:
         budget = [self._num_layers * heads * n for n in self._totals]
         real = [len(self.layers) * heads * max(n, 1) for n in self._lengths]
         last = len(self.layers) == self._num_layers
-        if self._start is None and sum(real) <= sum(budget):
-            if self._pairs != "16":  # quantised as they arrive
+        quantises = self._pairs != "16"  # each layer when it arrives
+        may_wait = quantises or not last
+        if self._start is None and may_wait and sum(real) <= sum(budget):
+            if quantises:
                 votes = self._votes[-1]
                 everything = Kept.everything(votes.shape, None, votes.scores.device)
                 self._trim(self.layers[-1], everything)

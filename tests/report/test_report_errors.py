@@ -59,7 +59,17 @@ def test_what_cannot_be_recorded() -> None:
         ({"path": "."}, ValueError, "expected a file, got the folder"),
         ({"path": "missing/report.html"}, OSError, "missing"),
     ],
-    ids=str,
+    ids=[
+        "too long",
+        "two rows",
+        "floats",
+        "text",
+        "row 1",
+        "row -1",
+        "tokenizer",
+        "folder",
+        "path",
+    ],
 )
 def test_reports_of_other_things(
     changed: dict[str, Any],
