@@ -65,7 +65,11 @@ def _shown(function: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         report(module, query, key, value, kwargs)
         mask = args[0] if args else kwargs.get("attention_mask")
-        if isinstance(key, DensePairs) and isinstance(mask, Tensor):
+        if (
+            isinstance(key, DensePairs)
+            and isinstance(mask, Tensor)
+            and mask.shape[-1] != key.shape[2]
+        ):
             mask = held_of(mask, key.layer, key.shape[2])
             if args:
                 args = (mask, *args[1:])

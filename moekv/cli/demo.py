@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from moekv import MoERouterPress
+from moekv.cache.rows import Rows
 from moekv.cli.common import CommandError, load, make_console, make_progress, size
 from moekv.contexts.context import encode, turn
 from moekv.models.hooks import cache_argument
@@ -333,13 +334,18 @@ def _now(model: PreTrainedModel) -> float:
     return time.perf_counter()
 
 
+def _tensors_of(value: object) -> tuple[torch.Tensor, ...]:
+    """Tensors that a layer holds together, as rows in one format."""
+    return value.tensors if isinstance(value, Rows) else ()
+
+
 def cache_bytes(cache: DynamicCache) -> int:
     """Bytes of the storages under all tensors that a cache's layers hold."""
     storages: dict[int, int] = {}
     for layer in cache.layers:
         for value in vars(layer).values():
-            if isinstance(value, torch.Tensor):
-                storage = value.untyped_storage()
+            for tensor in (value,) if isinstance(value, torch.Tensor) else _tensors_of(value):
+                storage = tensor.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
