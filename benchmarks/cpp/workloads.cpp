@@ -261,6 +261,7 @@ Workload kv_compact(int64_t num_keys) {
               memory);
 }
 
+#ifndef MOEKV_CUDA
 Workload quantize_pairs(const std::string& name, int64_t num_keys, int key_bits, int value_bits) {
   Memory memory;
   const int64_t pairs = kHeads * num_keys;
@@ -281,6 +282,7 @@ Workload quantize_pairs(const std::string& name, int64_t num_keys, int key_bits,
   return make(name, pairs * (2 * 2 * kDim + key_bytes + value_bytes + 2 * scales),
               &Kernels::quantize_pairs, p, memory);
 }
+#endif
 
 // Stored rows in bf16, or in codes that are anything, with scales of about 1 / 128.
 Workload ragged_attention(const std::string& name, int64_t num_keys, int key_bits, int value_bits) {

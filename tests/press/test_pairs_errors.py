@@ -1,5 +1,7 @@
 """``pairs`` that cannot be served, and pairs that cannot be stored."""
 
+from typing import Any
+
 import pytest
 import torch
 from refusals import LENGTH, Given, num_hooks, refuse_block
@@ -8,6 +10,7 @@ from torch import nn
 
 from moekv import MoERouterPress, ops
 from moekv.cache.rows import check_pairs
+from moekv.models.hooks import by_name, hook_arguments
 
 QUANTISED = ops.PAIRS[1:]
 
@@ -56,8 +59,9 @@ def test_a_pair_that_cannot_be_stored_ranks_last(pairs: str, bad: float) -> None
     )
     place = 20  # neither a sink nor recent
 
-    def spoil(module: nn.Module, args: object, kwargs: dict, output: object) -> None:
-        layer = kwargs["past_key_values"].layers[module.layer_idx]
+    def spoil(module: nn.Module, args: Any, kwargs: Any, output: object) -> None:
+        _, cache = hook_arguments(by_name(module, args, kwargs))
+        layer = cache.layers[module.layer_idx]
         layer.values = layer.values.clone()
         layer.values[0, 1, place, 3] = bad
 
