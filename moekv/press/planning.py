@@ -143,9 +143,7 @@ class Planner:
             check_able(self._rater(options).experts)
         if options.budget in ("head", "model") and options.evicts:
             check_attention(self.layers[0], self._rotary, f"budget {options.budget!r}")
-        if options.budget == "layer" and not all(
-            follows_masks(layer, self._rotary) for layer in self.layers
-        ):
+        if options.budget == "layer" and not self._fits_masks:
             raise ValueError(
                 "expected attention layers that look their attention function up, by whose masks "
                 "layers may differ in length, for budget 'layer', got "
@@ -237,7 +235,7 @@ class Planner:
             reader = "the model's own attention ('eager', sinks, or heads that it mixes)"
         if reader is None:
             return "model"
-        if is_static(cache) or not self._takes_lengths(options):
+        if is_static(cache) or options.streaming or not self._fits_masks:
             budget, what = "uniform", "every head keeping the same number of pairs"
         else:
             budget, what = "layer", "the heads of a layer keeping the same number of pairs"
@@ -252,11 +250,10 @@ class Planner:
             )
         return budget
 
-    def _takes_lengths(self, options: Options) -> bool:
-        """Whether dense layers may differ in length: masks are then fitted to each."""
-        return not options.streaming and all(
-            follows_masks(layer, self._rotary) for layer in self.layers
-        )
+    @property
+    def _fits_masks(self) -> bool:
+        """Whether dense layers may differ in length."""
+        return all(follows_masks(layer, self._rotary) for layer in self.layers)
 
     @property
     def _indices(self) -> list[int]:
