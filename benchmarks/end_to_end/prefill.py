@@ -39,8 +39,8 @@ from moekv.calibration.router import CalibratedRouter
 from moekv.experts.builder import ViewBuilder
 from moekv.experts.expected import ExpectedExpert
 from moekv.experts.view import LayerView
-from moekv.press import prefill, rating
-from moekv.press.rating import Rater
+from moekv.press import prefill, rater
+from moekv.press.rater import Rater
 from moekv.press.session import Session
 from moekv.routing.base import BaseMoERouter
 
@@ -69,7 +69,7 @@ STAGES: dict[str, Sequence[tuple[Any, str]]] = {
     "score": [(moekv.ops, "expert_scores")],
     "expected": [(LayerView, "expected"), (ExpectedExpert, "scores")],
     "mix": [(Rater, "_mix")],
-    "statistics": [(rating, "hit_rates"), (prefill, "record")],
+    "statistics": [(rater, "hit_rates"), (prefill, "record")],
     "select": [(prefill, "choose")],
     "compact": [(prefill, "apply")],
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -228,6 +229,11 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
     def bytes_per_pair(self) -> int:
         """Bytes of one key and its value."""
         return (self._keys.shape[3] + self._values.shape[3]) * self._keys.dtype.itemsize
+
+    def held_pairs(self, padding: Sequence[int]) -> tuple[Tensor, Tensor, list[list[int]]]:
+        """Show the pairs that are held, as they are."""
+        _, num_heads, held, _ = self._keys.shape
+        return self._keys, self._values, [[held - p] * num_heads for p in padding]
 
     def count_pairs(self, padding: list[int]) -> list[int]:
         """Count the real pairs of each row, all heads together."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -64,6 +65,9 @@ class CompressedLayer(CacheLayerMixin):
 
     # -- what a kind of layer says -----------------------------------------------------------------
 
+    has_tail = False
+    """Whether tokens since a compression are stored apart: then `most` counts these alone."""
+
     @property
     @abstractmethod
     def num_heads(self) -> int:
@@ -96,6 +100,23 @@ class CompressedLayer(CacheLayerMixin):
         ----------
         padding : list of B ints
             Padding at the left of each row, in positions.
+        """
+
+    @abstractmethod
+    def held_pairs(self, padding: Sequence[int]) -> tuple[Tensor, Tensor, list[list[int]]]:
+        """Show the pairs that are held. May copy them, and wait for the device.
+
+        Parameters
+        ----------
+        padding : sequence of B ints
+            Padding at the left of each row, in positions.
+
+        Returns
+        -------
+        keys, values : Tensor
+            [B, H, L, D] and [B, H, L, Dv]; the pairs of a shorter head stand at the right end.
+        lengths : list of B lists of H ints
+            Real pairs of each head.
         """
 
     @abstractmethod

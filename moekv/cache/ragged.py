@@ -5,6 +5,7 @@ were; the pairs themselves are handed to attention as ``RaggedPairs``, which
 ``moekv.cache.attention`` understands.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class RaggedLayer(CompressedLayer):
         Which implementation of ``ragged_attention`` serves this layer.
 
     """
+
+    has_tail = True
 
     def __init__(
         self,
@@ -376,6 +379,14 @@ class RaggedLayer(CompressedLayer):
     def nbytes(self) -> int:
         """Bytes that this layer's storages hold, room to grow included."""
         return storage_bytes(*self.rows.tensors, self._tail_keys, self._tail_values)
+
+    def held_pairs(self, padding: Sequence[int]) -> tuple[Tensor, Tensor, list[list[int]]]:
+        """Copy the pairs that are held, padding left out that was compressed."""
+        keys, values, lengths = self.to_dense()
+        behind = [max(p - self.context_length, 0) for p in padding]
+        if any(behind):
+            lengths = lengths - torch.tensor(behind, device=lengths.device)[:, None]
+        return keys, values, lengths.tolist()
 
     def to_dense(self) -> tuple[Tensor, Tensor, Tensor]:
         """Copy the pairs into padded tensors.

@@ -18,7 +18,8 @@ from moekv.cache.layer import CompressedLayer
 from moekv.cache.static import compact
 from moekv.press.forward import Plan
 from moekv.press.hits import kept_alone
-from moekv.press.rating import Rater, Rating, protected
+from moekv.press.rater import Rater
+from moekv.press.rating import Rating, protected
 from moekv.press.stats import Statistics
 from moekv.routing.mixing import order
 

@@ -16,7 +16,7 @@ from moekv.experts.builder import ViewBuilder
 from moekv.models.hooks import index_of
 from moekv.models.watching import Asked
 from moekv.press.options import Options
-from moekv.press.rating import Rater
+from moekv.press.rater import Rater
 from moekv.press.stats import Statistics
 from moekv.report.recording import Recording
 

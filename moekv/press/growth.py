@@ -37,15 +37,13 @@ from transformers import Cache
 from moekv import budget as budgets
 from moekv.budget import Grown, Kept, select_grown
 from moekv.cache.caches import gain_of, growing, recompress
-from moekv.cache.growing import GrowingLayer
 from moekv.cache.layer import CompressedLayer
-from moekv.cache.notes import note, remember, take_notes
-from moekv.cache.rows import gain
+from moekv.cache.notes import note, remember
 from moekv.experts.builder import ViewBuilder
-from moekv.experts.view import LayerView
 from moekv.models.habits import check_attention
 from moekv.models.hooks import index_of
 from moekv.models.queries import window_queries
+from moekv.press.adoption import expect, most_of
 from moekv.press.commit import observe
 from moekv.press.forward import Call, Plan, Strategy
 from moekv.press.held import Held
@@ -268,10 +266,10 @@ class Growth(Strategy):
                 runs[b], newest[b] = min(run, since), run
         # Of rows that are left alone nobody has said how few pairs they hold.
         least = min(shrinking.keep) if len(leaving) == len(held) else 0
-        before.most = _most(before, plan, least)  # more room than that is given back
+        before.most = most_of(before, plan, least)  # more room than that is given back
         options, index = plan.options, rated.index
         layer = recompress(cache, index, kept, pairs=options.pairs, backend=options.backend)
-        _expect(layer, plan, min(runs), least)
+        expect(layer, plan, min(runs), least)
         if layer.recent is not None:
             layer.recent.keep(newest)
         self._record(layer, kept, sum(held))
@@ -295,132 +293,6 @@ class Growth(Strategy):
         came, stored = layer.bytes_per_pair, layer.stored_bytes_per_pair
         statistics.count((before, after), (before * came, after * stored), Fraction(came, stored))
         layer.counted = (statistics.epoch, num_kept)
-
-
-def last_states(plan: Plan, hidden_states: Tensor, view: LayerView) -> tuple[Tensor, Tensor] | None:
-    """Copy inputs and queries of the last tokens of a prefill that no head will lack.
-
-    Parameters
-    ----------
-    plan : Plan
-    hidden_states : Tensor [B, T, hidden]
-        Of an attention layer.
-    view : LayerView
-        Of the layer.
-
-    Returns
-    -------
-    tuple of Tensor [B, N, hidden] and [B, Hq, N, D], or None where compression does not go on.
-    """
-    if not plan.goes_on:
-        return None
-    length = hidden_states.shape[1]
-    stored = gain(plan.options.pairs, view.keys, view.values)
-    newest = min(max(_newest(plan, view.lengths, length, stored)), view.queries.shape[2])
-    queries = view.queries[:, :, view.queries.shape[2] - newest :]
-    return hidden_states[:, length - newest :].clone(), queries.clone()
-
-
-def _newest(plan: Plan, lengths: Sequence[int], length: int, stored: Fraction) -> list[int]:
-    """Count the last tokens of each row of a prefill that no head will lack, of a window at most.
-
-    Parameters
-    ----------
-    plan : Plan
-    lengths : sequence of B ints
-        Real tokens of each row.
-    length : int
-        Padding included.
-    stored : Fraction
-        Pairs that are stored in the bytes of one.
-    """
-    keep = plan.keep(lengths, length, stored)
-    runs = [plan.run_without_gaps([k], [n]) for k, n in zip(keep, lengths, strict=True)]
-    window = plan.options.window
-    return [
-        min(window, n if run is None else min(n, run)) for n, run in zip(lengths, runs, strict=True)
-    ]
-
-
-def read_of(plan: Plan, index: int, projected: Tensor | None) -> Tensor | None:
-    """Say what is to be noted of what a calibrated router reads of new tokens.
-
-    Parameters
-    ----------
-    plan : Plan
-    index : int
-        Of the layer.
-    projected : Tensor [B, N, H + E] or None
-        See ``CalibratedRouter.project``.
-
-    Returns
-    -------
-    Tensor [B, H, N], float32, or None
-        None where there is none, or compression does not go on.
-    """
-    router = plan.rater.calibrated
-    if router is None or projected is None or not plan.goes_on:
-        return None
-    return router.read(index, projected)
-
-
-def adopt(
-    cache: Cache,
-    index: int,
-    plan: Plan,
-    rating: Rating,
-    kept: Kept | None,
-    recent: tuple[Tensor, Tensor] | None,
-    read: Tensor | None,
-) -> None:
-    """Make a layer ready for the next compression after its prefill, if there is to be one.
-
-    Parameters
-    ----------
-    cache : Cache
-    index : int
-        Of the layer.
-    plan : Plan
-    rating : Rating
-        Of the layer.
-    kept : Kept or None
-        What it holds now; None: all.
-    recent, read
-        See :func:`last_states`, without which nothing is done, and :func:`read_of`.
-    """
-    if recent is None:
-        return
-    backend = plan.options.backend
-    layer = growing(cache, index, backend=backend)
-    remember(layer, *recent, plan.options.window)
-    assert layer.recent is not None
-    layer.recent.keep(_newest(plan, rating.lengths, rating.votes.shape[2], rating.gain))
-    if read is not None:
-        layer.notes = take_notes(read, kept, backend=backend)
-    stay = plan.keep(rating.lengths, rating.votes.shape[2], rating.gain)
-    _expect(layer, plan, layer.run, min(stay))
-    padding = [rating.votes.shape[2] - n for n in rating.lengths]
-    layer.counted = (plan.statistics.epoch, sum(layer.count_pairs(padding)))
-
-
-def _expect(layer: CompressedLayer, plan: Plan, run: int | None, least: int) -> None:
-    """Tell a layer how far it may be cropped, and how far it will grow, where that is known."""
-    layer.hold_run(run)
-    layer.most = _most(layer, plan, least)
-    if layer.notes is not None:
-        layer.notes.run, layer.notes.most = layer.run, layer.most
-
-
-def _most(layer: CompressedLayer, plan: Plan, least: int) -> int | None:
-    """Count the pairs that a layer will have room for, where that is known.
-
-    Its rows hold at least so many of a head, on average over those that share the budget.
-    """
-    decoding = plan.options.decoding
-    if decoding is None:
-        return layer.most
-    held = 0 if isinstance(layer, GrowingLayer) else least
-    return decoding.interval + max(decoding.target - held, 0)
 
 
 def _exceeds(

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moekv.cache.caches import cached_pairs
 from moekv.cache.layer import CompressedLayer
-from moekv.cache.ragged import RaggedLayer
 from moekv.experts.view import LayerView
 from moekv.models.queries import logit_options
 from moekv.models.watching import Asked
@@ -49,36 +47,22 @@ class Held:
         Parameters
         ----------
         layer : CompressedLayer
-            A ragged one is copied, and the device waited for.
+            It may copy its pairs, and wait for the device.
         padding : sequence of B ints
             Padding at the left of each row, in positions of the mask.
         """
-        held = cls._of(layer, padding)
-        if (notes := layer.whole_notes()) is not None:
-            noted = cls._of(notes, padding)
-            before = torch.tensor(padding, device=held.keys.device)[:, None, None]
-            held.notes = noted.keys[..., 0], (noted.values[..., 0] - before).clamp(min=0)
-        return held
-
-    @classmethod
-    def _of(cls, layer: CompressedLayer, padding: Sequence[int]) -> Held:
-        if isinstance(layer, RaggedLayer):
-            keys, values, counts = layer.to_dense()
-            behind = [max(p - layer.context_length, 0) for p in padding]
-            if any(behind):
-                counts = counts - torch.tensor(behind, device=counts.device)[:, None]
-            lengths: list[list[int]] = counts.tolist()
-            longest = keys.shape[2]
-            if all(n == longest for row in lengths for n in row):
-                return cls(keys, values, None, lengths, False)
-            return cls(keys, values, (longest - counts).int(), lengths, True)
-        keys, values = cached_pairs(layer)
-        num_heads, length = keys.shape[1:3]
+        keys, values, lengths = layer.held_pairs(padding)
+        missing = [[keys.shape[2] - n for n in row] for row in lengths]
         start = None
-        if any(padding):
-            start = torch.tensor(padding, dtype=torch.int32, device=keys.device)
-            start = start[:, None].expand(-1, num_heads)
-        return cls(keys, values, start, [[length - p] * num_heads for p in padding], False)
+        if any(map(any, missing)):
+            start = torch.tensor(missing, dtype=torch.int32, device=keys.device)
+        noted = None
+        if (notes := layer.whole_notes()) is not None:
+            read, place, _ = notes.held_pairs(padding)
+            before = torch.tensor(padding, device=read.device)[:, None, None]
+            noted = read[..., 0], (place[..., 0] - before).clamp(min=0)
+        folded = any(len(set(row)) > 1 for row in lengths)
+        return cls(keys, values, start, lengths, folded, noted)
 
     def rows(self, rows: Sequence[int]) -> Held:
         """Look at some rows of the batch alone."""

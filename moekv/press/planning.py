@@ -26,7 +26,7 @@ from moekv.press.forward import Plan, Strategy
 from moekv.press.growth import Growth
 from moekv.press.options import Options, check_able, check_count
 from moekv.press.prefill import Prefill
-from moekv.press.rating import Rater
+from moekv.press.rater import Rater
 from moekv.press.stats import Statistics
 from moekv.press.streaming import Streaming
 from moekv.report.recording import Recording

@@ -16,9 +16,9 @@ from moekv.cache.caches import cached_pairs, check_cache, is_static
 from moekv.experts.builder import ViewBuilder
 from moekv.models.habits import check_attention, habits_of
 from moekv.models.hooks import index_of
+from moekv.press.adoption import adopt, last_states, read_of
 from moekv.press.commit import apply, choose, record, whole_or_empty
 from moekv.press.forward import Call, Plan, Strategy
-from moekv.press.growth import adopt, last_states, read_of
 from moekv.press.rating import Look, Rating
 from moekv.press.recording import recording_of
 

@@ -22,7 +22,7 @@ from moekv.models.hooks import find_layers
 from moekv.models.weights import language_model
 from moekv.ops import Backend
 from moekv.press.options import DecodingConfig, Options, Policy, check_flag
-from moekv.press.rating import Rater, name_router
+from moekv.press.rater import Rater, name_router
 from moekv.press.reports import Stats
 from moekv.press.session import Session
 from moekv.press.stats import Statistics

@@ -10,7 +10,8 @@ from torch import Tensor
 from moekv.budget import Kept
 from moekv.press.commit import protected_in
 from moekv.press.forward import Plan
-from moekv.press.rating import Rater, Rating
+from moekv.press.rater import Rater
+from moekv.press.rating import Rating
 from moekv.report.recording import LayerRecord, Recording
 from moekv.routing.mixing import speakers
 

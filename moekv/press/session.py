@@ -34,7 +34,7 @@ from moekv.models.watching import Asked, watched
 from moekv.press.forward import Call, Forward
 from moekv.press.options import Options
 from moekv.press.planning import Planner
-from moekv.press.rating import Rater
+from moekv.press.rater import Rater
 from moekv.press.stats import Statistics
 from moekv.report.recording import Recording
 

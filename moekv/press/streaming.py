@@ -21,8 +21,8 @@ from moekv.cache.caches import cached_pairs, compressed, empty_cache, held_bytes
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.ragged import RaggedLayer
 from moekv.experts.builder import ViewBuilder
+from moekv.press.adoption import adopt
 from moekv.press.forward import Plan
-from moekv.press.growth import adopt
 from moekv.press.prefill import Prefill, Rated
 from moekv.press.rating import Rating, real_pairs
 from moekv.routing.mixing import Votes, order
@@ -218,10 +218,10 @@ class StreamingBudget:
         layer = trimmed.layer
         if self._pairs != "16":
             kept = replace(kept, per_head=None)
-        if not isinstance(layer, RaggedLayer):
+        if trimmed.kept is None:
             layer = compressed(*cached_pairs(layer), kept, pairs=self._pairs, backend=self._backend)
         elif len(kept.indices) < trimmed.size:
-            assert trimmed.kept is not None
+            assert isinstance(layer, RaggedLayer)
             layer = layer.subset(kept, of=trimmed.kept)
         self._cache.layers[trimmed.index] = trimmed.layer = layer
         trimmed.kept, trimmed.size = kept, len(kept.indices)

@@ -18,7 +18,7 @@ from moekv.calibration import router as router_module
 from moekv.calibration.oracle import Reading
 from moekv.experts.learned import places
 from moekv.ops import ScoreKind
-from moekv.press.rating import Rater
+from moekv.press.rater import Rater
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -25,7 +25,7 @@ from moekv import (
 from moekv.budget import DENSE
 from moekv.cache.ragged import RaggedLayer
 from moekv.ops import ScoreKind
-from moekv.press.rating import Rater
+from moekv.press.rater import Rater
 
 
 def even_router(model: Any, **options: Any) -> CalibratedRouter:

@@ -7,7 +7,7 @@ import torch
 from press_probes import LENGTH, Fixed, Routed, compress, kept_positions, make_press
 from tiny_models import prefill, tiny_model, tokens
 
-from moekv.press import rating
+from moekv.press import rater
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_dominant_by_hand(favourite: int, kept: list[int], monkeypatch: pytest.M
     probs[60:, favourite] = 1
     weights, chosen = probs.topk(2)
     router = Routed(probs, weights, chosen)
-    monkeypatch.setattr(rating, "make_router", lambda *_, **__: router)
+    monkeypatch.setattr(rater, "make_router", lambda *_, **__: router)
     scores = torch.zeros(LENGTH)
     scores[7:67:3] = torch.arange(20.0) + 1
     experts = ["aggressive", "moderate", "conservative", Fixed("custom", scores)]
@@ -54,7 +54,7 @@ def test_dominant_by_hand(favourite: int, kept: list[int], monkeypatch: pytest.M
 def test_dominant_ties_go_to_the_lower_expert(monkeypatch: pytest.MonkeyPatch) -> None:
     probs = torch.full((LENGTH, 3), 1 / 3)
     router = Routed(probs, *probs.topk(2))
-    monkeypatch.setattr(rating, "make_router", lambda *_, **__: router)
+    monkeypatch.setattr(rater, "make_router", lambda *_, **__: router)
     cache = compress(make_press(num_experts=3, policy="dominant"), tiny_model(), tokens(1, LENGTH))
     assert cache.layers[0].keys.shape[2] == 24 and cache.get_seq_length() == LENGTH
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moekv import LayerView, MoERouterPress
 from moekv.models.hooks import find_layers
-from moekv.press import rating
+from moekv.press import rater
 from moekv.routing.registry import ROUTERS
 
 
@@ -75,7 +75,7 @@ def test_what_waits_for_further_layers_is_not_large(monkeypatch: pytest.MonkeyPa
     model = tiny_model()
     with MoERouterPress(0.5)(model):
         prefill(model, tokens(1, 40))  # learns how its layers rotate
-    look_at = rating.Rater.look
+    look_at = rater.Rater.look
     seen: list[weakref.ref[Tensor]] = []
 
     def spy(self: MoERouterPress, view: LayerView) -> Any:
@@ -86,7 +86,7 @@ def test_what_waits_for_further_layers_is_not_large(monkeypatch: pytest.MonkeyPa
         seen.extend(weakref.ref(x) for x in large if x is not None)
         return look_at(self, view)
 
-    monkeypatch.setattr(rating.Rater, "look", spy)
+    monkeypatch.setattr(rater.Rater, "look", spy)
     with MoERouterPress(0.5)(model):
         prefill(model, tokens(2, 40))
     assert len(seen) >= 2 * len(find_layers(model)[1])

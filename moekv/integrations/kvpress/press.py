@@ -35,7 +35,8 @@ from moekv.press import press as core
 from moekv.press.commit import choose, observe, record
 from moekv.press.forward import Plan
 from moekv.press.options import Options
-from moekv.press.rating import Rater, protected
+from moekv.press.rater import Rater
+from moekv.press.rating import protected
 from moekv.press.reports import Stats
 
 _UNSERVED = {

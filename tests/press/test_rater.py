@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from moekv import MoERouterPress
 from moekv.models.hooks import cache_of, find_layers
 from moekv.press import prefill as prefill_module
-from moekv.press import rating
+from moekv.press import rater
 from moekv.routing.registry import ROUTERS
 
 
@@ -34,7 +34,7 @@ def test_mixture_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = weights / weights.sum(-1, keepdim=True)
     chosen = torch.stack([torch.randperm(3, generator=generator)[:2] for _ in range(LENGTH)])
     router = Routed(torch.full((LENGTH, 3), 1 / 3), weights, chosen)
-    monkeypatch.setattr(rating, "make_router", lambda *_, **__: router)
+    monkeypatch.setattr(rater, "make_router", lambda *_, **__: router)
     experts = [Fixed(f"e{i}", raw[i]) for i in range(3)]
     press = make_press(0.6, experts=experts, recent=6, budget="uniform")
     model, input_ids = tiny_model(), tokens(1, LENGTH)

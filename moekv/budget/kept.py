@@ -1,0 +1,104 @@
+"""Which pairs of a layer stay."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Positions that the heads of a layer keep.
+
+    Attributes
+    ----------
+    indices : Tensor [n], int32
+        Ascending within each head, heads in order.
+    offsets : Tensor [B * H + 1], int32
+        Where each head begins in `indices`.
+    shape : tuple of int
+        (B, H, T).
+    per_head : int or None
+        Pairs of each head, where all heads keep as many of rows without padding.
+    """
+
+    indices: Tensor
+    offsets: Tensor
+    shape: tuple[int, int, int]
+    per_head: int | None = None
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> "Kept":
+        """Keep what is True in a mask [B, H, T]. Waits for the device."""
+        batch, num_heads, num_keys = mask.shape
+        indices = mask.nonzero()[:, 2].int()
+        offsets = functional.pad(mask.sum(-1).flatten().cumsum(0), (1, 0)).int()
+        return cls(indices, offsets, (batch, num_heads, num_keys))
+
+    @classmethod
+    def everything(cls, shape: tuple[int, int, int], real: Tensor | None, device: Any) -> "Kept":
+        """Keep all pairs that are real [B, H or 1, T]; None: all. Waits for the device if any."""
+        batch, num_heads, num_keys = shape
+        if real is not None:
+            return cls.from_mask(real.expand(shape))
+        heads = batch * num_heads
+        indices = torch.arange(num_keys, dtype=torch.int32, device=device).repeat(heads)
+        offsets = torch.arange(heads + 1, dtype=torch.int32, device=device) * num_keys
+        return cls(indices, offsets, shape)
+
+    def rows(self) -> Tensor:
+        """Return the kept pairs' numbers in the flat layer [B * H * T]: int64 [n]."""
+        batch, num_heads, num_keys = self.shape
+        begin = torch.arange(batch * num_heads, device=self.indices.device) * num_keys
+        if self.per_head is not None:
+            return (self.indices.view(-1, self.per_head) + begin[:, None]).flatten()
+        # The size is known, so that nothing has to wait for the device.
+        return self.indices + begin.repeat_interleave(
+            self.offsets.diff(), output_size=len(self.indices)
+        )
+
+    def mask(self) -> Tensor:
+        """Mark the kept positions: [B, H, T] bool."""
+        batch, num_heads, num_keys = self.shape
+        mask = self.indices.new_zeros(batch * num_heads * num_keys, dtype=torch.bool)
+        mask[self.rows()] = True
+        return mask.view(self.shape)
+
+    def counts(self) -> Tensor:
+        """Count the pairs of each head: [B, H]."""
+        return self.offsets.diff().view(self.shape[:2])
+
+    def share(self) -> Tensor:
+        """Share of each row's heads that keep a position: [B, T] float32."""
+        batch, num_heads, num_keys = self.shape
+        place = self.indices
+        if batch > 1:
+            place = place + self.rows() // (num_heads * num_keys) * num_keys
+        counts = torch.zeros(batch * num_keys, dtype=torch.float32, device=place.device)
+        counts.index_add_(0, place, counts.new_ones(()).expand(len(place)))
+        return counts.view(batch, num_keys).div_(num_heads)
+
+
+def without_padding(kept: Kept, start: Tensor | None, lengths: Iterable[int]) -> Kept:
+    """Take padding out, which only heads of nothing else keep. Waits for the device if any do.
+
+    Parameters
+    ----------
+    kept : Kept
+    start : Tensor [B] or [B, H], int32, or None
+        Padding at the left of each row or head.
+    lengths : iterable of int
+        Real pairs of each row or head.
+
+    Returns
+    -------
+    Kept
+    """
+    if start is None or all(lengths):
+        return kept
+    device = kept.indices.device
+    start = start.to(device).view(len(start), -1, 1)
+    return Kept.from_mask(kept.mask() & (torch.arange(kept.shape[2], device=device) >= start))

@@ -1,0 +1,144 @@
+"""What a layer needs for the next compression: the prefill's last states, notes, and room."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+from torch import Tensor
+from transformers import Cache
+
+from moekv.budget import Kept
+from moekv.cache.caches import growing
+from moekv.cache.layer import CompressedLayer
+from moekv.cache.notes import remember, take_notes
+from moekv.cache.rows import gain
+from moekv.experts.view import LayerView
+from moekv.press.forward import Plan
+from moekv.press.rating import Rating
+
+
+def last_states(plan: Plan, hidden_states: Tensor, view: LayerView) -> tuple[Tensor, Tensor] | None:
+    """Copy inputs and queries of the last tokens of a prefill that no head will lack.
+
+    Parameters
+    ----------
+    plan : Plan
+    hidden_states : Tensor [B, T, hidden]
+        Of an attention layer.
+    view : LayerView
+        Of the layer.
+
+    Returns
+    -------
+    tuple of Tensor [B, N, hidden] and [B, Hq, N, D], or None where compression does not go on.
+    """
+    if not plan.goes_on:
+        return None
+    length = hidden_states.shape[1]
+    stored = gain(plan.options.pairs, view.keys, view.values)
+    newest = min(max(_newest(plan, view.lengths, length, stored)), view.queries.shape[2])
+    queries = view.queries[:, :, view.queries.shape[2] - newest :]
+    return hidden_states[:, length - newest :].clone(), queries.clone()
+
+
+def _newest(plan: Plan, lengths: Sequence[int], length: int, stored: Fraction) -> list[int]:
+    """Count the last tokens of each row of a prefill that no head will lack, of a window at most.
+
+    Parameters
+    ----------
+    plan : Plan
+    lengths : sequence of B ints
+        Real tokens of each row.
+    length : int
+        Padding included.
+    stored : Fraction
+        Pairs that are stored in the bytes of one.
+    """
+    keep = plan.keep(lengths, length, stored)
+    runs = [plan.run_without_gaps([k], [n]) for k, n in zip(keep, lengths, strict=True)]
+    window = plan.options.window
+    return [
+        min(window, n if run is None else min(n, run)) for n, run in zip(lengths, runs, strict=True)
+    ]
+
+
+def read_of(plan: Plan, index: int, projected: Tensor | None) -> Tensor | None:
+    """Say what is to be noted of what a calibrated router reads of new tokens.
+
+    Parameters
+    ----------
+    plan : Plan
+    index : int
+        Of the layer.
+    projected : Tensor [B, N, H + E] or None
+        See ``CalibratedRouter.project``.
+
+    Returns
+    -------
+    Tensor [B, H, N], float32, or None
+        None where there is none, or compression does not go on.
+    """
+    router = plan.rater.calibrated
+    if router is None or projected is None or not plan.goes_on:
+        return None
+    return router.read(index, projected)
+
+
+def adopt(
+    cache: Cache,
+    index: int,
+    plan: Plan,
+    rating: Rating,
+    kept: Kept | None,
+    recent: tuple[Tensor, Tensor] | None,
+    read: Tensor | None,
+) -> None:
+    """Make a layer ready for the next compression after its prefill, if there is to be one.
+
+    Parameters
+    ----------
+    cache : Cache
+    index : int
+        Of the layer.
+    plan : Plan
+    rating : Rating
+        Of the layer.
+    kept : Kept or None
+        What it holds now; None: all.
+    recent, read
+        See :func:`last_states`, without which nothing is done, and :func:`read_of`.
+    """
+    if recent is None:
+        return
+    backend = plan.options.backend
+    layer = growing(cache, index, backend=backend)
+    remember(layer, *recent, plan.options.window)
+    assert layer.recent is not None
+    layer.recent.keep(_newest(plan, rating.lengths, rating.votes.shape[2], rating.gain))
+    if read is not None:
+        layer.notes = take_notes(read, kept, backend=backend)
+    stay = plan.keep(rating.lengths, rating.votes.shape[2], rating.gain)
+    expect(layer, plan, layer.run, min(stay))
+    padding = [rating.votes.shape[2] - n for n in rating.lengths]
+    layer.counted = (plan.statistics.epoch, sum(layer.count_pairs(padding)))
+
+
+def expect(layer: CompressedLayer, plan: Plan, run: int | None, least: int) -> None:
+    """Tell a layer how far it may be cropped, and how far it will grow, where that is known."""
+    layer.hold_run(run)
+    layer.most = most_of(layer, plan, least)
+    if layer.notes is not None:
+        layer.notes.run, layer.notes.most = layer.run, layer.most
+
+
+def most_of(layer: CompressedLayer, plan: Plan, least: int) -> int | None:
+    """Count the pairs that a layer will have room for, where that is known.
+
+    Its rows hold at least so many of a head, on average over those that share the budget.
+    """
+    decoding = plan.options.decoding
+    if decoding is None:
+        return layer.most
+    held = least if layer.has_tail else 0
+    return decoding.interval + max(decoding.target - held, 0)
