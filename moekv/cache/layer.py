@@ -65,8 +65,9 @@ class CompressedLayer(CacheLayerMixin):
 
     # -- what a kind of layer says -----------------------------------------------------------------
 
-    has_tail = False
-    """Whether tokens since a compression are stored apart: then `most` counts these alone."""
+    is_ragged = False
+    """Whether heads may hold different numbers of pairs, and tokens since a compression are stored
+    apart: then `most` counts these alone."""
 
     @property
     @abstractmethod

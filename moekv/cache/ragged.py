@@ -39,7 +39,7 @@ class RaggedLayer(CompressedLayer):
 
     """
 
-    has_tail = True
+    is_ragged = True
 
     def __init__(
         self,

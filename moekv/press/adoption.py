@@ -140,5 +140,5 @@ def most_of(layer: CompressedLayer, plan: Plan, least: int) -> int | None:
     decoding = plan.options.decoding
     if decoding is None:
         return layer.most
-    held = least if layer.has_tail else 0
+    held = least if layer.is_ragged else 0
     return decoding.interval + max(decoding.target - held, 0)

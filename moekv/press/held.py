@@ -61,7 +61,7 @@ class Held:
             read, place, _ = notes.held_pairs(padding)
             before = torch.tensor(padding, device=read.device)[:, None, None]
             noted = read[..., 0], (place[..., 0] - before).clamp(min=0)
-        folded = any(len(set(row)) > 1 for row in lengths)
+        folded = layer.is_ragged and start is not None
         return cls(keys, values, start, lengths, folded, noted)
 
     def rows(self, rows: Sequence[int]) -> Held:
