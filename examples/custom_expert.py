@@ -14,7 +14,7 @@ class Loudest(Expert):
 
     def scores(self, view: LayerView) -> Tensor:
         """Rate every pair: [B, H, T], higher is better."""
-        return view.values.norm(dim=-1)
+        return view.values.square().sum(dim=-1)
 
 
 model, tokenizer = load_model(*sys.argv[1:2])

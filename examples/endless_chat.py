@@ -6,7 +6,7 @@ import torch
 from transformers import DynamicCache
 
 from moekv import DecodingConfig, MoERouterPress, load_model
-from moekv.models.hooks import cache_argument
+from moekv.cache.layer import CompressedLayer
 
 TURNS = ("Hello! Who are you?", "What is a lighthouse?", "Who lives there?", "Good night!")
 
@@ -22,11 +22,12 @@ with press(model):
         ids = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            **cache_argument(model, cache),
+            past_key_values=cache,
             max_new_tokens=24,
             do_sample=False,
         )
-        pairs = max(sum(layer.count_pairs([0])) / layer.num_heads for layer in cache.layers)
+        layers = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
+        pairs = max(sum(layer.count_pairs([0])) / layer.num_heads for layer in layers)
         print(
             f"{ids.shape[1]:4} tokens of chat, at most {pairs:.0f} pairs a head in a layer's mean"
         )

@@ -24,7 +24,7 @@ from moekv.calibration.calibrate import read_checkpoint
 from moekv.calibration.config import CalibrationConfig
 from moekv.calibration.gates import train_gates
 from moekv.calibration.oracle import Reading
-from moekv.calibration.ridge import PLACES, Sums, fit_ridge
+from moekv.calibration.ridge import PLACES, Sample, Sums, set_experts, solve
 from moekv.calibration.router import SHIPPED, CalibratedRouter
 
 
@@ -42,8 +42,11 @@ def only(sums: Sums, read: list[str], experts: list[str], hidden: int, heads: in
         sums,
         gram=sums.gram[:, :, index][..., index],
         moment=sums.moment[:, :, index],
-        sample=[cut(reading) for reading in sums.sample],
-        held_out=[cut(reading) for reading in sums.held_out],
+        sample=Sample(
+            [cut(reading) for reading in sums.sample.readings],
+            sums.sample.domains,
+            [cut(reading) for reading in sums.sample.held_out],
+        ),
     )
 
 
@@ -62,7 +65,7 @@ def together(sums: Sums) -> Sums:
         sums,
         gram=sums.gram.sum(0, keepdim=True),
         moment=sums.moment.sum(0, keepdim=True),
-        domains=[0] * len(sums.domains),
+        sample=dataclasses.replace(sums.sample, domains=[0] * len(sums.sample.domains)),
     )
 
 
@@ -100,8 +103,9 @@ def main() -> None:
             recipe={"model_name": shipped.recipe["model_name"]},
         )
         settings = dataclasses.replace(config, **changes)
-        fit_ridge(sums, router, settings.ridge)
-        curve = train_gates(sums, router, settings)
+        solved = solve(sums, router, settings.ridge)
+        set_experts(router, solved)
+        curve = train_gates(sums.sample, solved.without, router, settings)
         router.recipe["curve"] = curve
         losses[variant] = min(row["ranking_loss"] for row in curve)
         router.save_pretrained(args.folder / variant)

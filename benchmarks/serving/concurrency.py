@@ -25,7 +25,8 @@ from typing import Any
 import torch
 
 from benchmarks.measure import RESULTS, quartiles, write_results
-from moekv.cli.demo import INSTRUCTION, QUESTIONS, Question
+from moekv.cli.demo import QUESTIONS
+from moekv.cli.trial import INSTRUCTION, Question
 from moekv.models.loading import load_model
 
 BLOCKS, BLOCK, NEW = 160, 32, 64

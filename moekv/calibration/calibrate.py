@@ -24,7 +24,7 @@ import json
 import os
 import pickle
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -37,15 +37,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moekv.calibration.config import CalibrationConfig
 from moekv.calibration.gates import train_gates
+from moekv.calibration.needs import JUDGED, MAX_HELD_OUT, MEMORY, Needs, calibration_needs
 from moekv.calibration.oracle import Oracle, Reading
-from moekv.calibration.ridge import Sums, fit_ridge
+from moekv.calibration.ridge import Sample, Solved, Sums, set_experts, solve
 from moekv.calibration.router import CalibratedRouter
 from moekv.files import whole_file
 from moekv.models.chat import check_tokenizer
 from moekv.models.fingerprint import fingerprint
 from moekv.models.weights import language_model
-
-_JUDGED = 512  # tokens of a held-out text, at most
 
 
 def find_domains(vectors: Tensor, count: int) -> list[int]:
@@ -85,11 +84,15 @@ def calibrate(
     config: CalibrationConfig | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     keep_checkpoint: bool = False,
+    memory: int = MEMORY,
+    announce: Callable[[Needs], None] | None = None,
     progress: bool = True,
 ) -> CalibratedRouter:
     """Fit a router to a model.
 
-    Every second text is read as the user's turn of a chat, where the tokenizer knows chats.
+    Every second text is read as the user's turn of a chat, where the tokenizer knows chats. The
+    layers are fitted together as far as `memory` allows, else in groups, for each of which all
+    texts are read again: the result is the same.
 
     Parameters
     ----------
@@ -101,9 +104,14 @@ def calibrate(
         tokens. Longer ones are cut, those of fewer than 64 tokens left out.
     config : CalibrationConfig, optional
     checkpoint : path, optional
-        A file to write after every eighth text and to go on from; removed at the end.
+        A file to write after every eighth text and to go on from; removed at the end. Groups of
+        layers have a file each, with the numbers of their layers in its name.
     keep_checkpoint : bool
         Whether to leave it, with all that was read.
+    memory : int
+        Bytes that calibration may hold beside the model, 8 GiB by default.
+    announce : callable, optional
+        Called before anything is read, with what the calibration takes.
     progress : bool
         Whether to show progress bars.
 
@@ -116,7 +124,8 @@ def calibrate(
     Raises
     ------
     ValueError
-        Fewer than two texts are long enough, or the checkpoint belongs to another calibration.
+        Fewer than two texts are long enough, the checkpoint belongs to another calibration, or
+        one layer at a time takes more than `memory`.
     TypeError
         The model has no decoder layers with attention.
     """
@@ -145,65 +154,110 @@ def calibrate(
             "config": asdict(config),
         },
     )
+    needs = calibration_needs(router, config, itemsize=model.dtype.itemsize, memory=memory)
+    files = _checkpoints(Path(checkpoint), needs) if checkpoint else [None] * len(needs.groups)
+    if announce is not None:
+        announce(needs)
+    plan = _Plan(oracle, texts, router)
+    solved, samples = [], []
     with _bars(progress) as bars:
-        sums = _read_all(oracle, texts, router, Path(checkpoint) if checkpoint else None, bars)
-        fit_ridge(sums, router, config.ridge)
+        for rows, file in zip(needs.groups, files, strict=True):
+            sums = plan.read(rows, file, bars)
+            solved.append(solve(sums, router, config.ridge))
+            samples.append(sums.sample)
+            del sums  # the next group's take its place
+        found = Solved.join(solved)
+        set_experts(router, found)
         bar = bars.add_task("training gates", total=config.epochs + 1)
 
         def report(epoch: int, loss: float) -> None:
             bars.update(bar, advance=1, description=f"training gates, ranking loss {loss:.4f}")
 
-        router.recipe["curve"] = train_gates(sums, router, config, report)
-    if checkpoint and not keep_checkpoint:
-        Path(checkpoint).unlink(missing_ok=True)
+        sample = Sample.join(samples)
+        router.recipe["curve"] = train_gates(sample, found.without, router, config, report)
+    if not keep_checkpoint:
+        for file in files:
+            if file is not None:
+                file.unlink(missing_ok=True)
     return router
 
 
-def _read_all(
-    oracle: Oracle,
-    texts: Sequence[str],
-    router: CalibratedRouter,
-    checkpoint: Path | None,
-    bars: Progress,
-) -> Sums:
-    config = oracle.config
-    identity = json.dumps([router.model, router.recipe["texts_sha256"], asdict(config)])
-    num_held_out = min(max(round(len(texts) * config.held_out), 1), 16) if config.held_out else 0
-    drawn = random.Random(config.seed)
-    order = drawn.sample(range(len(texts)), len(texts))
-    held_out = set(order[:num_held_out])
-    domains = find_domains(oracle.describe(texts), config.domains)
-    sums = Sums.empty(router, config.domains)
-    first = 0
-    if checkpoint is not None and checkpoint.exists():
-        sums, found = read_checkpoint(checkpoint)
-        if found != json.loads(identity):
-            raise ValueError(
-                f"expected a checkpoint of this calibration in {checkpoint}, got one of another "
-                "model, other texts or other settings; remove it to begin again"
-            )
-        first = sums.num_texts
-    share = max(config.samples // max(len(texts) - num_held_out, 1), 1)
-    bar = bars.add_task("reading texts", total=len(texts), completed=first)
-    for number in range(first, len(texts)):
+def _checkpoints(path: Path, needs: Needs) -> list[Path]:
+    """Name a file for each group of layers.
+
+    Raises
+    ------
+    ValueError
+        There are files of other groups: they would be left, and all be read again.
+    """
+    files = [path]
+    if len(needs.groups) > 1:
+        files = [
+            path.with_stem(f"{path.stem}-layers-{rows.start}-{rows.stop - 1}")
+            for rows in needs.groups
+        ]
+    there = {*path.parent.glob(f"{path.stem}-layers-*{path.suffix}"), *path.parent.glob(path.name)}
+    if other := sorted(there.difference(files)):
+        raise ValueError(
+            f"expected checkpoints of groups of {len(needs.groups[0])} layers, got {other[0]}: "
+            "give as much memory as when it was begun, or remove it to begin again"
+        )
+    return files
+
+
+class _Plan:
+    """Which texts are held out and of which domain each is: the same for every group of layers."""
+
+    def __init__(self, oracle: Oracle, texts: Sequence[str], router: CalibratedRouter) -> None:
+        config = oracle.config
+        self._oracle, self._texts, self._router = oracle, texts, router
+        self._identity = json.dumps([router.model, router.recipe["texts_sha256"], asdict(config)])
+        count = max(round(len(texts) * config.held_out), 1)
+        count = min(count, MAX_HELD_OUT) if config.held_out else 0
+        order = random.Random(config.seed).sample(range(len(texts)), len(texts))
+        self._held_out = set(order[:count])
+        self._domains = find_domains(oracle.describe(texts), config.domains)
+        self._share = max(config.samples // max(len(texts) - count, 1), 1)
+
+    def read(self, rows: range, checkpoint: Path | None, bars: Progress) -> Sums:
+        """Read all texts for a group of layers, from where a checkpoint ends."""
+        texts = self._texts
+        sums = Sums.empty(self._router, len(rows), self._oracle.config.domains)
+        if checkpoint is not None and checkpoint.exists():
+            sums, found = read_checkpoint(checkpoint)
+            if found != json.loads(self._identity):
+                raise ValueError(
+                    f"expected a checkpoint of this calibration in {checkpoint}, got one of "
+                    "another model, other texts or other settings; remove it to begin again"
+                )
+        name = "reading texts"
+        if len(rows) < len(self._router.layers):
+            name += f" for layers {rows.start} to {rows.stop - 1}"
+        bar = bars.add_task(name, total=len(texts), completed=sums.num_texts)
+        for number in range(sums.num_texts, len(texts)):
+            self._add(sums, number, rows)
+            bars.advance(bar)
+            sums.num_texts = number + 1
+            if checkpoint is not None and ((number + 1) % 8 == 0 or number + 1 == len(texts)):
+                _save(checkpoint, sums, self._identity)
+        return sums
+
+    def _add(self, sums: Sums, number: int, rows: range) -> None:
+        oracle, config = self._oracle, self._oracle.config
         as_turn = number % 2 == 0 and bool(oracle.before)
-        reading = oracle.read(texts[number], as_turn=as_turn)
+        reading = oracle.read(self._texts[number], as_turn=as_turn, rows=rows)
         skip = max(len(oracle.before) if as_turn else 0, config.sinks)
         reading = reading.at(slice(skip, len(reading.where) - config.recent))
         generator = torch.Generator().manual_seed(number)
-        if number in held_out:
-            keep = torch.randperm(config.length, generator=generator)[:_JUDGED]
-            sums.held_out.append(reading.at(keep[keep < len(reading.where)].sort().values))
+        if number in self._held_out:
+            keep = torch.randperm(config.length, generator=generator)[:JUDGED]
+            kept = reading.at(keep[keep < len(reading.where)].sort().values)
+            sums.sample.held_out.append(kept)
         else:
-            sums.add(reading, domains[number])
-            sums.domains.append(domains[number])
-            keep = torch.randperm(len(reading.where), generator=generator)[:share]
-            sums.sample.append(reading.at(keep.sort().values))
-        bars.advance(bar)
-        sums.num_texts = number + 1
-        if checkpoint is not None and ((number + 1) % 8 == 0 or number + 1 == len(texts)):
-            _save(checkpoint, sums, identity)
-    return sums
+            sums.add(reading, self._domains[number])
+            keep = torch.randperm(len(reading.where), generator=generator)[: self._share]
+            sums.sample.domains.append(self._domains[number])
+            sums.sample.readings.append(reading.at(keep.sort().values))
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Sums, list[Any]]:
@@ -231,9 +285,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Sums, list[Any]]:
             saved["gram"],
             saved["moment"],
             saved["num_texts"],
-            [Reading(**parts) for parts in saved["sample"]],
-            saved["domains"],
-            [Reading(**parts) for parts in saved["held_out"]],
+            Sample(
+                [Reading(**parts) for parts in saved["sample"]],
+                saved["domains"],
+                [Reading(**parts) for parts in saved["held_out"]],
+            ),
         )
         return sums, json.loads(saved["identity"])
     except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
@@ -247,9 +303,9 @@ def _save(path: Path, sums: Sums, identity: str) -> None:
         "num_texts": sums.num_texts,
         "gram": sums.gram,
         "moment": sums.moment,
-        "domains": sums.domains,
-        "sample": [vars(reading) for reading in sums.sample],
-        "held_out": [vars(reading) for reading in sums.held_out],
+        "domains": sums.sample.domains,
+        "sample": [vars(reading) for reading in sums.sample.readings],
+        "held_out": [vars(reading) for reading in sums.sample.held_out],
     }
     with whole_file(path) as temporary:
         torch.save(saved, temporary)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moekv import ops
 from moekv.calibration.config import CalibrationConfig
 from moekv.calibration.oracle import Reading
-from moekv.calibration.ridge import Fit, Sums, fit_of, solve_ridge
+from moekv.calibration.ridge import Fit, Sample, fit_of
 from moekv.calibration.router import CalibratedRouter
 from moekv.routing.losses import entropy_loss
 
@@ -160,16 +160,19 @@ def ranking_loss(predicted: Tensor, target: Tensor) -> float:
 
 
 def train_gates(
-    sums: Sums,
+    sample: Sample,
+    fits: Sequence[Fit],
     router: CalibratedRouter,
     config: CalibrationConfig,
     report: Callable[[int, float], None] = lambda epoch, loss: None,
 ) -> list[dict[str, float]]:
-    """Train the gates, from what :func:`fit_ridge` found, and keep the best epoch's.
+    """Train the gates, from what :func:`set_experts` set, and keep the best epoch's.
 
     Parameters
     ----------
-    sums : Sums
+    sample : Sample
+    fits : sequence of Fit
+        What ``learned`` is without each domain, see :class:`Solved`.
     router : CalibratedRouter
         Is changed.
     config : CalibrationConfig
@@ -183,44 +186,40 @@ def train_gates(
         ``choice_loss``, what training follows, on the sample; of the targets of
         :func:`estimate`, which other experts make others.
     """
-    fits = [
-        solve_ridge(*sums.total(without=domain), router.hidden_size, config.ridge)
-        for domain in range(len(sums.gram))
-    ]
-    sample = [
+    given = [
         estimate(router, reading, fits[domain])
-        for reading, domain in zip(sums.sample, sums.domains, strict=True)
+        for reading, domain in zip(sample.readings, sample.domains, strict=True)
     ]
-    judged = [estimate(router, reading) for reading in sums.held_out or sums.sample]
-    square = sum(given.hidden.float().square().sum(1) for given in sample)
-    count = sum(given.hidden.shape[1] for given in sample)
+    judged = [estimate(router, reading) for reading in sample.held_out or sample.readings]
+    square = sum(x.hidden.float().square().sum(1) for x in given)
+    count = sum(x.hidden.shape[1] for x in given)
     mixture = Mixture(router, (square / count).sqrt().clamp(min=1e-6))  # type: ignore[union-attr]
     optimiser = torch.optim.AdamW(mixture.parameters(), lr=config.learning_rate, weight_decay=0.01)
-    steps = math.ceil(len(sample) / config.batch)
+    steps = math.ceil(len(given) / config.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(config.epochs * steps, 1))
     generator = torch.Generator().manual_seed(config.seed)
 
     @torch.no_grad()
     def judge() -> float:
-        losses = [ranking_loss(mixture(given)[0], given.target) for given in judged]
+        losses = [ranking_loss(mixture(x)[0], x.target) for x in judged]
         return sum(losses) / len(losses)
 
     with torch.no_grad():
-        start = sum(float(choice_loss(mixture(x)[0], x.target)) for x in sample) / len(sample)
+        start = sum(float(choice_loss(mixture(x)[0], x.target)) for x in given) / len(given)
     curve = [{"epoch": 0.0, "ranking_loss": judge(), "choice_loss": start}]
     best, since = curve[0]["ranking_loss"], 0
     report(0, best)
     for epoch in range(1, config.epochs + 1):
-        order = torch.randperm(len(sample), generator=generator).tolist()
+        order = torch.randperm(len(given), generator=generator).tolist()
         total = 0.0
         for step in range(steps):
             batch = order[step * config.batch : (step + 1) * config.batch]
             optimiser.zero_grad()
             for number in batch:
-                mixed, balance = mixture(sample[number])
-                missed = choice_loss(mixed, sample[number].target)
+                mixed, balance = mixture(given[number])
+                missed = choice_loss(mixed, given[number].target)
                 ((missed + config.aux_loss_weight * balance) / len(batch)).backward()
-                total += float(missed.detach()) / len(sample)
+                total += float(missed.detach()) / len(given)
             optimiser.step()
             schedule.step()
         curve.append({"epoch": float(epoch), "ranking_loss": judge(), "choice_loss": total})

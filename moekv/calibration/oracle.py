@@ -53,6 +53,13 @@ class Reading:
             self.target[..., tokens],
         )
 
+    @classmethod
+    def join(cls, parts: Sequence[Reading]) -> Reading:
+        """Put together what groups of layers gave for the same tokens."""
+        names = ("hidden", "novelty", "scores", "target")
+        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        return cls(where=parts[0].where, **joined)
+
 
 class Oracle:
     """Reads texts twice and sees what the second reading looks at.
@@ -100,7 +107,7 @@ class Oracle:
         return torch.stack(rows)
 
     @torch.no_grad()
-    def read(self, text: str, *, as_turn: bool) -> Reading:
+    def read(self, text: str, *, as_turn: bool, rows: range | None = None) -> Reading:
         """Read a text twice.
 
         Parameters
@@ -109,30 +116,31 @@ class Oracle:
             What is beyond ``length`` tokens is left out.
         as_turn : bool
             Whether it is the user's turn of a chat, or plain.
+        rows : range, optional
+            Which of the layers to look at; by default all.
         """
+        layers = self.layers if rows is None else self.layers[rows.start : rows.stop]
         body = self.encode(text)[: self.config.length]
         prompt = [*(self.before if as_turn else ()), *body]
         cache = DynamicCache()
-        with last_queries(self.layers, self.config.window) as queries:
-            first = self._run(prompt, cache)
+        with last_queries(layers, self.config.window) as queries:
+            first = self._run(prompt, cache, layers)
         look_at = ViewBuilder(rotary_in(self.decoder))
         scores, novelty = [], []
-        for layer in self.layers:
+        for layer in layers:
             view = self._look(look_at, layer, cache, *first[layer], queries.get(layer))
             scores.append(torch.cat([scores_by(expert, view) for expert in self.experts]))
             novelty.append(view.scores_of(ScoreKind.DIVERSITY)[0])
-        second = self._run([*self.repeat, *body], cache)
-        target = [
-            self._attention(layer, cache, *second[layer], len(prompt)) for layer in self.layers
-        ]
-        hidden = torch.stack([first[layer][0][0].cpu() for layer in self.layers])
+        second = self._run([*self.repeat, *body], cache, layers)
+        target = [self._attention(layer, cache, *second[layer], len(prompt)) for layer in layers]
+        hidden = torch.stack([first[layer][0][0].cpu() for layer in layers])
         where = places((len(prompt),), len(prompt), hidden.device)[0].t()
         return Reading(
             hidden, where, *(torch.stack(parts).cpu() for parts in (novelty, scores, target))
         )
 
     def _run(
-        self, ids: Sequence[int], cache: DynamicCache
+        self, ids: Sequence[int], cache: DynamicCache, layers: Sequence[nn.Module]
     ) -> dict[nn.Module, tuple[Tensor, dict[str, Any]]]:
         """Feed tokens; return each layer's input and the arguments it was called with."""
         inputs = {}
@@ -140,7 +148,7 @@ class Oracle:
         def keep(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             inputs[module] = (kwargs["hidden_states"], kwargs)
 
-        hooks = [x.register_forward_pre_hook(keep, with_kwargs=True) for x in self.layers]
+        hooks = [x.register_forward_pre_hook(keep, with_kwargs=True) for x in layers]
         try:
             self.decoder(
                 input_ids=torch.tensor([ids], device=self.model.device),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +13,11 @@ from moekv.calibration.router import CalibratedRouter
 
 PLACES = 3
 """Numbers of ``places``."""
+
+
+def num_features(router: CalibratedRouter) -> int:
+    """Give the width F of :func:`features`."""
+    return router.hidden_size + PLACES + len(router.experts) * router.num_kv_heads + 1
 
 
 def features(reading: Reading, layer: int) -> Tensor:
@@ -25,24 +31,37 @@ def features(reading: Reading, layer: int) -> Tensor:
 
 
 @dataclass
-class Sums:
-    """Normal equations of all layers, and a sample of the tokens: all that outlives a text.
+class Sample:
+    """Readings of some tokens of each text, which the gates are trained on and judged by."""
 
-    The equations are those of each of D domains. ``domains`` says of which each sample is.
-    """
+    readings: list[Reading] = field(default_factory=list)
+    domains: list[int] = field(default_factory=list)  # of each reading
+    held_out: list[Reading] = field(default_factory=list)
+
+    @classmethod
+    def join(cls, parts: Sequence[Sample]) -> Sample:
+        """Put together what was read of groups of layers, and take it out of these."""
+        joined = cls(domains=parts[0].domains)
+        for name in ("readings", "held_out"):
+            for _ in range(len(getattr(parts[0], name))):
+                group = [getattr(part, name).pop(0) for part in parts]
+                getattr(joined, name).append(Reading.join(group))
+        return joined
+
+
+@dataclass
+class Sums:
+    """Normal equations of L layers for each of D domains, and a sample of the tokens."""
 
     gram: Tensor  # [D, L, F, F] float32
     moment: Tensor  # [D, L, F, H] float32
     num_texts: int = 0
-    sample: list[Reading] = field(default_factory=list)
-    domains: list[int] = field(default_factory=list)
-    held_out: list[Reading] = field(default_factory=list)
+    sample: Sample = field(default_factory=Sample)
 
     @classmethod
-    def empty(cls, router: CalibratedRouter, num_domains: int) -> Sums:
+    def empty(cls, router: CalibratedRouter, num_layers: int, num_domains: int) -> Sums:
         """Begin with nothing."""
-        num_layers, num_heads = len(router.layers), router.num_kv_heads
-        width = router.hidden_size + PLACES + len(router.experts) * num_heads + 1
+        width, num_heads = num_features(router), router.num_kv_heads
         gram = torch.zeros(num_domains, num_layers, width, width)
         return cls(gram, torch.zeros(num_domains, num_layers, width, num_heads))
 
@@ -53,15 +72,19 @@ class Sums:
             self.gram[domain, row] += x.t() @ x
             self.moment[domain, row] += x.t() @ reading.target[row].t()
 
-    def total(self, without: int | None = None) -> tuple[Tensor, Tensor]:
-        """Sum the equations of all domains but one, in float64: gram [L, F, F], moment [L, F, H].
+    def total(self, row: int, without: int | None = None) -> tuple[Tensor, Tensor]:
+        """Sum a layer's equations over all domains but one: gram [F, F], moment [F, H], float64.
 
         All of them where there is no other.
         """
-        kept = [i for i in range(len(self.gram)) if i != without and self.gram[i, 0, -1, -1] > 0]
+        kept = [i for i in range(len(self.gram)) if i != without and self.gram[i, row, -1, -1] > 0]
         if not kept:
-            return self.total()
-        return self.gram[kept].double().sum(0), self.moment[kept].double().sum(0)
+            return self.total(row)
+        gram, moment = (x[kept[0], row].double() for x in (self.gram, self.moment))
+        for domain in kept[1:]:
+            gram += self.gram[domain, row]
+            moment += self.moment[domain, row]
+        return gram, moment
 
 
 Fit = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -69,7 +92,7 @@ Fit = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def solve_ridge(gram: Tensor, moment: Tensor, hidden_size: int, strength: float) -> Fit:
-    """Fit ``learned``: ridge regression of the targets, head by head.
+    """Fit ``learned`` in one layer: ridge regression of the targets, head by head.
 
     Parameters
     ----------
@@ -81,20 +104,88 @@ def solve_ridge(gram: Tensor, moment: Tensor, hidden_size: int, strength: float)
     Returns
     -------
     Fit
-        In float32.
+        In float32, without the dimension of layers.
     """
     end = hidden_size + PLACES
     rows = []
-    for head in range(moment.shape[2]):
-        index = torch.tensor([*range(end), end + head, gram.shape[1] - 1])
-        own = gram[:, index][:, :, index]
-        penalty = strength * own.diagonal(dim1=1, dim2=2)
-        penalty[:, hidden_size:-1] *= 1e-3  # a few numbers, known well; rotations do not mix them
-        penalty[:, -1] = 0
-        wanted = moment[:, index, head : head + 1]
-        rows.append(torch.linalg.solve(own + torch.diag_embed(penalty), wanted)[..., 0])
-    solved = torch.stack(rows, dim=1).float()
-    return solved[..., :hidden_size], solved[..., hidden_size:end], solved[..., -2], solved[..., -1]
+    for head in range(moment.shape[1]):
+        index = torch.tensor([*range(end), end + head, len(gram) - 1])
+        own = gram[index][:, index]
+        penalty = strength * own.diagonal()
+        penalty[hidden_size:-1] *= 1e-3  # a few numbers, known well; rotations do not mix them
+        penalty[-1] = 0
+        own.diagonal().add_(penalty)
+        rows.append(torch.linalg.solve(own, moment[index, head]))
+    solved = torch.stack(rows).float()
+    return solved[:, :hidden_size], solved[:, hidden_size:end], solved[:, -2], solved[:, -1]
+
+
+@dataclass
+class Solved:
+    """What the normal equations of L layers say: all that is kept of them. H heads, E experts."""
+
+    fit: Fit
+    without: list[Fit]  # that of each domain is fitted to all the others
+    gain: Tensor  # [L, E - 1, H], of the experts beside ``learned``: least squares of each head
+    offset: Tensor  # [L, E - 1, H]
+    gap: Tensor  # [L, E - 1, H], how far the mean target is above the mean score
+
+    @classmethod
+    def join(cls, parts: Sequence[Solved]) -> Solved:
+        """Put layers, or groups of them, together."""
+        return cls(
+            _join_fits([part.fit for part in parts]),
+            [_join_fits(fits) for fits in zip(*(part.without for part in parts), strict=True)],
+            *(torch.cat([getattr(x, name) for x in parts]) for name in ("gain", "offset", "gap")),
+        )
+
+
+def _join_fits(fits: Sequence[Fit]) -> Fit:
+    weight, place, novelty, bias = (torch.cat(parts) for parts in zip(*fits, strict=True))
+    return weight, place, novelty, bias
+
+
+def solve(sums: Sums, router: CalibratedRouter, strength: float) -> Solved:
+    """Solve the normal equations, a layer at a time: in float64 each is larger than it was.
+
+    Parameters
+    ----------
+    sums : Sums
+        Of some of the router's layers.
+    router : CalibratedRouter
+        Says of which sizes and experts they are.
+    strength : float
+        Of the ridge.
+
+    Returns
+    -------
+    Solved
+    """
+
+    def fit(gram: Tensor, moment: Tensor) -> Fit:
+        weight, place, novelty, bias = solve_ridge(gram, moment, router.hidden_size, strength)
+        return weight[None], place[None], novelty[None], bias[None]
+
+    def of_layer(row: int) -> Solved:
+        gram, moment = sums.total(row)
+        heads, others = router.num_kv_heads, len(router.experts) - 1
+        count, wanted = gram[-1, -1], moment[-1] / gram[-1, -1]  # [H], means
+        gain, offset, gap = torch.zeros(3, 1, others, heads, dtype=gram.dtype)
+        for number in range(others):
+            own = router.hidden_size + PLACES + (number + 1) * heads + torch.arange(heads)
+            mean = gram[own, -1] / count
+            square = gram[own, own] / count - mean.square()
+            product = moment[own, torch.arange(heads)] / count - mean * wanted
+            gain[0, number] = product / square.clamp(min=1e-12)
+            offset[0, number] = wanted - gain[0, number] * mean
+            gap[0, number] = wanted - mean
+        return Solved(
+            fit(gram, moment),
+            [fit(*sums.total(row, domain)) for domain in range(len(sums.gram))],
+            *(gain, offset, gap),
+        )
+
+    return Solved.join([of_layer(row) for row in range(sums.gram.shape[1])])
 
 
 def fit_of(router: CalibratedRouter) -> Fit:
@@ -107,27 +198,18 @@ def fit_of(router: CalibratedRouter) -> Fit:
     )
 
 
-def fit_ridge(sums: Sums, router: CalibratedRouter, strength: float) -> None:
-    """Set the experts: ``learned`` by ridge regression, and the maps of the others to its scale.
+def set_experts(router: CalibratedRouter, solved: Solved) -> None:
+    """Set the experts of a router: ``learned``, and the maps of the others to its scale.
 
     Comparable scores are moved by one number for the whole model. Of others each head's are brought
     to the scale by least squares.
     """
-    gram, moment = sums.total()
-    fit = solve_ridge(gram, moment, router.hidden_size, strength)
-    for parameter, found in zip(fit_of(router), fit, strict=True):
+    for parameter, found in zip(fit_of(router), solved.fit, strict=True):
         parameter.copy_(found)
-    count, heads = gram[0, -1, -1], router.num_kv_heads
-    wanted = moment[:, -1] / count  # [L, H], means
-    for number, expert in enumerate(router.experts[1:], 1):
-        own = router.hidden_size + PLACES + number * heads + torch.arange(heads)
-        mean = gram[:, own, -1] / count
+    for number, expert in enumerate(router.experts[1:]):
+        gain, offset = solved.gain[:, number], solved.offset[:, number]
         if expert.comparable:
-            gain, offset = torch.ones_like(mean), (wanted - mean).mean().expand_as(mean)
-        else:
-            square = gram[:, own, own] / count - mean.square()
-            product = moment[:, own, torch.arange(heads)] / count - mean * wanted
-            gain = product / square.clamp(min=1e-12)
-            offset = wanted - gain * mean
-        router.gain[:, number] = gain.float()
-        router.offset[:, number] = offset.float()
+            gap = solved.gap[:, number]
+            gain, offset = torch.ones_like(gap), gap.mean().expand_as(gap)
+        router.gain[:, number + 1] = gain.float()
+        router.offset[:, number + 1] = offset.float()

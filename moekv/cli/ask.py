@@ -13,11 +13,12 @@ from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moekv.cli import common
-from moekv.cli.common import CommandError, check_output, make_console, make_progress, size
+from moekv.cli.common import CommandError, check_output, make_console, make_progress
 from moekv.contexts.context import CompressedContext, compress, load_context
 from moekv.contexts.documents import read_document
 from moekv.models.loading import DEFAULT_MODEL
 from moekv.press.press import MoERouterPress
+from moekv.units import size
 
 STANDARD_INPUT = "-"
 

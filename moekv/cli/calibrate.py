@@ -8,8 +8,9 @@ from typing import Any
 
 from moekv.calibration.calibrate import calibrate
 from moekv.calibration.config import CalibrationConfig
-from moekv.cli.common import CommandError, make_console
-from moekv.models.loading import DEFAULT_MODEL, load_model
+from moekv.calibration.needs import Needs
+from moekv.cli.common import CommandError, load, make_console
+from moekv.models.loading import DEFAULT_MODEL
 
 
 def run(
@@ -19,6 +20,9 @@ def run(
     model: str | None,
     settings: dict[str, Any],
     keep_checkpoint: bool,
+    memory: float,
+    device: str | None,
+    dtype: str,
 ) -> None:
     """Fit, save, and say how well held-out texts are ranked.
 
@@ -26,6 +30,8 @@ def run(
     ----------
     settings : dict
         Of :class:`CalibrationConfig`, where they are not the defaults.
+    memory : float
+        GiB that calibration may hold beside the model.
 
     Raises
     ------
@@ -34,10 +40,16 @@ def run(
     """
     if out.exists() and not out.is_dir():
         raise CommandError(f"expected a folder for the router, got the file {out}")
+    console = make_console()
+
+    def announce(needs: Needs) -> None:
+        console.print(f"{len(texts)} texts; takes {needs}")
+
     try:
         config = CalibrationConfig(**settings)
         read = [path.read_text(encoding="utf-8") for path in texts]
-        loaded, tokenizer = load_model(model or DEFAULT_MODEL)
+        out.mkdir(parents=True, exist_ok=True)
+        loaded, tokenizer = load(model or DEFAULT_MODEL, dtype, device)
         router = calibrate(
             loaded,
             tokenizer,
@@ -45,12 +57,13 @@ def run(
             config=config,
             checkpoint=out / "checkpoint.pt",
             keep_checkpoint=keep_checkpoint,
+            memory=int(memory * 2**30),
+            announce=announce,
         )
     except (ValueError, TypeError, OSError) as error:
         raise CommandError(str(error)) from error
     router.save_pretrained(out)
     curve = [row["ranking_loss"] for row in router.recipe["curve"]]
-    console = make_console()
     console.print(
         f"{len(texts)} texts; share of what should be kept that is missed on held-out texts: "
         f"{curve[0]:.4f} with even gates, {min(curve):.4f} trained"

@@ -79,7 +79,7 @@ def load(
     check_device(device)
     try:
         with _quiet():
-            return load_model(name, getattr(torch, dtype), device)
+            return load_model(name, dtype=getattr(torch, dtype), device=device)
     except (ValueError, RuntimeError, OSError) as error:
         raise CommandError(str(error)) from error
 
@@ -115,8 +115,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         bars.enable_progress_bar()
-
-
-def size(nbytes: int) -> str:
-    """Bytes for a reader."""
-    return f"{nbytes / 2**20:,.1f} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:,.1f} KiB"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +16,19 @@ import typer
 
 from moekv import __version__
 from moekv.cli.common import CommandError
+from moekv.cli.options import (
+    Backend,
+    Budget,
+    Device,
+    DType,
+    Experts,
+    Model,
+    NewTokens,
+    Pairs,
+    Router,
+    TopK,
+    Weights,
+)
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
@@ -27,62 +39,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings=_HELP,
 )
-
-
-class DType(str, Enum):
-    """Dtypes of weights."""
-
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
-
-
-Model = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME", help="Hub id or local folder.", show_default="SmolLM2-135M-Instruct"
-    ),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(help="Where the model runs.", show_default="the GPU if there is one"),
-]
-Weights = Annotated[DType, typer.Option("--dtype", help="Dtype of the weights.")]
-Experts = Annotated[
-    int | None,
-    typer.Option(
-        "--num-experts", min=1, metavar="N", help="Routed experts.", show_default="as the press"
-    ),
-]
-TopK = Annotated[
-    int | None,
-    typer.Option(
-        "--top-k", min=1, metavar="K", help="Experts of a token.", show_default="as the press"
-    ),
-]
-Router = Annotated[
-    str | None,
-    typer.Option(
-        "--router",
-        metavar="TYPE",
-        help="How tokens are routed, such as pikv or adaptive.",
-        show_default="as the press",
-    ),
-]
-Budget = Annotated[
-    str,
-    typer.Option(
-        metavar="KIND", help="What the budget is set over: uniform, layer, head or model."
-    ),
-]
-Pairs = Annotated[
-    str,
-    typer.Option(metavar="FORMAT", help="How pairs are stored: 16 bits, k8v8, k8v4, k4v4 or auto."),
-]
-Backend = Annotated[str, typer.Option(metavar="NAME", help="What computes: cpu, cuda or torch.")]
-NewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", min=1, metavar="N", help="Tokens of an answer at most.")
-]
 
 
 def _version(asked: bool) -> None:
@@ -323,6 +279,12 @@ def calibrate(
             metavar="NAME", help="Beside learned, may be repeated.", show_default="expected"
         ),
     ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Tokens that gates are trained on.", show_default="8192"
+        ),
+    ] = None,
     exponent: Annotated[
         float | None, typer.Option(help="Of the scores that gates weigh.", show_default="2.0")
     ] = None,
@@ -332,11 +294,18 @@ def calibrate(
     keep_checkpoint: Annotated[
         bool, typer.Option("--keep-checkpoint", help="Leave what was read, for ablations.")
     ] = False,
+    memory: Annotated[
+        float,
+        typer.Option(min=0, metavar="GIB", help="What it may hold in memory beside the model."),
+    ] = 8.0,
+    device: Device = None,
+    dtype: Weights = DType.bfloat16,
 ) -> None:
     """Fit a router to a model.
 
-    The folder is what `MoERouterPress(router=FOLDER)` takes. An interrupted run goes on where it
-    was.
+    The folder is what `MoERouterPress(router=FOLDER)` takes. What the run takes is printed before
+    it begins; one that was interrupted goes on where it was, from a checkpoint in the folder. With
+    less memory, layers are fitted in groups, and the texts are read once for each.
 
     \b
     Example:
@@ -348,6 +317,7 @@ def calibrate(
         "length": length,
         "top_k": top_k,
         "experts": tuple(expert) if expert else None,
+        "samples": samples,
         "exponent": exponent,
         "seed": seed,
     }
@@ -357,6 +327,9 @@ def calibrate(
         model=model,
         settings={name: value for name, value in settings.items() if value is not None},
         keep_checkpoint=keep_checkpoint,
+        memory=memory,
+        device=device,
+        dtype=dtype.value,
     )
 
 

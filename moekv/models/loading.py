@@ -17,7 +17,7 @@ import zipfile
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import constants, get_session, hf_hub_url, try_to_load_from_cache
@@ -38,15 +38,25 @@ _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
+if TYPE_CHECKING:
+
+    class LanguageModel(PreTrainedModel):  # type: ignore[no-untyped-call]
+        """A model that generates, for type checkers: transformers has no class for it."""
+
+        def generate(self, inputs: torch.Tensor | None = None, **options: Any) -> Any:
+            """Return token ids [B, T], or what ``return_dict_in_generate`` asks for."""
+
+
 class ModelUnavailableError(OSError):
     """No source of the model can be reached."""
 
 
 def load_model(
     name_or_path: str = DEFAULT_MODEL,
+    *,
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device | None = None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
     """Load a language model and its tokenizer, ready to generate.
 
     Parameters
@@ -91,7 +101,7 @@ def load_model(
             f"({constants.ENDPOINT}{', offline mode' if constants.HF_HUB_OFFLINE else ''}) "
             f"nor its cache ({constants.HF_HUB_CACHE}) has it"
         )
-    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
+    return cast("LanguageModel", model.to(device).eval()), tokenizer  # type: ignore[arg-type]
 
 
 def cache_dir() -> Path:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moekv.press.reports import Stats
+from moekv.units import size
 
 
 def print_summary(name: str, stats: Stats) -> None:
@@ -41,21 +42,22 @@ def _lines(stats: Stats) -> dict[str, str]:
     }
     if not layers:
         return lines | {"so far": "nothing has been compressed"}
-    pairs, evicted = stats["pairs"], f"{compression['evicted']:.1%} of the pairs"
+    pairs, removed = stats["pairs"], "no pair"
+    if cache["evictions"]:
+        removed = f"{compression['evicted']:.1%} of the pairs ({cache['evictions']:,})"
     if pairs["used"] not in (None, "16"):
-        evicted = evicted if cache["evictions"] else "and no pair"
-        evicted = f"{compression['ratio']:.1%} of the bytes, {evicted}"
+        removed = f"{compression['ratio']:.1%} of the bytes, {removed}"
         lines["pairs"] = f"{pairs['used']} (asked for: {pairs['asked']})"
         if cache["bits_per_number"] is not None:
             lines["pairs"] += f", {cache['bits_per_number']:.1f} bits a number"
+    ratings = stats["forward_count"]
     lines["removed"] = (
-        f"{evicted}, {cache['evictions']:,} in "
-        f"{stats['forward_count']} ratings; {_size(compression['bytes_freed'])} of "
-        f"{_size(compression['bytes_before'])} freed"
+        f"{removed}: {size(compression['bytes_freed'])} of "
+        f"{size(compression['bytes_before'])} in {ratings} rating{'s'[: ratings != 1]}"
     )
     held, allowed = cache["bytes_held"], cache["bytes_allowed"]
-    lines["cache"] = "gone" if held is None else f"{_size(held)} held"
-    lines["cache"] += "" if allowed is None else f", {_size(allowed)} allowed"
+    lines["cache"] = "gone" if held is None else f"{size(held)} held"
+    lines["cache"] += "" if allowed is None else f", {size(allowed)} allowed"
     if kept := {i: x["kept_pairs"] for i, x in layers.items() if x["kept_pairs"]}:
         sums = {i: sum(heads) for i, heads in kept.items()}
         least, most = min(sums, key=sums.__getitem__), max(sums, key=sums.__getitem__)
@@ -75,8 +77,3 @@ def _means(layers: Sequence[dict[str, float]]) -> str:
     """Write each expert's mean over the layers."""
     means = {name: sum(x[name] for x in layers) / len(layers) for name in layers[0]}
     return ", ".join(f"{name} {mean:.1%}" for name, mean in means.items())
-
-
-def _size(nbytes: int) -> str:
-    """Write a number of bytes."""
-    return f"{nbytes / 1e6:,.1f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:,.2f} GB"

@@ -1,17 +1,21 @@
 """Calibration as a whole: its texts, its settings, and where it was interrupted."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from calibration_cases import SMALL, text, texts
+from memory import peak_mib
 from tiny_models import tiny_model
 from transformers import PreTrainedTokenizerFast
 
-from moekv import CalibrationConfig, calibrate
+from moekv import CalibratedRouter, CalibrationConfig, calibrate
 from moekv.calibration.calibrate import find_domains
+from moekv.calibration.needs import Needs, calibration_needs
 from moekv.calibration.oracle import Oracle, Reading
+from moekv.calibration.ridge import Sums, solve
 
 
 def test_calibration_ranks_better_than_chance_and_is_repeatable(
@@ -38,22 +42,109 @@ def test_an_interrupted_calibration_goes_on(
     whole = calibrate(model, tokenizer, texts(12), config=SMALL, progress=False)
     read, calls = Oracle.read, []
 
-    def fail_at_the_tenth(self: Oracle, words: str, *, as_turn: bool) -> Reading:
+    def fail_at_the_tenth(self: Oracle, words: str, **options: Any) -> Reading:
         calls.append(words)
         if len(calls) == 10:
             raise KeyboardInterrupt
-        return read(self, words, as_turn=as_turn)
+        return read(self, words, **options)
 
     monkeypatch.setattr(Oracle, "read", fail_at_the_tenth)
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, tokenizer, texts(12), config=SMALL, checkpoint=file, progress=False)
-    with pytest.raises(ValueError, match="of another model, other texts or other settings"):
+    with pytest.raises(ValueError, match="another model, other texts or other settings"):
         calibrate(model, tokenizer, texts(11), config=SMALL, checkpoint=file, progress=False)
     resumed = calibrate(model, tokenizer, texts(12), config=SMALL, checkpoint=file, progress=False)
     assert len(calls) == 10 + 4  # texts 9 to 12
     for name, one in whole.state_dict().items():
         assert torch.equal(one, resumed.state_dict()[name]), name
     assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_in_groups_are_fitted_as_all_at_once(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is interrupted in the second group, whose first has a file of its own."""
+    model, file = tiny_model(), tmp_path / "checkpoint.pt"
+    settings = dataclasses.replace(SMALL, experts=("expected", "semantic"))
+    told: list[Needs] = []
+    options: dict[str, Any] = {"config": settings, "progress": False, "announce": told.append}
+    whole = calibrate(model, tokenizer, texts(12), **options)
+    together = told[0].memory
+    with pytest.raises(ValueError, match=r"expected a memory of [\d.]+ MiB or more, got 1\.0 KiB"):
+        calibrate(model, tokenizer, texts(12), memory=1000, **options)
+    options |= {"checkpoint": file, "memory": together - 1}
+    held, read, calls = [], Oracle.read, []
+    empty = Sums.empty
+
+    def counted(router: CalibratedRouter, num_layers: int, num_domains: int) -> Sums:
+        held.append(num_layers)
+        return empty(router, num_layers, num_domains)
+
+    def fail_at_the_last(self: Oracle, words: str, **options: Any) -> Reading:
+        calls.append(words)
+        if len(calls) == 24:
+            raise KeyboardInterrupt
+        return read(self, words, **options)
+
+    monkeypatch.setattr(Sums, "empty", counted)
+    monkeypatch.setattr(Oracle, "read", fail_at_the_last)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, tokenizer, texts(12), **options)
+    assert held == [1, 1]  # layers at a time
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-layers-0-0.pt",
+        "checkpoint-layers-1-1.pt",
+    ]
+    with pytest.raises(ValueError, match="checkpoints of groups of 2 layers, got .*-0-0"):
+        calibrate(model, tokenizer, texts(12), **options | {"memory": together})
+    resumed = calibrate(model, tokenizer, texts(12), **options)
+    assert len(calls) == 24 + 4  # texts 9 to 12 of the second group
+    assert told[-1].memory < together and len(told[-1].groups) == 2
+    assert "1 of 2 layers at a time: every text is read 2 times" in str(told[-1])
+    curve = whole.recipe["curve"]
+    assert resumed.recipe["curve"] == curve
+    assert curve[-1]["choice_loss"] != curve[0]["choice_loss"]  # the gates were trained
+    for name, one in whole.state_dict().items():
+        assert torch.equal(one, resumed.state_dict()[name]), name
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_large_model_takes() -> None:
+    """Llama-3.1-8B's layers: 32 of hidden size 4,096 with 8 KV heads."""
+    router = CalibratedRouter(
+        model="",
+        layers=range(32),
+        hidden_size=4096,
+        num_kv_heads=8,
+        experts=["expected"],
+        top_k=2,
+    )
+    needs = calibration_needs(router, CalibrationConfig(), itemsize=2)
+    assert needs.memory <= 8 << 30
+    assert [x for rows in needs.groups for x in rows] == list(range(32))
+    whole = calibration_needs(router, CalibrationConfig(), itemsize=2, memory=1 << 40)
+    assert len(whole.groups) == 1
+    # The equations by hand: 4 domains, (4096 + 3 + 2 * 8 + 1) features squared, float32.
+    assert needs.disk == whole.disk > 32 * 4 * 4116**2 * 4
+    with pytest.raises(ValueError, match=r"expected a memory of \d\.\d GiB or more, got 1\.0 GiB"):
+        calibration_needs(router, CalibrationConfig(), itemsize=2, memory=1 << 30)
+
+
+def test_no_more_memory_than_is_told() -> None:
+    """Of one wide layer, whose equations are what memory is taken by."""
+    router = CalibratedRouter(
+        model="", layers=[0], hidden_size=1000, num_kv_heads=1, experts=[], top_k=1
+    )
+    config = dataclasses.replace(SMALL, domains=3)
+    needs = calibration_needs(router, config, itemsize=4)
+
+    def run() -> None:
+        sums = Sums.empty(router, 1, 3)
+        sums.gram[:] = torch.eye(sums.gram.shape[-1])
+        solve(sums, router, 1e-3)
+
+    run()  # what libraries take once
+    assert 0.3 * needs.memory < peak_mib(run) * 2**20 < needs.memory
 
 
 def test_texts_that_are_alike_are_one_domain() -> None:

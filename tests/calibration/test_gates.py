@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moekv.calibration import gates
 from moekv.calibration.gates import SAY, choice_loss, estimate, ranking_loss, train_gates
-from moekv.calibration.ridge import fit_of, fit_ridge, solve_ridge
+from moekv.calibration.ridge import fit_of, set_experts, solve, solve_ridge
 
 
 def test_gates_follow_the_oracle_and_what_needs_no_fit() -> None:
@@ -41,14 +41,12 @@ def test_gates_learn_to_route_where_no_even_mix_fits() -> None:
     found.gate_weight.zero_()
     found.gate_bias.zero_()
     config = dataclasses.replace(SMALL, epochs=20, learning_rate=0.02, aux_loss_weight=0.001)
-    fit = fit_of(found)
-    with pytest.MonkeyPatch.context() as patch:  # the experts are those that were planted
-        patch.setattr(gates, "solve_ridge", lambda *args: fit)
-        curve = train_gates(sums, found, config)
+    # The experts are those that were planted.
+    curve = train_gates(sums.sample, [fit_of(found)] * 2, found, config)
     losses = [row["ranking_loss"] for row in curve]
     assert min(losses) < 0.7 * losses[0]
     # The best epoch's numbers were kept, whatever came after.
-    judged = sums.held_out[0]
+    judged = sums.sample.held_out[0]
     assert ranking_loss(mixed_by(found, judged), judged.target) < 0.75 * losses[0]
 
 
@@ -63,7 +61,8 @@ def test_training_stops_early_and_keeps_the_best_gates(monkeypatch: pytest.Monke
         return next(losses)
 
     monkeypatch.setattr(gates, "ranking_loss", ranking_loss)
-    curve = train_gates(sums, router, dataclasses.replace(SMALL, epochs=20))
+    fits = [fit_of(router)] * 2
+    curve = train_gates(sums.sample, fits, router, dataclasses.replace(SMALL, epochs=20))
     assert [row["ranking_loss"] for row in curve] == [0.5, 0.4, 0.45, 0.39, 0.41, 0.4, 0.39, 0.5]
     changed = [not torch.equal(a, b) for a, b in itertools.pairwise([*weights, router.gate_weight])]
     assert changed == [False, True, False, True, False, False, False, False]
@@ -80,18 +79,22 @@ def test_gates_are_trained_on_what_the_fit_is_out_of_its_domain() -> None:
     found = random_router(model, seed=2, experts=("expected",))
     found.gate_weight.zero_()
     found.gate_bias.zero_()
-    fit_ridge(sums, found, 1e-3)
-    gram, moment = sums.total(without=0)
-    torch.testing.assert_close(gram, sums.gram[1].double())
-    torch.testing.assert_close(moment, sums.moment[1].double())
+    solved = solve(sums, found, SMALL.ridge)
+    set_experts(found, solved)
+    for row in range(2):
+        gram, moment = sums.total(row, without=0)
+        torch.testing.assert_close(gram, sums.gram[1, row].double())
+        torch.testing.assert_close(moment, sums.moment[1, row].double())
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gates, "estimate", lambda *args: seen.append(args[2:]) or estimate(*args))
-        curve = train_gates(sums, found, dataclasses.replace(SMALL, epochs=8, learning_rate=0.02))
+        settings = dataclasses.replace(SMALL, epochs=8, learning_rate=0.02)
+        curve = train_gates(sums.sample, solved.without, found, settings)
     for number in range(12):
-        own = solve_ridge(*sums.total(without=number % 2), 64, SMALL.ridge)
-        for part, wanted in zip(seen[number][0], own, strict=True):
-            torch.testing.assert_close(part, wanted)
+        for row in range(2):
+            own = solve_ridge(*sums.total(row, without=number % 2), 64, SMALL.ridge)
+            for part, wanted in zip(seen[number][0], own, strict=True):
+                torch.testing.assert_close(part[row], wanted)
     assert min(row["ranking_loss"] for row in curve) < curve[0]["ranking_loss"]
     trust = [
         found.gate(layer, torch.empty(0))(readings[0].hidden[layer][None]).shares.mean((0, 1))

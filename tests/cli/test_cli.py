@@ -13,7 +13,8 @@ from transformers import DynamicCache
 
 import moekv
 from moekv.calibration.config import CalibrationConfig
-from moekv.cli import demo, info
+from moekv.calibration.needs import MEMORY
+from moekv.cli import info, trial
 from moekv.cli.main import main
 
 STORY = "The tide covers the causeway twice a day. " * 8
@@ -104,10 +105,11 @@ def test_help_of_calibrate_tells_the_defaults(capsys: pytest.CaptureFixture[str]
     assert main(["calibrate", "--help"]) == 0
     out = lines(capsys)
     config = CalibrationConfig()
-    for name in ("length", "top_k", "exponent", "seed"):
+    for name in ("length", "top_k", "samples", "exponent", "seed"):
         option = f"--{name.replace('_', '-')}"
         assert re.search(rf"{option} .*?default: \(?{getattr(config, name)}[;\])]", out), name
     assert f"default: ({', '.join(config.experts)})" in out
+    assert re.search(rf"--memory GIB .*?default: {MEMORY / 2**30}[;\]]", out)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +131,7 @@ def test_help_of_calibrate_tells_the_defaults(capsys: pytest.CaptureFixture[str]
         (["ask", __file__, "--device", "toaster"], "expected a --device that is there"),
         (["ask", __file__, "--ratio", "1.5"], "compression_ratio"),
         (["calibrate", "missing.txt", "--out", __file__], "expected a folder for the router"),
+        (["calibrate", "missing.txt", "--out", "nowhere"], "missing.txt"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -193,8 +196,8 @@ def test_demo_on_a_local_folder(
     assert "Full cache ┃ 50 % removed ┃ 75 % removed" in out
     # 2 layers, keys and values, 2 heads of 16 numbers of 4 bytes.
     sizes = [length, length // 2, length // 4]
-    mebibytes = " │ ".join(f"{2 * 2 * 2 * 16 * 4 * n / 2**20:.2f} MiB" for n in sizes)
-    assert f"KV cache │ {mebibytes}" in out
+    kibibytes = " │ ".join(f"{2 * 2 * 2 * 16 * 4 * n / 2**10:.1f} KiB" for n in sizes)
+    assert f"KV cache │ {kibibytes}" in out
     shares = " │ ".join(f"{100 * n / length:.1f} %" for n in sizes)
     assert f"of the full cache's bytes │ {shares}" in out
     assert re.search(r"of it in the press │ - │ \d\.\d{3} s", out)
@@ -219,10 +222,10 @@ def test_cache_bytes_counts_each_storage_once() -> None:
     both = torch.zeros(2, 1, 2, 10, 16)
     cache.update(both[0], both[1], 0)
     cache.layers[0].keys, cache.layers[0].values = both[0], both[1]
-    assert demo.cache_bytes(cache) == both.nbytes
+    assert trial.cache_bytes(cache) == both.nbytes
     # A view of a part still holds the whole.
     cache.layers[0].keys = both[0, :, :, :1]
-    assert demo.cache_bytes(cache) == both.nbytes
+    assert trial.cache_bytes(cache) == both.nbytes
 
 
 def _demo(folder: Path, story: Path, *more: str) -> list[str]:

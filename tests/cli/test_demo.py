@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import moekv
-from moekv.cli import demo
+from moekv.cli import demo, trial
 
 README = Path(__file__).parents[2] / "README.md"
 GUIDE = README.parent / "docs" / "moe_router_guide.md"
@@ -52,12 +52,12 @@ def test_the_tokenizer_is_that_of_the_model(real_model: Loaded) -> None:
 def test_demo_text(real_model: Loaded) -> None:
     """At least 1,500 tokens, which have every fact that is asked for."""
     _, tokenizer = real_model
-    prompt = demo.Prompt(tokenizer, demo._story(), None)
+    prompt = trial.Prompt(tokenizer, demo._story(), None)
     assert prompt.ids.shape[1] >= 1500
     assert all(question.facts[0] in prompt.text for question in demo.QUESTIONS)
     # Context and question together are the chat that the model was trained on.
     ids = torch.cat([prompt.ids, prompt.question_ids("Why?")], 1)[0]
-    content = f"{prompt.text}\n\n{demo.INSTRUCTION} Why?"
+    content = f"{prompt.text}\n\n{trial.INSTRUCTION} Why?"
     whole = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )
@@ -65,7 +65,7 @@ def test_demo_text(real_model: Loaded) -> None:
 
 
 def test_demo(real_model: Loaded) -> None:
-    prompt = demo.Prompt(real_model[1], demo._story(), 700)
+    prompt = trial.Prompt(real_model[1], demo._story(), 700)
     asked = sum(question.facts[0] in prompt.text for question in demo.QUESTIONS)
     assert 0 < asked < len(demo.QUESTIONS)
     command = ["demo", "--context-tokens", "700", "--ratio", "0.5", "--max-new-tokens", "12"]

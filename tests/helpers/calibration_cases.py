@@ -7,7 +7,7 @@ from torch import Tensor
 from moekv import CalibratedRouter, CalibrationConfig
 from moekv.calibration.gates import Mixture, estimate
 from moekv.calibration.oracle import Reading
-from moekv.calibration.ridge import Sums
+from moekv.calibration.ridge import Sample, Sums
 from moekv.experts.learned import places
 
 WORDS = [f"w{i}" for i in range(100)]
@@ -52,9 +52,9 @@ def mixed_by(router: CalibratedRouter, reading: Reading) -> Tensor:
 def gather(
     router: CalibratedRouter, readings: list[Reading], held_out: int = 0, domains: int = 2
 ) -> Sums:
-    sums = Sums.empty(router, domains)
-    for number, reading in enumerate(readings[held_out:]):
-        sums.add(reading, number % domains)
-        sums.domains.append(number % domains)
-    sums.sample, sums.held_out = readings[held_out:], readings[:held_out]
+    sums = Sums.empty(router, len(router.layers), domains)
+    of = [number % domains for number in range(len(readings) - held_out)]
+    for domain, reading in zip(of, readings[held_out:], strict=True):
+        sums.add(reading, domain)
+    sums.sample = Sample(readings[held_out:], of, readings[:held_out])
     return sums

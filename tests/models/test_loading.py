@@ -91,4 +91,4 @@ def test_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_folder_without_a_model_is_an_error(tmp_path: Path) -> None:
     tiny_model().config.save_pretrained(tmp_path)
     with pytest.raises((OSError, ValueError)):
-        models.load_model(str(tmp_path), torch.float32)
+        models.load_model(str(tmp_path), dtype=torch.float32)

@@ -95,7 +95,7 @@ def test_every_pair_stays_where_quantising_makes_the_room(
         assert stats["compression"]["evicted"] == stats["cache"]["evictions"] == 0
         assert stats["compression"]["ratio"] > 0.6
         press.summary()
-        assert "and no pair" in capsys.readouterr().out
+        assert "of the bytes, no pair: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("pairs", QUANTISED)

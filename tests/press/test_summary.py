@@ -63,5 +63,5 @@ def test_summary_says_what_was_done_in_ten_lines(capsys: pytest.CaptureFixture[s
         assert part in out
     sums = [sum(layer["kept_pairs"]) for layer in stats["layer_stats"].values()]
     assert f"{min(sums)} pairs" in out and str(max(sums)) in out
-    assert "expected 90.0%" in out and "selective" in out and "MB held" in out
+    assert "expected 90.0%" in out and "selective" in out and "iB held" in out
     del cache

@@ -75,6 +75,10 @@ def test_the_library_of_the_wheel_loads(built: Path, tmp_path: Path) -> None:
     assert done.stdout.split(" ", 1) == [f"{tmp_path}/moekv/ops/__init__.py", "None [0, 1, 1, 2]\n"]
 
 
+def test_the_version_is_the_same_everywhere() -> None:
+    assert f"\nversion: {moekv.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def test_builds_against_the_torch_that_is_there() -> None:
     assert build_backend.find_torch() == Path(torch.__file__).parent
     assert "torch" not in "".join(build_backend.get_requires_for_build_wheel())

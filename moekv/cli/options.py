@@ -1,0 +1,64 @@
+"""Options that several commands take."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+
+class DType(str, Enum):
+    """Dtypes of weights."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Hub id or local folder.", show_default="SmolLM2-135M-Instruct"
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Where the model runs.", show_default="the GPU if there is one"),
+]
+Weights = Annotated[DType, typer.Option("--dtype", help="Dtype of the weights.")]
+Experts = Annotated[
+    int | None,
+    typer.Option(
+        "--num-experts", min=1, metavar="N", help="Routed experts.", show_default="as the press"
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        "--top-k", min=1, metavar="K", help="Experts of a token.", show_default="as the press"
+    ),
+]
+Router = Annotated[
+    str | None,
+    typer.Option(
+        "--router",
+        metavar="TYPE",
+        help="How tokens are routed, such as pikv or adaptive.",
+        show_default="as the press",
+    ),
+]
+Budget = Annotated[
+    str,
+    typer.Option(
+        metavar="KIND", help="What the budget is set over: uniform, layer, head or model."
+    ),
+]
+Pairs = Annotated[
+    str,
+    typer.Option(metavar="FORMAT", help="How pairs are stored: 16 bits, k8v8, k8v4, k4v4 or auto."),
+]
+Backend = Annotated[str, typer.Option(metavar="NAME", help="What computes: cpu, cuda or torch.")]
+NewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, metavar="N", help="Tokens of an answer at most.")
+]
