@@ -28,7 +28,7 @@ def check_file(path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[str]:
-    """Give a temporary name to write to; at the end the file takes its place.
+    """Return a temporary name to write to; at the end the file takes its place.
 
     A crash or an exception leaves what was there before. What a symbolic link points to is
     replaced, and not the link. A file that is replaced hands its mode on; a new one has the mode

@@ -81,7 +81,7 @@ def check_cache(
 
 
 def is_static(cache: Any) -> bool:
-    """Say whether a cache has static layers."""
+    """Return whether a cache has static layers."""
     return isinstance(cache, Cache) and any(isinstance(x, StaticLayer) for x in cache.layers)
 
 

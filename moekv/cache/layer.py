@@ -137,7 +137,7 @@ class CompressedLayer(CacheLayerMixin):
         """Drop the last pairs of every head, which all of them have."""
 
     def hold_run(self, run: int | None) -> None:
-        """Say how many of the last positions no head lacks; None: all of them."""
+        """Return how many of the last positions no head lacks; None: all of them."""
         self.run = self.context_length if run is None else run
 
     # -- what transformers asks of every layer -----------------------------------------------------
@@ -245,7 +245,7 @@ class CompressedLayer(CacheLayerMixin):
         """Give batch row b the pairs of row ``indices[b]``."""
 
     def taken(self) -> tuple[int, int]:
-        """Say when pairs are handed out, for :meth:`has_lost`."""
+        """Return when pairs are handed out, for :meth:`has_lost`."""
         return self.num_moves, self.num_branches
 
     def _branch(self) -> None:

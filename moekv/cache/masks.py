@@ -31,7 +31,7 @@ class Offset(int):
 
 
 def offset_of(layer: "CompressedLayer | CompactStaticLayer", offset: int) -> int:
-    """Say where a layer's mask begins, so that the mask is checked when it is made."""
+    """Return where a layer's mask begins, so that the mask is checked when it is made."""
     if torch.compiler.is_compiling() or not layer.context_length:
         return offset
     marked = Offset(offset)

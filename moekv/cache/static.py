@@ -124,7 +124,7 @@ class CompactStaticLayer(StaticLayer):
             self.evicted.zero_()
 
     def set_evicted(self, count: int) -> None:
-        """Say how many pairs have left each head of a layer whose slots are filled already."""
+        """Return how many pairs have left each head of a layer whose slots are filled already."""
         self._num_evicted = count
         self.evicted.fill_(count)
 

@@ -23,8 +23,8 @@ _SOFT = 0.4  # log-attention from a threshold at which the training's choice is 
 SHARES = (0.5, 0.25, 0.1)
 """Shares of the pairs that a budget may keep, by which a ranking is judged."""
 
-SAY = 0.5
-"""Weight of comparable experts in what the gates are to rank by, beside the oracle."""
+COMPARABLE_WEIGHT = 0.5
+"""Weight of comparable experts' scores in the target of the gates, beside the oracle's."""
 
 
 @dataclass
@@ -49,8 +49,8 @@ def estimate(router: CalibratedRouter, reading: Reading, fit: Fit | None = None)
     Returns
     -------
     Estimates
-        Their target is the oracle's, and of comparable experts ``SAY`` times their scores: the
-        oracle reads the text once, in order, and what is asked later may be something else.
+        Their target is the oracle's, and ``COMPARABLE_WEIGHT`` times the scores of comparable
+        experts: the oracle reads the text once, in order, and later questions may be others.
     """
     weight, place, novelty, bias = fit or fit_of(router)
     learned = weight @ reading.hidden.float().mT + place @ reading.where.t()
@@ -60,7 +60,7 @@ def estimate(router: CalibratedRouter, reading: Reading, fit: Fit | None = None)
     target = reading.target.clone()
     for number, expert in enumerate(router.experts[1:], 1):
         if expert.comparable:
-            target += SAY * scores[:, number]
+            target += COMPARABLE_WEIGHT * scores[:, number]
     return Estimates(reading.hidden, scores, target)
 
 

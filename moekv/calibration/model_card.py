@@ -38,7 +38,7 @@ and the loss after every epoch.
 
 
 def facts(router: CalibratedRouter) -> dict[str, str]:
-    """Say for which model a router is, what it consists of and how it was fitted."""
+    """Return which model a router is for, what it consists of and how it was fitted."""
     recipe = router.recipe
     found = {
         "fingerprint": f"`{short(router.model)}`",

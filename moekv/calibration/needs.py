@@ -54,7 +54,7 @@ def calibration_needs(
     itemsize: int,
     memory: int = MEMORY,
 ) -> Needs:
-    """Say what a calibration takes, and divide the layers into groups so that it fits.
+    """Return what a calibration takes, and divide the layers into groups so that it fits.
 
     Parameters
     ----------

@@ -16,7 +16,7 @@ PLACES = 3
 
 
 def num_features(router: CalibratedRouter) -> int:
-    """Give the width F of :func:`features`."""
+    """Return the width F of :func:`features`."""
     return router.hidden_size + PLACES + len(router.experts) * router.num_kv_heads + 1
 
 
@@ -189,7 +189,7 @@ def solve(sums: Sums, router: CalibratedRouter, strength: float) -> Solved:
 
 
 def fit_of(router: CalibratedRouter) -> Fit:
-    """Give what a router has of :func:`solve_ridge`."""
+    """Return a router's own values for :func:`solve_ridge`."""
     return (
         router.surrogate_weight,
         router.surrogate_place,

@@ -221,7 +221,7 @@ class CalibratedRouter(
             raise ValueError(f"{error}: {given}; `moekv calibrate` makes a router for it") from None
 
     def surrogate(self, index: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Say what the ``learned`` expert of a layer adds to what it reads of hidden states.
+        """Return what the ``learned`` expert of a layer adds to what it reads of hidden states.
 
         Parameters
         ----------
@@ -287,7 +287,7 @@ class CalibratedRouter(
         return gain, offset
 
     def gate(self, index: int, like: Tensor, *, backend: str = "auto") -> CalibratedGate:
-        """Give the gate of a layer, for the device and the dtype of some hidden states. Frozen.
+        """Return the gate of a layer, for the device and the dtype of some hidden states. Frozen.
 
         It keeps no history, so that whoever asks for the same one shares it.
         """
@@ -339,7 +339,7 @@ def _model_of(folder: Path) -> str:
 
 
 def is_folder(name: str) -> bool:
-    """Say whether a router's name is that of a folder rather than one on the hub.
+    """Return whether a router's name is that of a folder rather than one on the hub.
 
     Raises
     ------

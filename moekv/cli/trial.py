@@ -34,7 +34,7 @@ class Question:
     facts: tuple[str, ...] = ()
 
     def is_right(self, answer: str) -> bool | None:
-        """Say whether an answer is right, None where that is not known."""
+        """Return whether an answer is right, None where that is not known."""
         if not self.facts:
             return None
         return any(fact.lower() in answer.lower() for fact in self.facts)

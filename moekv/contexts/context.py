@@ -296,7 +296,7 @@ def load_context(
 
 
 def turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Say what stands before a document, and between a question and its answer."""
+    """Return what comes before a document, and between a question and its answer."""
     return user_turn(tokenizer) or (tokenizer.bos_token or "", "\nAnswer:")
 
 

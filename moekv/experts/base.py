@@ -27,7 +27,7 @@ class Expert(ABC):
         Whether real pairs never score infinitely (NaN aside), so that nobody has to look.
     needs_hidden_states : bool
         Whether it rates only where the hidden states of all pairs are at hand, as after a prefill.
-        Where a cache goes on growing its say goes to the others.
+        Where a cache goes on growing, its share goes to the others.
     waits : bool
         Whether :meth:`scores` needs neither hidden states nor queries of the view nor what the
         layer's forward got, so that it can wait for further layers (``LayerView.released``).
@@ -41,7 +41,7 @@ class Expert(ABC):
     waits: bool = False
 
     def can_rate(self, view: LayerView) -> bool:
-        """Say whether a view has what the expert needs."""
+        """Return whether a view has what the expert needs."""
         return view.aligned or not self.needs_hidden_states
 
     @abstractmethod

@@ -188,7 +188,7 @@ def read_starts(mask: Tensor) -> tuple[int, ...]:
 
 
 def _row_of(pairs: Tensor) -> tuple[int, ...]:
-    """Give the sizes of all the pairs of a token: rows, heads, channels."""
+    """Return the sizes of all the pairs of a token: rows, heads, channels."""
     batch, heads, _, dim = pairs.shape
     return batch, heads, dim
 

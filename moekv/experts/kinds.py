@@ -13,5 +13,5 @@ class KindExpert(Expert):
     waits = True
 
     def scores(self, view: LayerView) -> Tensor:
-        """Give the native score as it is."""
+        """Return the native score as it is."""
         return view.scores_of(self.kinds[0])

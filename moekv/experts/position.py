@@ -68,5 +68,5 @@ class PositionExpert(Expert):
         return -torch.minimum(from_start, from_end)
 
     def kept(self, length: int, compression_ratio: float) -> int:
-        """Count the pairs of the two regions; the compression ratio has no say."""
+        """Count the pairs of the two regions; the compression ratio does not matter."""
         return sum(self.regions(length))

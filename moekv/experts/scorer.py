@@ -9,7 +9,7 @@ from moekv.experts.view import LayerView
 
 
 class PressExpert(Expert):
-    """Any kvpress scorer as an expert; its own ``compression_ratio`` has no say.
+    """Any kvpress scorer as an expert; its own ``compression_ratio`` is not used.
 
     Parameters
     ----------

@@ -238,7 +238,7 @@ class LayerView:
         return (looks * near).sum(-2).clamp(min=1e-36).log() / 2
 
     def _behind(self) -> Tensor:
-        """Give what the tokens ask where they stand behind the last one: [B, Hq, N, D]."""
+        """Return what the tokens ask where they stand behind the last one: [B, Hq, N, D]."""
         given = self.module, self.hidden_states, self.kwargs, self.rotary
         if self.asked is None:
             return next_queries(*given)

@@ -98,7 +98,7 @@ def short(name: str) -> str:
 
 
 def distance(one: str, other: str) -> float:
-    """Say how far the weights of two models are apart.
+    """Return how far the weights of two models are apart.
 
     Parameters
     ----------
@@ -158,7 +158,7 @@ def check_same(name: str, model: PreTrainedModel, what: str) -> float:
 
 
 def describe(name: str, own: str) -> str:
-    """Say how another model differs from one's own."""
+    """Return how another model differs from one's own."""
     parts, mine = _parts(name), _parts(own)
     if parts is None or mine is None:
         return f"{name[:60]!r}, which is no fingerprint of this version of moekv"

@@ -104,14 +104,14 @@ def _hidden_size(layer: nn.Module) -> int | None:
 
 
 def reads_dense(layer: nn.Module, rotary: nn.Module | None = None) -> bool:
-    """Say whether an attention layer can read dense pairs alone."""
+    """Return whether an attention layer can read dense pairs alone."""
     habits = habits_of(layer, rotary)
     is_wide = habits.head_dim > MAX_HEAD_DIM
     return implementation_of(layer) == "eager" or is_wide or not habits.hands_over
 
 
 def follows_masks(layer: nn.Module, rotary: nn.Module | None = None) -> bool:
-    """Say whether each layer's attention can be given a mask of its own length.
+    """Return whether each layer's attention can be given a mask of its own length.
 
     It cannot where the model's own file attends, cuts a mask, or reads latents of all heads, and
     where a mask is no tensor (flex attention).

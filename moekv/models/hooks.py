@@ -92,7 +92,7 @@ def cache_argument(module: nn.Module, cache: Cache) -> dict[str, Cache]:
 
 
 def is_prefill(kwargs: Mapping[str, Any], layer: Any, num_tokens: int) -> bool:
-    """Say whether an attention layer has just been fed the beginning of a text.
+    """Return whether an attention layer has just been fed the beginning of a text.
 
     Parameters
     ----------
@@ -168,7 +168,7 @@ def _inside(layer: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    """Say whether a module is a decoder's attention layer, by its name and what it takes."""
+    """Return whether a module is a decoder's attention layer, by its name and what it takes."""
     name = type(module).__name__
     return (
         isinstance(getattr(module, "layer_idx", None), int)
@@ -207,7 +207,7 @@ def _needed(kind: Any) -> tuple[str, ...]:
 
 
 def takes(layer: nn.Module, name: str) -> bool:
-    """Say whether an attention layer's forward takes an argument of this name."""
+    """Return whether an attention layer's forward takes an argument of this name."""
     return name in _parameters(_kind(layer)) or _takes_any(_kind(layer))
 
 
@@ -218,7 +218,7 @@ def _takes_any(kind: Any) -> bool:
 
 
 def names(layer: nn.Module, name: str) -> bool:
-    """Say whether an attention layer's forward names an argument so."""
+    """Return whether an attention layer's forward names an argument so."""
     return name in _parameters(_kind(layer))
 
 
@@ -241,7 +241,7 @@ def option(config: Any, name: str) -> Any:
 
 
 def is_sliding(layer: Any, config: Any = None) -> bool:
-    """Say whether an attention layer sees anything but the whole past.
+    """Return whether an attention layer sees anything but the whole past.
 
     A window that no text of the model's fills hides nothing (Phi-3.5, Phi-4).
 
@@ -270,7 +270,7 @@ def is_sliding(layer: Any, config: Any = None) -> bool:
 
 
 def looks_up(layer: nn.Module) -> bool:
-    """Say whether an attention layer calls a function that is looked up by name."""
+    """Return whether an attention layer calls a function that is looked up by name."""
     return _looks_up(_kind(layer))
 
 
@@ -314,7 +314,7 @@ def lent_rotary(decoder: nn.Module, layers: Iterable[nn.Module]) -> Iterator[Non
 
 
 def is_pressed(layer: nn.Module) -> bool:
-    """Say whether a kvpress press has a hook on an attention layer."""
+    """Return whether a kvpress press has a hook on an attention layer."""
     owners = (getattr(hook, "__self__", None) for hook in layer._forward_hooks.values())
     kinds = (kind for owner in owners for kind in type(owner).__mro__)
     return any(kind.__module__.partition(".")[0] == "kvpress" for kind in kinds)

@@ -147,7 +147,7 @@ def turns(
     steps: range,
     rotary: nn.Module | None = None,
 ) -> Any:
-    """Give the rotations so many steps from the last token's, as a layer's forward is given them.
+    """Return the rotations so many steps from the last token's, as a layer's forward is given them.
 
     The last token's own is turned on by as much as the embedding turns in so many steps: where
     positions are no places in the text, as behind an image (M-RoPE), that one alone knows them.
@@ -186,7 +186,7 @@ def _each(turn: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def turn_by(begin: Turn, end: Turn) -> Turn:
-    """Give the rotation, without its scale, that leads from one to another."""
+    """Return the rotation, without its scale, that leads from one to another."""
     (a, b), (c, d) = ([x.float() for x in turn] for turn in (begin, end))
     scale = a * a + b * b
     return (a * c + b * d) / scale, (a * d - b * c) / scale
@@ -251,7 +251,7 @@ def learn_rotation(
 
 
 def logit_options(module: nn.Module, asked: Asked | None, dim: int) -> dict[str, float]:
-    """Say how a layer makes logits of the products of queries and keys.
+    """Return how a layer makes logits of the products of queries and keys.
 
     Parameters
     ----------

@@ -27,7 +27,7 @@ def language_model(model: Any) -> Any:
 
 
 def has_weight(module: nn.Module) -> bool:
-    """Say whether a module has a weight of its own, or is PEFT's layer around one that has."""
+    """Return whether a module has a weight of its own, or is PEFT's layer around one that has."""
     return any(hasattr(module, name) for name in ("weight", "base_layer", *_READERS))
 
 
@@ -124,7 +124,7 @@ def _adapters(module: Any) -> Tensor | None:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Say where a module calculates: where its weights are, or accelerate takes them to."""
+    """Return the device on which a module computes: where its weights are, or accelerate takes them to."""
     for child in module.modules():
         hook: Any = getattr(child, "_hf_hook", None)
         for each in (hook, *getattr(hook, "hooks", ())):
@@ -147,7 +147,7 @@ def mesh_of(model: Any) -> Any:
 
 
 def shard_of(model: Any) -> str:
-    """Say which part of a model this process has, such as ``"0/2"``; ``"0/1"``: all of it."""
+    """Return which part of a model this process has, such as ``"0/2"``; ``"0/1"``: all of it."""
     mesh = mesh_of(model)
     return "0/1" if mesh is None else f"{mesh.get_local_rank()}/{mesh.size()}"
 

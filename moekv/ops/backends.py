@@ -60,7 +60,7 @@ _native = frozenset(name for name, failure in FAILURES.items() if failure is Non
 
 
 def available_backends() -> dict[str, str | None]:
-    """Say which backends can be used.
+    """Return which backends can be used.
 
     Returns
     -------

@@ -34,7 +34,7 @@ class PairLayout(NamedTuple):
 
 
 def pair_layout(pairs: str, head_dim: int, value_dim: int) -> PairLayout:
-    """Say what one quantised pair takes.
+    """Return what one quantised pair takes.
 
     Parameters
     ----------
@@ -65,5 +65,5 @@ def pair_layout(pairs: str, head_dim: int, value_dim: int) -> PairLayout:
 
 
 def largest_power_of_two(dim: int) -> int:
-    """Give the largest power of two that divides a head dim: the width of its transform."""
+    """Return the largest power of two that divides a head dim: the width of its transform."""
     return dim & -dim

@@ -25,7 +25,7 @@ from moekv.routing.mixing import order
 
 
 def choose(ratings: Sequence[Rating], plan: Plan) -> list[Kept | None]:
-    """Say what each layer keeps; None where everything stays.
+    """Return what each layer keeps; None where everything stays.
 
     The one place where a dominant policy and a model's budget wait for the device.
     """

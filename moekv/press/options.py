@@ -45,7 +45,7 @@ class DecodingConfig:
         Pairs of a head after each compression; at least 1.
     interval : int
         Tokens between two compressions; at least 1. The more, the less a token pays for them, and
-        the more queries (at most the press's ``window``) have a say.
+        the more queries (at most the press's ``window``) count.
 
     Raises
     ------
@@ -183,7 +183,7 @@ class Options:
         return self.evicts or self.quantises
 
     def in_format(self, sizes: tuple[int, int, torch.dtype] | None) -> Options:
-        """Say what ``pairs="auto"`` stands for.
+        """Return what ``pairs="auto"`` stands for.
 
         Parameters
         ----------
@@ -281,7 +281,7 @@ def _check_no_class(router: object) -> None:
 
 
 def _cache_aware(asked: bool | None, router_type: str | BaseMoERouter) -> bool:
-    """Say whether routers are to follow the history that they have."""
+    """Return whether routers are to follow the history that they have."""
     has_history = router_type == "pikv" or getattr(router_type, "cache_aware", False)
     if asked and not has_history:
         name = router_type if isinstance(router_type, str) else type(router_type).__name__
@@ -293,7 +293,7 @@ def _cache_aware(asked: bool | None, router_type: str | BaseMoERouter) -> bool:
 
 
 def _calibrated(given: Mapping[str, Any]) -> CalibratedRouter | str | None:
-    """Say which calibrated router is to be the shared expert, if any."""
+    """Return which calibrated router is to be the shared expert, if any."""
     router, shared = given["router"], given["shared"]
     if router not in (None, "auto"):
         if not isinstance(router, CalibratedRouter | str):

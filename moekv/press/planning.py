@@ -227,7 +227,7 @@ class Planner:
         )
 
     def _automatic(self, options: Options, rater: Rater, cache: Any) -> str:
-        """Say which budget ``"auto"`` stands for; whoever else needs dense layers is named once."""
+        """Return the budget that ``"auto"`` stands for; a warning names who else needs dense."""
         if options.policy == "dominant" or not rater.compares:
             return "uniform"
         reader = "a static cache" if is_static(cache) else None

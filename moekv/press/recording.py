@@ -58,7 +58,7 @@ def recording_of(
 
 
 def _weights(ratings: Sequence[Rating]) -> list[Tensor]:
-    """Give the experts' weights [B, T, E] in each layer, which were rated some at once."""
+    """Return the experts' weights [B, T, E] in each layer, which were rated some at once."""
     found: list[Tensor] = []
     while len(found) < len(ratings):
         found += ratings[len(found)].seen.shares.unbind()
@@ -81,7 +81,7 @@ def _layer(
 
 
 def _experts(voter: Tensor, num_voters: int, weights: Tensor, rater: Rater) -> Tensor:
-    """Say which expert stands behind each voter [B, H, T].
+    """Return which expert stands behind each voter [B, H, T].
 
     Several experts may vote as one: those of a calibrated router, and a policy that has one rule.
     The one with the highest weight [B, T, E] at the token then stands for them.

@@ -279,7 +279,7 @@ def _is_compiled_step(tokens: Any, kwargs: Mapping[str, Any]) -> bool:
 
 
 def is_in_session(decoder: nn.Module) -> bool:
-    """Say whether a press is at work on a decoder."""
+    """Return whether a press is at work on a decoder."""
     hooks = decoder._forward_pre_hooks.values()
     return any(isinstance(getattr(hook, "__self__", None), Session) for hook in hooks)
 

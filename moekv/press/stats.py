@@ -216,7 +216,7 @@ class Statistics:
             self._cache, self._most = weakref.ref(cache), most
 
     def _held(self) -> HeldCache:
-        """Say what the cache that was compressed last holds by now."""
+        """Return what the cache that was compressed last holds by now."""
         cache = None if self._cache is None else self._cache()
         layers = [] if cache is None else [cache.layers[i] for i in self.kept]
         layers = [layer for layer in layers if layer.is_initialized]

@@ -33,7 +33,7 @@ def print_summary(name: str, stats: Stats) -> None:
 
 
 def _lines(stats: Stats) -> dict[str, str]:
-    """Give a line to each thing worth knowing, by its label."""
+    """Return a line for each thing worth knowing, by its label."""
     budget, compression, cache = stats["budget"], stats["compression"], stats["cache"]
     layers = stats["layer_stats"]
     lines = {

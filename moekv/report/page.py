@@ -61,7 +61,7 @@ def write_page(
 
 
 def _tokens(input_ids: Tensor | Sequence[int], recording: Recording, row: int) -> list[int]:
-    """Give the real tokens of a row."""
+    """Return the real tokens of a row."""
     try:
         ids = torch.as_tensor(input_ids)
     except (TypeError, ValueError, RuntimeError):

@@ -314,7 +314,7 @@ class BaseMoERouter(nn.Module):
         return Gate(gate.weights, gate.experts, gate.load, gate.entropy, balance_loss)
 
     def _history_bias(self, hit_rates: Tensor | None) -> Tensor | None:
-        """Say how the history, `hit_rates` included, biases the choice: [E] or [B, E]; or None."""
+        """Return how the history, with `hit_rates`, biases the choice: [E] or [B, E]; or None."""
         return None
 
     def _gate(

@@ -46,7 +46,7 @@ def standardise(scores: Tensor, real: Tensor | None) -> Tensor:
 
 
 def is_silent(standardised: Tensor) -> Tensor:
-    """Say of which experts nothing counts, in no row and no head: [E], bool."""
+    """Return the experts of which nothing counts, in no row and no head: [E], bool."""
     return (standardised == -torch.inf).flatten(1).all(1)
 
 

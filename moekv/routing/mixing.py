@@ -21,12 +21,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Votes:
-    """What the experts of one layer say of its pairs. V voters, B rows.
+    """Scores of one layer's pairs, and the shares of who gave them. V voters, B rows.
+
+    A voter is an expert, or several that share one scale.
 
     Attributes
     ----------
     scores : Tensor [V, B, H, T], float32
-        Higher is better. NaN and -inf have no say.
+        Higher is better. NaN and -inf do not count.
     shares : Tensor [V, B], float32
         Of the budget; they sum to 1 in each row.
     comparable : tuple of V bool
@@ -83,7 +85,7 @@ def order(
     -------
     list of L Tensor [B, H, T], float32
         Higher is better: minus the lowest rank over the voters, each divided by the voter's share;
-        -inf where none has a say. The scores themselves where a single voter's are comparable, or
+        -inf where none counts. The scores themselves where a single voter's are comparable, or
         no heads are compared.
     """
     if votes[0].is_exact or (budget == "uniform" and len(votes[0].comparable) == 1):
@@ -107,7 +109,7 @@ def _order(votes: Sequence[Votes], real: Sequence[Tensor | None], num_heads: int
 
 
 def speakers(votes: Sequence[Votes], budget: str, real: Sequence[Tensor | None]) -> list[Tensor]:
-    """Say which voter gave each pair its place in the order, the first of those that agree.
+    """Return which voter gave each pair its place in the order, the first of those that agree.
 
     Parameters
     ----------
@@ -119,7 +121,7 @@ def speakers(votes: Sequence[Votes], budget: str, real: Sequence[Tensor | None])
     Returns
     -------
     list of L Tensor [B, H, T], uint8
-        Numbers of voters; 0 where none has a say.
+        Numbers of voters; 0 where none counts.
     """
     if budget == "model":
         return _speakers(votes, real, sum(each.shape[1] for each in votes))
@@ -133,7 +135,7 @@ def speakers(votes: Sequence[Votes], budget: str, real: Sequence[Tensor | None])
 def _speakers(
     votes: Sequence[Votes], real: Sequence[Tensor | None], num_heads: int
 ) -> list[Tensor]:
-    """Say which voter gave each pair of layers that share a budget its place."""
+    """Return which voter gave each pair of layers that share a budget its place."""
     best = [torch.full_like(x.scores[0], torch.inf) for x in votes]
     voters = [torch.zeros_like(x, dtype=torch.uint8) for x in best]
     if len(votes[0].comparable) == 1:
@@ -148,7 +150,7 @@ def _speakers(
 def _ranks(
     votes: Sequence[Votes], real: Sequence[Tensor | None], num_heads: int
 ) -> Iterator[Iterator[Tensor]]:
-    """Give each voter's ranks of the pairs of each layer, divided by its share; inf: no say."""
+    """Return each voter's ranks of the pairs of each layer, divided by its share; inf: none."""
     for voter, comparable in enumerate(votes[0].comparable):
         scores = [_telling(x.scores[voter], on) for x, on in zip(votes, real, strict=True)]
         together = comparable and num_heads > 1

@@ -11,7 +11,13 @@ from tiny_models import tiny_model
 from torch import Tensor
 
 from moekv.calibration import gates
-from moekv.calibration.gates import SAY, choice_loss, estimate, ranking_loss, train_gates
+from moekv.calibration.gates import (
+    COMPARABLE_WEIGHT,
+    choice_loss,
+    estimate,
+    ranking_loss,
+    train_gates,
+)
 from moekv.calibration.ridge import fit_of, set_experts, solve, solve_ridge
 
 
@@ -21,7 +27,7 @@ def test_gates_follow_the_oracle_and_what_needs_no_fit() -> None:
     given = estimate(router, reading)
     expected = router.gain[:, 2, :, None] * reading.scores[:, 1] + router.offset[:, 2, :, None]
     torch.testing.assert_close(given.scores[:, 2], expected)
-    torch.testing.assert_close(given.target, reading.target + SAY * expected)
+    torch.testing.assert_close(given.target, reading.target + COMPARABLE_WEIGHT * expected)
     weight, place, novelty, bias = other = [torch.randn_like(x) for x in fit_of(router)]
     given = estimate(router, reading, tuple(other))
     learned = weight @ reading.hidden.mT + place @ reading.where.t() + bias[..., None]

@@ -291,7 +291,7 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
         return rater, view
 
     def _builder(self, kwargs: dict[str, Any]) -> ViewBuilder:
-        """Give the forward's view builder: its layers share their rotations, and nobody else."""
+        """Return the forward's view builder: its layers share their rotations, and nobody else."""
         shared = kwargs["position_embeddings"][0]
         seen: tuple[weakref.ref[Tensor], ViewBuilder] | None = getattr(self, "_seen", None)
         if seen is None or seen[0]() is not shared:

@@ -39,7 +39,7 @@ def ragged_attention(
     value_dim = values.shape[1] * (1 if pairs == "16" else 8 // int(pairs[3]))
 
     def rows(first: int) -> tuple[Tensor, Tensor]:
-        """Give a tile of the stored keys and values as numbers."""
+        """Return a tile of the stored keys and values as numbers."""
         k, v = keys[first : first + TILE], values[first : first + TILE]
         if scales is None:
             return widened(k), widened(v)
