@@ -124,7 +124,7 @@ def _adapters(module: Any) -> Tensor | None:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Return the device on which a module computes: where its weights are, or accelerate takes them to."""
+    """Return the device that a module computes on: that of its weights, or accelerate's."""
     for child in module.modules():
         hook: Any = getattr(child, "_hf_hook", None)
         for each in (hook, *getattr(hook, "hooks", ())):
