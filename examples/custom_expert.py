@@ -8,7 +8,7 @@ from moekv import Expert, LayerView, MoERouterPress, load_model
 
 
 class Loudest(Expert):
-    """Keeps pairs whose values are large: they add most to what attention gives."""
+    """Keeps pairs whose values are large: they add most to the output of attention."""
 
     name = "loudest"
 

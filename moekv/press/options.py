@@ -27,14 +27,14 @@ has the hidden states of all pairs after a prefill; where a cache grows, the oth
 
 FEW_BITS = 1.12
 """Bits that are left for each number of a cache, below which ``pairs="auto"`` has 4 bits for keys
-as well: they lose less than the pairs that would have to leave."""
+as well: they lose less than evicting more pairs would."""
 
 
 @dataclass(frozen=True)
 class DecodingConfig:
     """Compress during decoding.
 
-    Tokens are added until a head holds ``target + interval`` pairs; then pairs leave until it holds
+    Tokens are added until a head holds ``target + interval`` pairs; then pairs are evicted until it holds
     ``target``. With a budget over the heads of a layer or of the model these are averages over
     them, and exact as such. So decoding token by token never holds more than ``target +
     interval``, however long it goes on. A prefill, too, leaves at most ``target``.
@@ -168,7 +168,7 @@ class Options:
 
     @property
     def evicts(self) -> bool:
-        """Whether pairs may leave at all."""
+        """Whether any pair may be evicted."""
         by_ratio = self.compression_ratio > 0
         return by_ratio or self.policy == "dominant" or self.decoding is not None
 
