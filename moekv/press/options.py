@@ -34,9 +34,9 @@ as well: they lose less than evicting more pairs would."""
 class DecodingConfig:
     """Compress during decoding.
 
-    Tokens are added until a head holds ``target + interval`` pairs; then pairs are evicted until it holds
-    ``target``. With a budget over the heads of a layer or of the model these are averages over
-    them, and exact as such. So decoding token by token never holds more than ``target +
+    Tokens are added until a head holds ``target + interval`` pairs; then pairs are evicted until it
+    holds ``target``. With a budget over the heads of a layer or of the model these are averages
+    over them, and exact as such. So decoding token by token never holds more than ``target +
     interval``, however long it goes on. A prefill, too, leaves at most ``target``.
 
     Parameters
