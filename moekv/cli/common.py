@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
     from rich.progress import Progress
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,23 +66,36 @@ def check_output(path: Path) -> None:
 def load(
     name: str, dtype: str, device: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model quietly, its device checked before.
+    """Load a model quietly, its device checked before, in a dtype or the one that is ``"auto"``.
 
     Raises
     ------
     CommandError
         There is no such device, or the model is not to be had.
     """
-    import torch
-
     from moekv.models.loading import load_model
 
     check_device(device)
     try:
         with _quiet():
-            return load_model(name, dtype=getattr(torch, dtype), device=device)
+            return load_model(name, dtype=_dtype(dtype, device), device=device)
     except (ValueError, RuntimeError, OSError) as error:
         raise CommandError(str(error)) from error
+
+
+def _dtype(name: str, device: str | None) -> torch.dtype:
+    """Return a dtype by its name; ``"auto"`` is the faster one on the device.
+
+    Without AVX-512 a product in bfloat16 takes a CPU about six times as long as in float32.
+    """
+    import torch
+
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    on_cpu = torch.device(device).type == "cpu" if device else not torch.cuda.is_available()
+    slow = on_cpu and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
+    return torch.float32 if slow else torch.bfloat16
 
 
 def check_device(device: str | None) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from moekv import MoERouterPress
 from moekv.cli.common import CommandError, load, make_console, make_progress
@@ -82,7 +83,7 @@ def run(
 
     layers = loaded.config.get_text_config().num_hidden_layers
     console.print(
-        f"[bold]{name}[/], {layers} layers, {dtype} on {loaded.device}, "
+        f"[bold]{name}[/], {layers} layers, {_dtype_of(loaded)} on {loaded.device}, "
         f"loaded in {time.perf_counter() - begin:.1f} s; {torch.get_num_threads()} threads"
     )
     console.print(f"{prompt.ids.shape[1]:,} tokens of context, {len(asked)} questions")
@@ -119,6 +120,10 @@ def run(
     console.print()
     for line in outcome(asked, results):
         console.print(line)
+
+
+def _dtype_of(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _story() -> str:

@@ -107,7 +107,7 @@ def demo(
     pairs: Pairs = "16",
     backend: Backend = "auto",
     device: Device = None,
-    dtype: Weights = DType.bfloat16,
+    dtype: Weights = DType.auto,
 ) -> None:
     """Compress the cache of a real model, and ask it about what it has read.
 
@@ -188,7 +188,7 @@ def ask(
     pairs: Pairs = "16",
     backend: Backend = "auto",
     device: Device = None,
-    dtype: Weights = DType.bfloat16,
+    dtype: Weights = DType.auto,
 ) -> None:
     """Read documents once, compress their cache, and answer questions from it.
 
@@ -299,7 +299,7 @@ def calibrate(
         typer.Option(min=0, metavar="GIB", help="What it may hold in memory beside the model."),
     ] = 8.0,
     device: Device = None,
-    dtype: Weights = DType.bfloat16,
+    dtype: Weights = DType.auto,
 ) -> None:
     """Fit a router to a model.
 

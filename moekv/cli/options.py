@@ -11,6 +11,7 @@ import typer
 class DType(str, Enum):
     """Dtypes of weights."""
 
+    auto = "auto"
     bfloat16 = "bfloat16"
     float16 = "float16"
     float32 = "float32"
@@ -26,7 +27,13 @@ Device = Annotated[
     str | None,
     typer.Option(help="Where the model runs.", show_default="the GPU if there is one"),
 ]
-Weights = Annotated[DType, typer.Option("--dtype", help="Dtype of the weights.")]
+Weights = Annotated[
+    DType,
+    typer.Option(
+        "--dtype",
+        help="Dtype of the weights; auto: bfloat16, but float32 on CPUs that compute it faster.",
+    ),
+]
 Experts = Annotated[
     int | None,
     typer.Option(

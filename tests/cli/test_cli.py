@@ -14,7 +14,7 @@ from transformers import DynamicCache
 import moekv
 from moekv.calibration.config import CalibrationConfig
 from moekv.calibration.needs import MEMORY
-from moekv.cli import info, trial
+from moekv.cli import common, info, trial
 from moekv.cli.main import main
 
 STORY = "The tide covers the causeway twice a day. " * 8
@@ -143,6 +143,23 @@ def test_mistakes_are_one_line(
     assert error.startswith(f"{command}: error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "device", "dtype"),
+    [
+        ("AVX2", None, torch.float32),
+        ("AVX512", "cpu", torch.bfloat16),
+        ("AVX2", "meta", torch.bfloat16),
+    ],
+)
+def test_the_dtype_is_the_faster_one(
+    capability: str, device: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert common._dtype("auto", device) == dtype
+    assert common._dtype("float16", device) == torch.float16
 
 
 def test_no_command_is_answered_with_help(capsys: pytest.CaptureFixture[str]) -> None:
