@@ -38,7 +38,7 @@ void check_experts(const MixScoresParams& p) {
         for (int64_t j = 0; j < run; ++j) {
           known &= static_cast<uint32_t>(experts[j]) < static_cast<uint32_t>(p.num_experts);
         }
-        for (int64_t j = 0; !known; ++j) {
+        for (int64_t j = 0; !known && j < run; ++j) {
           if (experts[j] < 0 || experts[j] >= p.num_experts) {
             fail("mix_scores: expected experts between 0 and ", p.num_experts - 1, ", got ",
                  experts[j], " at position ", dense ? j / p.k : i);

@@ -20,6 +20,12 @@ namespace moekv::cpu {
 namespace {
 
 #ifdef MOEKV_X86_ISAS
+// Asked of the processor, as clang 16 has no name for it in __builtin_cpu_supports.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+
 // Whether there are tiles of bf16 and the system lets this process use them. Linux wants to be
 // asked, for their 8 KiB a thread.
 bool may_use_amx() {
@@ -47,8 +53,7 @@ auto detect() {
   };
 #ifdef MOEKV_X86_ISAS
   __builtin_cpu_init();
-  isas[1].supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("f16c");
+  isas[1].supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   isas[2].supported = isas[1].supported && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");

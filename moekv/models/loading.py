@@ -88,7 +88,7 @@ def load_model(
     elif (online := _hub_answers(name_or_path)) or _is_cached(name_or_path):
         model, tokenizer = _from_pretrained(name_or_path, dtype, local=not online)
     elif name_or_path == DEFAULT_MODEL:
-        if find_spec("gguf") is None:
+        if find_spec("gguf") is None or find_spec("accelerate") is None:
             raise ModelUnavailableError(
                 f"{name_or_path!r} is neither at the hub ({constants.ENDPOINT}) nor in its cache; "
                 "what reads the copy that a package index has is not installed: "
