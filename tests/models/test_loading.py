@@ -66,10 +66,11 @@ def test_without_hub_and_index(no_index: Path) -> None:
     assert not list(models.cache_dir().iterdir())
 
 
+@pytest.mark.parametrize("missing", ["gguf", "accelerate"])
 def test_what_reads_the_file_is_named_where_it_is_missing(
-    no_index: Path, monkeypatch: pytest.MonkeyPatch
+    missing: str, no_index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    monkeypatch.setattr(models, "find_spec", lambda name: None if name == missing else object())
     with pytest.raises(models.ModelUnavailableError, match=r"pip install 'moekv\[demo\]'"):
         models.load_model()
 
