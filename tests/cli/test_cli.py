@@ -162,6 +162,27 @@ def test_the_dtype_is_the_faster_one(
     assert common._dtype("float16", device) == torch.float16
 
 
+def test_calibrate_says_what_it_takes_and_writes_a_router(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [tmp_path / f"{number}.txt" for number in range(3)]
+    for number, path in enumerate(texts):
+        path.write_text(STORY[number : number + 90])
+    command = ["calibrate", *map(str, texts), "--out", str(tmp_path / "router"), "--samples", "64"]
+    command += ["--model", str(folder), "--length", "64", "--dtype", "float32"]
+    assert main([*command, "--memory", "0.0001"]) == 2
+    assert "error: expected a memory of" in capsys.readouterr().err
+    assert main(command) == 0
+    out = lines(capsys)
+    assert re.search(r"3 texts; takes up to [\d.]+ MiB beside the model; a checkpoint of", out)
+    assert out.index("takes up to") < out.index("on held-out texts")
+    assert sorted(path.name for path in (tmp_path / "router").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+
+
 def test_no_command_is_answered_with_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "Commands:" in capsys.readouterr().err
