@@ -21,11 +21,13 @@ from .presses import (
     BUDGETS,
     EXPERTS,
     KNOBS,
+    LENT,
     METHODS,
     OURS,
     PEERS,
     QUANTISED,
     ROUTED,
+    STRONG,
     add_routers,
 )
 from .report import write_report
@@ -38,6 +40,8 @@ SETS = {
     "anchors": ANCHORS,
     "ours": OURS,
     "quantised": QUANTISED,
+    "strong": STRONG,
+    "lent": LENT,
     "experts": EXPERTS,
     "budgets": BUDGETS,
     "knobs": KNOBS,

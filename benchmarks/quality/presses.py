@@ -6,15 +6,21 @@ those that read the context again, as KVzip does two or three times, are the upp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import kvpress
+import torch
 from kvpress import BasePress
 from torch import Tensor
+from transformers import PreTrainedModel
 
+import moekv
 from moekv import MoERouterPress
+from moekv.cache.rows import gain
 from moekv.experts.registry import expert_names
 from moekv.routing.registry import ROUTERS
 
@@ -46,6 +52,28 @@ def _guarded(scorer: Factory) -> Factory:
         return press
 
     return make
+
+
+@dataclass
+class Lent(BasePress):
+    """A peer that stores what it keeps in moekv's quantised rows: in the same bytes, more pairs."""
+
+    inner: Factory
+    pairs: str
+    compression_ratio: float
+
+    @contextmanager
+    def __call__(self, model: PreTrainedModel) -> Iterator[None]:
+        """Choose as many pairs as the bytes of the ratio hold, then quantise them."""
+        config = model.config.get_text_config()
+        pair = torch.empty(config.head_dim, dtype=model.dtype)
+        removed = 1 - (1 - self.compression_ratio) * float(gain(self.pairs, pair, pair))
+        with moekv.ragged(self.inner(max(removed, 0.0)), pairs=self.pairs)(model):
+            yield
+
+
+def _lent(inner: Factory, pairs: str) -> Factory:
+    return lambda ratio: Lent(inner, pairs, ratio)
 
 
 def _duo_attention(ratio: float) -> BasePress:
@@ -144,13 +172,26 @@ QUANTISED: dict[str, Factory] = {
     for pairs in ("k8v8", "k8v4", "k4v4", "auto")
 }
 
+#: The best of kvpress's presses on one task or more, all of whose layers and heads keep as many.
+#: They are lent the same rows: in the same bytes they keep as many more pairs.
+_BEST = (
+    *("AdaKV(Compactor), guarded", "AdaKV(KeyDiff), guarded", "AdaKV(ExpectedAttention)"),
+    *("AdaKV(SnapKV)", "LeverageScorePress, guarded", "StreamingLLMPress"),
+)
+STRONG: dict[str, Factory] = {name: PEERS[name] for name in _BEST}
+LENT: dict[str, Factory] = {
+    f"{name}, {pairs}": _lent(factory, pairs)
+    for pairs in ("k8v4", "k4v4")
+    for name, factory in STRONG.items()
+}
+
 #: Every kind of router over the same experts.
 ROUTED: dict[str, Factory] = {
     f"moekv {name}": _scorer(MoERouterPress, router_type=name) for name in ROUTERS
 }
 
 METHODS: dict[str, Factory] = (
-    PEERS | ANCHORS | OURS | QUANTISED | EXPERTS | BUDGETS | KNOBS | ROUTED
+    PEERS | ANCHORS | OURS | QUANTISED | LENT | EXPERTS | BUDGETS | KNOBS | ROUTED
 )
 
 

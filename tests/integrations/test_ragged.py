@@ -315,9 +315,34 @@ def test_presses_of_kvpress_with_quantised_pairs(make: Any, pairs: str) -> None:
 def test_pairs_of_a_ragged_press_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="pairs among 16, k8v8, k8v4, k4v4, got 'auto'"):
         ragged(AdaKVPress(KnormPress()), pairs="auto")
-    model, press = tiny_model(), ragged(AdaKVPress(KnormPress(0.0)), pairs="k8v8")
+    model, press = tiny_model(), ragged(KnormPress(0.5), pairs="k8v8")
+    cache = prefill(model, tokens(1, 30))
     with pytest.raises(RuntimeError, match="masked no keys"), press(model):
-        prefill(model, tokens(1, 30))
+        model(tokens(1, 1), past_key_values=cache)  # filled before the block, as are its pairs
+    assert all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: KnormPress(0.5), lambda: KnormPress(0.0), lambda: AdaKVPress(KnormPress(0.0))],
+    ids=["dense", "dense, nothing evicted", "nothing masked"],
+)
+def test_what_a_press_leaves_dense_is_quantised_at_the_end(make: Any) -> None:
+    """Once, in each cache that the block has filled."""
+    model, lengths = tiny_model(), (LENGTH, 31)
+    plain, quantised = ([DynamicCache() for _ in lengths] for _ in range(2))
+    for press, caches in ((make(), plain), (ragged(make(), pairs="k8v4"), quantised)):
+        with torch.no_grad(), press(model):
+            for length, cache in zip(lengths, caches, strict=True):
+                model(tokens(1, length), past_key_values=cache)
+                model(tokens(1, 3, seed=1), past_key_values=cache)
+                assert all(type(layer) is DynamicLayer for layer in cache.layers)
+    for one, other in zip(plain, quantised, strict=True):
+        assert other.get_seq_length() == one.get_seq_length()
+        for whole, layer in zip(one.layers, other.layers, strict=True):
+            read = rounded(whole.keys, whole.values, "k8v4")
+            assert all(map(torch.equal, layer.to_dense()[:2], read))
+            assert layer.rows.pairs == "k8v4" and layer.tail_length == 0
 
 
 def spoilt(part: Tensor | Rows) -> Any:

@@ -1,17 +1,19 @@
-"""kvpress's head-wise presses with the memory freed.
+"""kvpress's head-wise presses with the memory freed, and any of its presses with quantised pairs.
 
 kvpress masks the keys that a head-wise press evicts, and frees none of them. ``ragged(press)`` lets
-the press decide as it always did, then stores what it keeps, and nothing else.
+the press decide as it always did, then stores what it keeps, and nothing else. With ``pairs`` that
+are quantised it also stores what a press of dense layers leaves.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from kvpress.presses.base_press import BasePress
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
@@ -19,19 +21,20 @@ from moekv import ops
 from moekv.budget import Kept
 from moekv.cache.ragged import RaggedLayer
 from moekv.cache.rows import check_pairs
-from moekv.models.hooks import cache_of
+from moekv.models.hooks import cache_of, index_of
 from moekv.press.options import check_choice
 from moekv.press.press import MoERouterPress
 
 
 def ragged(press: BasePress, *, pairs: str = "16", backend: str = "auto") -> "RaggedPress":
-    """Free the memory of what a head-wise kvpress press evicts.
+    """Free the memory of what a head-wise kvpress press evicts, and store the rest in fewer bits.
 
     Parameters
     ----------
     press : kvpress.BasePress
         Any press that sets ``masked_key_indices``: ``AdaKVPress``, ``CriticalAdaKVPress``,
-        ``DMSPress``, ``DuoAttentionPress``, ``KVgradPress``, ``KVzipPress``, ...
+        ``DMSPress``, ``DuoAttentionPress``, ``KVgradPress``, ``KVzipPress``, ... With quantised
+        ``pairs`` any press: layers that it leaves dense are stored at the block's end.
     pairs : str
         How what stays is stored: ``"16"``, as the model makes it, ``"k8v8"``, ``"k8v4"`` or
         ``"k4v4"``, see ``MoERouterPress``. The press decides on the same pairs, which take fewer
@@ -59,7 +62,7 @@ class RaggedPress(BasePress):
     Parameters
     ----------
     press : kvpress.BasePress
-        The head-wise press that decides what stays.
+        The press that decides what stays.
     backend : str
         Which implementation of the ops to use.
     pairs : str
@@ -100,18 +103,23 @@ class RaggedPress(BasePress):
         ------
         TypeError
             If the cache is not a ``DynamicCache`` of dense layers.
+        ValueError
+            If ``pairs`` cannot serve the model's head dim or dtype.
         RuntimeError
-            If the block ran the model and the press masked no keys.
+            If the block ran the model and nothing was stored: the press masked no keys.
         """
         language_model = getattr(model.model, "language_model", model.model)
         modules = [layer.self_attn for layer in language_model.layers]
         caches: dict[int, Cache] = {}
+        filled: WeakSet[Cache] = WeakSet()
         stored = 0
 
         def remember_cache(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
             cache = cache_of(kwargs)
             if cache is not None:
                 caches[module.layer_idx] = cache
+                if not cache.get_seq_length(module.layer_idx):
+                    filled.add(cache)
 
         def store(*_: Any) -> None:
             nonlocal stored
@@ -130,16 +138,26 @@ class RaggedPress(BasePress):
             with self.press(model):
                 yield
             store()  # presses that decide after the prefill, as KVzip does
+            if self.pairs != "16":
+                for cache in filled:
+                    stored += self._compress_dense(cache, modules)
         finally:
             for hook in hooks:
                 hook.remove()
         if caches and not stored and (self.compression_ratio > 0 or self.pairs != "16"):
             raise RuntimeError(
                 f"{type(self.press).__name__} masked no keys, so nothing was stored ragged; "
-                "ragged() is for head-wise presses such as AdaKVPress"
+                "without quantised pairs ragged() is for head-wise presses such as AdaKVPress"
             )
 
-    def _compress(self, layer: CacheLayerMixin, masked: Sequence[Tensor]) -> RaggedLayer:
+    def _compress_dense(self, cache: Cache, modules: Sequence[nn.Module]) -> int:
+        """Store the layers that a press of dense layers has left; one with a window stays."""
+        dense = [i for i in map(index_of, modules) if type(cache.layers[i]) is DynamicLayer]
+        for i in dense:
+            cache.layers[i] = self._compress(cache.layers[i], None)
+        return len(dense)
+
+    def _compress(self, layer: CacheLayerMixin, masked: Sequence[Tensor] | None) -> RaggedLayer:
         keys, values = layer.keys, layer.values
         if type(layer) is not DynamicLayer or keys is None or values is None:
             raise TypeError(
@@ -149,7 +167,8 @@ class RaggedPress(BasePress):
             sizes = keys.shape[3], values.shape[3], keys.dtype
             check_pairs(self.pairs, *sizes, device=keys.device, backend=self.backend)
         kept = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
-        kept[tuple(masked)] = False  # of some presses it is a list
+        if masked is not None:
+            kept[tuple(masked)] = False  # of some presses it is a list
         return RaggedLayer.compress(
             keys, values, Kept.from_mask(kept), pairs=self.pairs, backend=self.backend
         )
