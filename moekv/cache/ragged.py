@@ -135,6 +135,8 @@ class RaggedLayer(CompressedLayer):
         tail = self.tail_keys.flatten(0, 2), self.tail_values.flatten(0, 2)
         rows = self.rows.in_format(pairs, backend=self.backend)
         rows = rows.join(*tail, backend=self.backend).select(row)
+        if not rows.readable:
+            rows = self.rows.kept_wide(rows.pairs).join(*tail).select(row)
         self.notes = self.whole_notes()
         if self.notes is not None:
             self.notes.recompress(kept)

@@ -7,6 +7,7 @@ they are wherever rows move, so that a pair is rounded once, however often its l
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from moekv import ops
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +58,15 @@ class Rows:
             One of ``moekv.ops.PAIRS``.
         backend : str
             Of ``quantize_pairs``.
+
+        Returns
+        -------
+        Rows
+            In 16 bits, with a warning, if a pair cannot be stored in the format asked for.
         """
-        dims = keys.shape[1], values.shape[1]
-        if pairs == "16":
-            return cls(pairs, keys, values, None, *dims, keys.dtype)
-        parts = ops.quantize_pairs(keys.detach(), values.detach(), pairs=pairs, backend=backend)
-        return cls(pairs, *parts, *dims, keys.dtype)
+        wide = cls("16", keys, values, None, keys.shape[1], values.shape[1], keys.dtype)
+        rows = wide.in_format(pairs, backend=backend)
+        return rows if rows.readable else wide.kept_wide(pairs)
 
     def __len__(self) -> int:
         """Count the pairs."""
@@ -102,9 +108,18 @@ class Rows:
         keys, values = self.keys.to(key_dtype), self.values.to(value_dtype)
         return replace(self, keys=keys, values=values, dtype=keys.dtype)
 
+    @property
+    def readable(self) -> bool:
+        """Whether each pair could be stored in this format: see ``storable``. Waits for the device.
+
+        One that could not has NaN for scales.
+        """
+        return self.scales is None or bool(self.scales.isfinite().all())
+
     def join(self, keys: Tensor, values: Tensor, *, backend: str = "auto") -> Rows:
         """Copy the rows with further pairs [n, D] and [n, Dv] behind them, in their format."""
-        more = Rows.of(keys, values, self.pairs, backend=backend)
+        more = Rows("16", keys, values, None, self.key_dim, self.value_dim, keys.dtype)
+        more = more.in_format(self.pairs, backend=backend)
         both = zip(self.tensors, more.tensors, strict=True)
         keys, values, *scales = (torch.cat(parts) for parts in both)
         return replace(self, keys=keys, values=values, scales=scales[0] if scales else None)
@@ -113,7 +128,18 @@ class Rows:
         """Quantise rows that are not; others keep the format that they have."""
         if pairs == self.pairs or self.pairs != "16":
             return self
-        return Rows.of(self.keys, self.values, pairs, backend=backend)
+        keys, values = self.keys.detach(), self.values.detach()
+        parts = ops.quantize_pairs(keys, values, pairs=pairs, backend=backend)
+        return Rows(pairs, *parts, self.key_dim, self.value_dim, self.dtype)
+
+    def kept_wide(self, pairs: str) -> Rows:
+        """Give the rows in 16 bits, and say that they should have been in another format."""
+        _logger.warning(
+            "A layer keeps a pair that pairs=%r cannot store (NaN, infinity or a number too "
+            "large for scales of float16): its pairs stay in 16 bits, in more bytes",
+            pairs,
+        )
+        return Rows("16", *self.dense(), None, self.key_dim, self.value_dim, self.dtype)
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Read the pairs: [N, D] and [N, Dv]. Those that are not quantised are not copied."""
