@@ -116,8 +116,13 @@ def test_no_number_of_one_pair_reaches_another(pairs: str, bad: float, of_values
     both = [torch.randn(7, n, generator=generator) for n in (64, 48)]
     clean = Rows.of(*both, pairs).dense()
     both[of_values][2, 5] = bad
-    spoilt = Rows.of(*both, pairs).dense()
-    others = torch.arange(7) != 2
+    rows = Rows.of(*both).in_format(pairs)
+    others, spoilt = torch.arange(7) != 2, rows.dense()
+    assert rows.pairs == pairs and not rows.readable
+    assert rows.select(others.nonzero()[:, 0]).readable
+    assert spoilt[of_values][2].isnan().all()
+    kept = Rows.of(*both, pairs)
+    assert kept.pairs == "16" and all(a is b for a, b in zip(kept.dense(), both, strict=True))
     for one, other in zip(clean, spoilt, strict=True):
         assert torch.equal(one[others], other[others])
     assert storable(*both).tolist() == others.tolist()
