@@ -70,9 +70,9 @@ fuzz-ops: $(installed)  ## ninety seconds of calls nobody would write, on each i
 # vLLM starts processes that look moekv up among what is installed: it is, editable as in $(VENV).
 vllm := .venv-vllm
 vllm_stamp := $(vllm)/.stamp-$(shell echo '$(VLLM)' | cksum | cut -d ' ' -f 1)
-test-vllm: $(installed) $(vllm_stamp)  ## moekv inside vLLM, on CPUs
+test-vllm: $(installed) $(vllm_stamp)  ## moekv inside vLLM, on CPUs; ARGS="-m thorough" what takes long
 	OMP_NUM_THREADS=1 $(vllm)/bin/python -m pytest --dist loadgroup -n $(JOBS) \
-	    $(or $(ARGS),tests/integrations/vllm)
+	    tests/integrations/vllm -m 'not thorough' $(ARGS)
 
 fuzz-presses: $(installed)  ## a minute of random lives of caches, each beside the full one with masks
 	OMP_NUM_THREADS=1 $(python) tests/fuzz/press_fuzz.py --seconds 60 $(ARGS)

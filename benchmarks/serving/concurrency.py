@@ -2,7 +2,9 @@
 
 Eight prompts of about 1,970 tokens, the story and a question each, wait for a pool of 160 blocks of
 32 tokens; each is answered with 64 tokens. Runs in an environment with vLLM (`make test-vllm` makes
-one), each case in a process of its own.
+one), each case in a process of its own, in which one thread does everything: all times but the last
+are of that thread, so that what else the machine does is not in them. What is compared with the
+same pairs in transformers is in `benchmarks.serving.fidelity`.
 
 python -m benchmarks.serving.concurrency
 """
@@ -25,6 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import RESULTS, quartiles, write_results
+from benchmarks.serving import fidelity
 from moekv.cli.demo import QUESTIONS
 from moekv.cli.trial import INSTRUCTION, Question
 from moekv.models.loading import load_model
@@ -68,6 +71,7 @@ class Run:
             num_gpu_blocks_override=BLOCKS + 1,
             additional_config={} if case is None else {"moekv": case},
         )
+        self.name = name_of(case)
         self.engine, self.tokenizer = llm.llm_engine, llm.get_tokenizer()
         self.scheduler = self.engine.engine_core.engine_core.scheduler
 
@@ -83,35 +87,39 @@ class Run:
             for asked in ASKED
         ]
 
-    def feed(self, prompts: list[list[int]], new: int) -> dict[str, Any]:
+    def feed(
+        self, prompts: list[list[int]], new: int, logprobs: int | None = None
+    ) -> dict[str, Any]:
         """Let prompts come together, and step until all are answered."""
         from vllm import SamplingParams
 
-        params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
-        begin = time.perf_counter()
+        params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, logprobs=logprobs)
+        begin, clock = time.process_time(), time.perf_counter()
         for i, prompt in enumerate(prompts):
             self.engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
         first: dict[str, float] = {}
-        texts: dict[str, str] = {}
+        answers: dict[str, Any] = {}
         running, seconds, preempted = [], [], 0
         while self.engine.has_unfinished_requests():
-            start = time.perf_counter()
+            start = time.process_time()
             outputs = self.engine.step()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.process_time() - start)
             running.append(len(self.scheduler.running))
             preempted += sum(r.num_preemptions > 0 for r in self.scheduler.waiting)
             for output in outputs:
-                first.setdefault(output.request_id, time.perf_counter() - begin)
-                texts[output.request_id] = output.outputs[0].text
+                first.setdefault(output.request_id, time.process_time() - begin)
+                answers[output.request_id] = output.outputs[0]
+        spent = time.process_time() - begin
         return {
             "steps": len(seconds),
             "most_running": max(running),
             "preemptions_seen": preempted,
-            "seconds": time.perf_counter() - begin,
-            "tokens_per_second": len(prompts) * new / (time.perf_counter() - begin),
+            "seconds": spent,
+            "tokens_per_second": len(prompts) * new / spent,
             "first_token_s": quartiles(list(first.values())),
+            "wall_s": time.perf_counter() - clock,
             "step_s": seconds,
-            "answers": [texts[str(i)] for i in range(len(prompts))],
+            "answers": [answers[str(i)] for i in range(len(prompts))],
         }
 
 
@@ -120,18 +128,19 @@ def measure(model: Path, case: dict[str, Any] | None) -> dict[str, Any]:
     run = Run(model, case)
     prompts = run.prompts()
     run.feed([prompts[0][:200]], 4)  # first touches
-    alone = [run.feed([prompts[0]], 2)["step_s"][0] for _ in range(3)]
+    alone = [run.feed([prompts[0]], 2)["step_s"][0] for _ in range(5)]
     pair = run.feed(prompts[:2], 33)["step_s"]
     decode = pair[-32:]  # two requests run in each
     crowd = run.feed(prompts, NEW)
     del crowd["step_s"]
-    answers = crowd.pop("answers")
+    answers = [answer.text for answer in crowd.pop("answers")]
     right = [asked.is_right(said) for asked, said in zip(ASKED, answers, strict=True)]
     return {
         "case": name_of(case),
         "options": case,
         "prompt_tokens": [len(prompt) for prompt in prompts],
         **crowd,
+        "fidelity": fidelity.measure(run, model, prompts[:3], NEW),
         "right": sum(map(bool, right)),
         "asked": len(right),
         "prompt_step_s": quartiles(alone),
@@ -147,6 +156,7 @@ def _in_a_process(model: Path, index: int) -> dict[str, Any]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "benchmarks.serving.concurrency", "--model", str(model)]
     with tempfile.TemporaryDirectory() as folder:
@@ -188,7 +198,7 @@ def main() -> None:
                 f"{row['tokens_per_second']:.1f} tokens/s, first token "
                 f"{statistics.median(row['first_token_s']):.1f} s, right {row['right']} of "
                 f"{row['asked']}, prompt {1e3 * row['prompt_step_s'][1]:.0f} ms, decode of two "
-                f"{1e3 * row['decode_step_of_two_s'][1]:.1f} ms",
+                f"{1e3 * row['decode_step_of_two_s'][1]:.1f} ms, {row['fidelity']}",
                 flush=True,
             )
             command = "python -m benchmarks.serving.concurrency"

@@ -52,7 +52,8 @@ def check_cache(
     if type(cache).__name__ == "PagedAttentionCache":
         _refuse(
             "the pages of transformers' continuous batching, which rows share",
-            "generate(...) takes batches of prompts with padding at the left",
+            "generate(...) takes batches of prompts with padding at the left, and `moekv serve` "
+            "requests as they come, in vLLM",
         )
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         _refuse(type(cache).__name__)

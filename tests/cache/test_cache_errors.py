@@ -50,6 +50,7 @@ def test_continuous_batching(caplog: pytest.LogCaptureFixture) -> None:
         logger.removeHandler(caplog.handler)
     said = "".join(str(r.exc_info[1]) if r.exc_info else r.getMessage() for r in caplog.records)
     assert "expected a transformers.DynamicCache or StaticCache, got the pages" in said
+    assert "generate(...) takes batches of prompts" in said and "`moekv serve` requests" in said
 
 
 @pytest.mark.parametrize(

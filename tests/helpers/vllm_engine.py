@@ -1,7 +1,7 @@
 """vLLM's engine in this process, over tiny models, and the same model in transformers."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ os.environ |= {
     "TORCHDYNAMO_DISABLE": "1",
 }
 
+import pytest
 import torch
 from character_tokenizer import character_tokenizer
 from masked_reference import show
@@ -30,14 +31,15 @@ from transformers import (
 
 VOCABULARY = 128
 BLOCK = 32  # tokens
+LAYERS, HEADS = 3, 2
 
 _SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 128,
     "intermediate_size": 128,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_key_value_heads": HEADS,
     "max_position_embeddings": 2048,
     "pad_token_id": 0,
     "eos_token_id": None,
@@ -159,3 +161,46 @@ def reference(
             show(layer, torch.cat([seen, new], 1)[None])
         later = model(torch.tensor([answer[:-1]]), past_key_values=cache).logits[0]
     return torch.cat([first, later]).log_softmax(-1)
+
+
+class Chosen(list[dict[str, Any]]):
+    """What was chosen of each prompt, or of each layer of it, in the order in which it was."""
+
+    def of(self, prompt: Sequence[int], times: int = 1) -> "Chosen":
+        """What was chosen first of a prompt that came so often, among some of other lengths."""
+        own = [each for each in self if each["gap"].full == len(prompt) // BLOCK][::times]
+        whole = len(own[0]["counts"]) == LAYERS * HEADS
+        return Chosen(own[: 1 if whole else LAYERS])
+
+
+def watch_choices(monkeypatch: pytest.MonkeyPatch) -> Chosen:
+    """Follow what is chosen of prompts from now on."""
+    from moekv.integrations.vllm import worker
+
+    seen = Chosen()
+    choose: Callable[..., tuple[Tensor, Tensor]] = worker.choose
+
+    def spy(scores: Tensor, gap: Any, *rest: Any) -> tuple[Tensor, Tensor]:
+        indices, counts = choose(scores, gap, *rest)
+        seen.append({"scores": scores, "gap": gap, "indices": indices, "counts": counts})
+        return indices, counts
+
+    monkeypatch.setattr(worker, "choose", spy)
+    return seen
+
+
+def near_reference(folder: Path, prompt: list[int], completion: Any, chosen: Chosen) -> None:
+    """Check log-probabilities against transformers' with the same pairs of one prompt."""
+    counts = torch.cat([each["counts"] for each in chosen]) * BLOCK
+    assert len(counts) == LAYERS * HEADS
+    full = chosen[0]["gap"].full * BLOCK
+    kept = torch.ones(len(counts), len(prompt), dtype=torch.bool)
+    kept[:, :full] = False
+    rows = torch.arange(len(kept)).repeat_interleave(counts)
+    kept[rows, torch.cat([each["indices"] for each in chosen])] = True
+    assert kept.sum() == counts.sum() + len(kept) * (len(prompt) - full)  # none twice
+    per_layer = list(kept.view(LAYERS, HEADS, -1))
+    log_probs = reference(folder, prompt, completion.token_ids, per_layer)
+    for step, given in enumerate(completion.logprobs):
+        for token, said in given.items():
+            assert abs(log_probs[step, token].item() - said.logprob) < 1e-3, (step, token)

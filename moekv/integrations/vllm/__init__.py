@@ -4,6 +4,8 @@
 ``options``    what is asked for, and which blocks of a prompt stay
 ``refusals``   what cannot be served, said before anything runs
 ``manager``    the scheduler's side: blocks are given back
+``requests``   what a worker knows of each request
+``metrics``    what compression did, for people to see
 ``backend``    the worker's side: which classes vLLM takes
 ``builder``    what a step means for each request: rated, compressed, or read where it is compressed
 ``attention``  a layer's part in that

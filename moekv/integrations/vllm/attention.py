@@ -54,4 +54,6 @@ class CompressingAttention(CPUAttentionBackendImpl):
             step.heads.attend(worker.layers[layer.layer_name], layer, query, output)
         for prompt in step.prompts:
             worker.rate(prompt, layer, query)
+        for prompt in step.prompts:  # when all have been rated: some share blocks
+            worker.compress(prompt, layer)
         return output

@@ -9,8 +9,9 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
 
 from moekv.integrations.vllm.heads import Compressed, HeadStep
 from moekv.integrations.vllm.options import Gap, ServingOptions
-from moekv.integrations.vllm.rating import Rated
+from moekv.integrations.vllm.rating import LastQueries
 from moekv.integrations.vllm.refusals import say
+from moekv.integrations.vllm.requests import Request, Requests
 from moekv.integrations.vllm.worker import Prompt, Step, StepMetadata, Worker
 
 
@@ -25,8 +26,13 @@ class CompressingBuilder(CPUAttentionMetadataBuilder):
         self.worker: Worker | None = None
         if options is not None:
             self.worker = Worker.of(vllm_config, options, layer_names, self.block_size, self.isa)
-            # Has vLLM tell how long prompts are: this is a window behind them, which nothing fills.
-            vllm_config.model_config.model_arch_config.rswa_window = 1 << 30
+            if Requests.current is None:
+                raise RuntimeError(
+                    "moekv: expected its entry point in vllm.logits_processors, got none: install "
+                    "moekv anew"
+                )
+            self.requests = Requests.current
+            self.caches_prefixes = vllm_config.cache_config.enable_prefix_caching
             say(vllm_config, options)
 
     def build(
@@ -58,37 +64,43 @@ class CompressingBuilder(CPUAttentionMetadataBuilder):
 
     def _sort(self, worker: Worker, given: Any) -> tuple[list[Prompt], list[Compressed]]:
         """Find the requests whose prompts are computed, and those in which they are compressed."""
-        if given.rswa_prefix_lens is None:
-            raise RuntimeError("moekv: expected vLLM to tell the lengths of prompts, got none")
-        lengths, ends = given.rswa_prefix_lens.tolist(), given.seq_lens.tolist()
-        starts = given.query_start_loc.tolist()
-        prompts, compressed = [], []
+        size, table = self.block_size, given.block_table_tensor
+        ends, starts = given.seq_lens.tolist(), given.query_start_loc.tolist()
+        parts = []
         for row in range(given.num_reqs):
-            rows = slice(starts[row], starts[row + 1])
-            length, end, count = lengths[row], ends[row], rows.stop - rows.start
-            gap = worker.options.gap(length, self.block_size) if count else None
-            if gap is None:
+            rows, end = slice(starts[row], starts[row + 1]), ends[row]
+            begin = end - (rows.stop - rows.start)
+            if begin == end:
                 continue
-            begin = end - count
-            blocks = given.block_table_tensor[row, : -(-end // self.block_size)]
-            first = int(blocks[0])
+            blocks = table[row, : -(-end // size)]
+            worker.forget(blocks[-(-begin // size) :].tolist())
+            parts.append((row, rows, begin, end, blocks))
+        prompts, compressed = [], []
+        for row, rows, begin, end, blocks in parts:
+            length, ratio = self._request(row)
+            gap = worker.options.gap(length, size, ratio)
             if begin >= length:
-                kept = worker.kept.get(first)
-                compressed.append(Compressed(row, rows, end, blocks, gap, kept))
-                continue
-            if begin == 0:
-                worker.forget(blocks.tolist())
-                worker.rated[first] = Rated(length)
-            elif first not in worker.rated:
-                raise RuntimeError(
-                    "moekv: expected a prompt that is computed here from its beginning, got one of "
-                    f"{length} tokens from the {begin}th on"
-                )
-            end = min(end, length)  # of one that was preempted, some of the answer comes, too
-            rows = slice(rows.start, rows.start + end - begin)
-            blocks = blocks[: -(-end // self.block_size)].clone()
-            prompts.append(Prompt(rows, end, blocks, gap, worker.rated[first]))
+                if gap is not None:
+                    kept = worker.kept.get(int(blocks[gap.full - 1]))
+                    compressed.append(Compressed(row, rows, end, blocks, gap, kept))
+            elif gap is not None or self.caches_prefixes:
+                end = min(end, length)  # of one that was preempted, some of the answer comes, too
+                rows = slice(rows.start, rows.start + end - begin)
+                blocks = blocks[: -(-end // size)].clone()
+                before = worker.scores.before(int(blocks[(begin - 1) // size]), begin)
+                after = LastQueries(end)
+                prompts.append(Prompt(rows, end, length, blocks, gap, before, after))
+        for prompt in prompts:
+            if not prompt.is_whole:
+                worker.scores.last[int(prompt.blocks[-1])] = prompt.after
         return prompts, compressed
+
+    def _request(self, row: int) -> Request:
+        """Say what is known of a row's request."""
+        request = self.requests.rows.get(row)
+        if request is None:
+            raise RuntimeError("moekv: expected vLLM to tell the tokens of each prompt, got none")
+        return request
 
     def _attention(self) -> dict[str, Any]:
         """Say what vLLM's plan of an attention depends on."""
@@ -104,6 +116,6 @@ class CompressingBuilder(CPUAttentionMetadataBuilder):
 def _close_gap(each: Compressed, block_size: int, seq_lens: Tensor, table: Tensor) -> None:
     """Leave the blocks that have been freed out of a request's table."""
     gap: Gap = each.gap
-    behind = table[each.row, gap.full :].clone()
-    table[each.row, gap.kept : gap.kept + len(behind)] = behind
-    seq_lens[each.row] -= (gap.full - gap.kept) * block_size
+    behind = table[each.row, gap.start :].clone()
+    table[each.row, : len(behind)] = behind
+    seq_lens[each.row] -= gap.start * block_size

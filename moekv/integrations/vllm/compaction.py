@@ -95,8 +95,9 @@ def choose(
 def compact(pages: Pages, blocks: Tensor, gap: Gap, indices: Tensor, counts: Tensor) -> Kept:
     """Move the pairs that stay to pages of the blocks that stay.
 
-    A head's pairs go to pages of its own as far as these reach, and then to those that other heads
-    leave free. All pairs are read before the first is written.
+    Those are the last of the whole blocks, which are nobody else's. A head's pairs go to pages of
+    its own as far as these reach, and then to those that other heads leave free. All pairs are read
+    before the first is written.
 
     Parameters
     ----------
@@ -116,7 +117,7 @@ def compact(pages: Pages, blocks: Tensor, gap: Gap, indices: Tensor, counts: Ten
     source = pages.of(blocks[: gap.full]).flatten(0, 1)  # [R, full]
     heads = torch.arange(len(counts)).repeat_interleave(counts * size)
     keys, values = pages.read(source[heads, indices // size], indices % size)
-    own = source[:, : gap.kept]
+    own = source[:, gap.start :]
     column = torch.arange(max(gap.kept, int(counts.max())))
     has = column < counts[:, None]  # [R, most]
     table = own.new_zeros(has.shape)

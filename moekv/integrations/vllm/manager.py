@@ -9,15 +9,52 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from moekv.integrations.vllm.options import ServingOptions
+from moekv.integrations.vllm.metrics import Metrics
+from moekv.integrations.vllm.options import Gap, ServingOptions, own_ratio
 
 
 class CompressingManager(FullAttentionManager):
-    """Gives the middle of a prompt back, see ``ServingOptions.gap``.
+    """Gives the beginning of a prompt back, see ``ServingOptions.gap``.
 
     Called with each allocation for a request. Tokens keep their places in the block table, in which
-    null blocks stand for those that have left.
+    null blocks stand for those that have left. These stay in the prefix cache until they are taken;
+    the blocks in which pairs move are never in it, nor are those of an answer, which has been given
+    from fewer pairs.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._caches: bool = kwargs["enable_caching"]
+        self.enable_caching = True  # so that vLLM shows the requests
+        self._gaps: dict[str, Gap | None] = {}
+        self._metrics = Metrics.of()
+
+    def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Take note of a request that has been given blocks, and have some of them found again."""
+        prompt, name = request.num_prompt_tokens, request.request_id
+        if name not in self._gaps:
+            asked = request.sampling_params and request.sampling_params.extra_args
+            options = self.kv_cache_spec.options
+            self._gaps[name] = options.gap(prompt, self.block_size, own_ratio(asked))
+        if num_tokens >= prompt:
+            # Preempted from here on, it comes back with a part of its answer, and is computed anew:
+            # vLLM would look for both in the cache.
+            request.skip_reading_prefix_cache = True
+        if self._caches:
+            gap = self._gaps[name]
+            end = prompt // self.block_size if gap is None else gap.start
+            super().cache_blocks(request, min(num_tokens, end * self.block_size), *args, **kwargs)
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls, block_hashes: Any, max_length: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Find no blocks in which pairs will move: ``max_length`` tokens of a prompt and one."""
+        spec = kwargs["kv_cache_spec"]
+        gap = spec.options.gap(max_length + 1, spec.block_size)
+        if gap is not None:
+            max_length = min(max_length, gap.start * spec.block_size)
+        return super().find_longest_cache_hit(block_hashes, max_length, *args, **kwargs)
 
     def remove_skipped_blocks(
         self,
@@ -28,9 +65,17 @@ class CompressingManager(FullAttentionManager):
         """Free the gap if the whole prompt has been computed, and so compressed."""
         if num_prompt_tokens is None or processed_computed_tokens < num_prompt_tokens:
             return
-        gap = self.kv_cache_spec.options.gap(num_prompt_tokens, self.block_size)
-        if gap is not None:
-            self._remove_blocks_in_range(request_id, gap.kept, gap.full)
+        gap = self._gaps[request_id]
+        if gap is None or self.req_to_blocks[request_id][0].is_null:
+            return
+        self._remove_blocks_in_range(request_id, 0, gap.start)
+        self._metrics.compressed(num_prompt_tokens, gap, self.block_size)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[Any]:
+        """Forget a request that has ended, or was preempted."""
+        self._gaps.pop(request_id, None)
+        blocks: list[Any] = super().pop_blocks_for_free(request_id)
+        return blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +83,6 @@ class CompressedSpec(FullAttentionSpec):
     """The KV cache of a layer whose prompts are compressed."""
 
     options: ServingOptions
-
-    @property
-    def prefix_cacheable(self) -> bool:
-        """No: pairs move within blocks, which are then no longer those of their tokens."""
-        return False
 
     @classmethod
     def of(cls, spec: FullAttentionSpec, options: ServingOptions) -> CompressedSpec:

@@ -15,10 +15,15 @@ BUDGETS = ("model", "uniform")
 
 
 class Gap(NamedTuple):
-    """Blocks [kept, full) of a request, which are given back."""
+    """Blocks [0, start) of a request, which are given back, when what stays is in [start, full)."""
 
-    kept: int
+    start: int
     full: int
+
+    @property
+    def kept(self) -> int:
+        """Number of the prompt's whole blocks that stay."""
+        return self.full - self.start
 
 
 @dataclass(frozen=True)
@@ -80,10 +85,10 @@ class ServingOptions:
         values: dict[str, Any] = dict(given)
         return cls(**values)
 
-    def gap(self, prompt: int, block_size: int) -> Gap | None:
+    def gap(self, prompt: int, block_size: int, ratio: float | None = None) -> Gap | None:
         """Say which blocks of a prompt leave once all of it has been computed.
 
-        A function of the prompt's length alone: scheduler and workers agree without a word.
+        A function of what scheduler and workers both know of a request: they agree without a word.
 
         Parameters
         ----------
@@ -91,6 +96,8 @@ class ServingOptions:
             Tokens.
         block_size : int
             Tokens of a block.
+        ratio : float, optional
+            The request's own ``compression_ratio``.
 
         Returns
         -------
@@ -98,6 +105,37 @@ class ServingOptions:
             The block that the prompt fills in part stays as it is. None: nothing leaves.
         """
         full, rest = divmod(prompt, block_size)
-        wanted = kept_pairs(prompt, self.compression_ratio) - rest
+        wanted = kept_pairs(prompt, self.compression_ratio if ratio is None else ratio) - rest
         kept = max(1, -(-wanted // block_size))
-        return Gap(kept, full) if kept < full else None
+        return Gap(full - kept, full) if kept < full else None
+
+
+def own_ratio(extra_args: Mapping[str, Any] | None) -> float | None:
+    """Read the ``compression_ratio`` that a request asks for itself.
+
+    Parameters
+    ----------
+    extra_args : mapping, optional
+        vLLM's, of sampling parameters: ``{"moekv": {"compression_ratio": 0.9}}``, or as its server
+        takes them, without mappings in mappings: ``{"moekv": 0.9}``.
+
+    Raises
+    ------
+    ValueError
+        It is no ratio, or something else is asked for.
+    """
+    given = (extra_args or {}).get(KEY)
+    if given is None:
+        return None
+    name = "compression_ratio"
+    if isinstance(given, Mapping):
+        if list(given) != [name]:
+            raise ValueError(
+                f'moekv: expected extra_args["{KEY}"] {{"{name}": ...}}, got {given!r}'
+            )
+        given = given[name]
+    try:
+        check_ratio(given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"moekv: {error}") from None
+    return float(given)

@@ -1,4 +1,4 @@
-"""What the pairs of a prompt are worth: moekv's expert ``expected``, as the prompt comes."""
+"""What the pairs of prompts are worth: moekv's expert ``expected``, as the prompts come."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from moekv import ops
 from moekv.experts.expected import weigh
 from moekv.models.queries import rotate
-from moekv.ops.reference.expected_attention import REACH
 
 
 class Rotation:
@@ -35,66 +34,100 @@ class Rotation:
 
 
 @dataclass
-class Rated:
-    """A prompt that is being computed, in one step or several.
+class LastQueries:
+    """The last queries of a part of a prompt, which look at pairs that are still to come.
 
     Attributes
     ----------
-    length : int
-        Tokens of the prompt.
-    scores : dict of Tensor [H, T], float32
-        By layer, of the pairs that have come.
-    last : dict of Tensor [Hq, n, D]
-        By layer, the last queries, which look at pairs that are still to come.
+    end : int
+        Tokens up to there.
+    queries : dict of Tensor [n, Hq, D]
+        By layer, rotated to their positions.
     """
 
-    length: int
-    scores: dict[int, Tensor] = field(default_factory=dict)
-    last: dict[int, Tensor] = field(default_factory=dict)
+    end: int
+    queries: dict[int, Tensor] = field(default_factory=dict)
 
-    def take(
-        self,
-        layer: int,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        rotation: Rotation,
-        *,
-        scaling: float,
-        softcap: float,
-    ) -> None:
-        """Rate the pairs of some more tokens.
 
-        Every query stands behind the prompt's last token, whatever the number of steps; what it
-        looks at are the keys that have come so far.
+def rate(
+    queries: Tensor,
+    before: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    length: int,
+    rotation: Rotation,
+    *,
+    scaling: float,
+    softcap: float,
+) -> Tensor:
+    """Rate the pairs of a prompt, or of a part of it.
 
-        Parameters
-        ----------
-        layer : int
-        queries : Tensor [N, Hq, D]
-            Of the tokens, rotated to their positions.
-        keys, values : Tensor [H, T, D]
-            Of all tokens that have come, the last N of which are these.
-        rotation : Rotation
-        scaling, softcap : float
-            Of the layer's logits.
-        """
-        count, num_keys = queries.shape[0], keys.shape[1]
-        begin = num_keys - count
-        asked = rotation.turn(queries, self.length - torch.arange(begin, num_keys))
-        if begin:
-            before = self.last[layer]
-            nobody = asked.new_zeros(asked.shape[0], begin - before.shape[1], asked.shape[2])
-            asked = torch.cat([nobody, before, asked], 1)
-        expected = ops.expected_attention(
-            asked[None].contiguous(), keys[None].contiguous(), scaling=scaling, softcap=softcap
-        )
-        scores = weigh(expected, values[None])[0, :, begin:]
-        self.last[layer] = asked[:, -REACH:].clone()
-        if begin:
-            scores = torch.cat([self.scores[layer], scores], 1)
-        self.scores[layer] = scores
+    Every query stands behind the prompt's last token, whatever the number of parts; what it looks
+    at are the keys that have come so far.
 
-    def all_scores(self) -> Tensor:
-        """Give the scores of the heads of all layers, in order: [L * H, T]."""
-        return torch.cat([self.scores[layer] for layer in sorted(self.scores)])
+    Parameters
+    ----------
+    queries : Tensor [N, Hq, D]
+        Of the part's tokens, rotated to their positions.
+    before : Tensor [n, Hq, D] or None
+        The last ones of the tokens before them. None: the part is rated like a text's beginning.
+    keys, values : Tensor [H, T, D]
+        Of all tokens that have come, the last N of which are these.
+    length : int
+        Tokens of the prompt.
+    rotation : Rotation
+    scaling, softcap : float
+        Of the layer's logits.
+
+    Returns
+    -------
+    Tensor [H, N], float32
+    """
+    count, num_keys = queries.shape[0], keys.shape[1]
+    asking = queries if before is None else torch.cat([before, queries])
+    positions = torch.arange(num_keys - len(asking), num_keys)
+    asked = rotation.turn(asking, length - positions)
+    if len(asking) < num_keys:
+        nobody = asked.new_zeros(asked.shape[0], num_keys - len(asking), asked.shape[2])
+        asked = torch.cat([nobody, asked], 1)
+    expected = ops.expected_attention(
+        asked[None].contiguous(), keys[None].contiguous(), scaling=scaling, softcap=softcap
+    )
+    return weigh(expected[..., -count:], values[None, :, -count:])[0]
+
+
+class Scores:
+    """Scores of the pairs in vLLM's blocks, which lie beside them.
+
+    What one request computes, others may find in the prefix cache, with its scores.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Layers, blocks, KV heads, tokens of a block.
+
+    Attributes
+    ----------
+    last : dict of LastQueries
+        By the block in which a part of a prompt ends.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int]) -> None:
+        self._pages = torch.empty(shape, dtype=torch.float32)
+        self.last: dict[int, LastQueries] = {}
+
+    def write(self, layer: int, blocks: Tensor, begin: int, scores: Tensor) -> None:
+        """Keep scores [H, N] of a layer's pairs, from the ``begin``-th of a request on."""
+        places = torch.arange(begin, begin + scores.shape[1])
+        size = self._pages.shape[3]
+        self._pages[layer][blocks[places // size].long(), :, places % size] = scores.T
+
+    def read(self, layers: slice, blocks: Tensor) -> Tensor:
+        """Give the scores of some layers' pairs in blocks [n]: [L * H, n * block_size]."""
+        found = self._pages[layers, blocks.long()]  # [L, n, H, block_size]
+        return found.transpose(1, 2).flatten(2).flatten(0, 1)
+
+    def before(self, block: int, begin: int) -> dict[int, Tensor]:
+        """Give the last queries before a part of a prompt by layer, none if they are not known."""
+        last = self.last.get(block)
+        return last.queries if last is not None and last.end == begin else {}

@@ -47,6 +47,10 @@ def check_engine(config: Any, options: ServingOptions) -> None:
         raise ValueError("moekv: expected no speculative decoding, got a speculative_config")
     if config.kv_transfer_config is not None:
         raise ValueError("moekv: expected no KV connector, got a kv_transfer_config")
+    if config.model_config.enable_prompt_embeds:
+        raise ValueError("moekv: expected prompts of tokens, got enable_prompt_embeds")
+    if config.use_v2_model_runner:
+        raise ValueError("moekv: expected vLLM's model runner V1, got V2")
     for name in (
         "tensor_parallel_size",
         "pipeline_parallel_size",
@@ -66,11 +70,8 @@ def check_layer(name: str, value: object) -> None:
 def say(config: Any, options: ServingOptions) -> None:
     """Say once what is at work, and what it costs."""
     logger.info(
-        "moekv compresses prompts: compression_ratio %s, budget %r, blocks of %d tokens%s",
+        "moekv compresses prompts: compression_ratio %s, budget %r, blocks of %d tokens",
         options.compression_ratio,
         options.budget,
         config.cache_config.block_size,
-        "; prefix caching is off, as pairs move within blocks"
-        if config.cache_config.enable_prefix_caching
-        else "",
     )

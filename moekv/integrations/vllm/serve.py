@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from importlib.util import find_spec
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from moekv.integrations.vllm.options import KEY, ServingOptions
@@ -40,6 +42,7 @@ def parse(model: str, options: dict[str, Any], arguments: Sequence[str]) -> tupl
     ServingOptions(**options)
     if find_spec("vllm") is None:
         raise ImportError(f"expected vLLM {TESTED}.* beside moekv, got none: pip install vllm")
+    _share_metrics()
     check_version()
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -53,15 +56,20 @@ def parse(model: str, options: dict[str, Any], arguments: Sequence[str]) -> tupl
     command = ServeSubcommand()
     command.subparser_init(parser.add_subparsers(dest="subparser"))
     args = parser.parse_args(["serve", model, *arguments])
-    if args.enable_prefix_caching:
-        raise ValueError(
-            "expected prefix caching to be off, as pairs move within blocks, got "
-            "--enable-prefix-caching"
-        )
-    args.enable_prefix_caching = False
     given = args.additional_config or {}
     if KEY in given:
         raise ValueError(f"expected moekv's options as options, got {KEY!r} in --additional-config")
     args.additional_config = {**given, KEY: options}
     command.validate(args)
     return command, args
+
+
+_metrics: TemporaryDirectory[str] | None = None
+
+
+def _share_metrics() -> None:
+    """Have Prometheus collect over vLLM's processes; it reads this when it is imported."""
+    global _metrics
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        _metrics = TemporaryDirectory()  # goes with the process
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = _metrics.name

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
@@ -13,7 +14,8 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 from moekv.integrations.vllm.compaction import Kept, choose, compact
 from moekv.integrations.vllm.options import Gap, ServingOptions
 from moekv.integrations.vllm.pages import Pages
-from moekv.integrations.vllm.rating import Rated, Rotation
+from moekv.integrations.vllm.rating import LastQueries, Rotation, Scores, rate
+from moekv.ops.reference.expected_attention import REACH
 
 if TYPE_CHECKING:
     from moekv.integrations.vllm.heads import HeadStep
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A part of a prompt that a step computes, of a request whose blocks will be freed.
+    """A part of a prompt that a step computes.
 
     Attributes
     ----------
@@ -29,22 +31,30 @@ class Prompt:
         Of the step's queries.
     end : int
         Tokens of the prompt that have come then.
+    length : int
+        Tokens of the prompt.
     blocks : Tensor [n]
         Of the request, up to there.
-    gap : Gap
-    rated : Rated
+    gap : Gap or None
+        None: the request stays as it is, and is rated for others that may find its blocks.
+    before : dict of Tensor [n, Hq, D]
+        By layer, the last queries of the part before this one.
+    after : LastQueries
+        Those of this one, to be filled in.
     """
 
     rows: slice
     end: int
+    length: int
     blocks: Tensor
-    gap: Gap
-    rated: Rated
+    gap: Gap | None
+    before: dict[int, Tensor]
+    after: LastQueries
 
     @property
     def is_whole(self) -> bool:
         """Whether all of it has come."""
-        return self.end == self.rated.length
+        return self.end == self.length
 
 
 @dataclass(frozen=True)
@@ -86,11 +96,9 @@ class Worker:
     block_size : int
     isa : str
         Of vLLM's attention.
-    rated : dict of Rated
-        Prompts that are being computed, by the first block of their requests.
     kept : dict of Kept
-        What heads hold that hold different numbers of blocks, by the first block of their requests,
-        which stays theirs as long as they live.
+        What heads hold that hold different numbers of blocks, by the last whole block of their
+        requests' prompts, which is theirs alone as long as they live.
     """
 
     options: ServingOptions
@@ -98,7 +106,6 @@ class Worker:
     modules: list[Any]
     block_size: int
     isa: str
-    rated: dict[int, Rated] = field(default_factory=dict)
     kept: dict[int, Kept] = field(default_factory=dict)
 
     @classmethod
@@ -123,14 +130,20 @@ class Worker:
             return [Pages(caches, self.isa)]
         return [Pages([cache], self.isa) for cache in caches]
 
+    @cached_property
+    def scores(self) -> Scores:
+        """Of the pairs in all blocks."""
+        blocks, heads, size, _ = self.modules[0].kv_cache.shape
+        return Scores((len(self.modules), blocks, heads, size))
+
     def forget(self, blocks: list[int]) -> None:
-        """Let go of requests that have ended, by blocks that another has been given."""
+        """Let go of what is known of blocks that a step writes anew."""
         for block in blocks:
-            self.rated.pop(block, None)
+            self.scores.last.pop(block, None)
             self.kept.pop(block, None)
 
     def rate(self, prompt: Prompt, layer: Any, queries: Tensor) -> None:
-        """Rate a layer's pairs, and move those that stay once the prompt has been rated.
+        """Rate a layer's pairs.
 
         Parameters
         ----------
@@ -140,28 +153,40 @@ class Worker:
         queries : Tensor [N, Hq, D]
             Of the step.
         """
-        index = self.layers[layer.layer_name]
-        together = self.options.budget == "model"
-        pages = self.pages[0 if together else index]
-        own = pages.of(prompt.blocks)[index if together else 0]
-        keys, values = pages.read_all(own, prompt.end)
-        prompt.rated.take(
-            index,
-            queries[prompt.rows],
+        index, asking = self.layers[layer.layer_name], queries[prompt.rows]
+        pages, row = self._pages_of(index)
+        keys, values = pages.read_all(pages.of(prompt.blocks)[row], prompt.end)
+        before = prompt.before.get(index)
+        scores = rate(
+            asking,
+            before,
             keys,
             values,
+            prompt.length,
             self.rotation,
             scaling=layer.impl.scale,
             softcap=layer.impl.logits_soft_cap,
         )
-        if not prompt.is_whole or (together and index + 1 < len(self.modules)):
+        self.scores.write(index, prompt.blocks, prompt.end - len(asking), scores)
+        if not prompt.is_whole:
+            seen = asking if before is None else torch.cat([before, asking])
+            prompt.after.queries[index] = seen[-REACH:].clone()
+
+    def compress(self, prompt: Prompt, layer: Any) -> None:
+        """Move the pairs that stay, once all have been rated: a layer's, or at the last, all."""
+        index = self.layers[layer.layer_name]
+        together = self.options.budget == "model"
+        gap = prompt.gap
+        if gap is None or not prompt.is_whole or (together and index + 1 < len(self.modules)):
             return
-        rated, gap = prompt.rated, prompt.gap
-        scores = rated.all_scores() if together else rated.scores[index]
-        rest = rated.length - gap.full * self.block_size
+        layers = slice(None) if together else slice(index, index + 1)
+        scores = self.scores.read(layers, prompt.blocks[: gap.full])
+        rest = prompt.length - gap.full * self.block_size
         indices, counts = choose(scores, gap, self.block_size, rest, self.options)
-        kept = compact(pages, prompt.blocks, gap, indices, counts)
+        kept = compact(self._pages_of(index)[0], prompt.blocks, gap, indices, counts)
         if together:
-            self.kept[int(prompt.blocks[0])] = kept
-        if index + 1 == len(self.modules):
-            del self.rated[int(prompt.blocks[0])]
+            self.kept[int(prompt.blocks[gap.full - 1])] = kept
+
+    def _pages_of(self, layer: int) -> tuple[Pages, int]:
+        """Give the pages in which a layer's are, and which of theirs they are."""
+        return (self.pages[0], layer) if self.options.budget == "model" else (self.pages[layer], 0)

@@ -99,10 +99,10 @@ def test_what_stays_is_what_was_chosen(budget: str) -> None:
     blocks = torch.randperm(BLOCKS, generator=generator)[:9]
     scores = torch.randn(LAYERS * HEADS, 9 * BLOCK, generator=generator)
     scores += 2 * torch.randn(LAYERS * HEADS, 1, generator=generator)
-    gap = Gap(3, 8)
+    gap = Gap(5, 8)
     indices, counts = choose(scores, gap, BLOCK, 20, ServingOptions(budget=budget))
     assert (len(set(counts.tolist())) > 1) == (budget == "model")
-    others = sorted(set(range(BLOCKS)) - set(blocks[:3].tolist()))
+    others = sorted(set(range(BLOCKS)) - set(blocks[5:8].tolist()))
     before = [cache[others].clone() for cache in caches]
     kept = compact(pages, blocks, gap, indices, counts)
     assert torch.equal(kept.counts.flatten(), counts)
@@ -119,6 +119,6 @@ def test_what_stays_is_what_was_chosen(budget: str) -> None:
         got_keys, got_values = pages.read_all(kept.pages[layer, head, :count], count * BLOCK)
         assert torch.equal(got_keys, keys[layer, slots, head])
         assert torch.equal(got_values, values[layer, slots, head])
-    assert sorted(used) == sorted(pages.of(blocks[:3]).flatten().tolist())
+    assert sorted(used) == sorted(pages.of(blocks[5:8]).flatten().tolist())
     for cache, held in zip(caches, before, strict=True):
         assert torch.equal(cache[others], held)

@@ -1,48 +1,65 @@
 """No block is lost or given back twice, whatever becomes of requests."""
 
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_engine import BLOCK, engine, params, pool, tokens, write_model
+from vllm_engine import engine, params, pool, tokens, write_model
+
+from moekv.integrations.vllm.options import ServingOptions, own_ratio
 
 
-def check_pool(engine: Any) -> None:
+def check_pool(engine: Any, options: ServingOptions) -> None:
     """Check vLLM's pool against what its requests hold."""
     scheduler = engine.engine_core.engine_core.scheduler
     (manager,) = scheduler.kv_cache_manager.coordinator.single_type_managers
     blocks = pool(engine)
-    held = [b for own in manager.req_to_blocks.values() for b in own if not b.is_null]
-    assert len({b.block_id for b in held}) == len(held)  # each is one request's
-    assert all(b.ref_cnt == 1 for b in held)
+    tables = manager.req_to_blocks
+    held = Counter(b.block_id for own in tables.values() for b in own if not b.is_null)
+    counted = {b.block_id: b.ref_cnt for b in blocks.blocks if b.ref_cnt and not b.is_null}
+    assert counted == held
     free = blocks.free_block_queue.get_all_free_blocks()
-    assert {b.block_id for b in free}.isdisjoint(b.block_id for b in held)
     assert len(free) == blocks.get_num_free_blocks()
+    assert {b.block_id for b in free}.isdisjoint(held)
     assert len(free) + len(held) + 1 == blocks.num_gpu_blocks  # one stands for those that left
-    assert all(b.ref_cnt == 0 for b in free)
     for request in scheduler.running:
-        own = [not b.is_null for b in manager.req_to_blocks[request.request_id]]
-        assert sum(own) >= min(len(own), 1)
+        ratio = own_ratio(request.sampling_params.extra_args)
+        gap = options.gap(request.num_prompt_tokens, manager.block_size, ratio)
+        if gap is None:
+            continue
+        own = tables[request.request_id]
+        # Where pairs move, nobody else is, nor can be.
+        assert all(b.ref_cnt == 1 and b.block_hash is None for b in own[gap.start :])
+        if request.num_output_tokens > 1 and request.num_computed_tokens > gap.full:
+            assert all(b.is_null for b in own[: gap.start])
 
 
-@pytest.mark.parametrize("budget", ["model", "uniform"])
-def test_random_requests_leave_every_block(tmp_path: Path, budget: str) -> None:
-    """40 requests in a pool that is too small: aborted, preempted, long and short ones."""
-    draw = random.Random(budget)
+def live(folder: Path, budget: str, *, requests: int, caching: bool) -> None:
+    """Requests in a pool that is too small, some aborted or preempted, some that begin alike."""
+    draw = random.Random(f"{budget} {caching}")
     options = {"compression_ratio": 0.7, "budget": budget}
     with engine(
-        write_model(tmp_path), options, num_gpu_blocks_override=33, max_num_batched_tokens=200
+        folder,
+        options,
+        num_gpu_blocks_override=33,
+        max_num_batched_tokens=200,
+        enable_prefix_caching=caching,
     ) as compressed:
         scheduler = compressed.engine_core.engine_core.scheduler
-        waiting = [(str(i), draw.randint(1, 700), draw.randint(1, 250)) for i in range(40)]
+        waiting = [(str(i), draw.randint(1, 700), draw.randint(1, 250)) for i in range(requests)]
         alive: dict[str, int] = {}
-        preempted = aborted = finished = 0
+        preempted = aborted = finished = found = 0
         while waiting or compressed.has_unfinished_requests():
             while waiting and draw.random() < 0.5:
                 name, length, count = waiting.pop()
-                prompt = tokens(length, seed=int(name))
-                compressed.add_request(name, {"prompt_token_ids": prompt}, params(count))
+                shared = draw.choice([0, length // 2, length])
+                prompt = tokens(700)[:shared] + tokens(length - shared, seed=int(name) + 1)
+                ratio = draw.choice([None, None, 0.0, 0.4, 0.9])
+                own = None if ratio is None else {"moekv": {"compression_ratio": ratio}}
+                asked = params(count, extra_args=own)
+                compressed.add_request(name, {"prompt_token_ids": prompt}, asked)
                 alive[name] = count
             if alive and draw.random() < 0.01:
                 name = draw.choice(sorted(alive))
@@ -52,10 +69,23 @@ def test_random_requests_leave_every_block(tmp_path: Path, budget: str) -> None:
             for output in compressed.step():
                 if output.finished:
                     finished += 1
+                    found += output.num_cached_tokens > 0
                     assert len(output.outputs[0].token_ids) == alive.pop(output.request_id)
             preempted += sum(r.num_preemptions > 0 for r in scheduler.waiting)
-            check_pool(compressed)
-        assert not alive and finished + aborted == 40
+            check_pool(compressed, ServingOptions(**options))
+        assert not alive and finished + aborted == requests
         assert aborted > 2 and preempted > 0
+        assert (found > 2) == caching
         assert pool(compressed).get_num_free_blocks() == 32
-        assert BLOCK * 32 > 700
+
+
+@pytest.mark.parametrize(("budget", "caching"), [("model", True), ("uniform", False)])
+def test_random_requests_leave_every_block(tmp_path: Path, budget: str, caching: bool) -> None:
+    live(write_model(tmp_path), budget, requests=40, caching=caching)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("budget", ["model", "uniform"])
+@pytest.mark.parametrize("caching", [False, True])
+def test_many_random_requests(tmp_path: Path, budget: str, caching: bool) -> None:
+    live(write_model(tmp_path), budget, requests=200, caching=caching)

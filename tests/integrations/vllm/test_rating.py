@@ -7,8 +7,9 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from moekv.integrations.vllm.rating import Rated, Rotation
+from moekv.integrations.vllm.rating import Rotation, Scores, rate
 from moekv.integrations.vllm.refusals import ROPE_TYPES
+from moekv.ops.reference.expected_attention import REACH
 
 _LONG = {"rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 256}
 _ROPE: dict[str, dict[str, Any]] = {
@@ -52,25 +53,29 @@ def test_prompts_are_rated_as_they_come(steps: tuple[int, ...]) -> None:
     length, scaling = 60, 0.3
     queries = torch.randn(length, 4, 32, generator=generator)
     keys, values = torch.randn(2, 2, length, 32, generator=generator)
-    rated, rotation = Rated(length), Rotation(config())
+    rotation, scores = Rotation(config()), Scores((2, 4, 2, 20))
+    blocks, before = torch.tensor([3, 0, 2]), None
     begin = 0
     expected = torch.empty(2, length)
     behind = rotation.turn(queries, length - torch.arange(length))
     for count in steps:
         end = begin + count
-        rated.take(
-            5,
+        new = rate(
             queries[begin:end],
+            before,
             keys[:, :end],
             values[:, :end],
+            length,
             rotation,
             scaling=scaling,
             softcap=0.0,
         )
+        scores.write(1, blocks, begin, new)
+        before = queries[max(end - REACH, 0) : end]
         grouped = behind[:, :end].view(2, 2, end, 32).double()
         looks = (scaling * grouped @ keys[:, None, :end].double().mT).softmax(-1).square().mean(1)
         for t in range(begin, end):
             attention = looks[:, max(t - 4, 0) : t + 1, t].sum(-1).log() / 2
             expected[:, t] = attention + values[:, t].double().norm(dim=-1).log() / 2
         begin = end
-    torch.testing.assert_close(rated.all_scores(), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(scores.read(slice(1, 2), blocks), expected, atol=1e-4, rtol=1e-4)

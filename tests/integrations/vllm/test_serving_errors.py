@@ -54,7 +54,9 @@ def an_engine(**changes: Any) -> Any:
             hf_config=SimpleNamespace(architectures=[changes.pop("model", "LlamaForCausalLM")]),
             hf_text_config=text,
             get_sliding_window=lambda: window,
+            enable_prompt_embeds=changes.pop("embeds", False),
         ),
+        "use_v2_model_runner": changes.pop("v2", False),
         "cache_config": SimpleNamespace(cache_dtype=changes.pop("pairs", "auto")),
         "speculative_config": changes.pop("speculative", None),
         "kv_transfer_config": changes.pop("connector", None),
@@ -72,6 +74,8 @@ def an_engine(**changes: Any) -> Any:
         ({"pairs": "fp8_e4m3"}, "kv_cache_dtype 'auto', got 'fp8_e4m3'"),
         ({"speculative": object()}, "expected no speculative decoding"),
         ({"connector": object()}, "expected no KV connector"),
+        ({"embeds": True}, "expected prompts of tokens, got enable_prompt_embeds"),
+        ({"v2": True}, "expected vLLM's model runner V1, got V2"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size 1, got 2"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size 1, got 2"),
         ({"decode_context_parallel_size": 2}, "decode_context_parallel_size 1, got 2"),
@@ -109,18 +113,15 @@ def test_a_request_from_elsewhere() -> None:
     with pytest.raises(RuntimeError, match="prompt was compressed in this process, got another"):
         HeadStep.of([stranger], Pages([cache], "vec"), {})
     builder = CompressingBuilder.__new__(CompressingBuilder)
-    builder.block_size = BLOCK
-    worker = SimpleNamespace(options=ServingOptions(), rated={}, kept={})
+    builder.block_size, builder.requests = BLOCK, SimpleNamespace(rows={})
     step = SimpleNamespace(
         num_reqs=1,
-        rswa_prefix_lens=torch.tensor([200]),
         seq_lens=torch.tensor([150]),
         query_start_loc=torch.tensor([0, 50]),
         block_table_tensor=torch.arange(8)[None],
     )
-    with pytest.raises(
-        RuntimeError, match="from its beginning, got one of 200 tokens from the 100"
-    ):
+    worker = SimpleNamespace(options=ServingOptions(), forget=lambda blocks: None)
+    with pytest.raises(RuntimeError, match="vLLM to tell the tokens of each prompt, got none"):
         builder._sort(worker, step)
 
 
@@ -155,13 +156,17 @@ def test_prompts_shorter_than_what_could_leave(tmp_path: Path) -> None:
     [
         (["--compression-ratio", "1.5"], r"compression_ratio in \[0, 1\)"),
         (["--budget", "head"], "budget among model, uniform"),
-        (["--enable-prefix-caching"], "prefix caching to be off"),
         (["--additional-config", '{"moekv": {}}'], "moekv's options as options"),
     ],
 )
 def test_what_serve_refuses(
-    capsys: pytest.CaptureFixture[str], given: list[str], message: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    given: list[str],
+    message: str,
 ) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     assert main(["serve", "a-model", *given]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("moekv serve: error: expected") and re.search(message, said)
