@@ -112,6 +112,7 @@ PYBIND11_MODULE(simt_kernels, m) {
     simt::selftest(name, reinterpret_cast<void*>(data));
     simt::check_host();
   });
+#ifndef MOEKV_SIMT_WITHOUT_OPS
   {
     using P = GatingTopkParams;
     Fields<P>(m, "GatingTopkParams") FIELD(logits) FIELD(bias) FIELD(mask) FIELD(importance)
@@ -184,4 +185,5 @@ PYBIND11_MODULE(simt_kernels, m) {
     m.def("ragged_attention", launcher(&cuda::ragged_attention));
     m.def("ragged_attention_workspace_bytes", &cuda::ragged_attention_workspace_bytes);
   }
+#endif
 }

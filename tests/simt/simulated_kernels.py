@@ -137,14 +137,18 @@ def _object(source: Path, flags: list[str]) -> Path:
     return target
 
 
-def build(flavour: str = "watched", edits: Sequence[Edit] = ()) -> Path:
-    """Build the module of ``flavour`` with ``edits`` and return its path."""
+def build(flavour: str = "watched", edits: Sequence[Edit] = (), *, ops: bool = True) -> Path:
+    """Build the module of ``flavour`` with ``edits`` and return its path.
+
+    Without ``ops`` it is the simulator with its own kernels, which compile in seconds.
+    """
     CACHE.mkdir(parents=True, exist_ok=True)
-    kernels = sorted(CUDA.glob("*.cu"))
+    kernels = sorted(CUDA.glob("*.cu")) if ops else []
     flags = FLAGS[flavour]
     kernel_flags = [*flags, *KERNEL_FLAGS[flavour]]
     # Nothing of it takes time but to compile.
     python = ["-O0", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    python += [] if ops else ["-DMOEKV_SIMT_WITHOUT_OPS"]
     jobs = [(HERE / "machine.cpp", flags), (HERE / "memory.cpp", flags)]
     jobs.append((HERE / "bindings.cpp", python))
     jobs.append((HERE / "selftest.cu", kernel_flags))
