@@ -48,10 +48,23 @@ def live(model: PreTrainedModel, press: MoERouterPress) -> tuple[torch.Tensor, A
     return torch.cat(logits), press.get_stats()["compression"]
 
 
-@pytest.mark.parametrize(
-    ("way", "name"),
-    [*((way, "default") for way in WAYS), *(("model", name) for name in list(PRESSES)[1:])],
-)
+def thorough(*case: str) -> Any:
+    return pytest.param(*case, marks=pytest.mark.thorough)
+
+
+# Each is traced anew, for a quarter of a minute.
+CASES = [
+    ("model", "default"),
+    ("model", "decoding"),
+    ("layers", "default"),
+    thorough("forward", "default"),
+    thorough("decoder", "default"),
+    thorough("model", "uniform"),
+    thorough("model", "streaming"),
+]
+
+
+@pytest.mark.parametrize(("way", "name"), CASES)
 def test_compiled_models_are_compressed(way: str, name: str) -> None:
     model = tiny_model()
     expected, counts = live(model, MoERouterPress(0.5, **PRESSES[name]))
