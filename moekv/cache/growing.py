@@ -87,6 +87,8 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
     def recompress(self, kept: Kept, pairs: str = "16") -> None:
         """Move the chosen pairs to the front, in place: the rest is room for new tokens.
 
+        What is more than `most` is given back.
+
         Parameters
         ----------
         kept : Kept
@@ -104,8 +106,12 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
         ops.kv_compact_(self._keys, self._values, indices, backend=self.backend)
         if notes is not None:
             notes.recompress(kept)
-        self._keys = self._keys[:, :, : kept.per_head]
-        self._values = self._values[:, :, : kept.per_head]
+        if self.most is not None and self._key_buffer.shape[2] > max(self.most, kept.per_head):
+            room = max(self.most, kept.per_head)
+            self._key_buffer = self._key_buffer[:, :, :room].clone()
+            self._value_buffer = self._value_buffer[:, :, :room].clone()
+        self._keys = self._key_buffer[:, :, : kept.per_head]
+        self._values = self._value_buffer[:, :, : kept.per_head]
         self.num_moves += 1
         if not self.evicted:  # places are positions
             self.first = first_kept(kept)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from moekv.cache.growing import GrowingLayer
+    from moekv.cache.layer import CompressedLayer
     from moekv.cache.ragged import RaggedLayer
 
 NOT_DENSE = (
@@ -48,7 +48,7 @@ def cropped_to(index: Any, length: int) -> int | None:
 
 
 class DensePairs(Tensor):
-    """The keys or the values of a :class:`GrowingLayer`: a tensor that knows its layer.
+    """The keys or the values of a dense compressed layer: a tensor that knows its layer.
 
     To every operation it is a plain tensor [B, H, T, D], T the pairs that are held. A slice
     ``pairs[:, :, :n]`` remembers n: assigned back to the layer, as kvpress's pipeline does with
@@ -56,7 +56,7 @@ class DensePairs(Tensor):
 
     Attributes
     ----------
-    layer : GrowingLayer
+    layer : CompressedLayer
     crop : int or None
         True positions that are left where this is such a slice.
     taken : tuple of int
@@ -64,12 +64,12 @@ class DensePairs(Tensor):
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    layer: GrowingLayer
+    layer: CompressedLayer
     crop: int | None
     taken: tuple[int, int]
 
     @classmethod
-    def of(cls, pairs: Tensor, layer: GrowingLayer, crop: int | None = None) -> DensePairs:
+    def of(cls, pairs: Tensor, layer: CompressedLayer, crop: int | None = None) -> DensePairs:
         """Make a view of a tensor that belongs to a layer."""
         view = pairs.as_subclass(cls)
         view.layer, view.crop, view.taken = layer, crop, layer.taken()

@@ -49,6 +49,8 @@ class Kind:
         What else it takes, a format of pairs among it.
     length : callable
         The true length, by the numbers and the sizes.
+    take : callable
+        The tensors, of a layer.
     make : callable
         The layer, of tensors and a description.
     """
@@ -57,6 +59,7 @@ class Kind:
     tensors: Mapping[str, str]
     numbers: tuple[str, ...]
     length: Callable[[Mapping[str, Any], Mapping[str, int]], int]
+    take: Callable[[Any], dict[str, Tensor]]
     make: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Any]
 
 
@@ -93,25 +96,9 @@ def take_apart(layer: Any, index: int) -> tuple[dict[str, Tensor], dict[str, Any
     if not layer.is_initialized:
         raise ValueError(f"expected a cache that a model has filled, layer {index} is empty")
     kind = KINDS[name]
-    parts = dict(zip(_DENSE, cached_pairs(layer), strict=True)) if kind.tensors is _DENSE else {}
+    parts = kind.take(layer)
     description: dict[str, Any] = {"kind": name}
-    if isinstance(layer, RaggedLayer):
-        parts = dict(zip(kind.tensors, layer.rows.tensors, strict=False))
-        parts |= {part: getattr(layer, part) for part in _TAIL}
-        # A file may not hold one memory under two names.
-        parts |= {part: parts[part].clone() for part in TABLES}
-    elif type(layer) is not StaticSlidingWindowLayer and isinstance(layer, StaticLayer):
-        filled = int(layer.get_seq_length()) - _evicted(layer)
-        parts = {part: pairs[:, :, :filled] for part, pairs in parts.items()}
-    numbers = {
-        "evicted": _evicted(layer),
-        "context_length": getattr(layer, "context_length", 0),
-        "seen": _seen(layer),
-        "slots": getattr(layer, "max_cache_len", 0),
-        "window": getattr(layer, "sliding_window", 0),
-        "pairs": layer.rows.pairs if isinstance(layer, RaggedLayer) else "16",
-    }
-    description |= {key: numbers[key] for key in kind.numbers}
+    description |= {key: NUMBERS[key](layer) for key in kind.numbers}
     if isinstance(layer, CompressedLayer):
         parts |= _beside(layer, index, description)
     return parts, description
@@ -125,6 +112,34 @@ def _seen(layer: Any) -> int:
 
 def _evicted(layer: Any) -> int:
     return int(getattr(layer, "evicted", 0))
+
+
+NUMBERS: dict[str, Callable[[Any], Any]] = {
+    "evicted": _evicted,
+    "context_length": lambda layer: layer.context_length,
+    "seen": _seen,
+    "slots": lambda layer: layer.max_cache_len,
+    "window": lambda layer: layer.sliding_window,
+    "pairs": lambda layer: layer.rows.pairs,
+}
+"""What a description takes from a layer, by its name."""
+
+
+def _pairs_of(layer: Any) -> dict[str, Tensor]:
+    return dict(zip(_DENSE, cached_pairs(layer), strict=True))
+
+
+def _filled_slots(layer: StaticLayer) -> dict[str, Tensor]:
+    filled = int(layer.get_seq_length()) - _evicted(layer)
+    return {part: pairs[:, :, :filled] for part, pairs in _pairs_of(layer).items()}
+
+
+def _stored(layer: RaggedLayer) -> dict[str, Tensor]:
+    tensors = _RAGGED if layer.rows.scales is None else _QUANTISED
+    parts = dict(zip(tensors, layer.rows.tensors, strict=False))
+    parts |= {part: getattr(layer, part) for part in _TAIL}
+    # A file may not hold one memory under two names.
+    return parts | {part: parts[part].clone() for part in TABLES}
 
 
 def _beside(layer: CompressedLayer, index: int, description: dict[str, Any]) -> dict[str, Tensor]:
@@ -284,15 +299,21 @@ def backend_of(description: Mapping[str, Any]) -> str:
 
 
 KINDS = {
-    "dense": Kind(DynamicLayer, _DENSE, (), lambda _, size: size["N"], _dense),
+    "dense": Kind(DynamicLayer, _DENSE, (), lambda _, size: size["N"], _pairs_of, _dense),
     "sliding": Kind(
-        DynamicSlidingWindowLayer, _DENSE, ("seen", "window"), lambda n, _: n["seen"], _sliding
+        DynamicSlidingWindowLayer,
+        _DENSE,
+        ("seen", "window"),
+        lambda n, _: n["seen"],
+        _pairs_of,
+        _sliding,
     ),
     "growing": Kind(
         GrowingLayer,
         _DENSE,
         ("evicted",),
         lambda numbers, size: numbers["evicted"] + size["N"],
+        _pairs_of,
         _growing,
     ),
     "ragged": Kind(
@@ -300,6 +321,7 @@ KINDS = {
         _RAGGED,
         (),
         lambda numbers, size: numbers["context_length"] + size["N"],
+        _stored,
         _ragged,
     ),
     "quantised": Kind(
@@ -307,14 +329,18 @@ KINDS = {
         _QUANTISED,
         ("pairs",),
         lambda numbers, size: numbers["context_length"] + size["N"],
+        _stored,
         _quantised,
     ),
-    "static": Kind(StaticLayer, _DENSE, ("slots",), lambda _, size: size["N"], _static),
+    "static": Kind(
+        StaticLayer, _DENSE, ("slots",), lambda _, size: size["N"], _filled_slots, _static
+    ),
     "compact static": Kind(
         CompactStaticLayer,
         _DENSE,
         ("slots", "evicted", "context_length"),
         lambda numbers, size: numbers["evicted"] + size["N"],
+        _filled_slots,
         _compact_static,
     ),
     "static sliding": Kind(
@@ -322,6 +348,7 @@ KINDS = {
         _DENSE,
         ("slots", "seen"),
         lambda numbers, _: numbers["seen"],
+        _pairs_of,
         _static_sliding,
     ),
 }

@@ -1,9 +1,10 @@
 """What the kernels compute: native on CPU and CUDA tensors, plain PyTorch anywhere.
 
 ``api`` has a file per op: the public function, its shapes, its gradient; ``reference`` the same in
-plain PyTorch; ``checks`` what both expect of their arguments; ``backends`` loads the native
-libraries and chooses. The functions keep the argument order of the schemas and work under
-``torch.compile(fullgraph=True)``.
+plain PyTorch; ``checks`` (with ``expect``, and ``row_checks`` for stored rows) is what both expect
+of their arguments; ``formats`` says how rows are stored; ``registration`` tells torch what it has
+to know of the native ops; ``backends`` loads the libraries and chooses. The functions keep the
+argument order of the schemas and work under ``torch.compile(fullgraph=True)``.
 
 The ground floor: nothing else of moekv is imported here.
 """

@@ -119,26 +119,38 @@ def adopt(
     if read is not None:
         layer.notes = take_notes(read, kept, backend=backend)
     stay = plan.keep(rating.lengths, rating.votes.shape[2], rating.gain)
-    expect(layer, plan, layer.run, min(stay))
+    held = None if layer.is_ragged else rating.votes.shape[2] if kept is None else kept.per_head
+    expect(layer, plan, layer.run, min(stay), held)
     padding = [rating.votes.shape[2] - n for n in rating.lengths]
     layer.counted = (plan.statistics.epoch, sum(layer.count_pairs(padding)))
 
 
-def expect(layer: CompressedLayer, plan: Plan, run: int | None, least: int) -> None:
-    """Tell a layer how far it may be cropped, and how far it will grow, where that is known."""
+def expect(
+    layer: CompressedLayer, plan: Plan, run: int | None, least: int, held: int | None
+) -> None:
+    """Tell a layer how far it may be cropped, and how far it will grow, where that is known.
+
+    See :func:`most_of`.
+    """
     layer.hold_run(run)
-    layer.most = most_of(layer, plan, least)
+    layer.most = most_of(layer, plan, least, held)
     if layer.notes is not None:
         layer.notes.run, layer.notes.most = layer.run, layer.most
 
 
-def most_of(layer: CompressedLayer, plan: Plan, least: int) -> int | None:
+def most_of(layer: CompressedLayer, plan: Plan, least: int, held: int | None) -> int | None:
     """Count the pairs that a layer will have room for, where that is known.
 
-    Its rows hold at least so many of a head, on average over those that share the budget.
+    Parameters
+    ----------
+    layer : CompressedLayer
+    plan : Plan
+    least : int
+        Pairs of a head that its rows hold at least, on average over those that share the budget.
+    held : int or None
+        Pairs that each head of a dense layer holds; None: of a ragged one.
     """
     decoding = plan.options.decoding
     if decoding is None:
         return layer.most
-    held = least if layer.is_ragged else 0
-    return decoding.interval + max(decoding.target - held, 0)
+    return (held or 0) + decoding.interval + max(decoding.target - least, 0)

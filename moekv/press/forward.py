@@ -15,6 +15,7 @@ from moekv.budget import kept_pairs
 from moekv.experts.builder import ViewBuilder
 from moekv.models.hooks import index_of
 from moekv.models.watching import Asked
+from moekv.press.later import Later
 from moekv.press.options import Options
 from moekv.press.rater import Rater
 from moekv.press.stats import Statistics
@@ -41,6 +42,8 @@ class Plan:
         Last positions that stay in any case.
     note : callable or None
         Takes the record of a prefill, where one is asked for.
+    later : Later
+        What experts wanted of the block's caches.
     """
 
     options: Options
@@ -51,6 +54,7 @@ class Plan:
     context_length: int | None
     recent: int
     note: Callable[[Recording], None] | None = None
+    later: Later = field(default_factory=Later)
 
     @property
     def goes_on(self) -> bool:

@@ -47,6 +47,7 @@ from moekv.press.adoption import expect, most_of
 from moekv.press.commit import observe
 from moekv.press.forward import Call, Plan, Strategy
 from moekv.press.held import Held
+from moekv.press.looking import look_at
 from moekv.press.rating import Rating
 from moekv.routing.mixing import order
 
@@ -103,6 +104,7 @@ class Growth(Strategy):
         self._shrinking: Shrinking | None = None
         self._rated: list[Rated] = []
         self._num_taken = 0
+        self._looks = False
 
     @property
     def is_done(self) -> bool:
@@ -117,6 +119,10 @@ class Growth(Strategy):
             call.module, call.hidden_states, call.kwargs, options.window, 0, self.view.rotary
         )
         remember(layer, call.hidden_states, asked.query, options.window)
+        if call.module is plan.layers[0]:
+            self._looks = plan.later.is_due(layer)
+        if self._looks:
+            look_at(call, plan, self.view)
         call.asked = replace(asked, query=asked.query[:0])  # what may be as large as the layer
         calibrated = plan.rater.calibrated
         if calibrated is not None:
@@ -221,6 +227,11 @@ class Growth(Strategy):
             self._leave(cache, rated, whole, shrinking)
             for (_, rating), part in zip(rated.parts, chosen, strict=True):
                 self._observe(rating, part)
+            if list(map(len, shrinking.groups)) == [len(rated.held.lengths)]:  # all rows at once
+                wanted = rated.parts[0][1].wanted
+                wanted = None if wanted is None else wanted.view(whole.shape)
+                layer = cache.layers[rated.index]
+                self.plan.later.remember(layer, wanted, whole, self.plan.rater.names)
 
     def _choose(self, parts: Sequence[tuple[Held, Rating]], keep: Sequence[int]) -> list[Kept]:
         """Choose what stays of each layer's rows."""
@@ -266,10 +277,11 @@ class Growth(Strategy):
                 runs[b], newest[b] = min(run, since), run
         # Of rows that are left alone nobody has said how few pairs they hold.
         least = min(shrinking.keep) if len(leaving) == len(held) else 0
-        before.most = most_of(before, plan, least)  # more room than that is given back
+        # More room than that is given back.
+        before.most = most_of(before, plan, least, kept.per_head)
         options, index = plan.options, rated.index
         layer = recompress(cache, index, kept, pairs=options.pairs, backend=options.backend)
-        expect(layer, plan, min(runs), least)
+        expect(layer, plan, min(runs), least, kept.per_head)
         if layer.recent is not None:
             layer.recent.keep(newest)
         self._record(layer, kept, sum(held))

@@ -8,7 +8,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from moekv.budget import kept_pairs, select
+from moekv.budget import Kept, kept_pairs, select
 from moekv.experts.base import Expert
 from moekv.experts.view import LayerView
 from moekv.press.options import Options
@@ -33,7 +33,7 @@ def hit_rates(
     sinks: int,
     recent: int,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, Kept]:
     """Share of the observed attention on what each expert alone would keep.
 
     Parameters
@@ -49,7 +49,9 @@ def hit_rates(
 
     Returns
     -------
-    Tensor [E, L, B], float32, in [0, 1]
+    rates : Tensor [E, L, B], float32, in [0, 1]
+    kept : Kept
+        What each expert alone would keep: of rows [E * L * B].
     """
     first, num_layers = views[0], len(views)
     num_experts, batch = len(scores), len(first.keys)
@@ -75,4 +77,4 @@ def hit_rates(
         sizes = [num_heads * total for rows in totals for _ in views for total in rows]
         parts = torch.split(mass.index_select(0, kept.rows() % len(mass)), sizes)
         hits = torch.stack([part.sum() for part in parts]).view(num_experts, num_layers, batch)
-    return (hits / num_heads).clamp(max=1)
+    return (hits / num_heads).clamp(max=1), kept

@@ -68,3 +68,14 @@ class Routers:
         """Tell a layer's router the hit rates [E] that were measured."""
         with self._lock:
             self._known[index][1].update_history(hit_rates)
+
+    def take_in_later(self, index: int, hit_rates: Tensor) -> None:
+        """Tell a layer's router the hit rates [E] of queries that came after a compression."""
+        with self._lock:
+            self._known[index][1].update_later(hit_rates)
+
+    def biases(self) -> dict[int, Tensor]:
+        """Return selection biases [E] by layer, of the routers that have a history."""
+        with self._lock:
+            found = {i: router.history for i, (_, router) in self._known.items()}
+        return {i: bias for i, bias in sorted(found.items()) if bias is not None}

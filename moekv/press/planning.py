@@ -24,6 +24,8 @@ from moekv.models.weights import device_of
 from moekv.ops.backends import MAX_HEAD_DIM
 from moekv.press.forward import Plan, Strategy
 from moekv.press.growth import Growth
+from moekv.press.later import Later
+from moekv.press.looking import Looking
 from moekv.press.options import Options, check_able, check_count
 from moekv.press.prefill import Prefill
 from moekv.press.rater import Rater
@@ -90,6 +92,7 @@ class Planner:
         self._options, self._rater, self._statistics = options, rater, statistics
         self._context_length = context_length
         self._note = note
+        self._later = Later()
         self._possible: Options | None = None
         self._named: set[str] = set()
         self._check(options())
@@ -195,7 +198,10 @@ class Planner:
             _check_room(cache, index_of(self.layers[0]), num_tokens)
         if cache is not None and num_cached:
             self._check_more(plan, cache, num_cached, num_tokens, wanted, given)
-            return Growth(plan, view) if plan.goes_on else None
+            if plan.goes_on:
+                return Growth(plan, view)
+            first = cache.layers[index_of(self.layers[0])]
+            return Looking(plan, view) if self._later.is_due(first) else None
         self._check_prefill(plan, cache, num_tokens, given)
         return Streaming(plan, view) if options.streaming else Prefill(plan, view)
 
@@ -224,6 +230,7 @@ class Planner:
             self._context_length,
             recent,
             self._note,
+            self._later,
         )
 
     def _automatic(self, options: Options, rater: Rater, cache: Any) -> str:

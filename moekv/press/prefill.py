@@ -164,6 +164,9 @@ class Prefill(Strategy):
         plan, ratings = self.plan, [r.done for r in rated]
         record(ratings, kept, num_bytes, plan.rater, plan.statistics)
         plan.statistics.follow(rated[0].cache, plan.most)
+        for r, rating, chosen in zip(rated, ratings, kept, strict=True):
+            layer = r.cache.layers[r.index]
+            plan.later.remember(layer, rating.wanted, chosen, plan.rater.names)
         if plan.note is not None:
             plan.note(recording_of(ratings, kept, num_bytes, plan))
 

@@ -403,13 +403,17 @@ class MoERouterPress:
               often each expert was chosen, as a share and as a number), ``total_tokens`` (real
               ones; those of a window that is routed again count again), ``routing_decisions``
               (choices made, all experts together), ``router_entropy`` (of the probabilities,
-              mean over tokens, nats);
+              mean over tokens, nats), ``history_bias`` (by how much measured hit rates move the
+              choice of each routed expert, in units of probability; empty for other routers than
+              ``"pikv"``);
             - ``expert_compression_stats``: ``expert_usage`` (share of the positions' weight that
               the expert had), ``compression_ratios`` (share removed of the pairs that it rated,
               by weight; NaN if it rated none, or if a wrapper evicted), ``cache_hit_rates``
               (share of the attention of the last ``window`` queries, of 8 where no expert rates by
               them, that falls on what the expert alone would keep, in [0, 1]: moving average over
-              calls),
+              calls), ``later_hit_rates`` (of queries that came after a compression in the same
+              block, over the pairs that stayed: of every 16th step; what has left cannot be seen.
+              NaN: not measured, as where no router has a history),
 
             each by the expert's name.
         """
@@ -421,7 +425,8 @@ class MoERouterPress:
         names = [] if rater is None else rater.names
         distance = 0.0 if rater is None else rater.distance
         name = name_router(routing, calibrated, distance)
-        return self._statistics.report(names, name, self.budget, self.pairs)
+        history = {} if rater is None else rater.history()
+        return self._statistics.report(names, name, self.budget, self.pairs, history)
 
     def summary(self) -> None:
         """Print in a few lines what the press was asked for, and what it has done."""

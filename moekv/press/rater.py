@@ -23,6 +23,7 @@ from moekv.models.hooks import index_of, option
 from moekv.ops import ScoreKind
 from moekv.press import mixture
 from moekv.press.hits import hit_rates, kept_alone
+from moekv.press.later import packed
 from moekv.press.memory import Routers
 from moekv.press.mixture import Part
 from moekv.press.options import Options, Routing
@@ -130,6 +131,17 @@ class Rater:
         voters = len(self.routed) + bool(self.shared)
         return voters > 1 or self.calibrated is not None or self.experts[0].comparable
 
+    def history(self) -> dict[int, dict[str, float]]:
+        """By how much history moves the choice of each routed expert, in units of probability.
+
+        By layer, for routers that have one. Waits for the device.
+        """
+        names = [expert.name for expert in self.routed]
+        return {
+            index: dict(zip(names, bias.tolist(), strict=True))
+            for index, bias in self.routers.biases().items()
+        }
+
     @property
     def kinds(self) -> list[ScoreKind]:
         """What the experts ask of a view."""
@@ -232,7 +244,7 @@ class Rater:
             alone or kept_alone(expert, view.lengths, options, stored) for expert in self.experts
         ]
         sinks, recent = protected(view, options)
-        rates = hit_rates(
+        rates, alone_kept = hit_rates(
             views, scores, totals, sinks=sinks, recent=recent, backend=self.routing.backend
         )
         num_real = max(sum(view.lengths), 1)
@@ -256,10 +268,14 @@ class Rater:
             hit_rates=rates.mean(-1).mT,
             silent=torch.cat([self._silent_shared(scores, real), is_silent(alike)]),
         )
+        wanted: Sequence[Tensor | None] = [None] * num_layers
+        if self.routed and any(look.router.history is not None for look in looks):
+            bits = packed(alone_kept.mask().view(num_experts, -1, num_heads, num_keys))
+            wanted = wanted if bits is None else bits.chunk(num_layers)
         row = view.start, view.lengths, view.begins, view.ends, seen, stored
         return [
-            Rating(index_of(look.view.module), said, ruler, *row)
-            for look, said, ruler in zip(looks, votes, ruling, strict=True)
+            Rating(index_of(look.view.module), said, ruler, *row, wants)
+            for look, said, ruler, wants in zip(looks, votes, ruling, wanted, strict=True)
         ]
 
     def _silent_shared(self, scores: Tensor, real: Tensor | None) -> Tensor:

@@ -53,6 +53,7 @@ class Rating:
     ends: bool
     seen: Observation  # of all layers that were rated with it
     gain: Fraction  # pairs that are stored in the bytes of one
+    wanted: Tensor | None = None  # [B, H, T], which experts want a pair, see `later.packed`
 
     def for_heads(self, num_heads: int, *, mixes: bool) -> Rating:
         """Give the rating for so many heads of a cache; all alike where their layer mixes them."""
@@ -60,7 +61,7 @@ class Rating:
             return self
         together = self.votes.scores.mean(2, keepdim=True)
         scores = together.expand(-1, -1, num_heads, -1).contiguous()
-        return replace(self, votes=replace(self.votes, scores=scores))
+        return replace(self, votes=replace(self.votes, scores=scores), wanted=None)
 
     @property
     def real(self) -> Tensor | None:

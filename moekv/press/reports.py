@@ -13,6 +13,7 @@ class RouterStats(TypedDict):
     total_tokens: int
     routing_decisions: int
     router_entropy: float
+    history_bias: dict[str, float]
 
 
 class ExpertStats(TypedDict):
@@ -21,6 +22,7 @@ class ExpertStats(TypedDict):
     expert_usage: dict[str, float]
     compression_ratios: dict[str, float]
     cache_hit_rates: dict[str, float]
+    later_hit_rates: dict[str, float]
 
 
 class LayerReport(TypedDict):

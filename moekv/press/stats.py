@@ -4,9 +4,10 @@ import copy
 import threading
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -69,6 +70,7 @@ class LayerStats:
         # Of shares, of shares that came to a decision and of those removed; entropy; loss.
         self.sums = torch.zeros(3 * num_experts + 2, dtype=torch.float32, device=device)
         self.hit_rates = torch.zeros(num_experts, dtype=torch.float32, device=device)
+        self.later = torch.full_like(self.hit_rates, torch.nan)
 
     @property
     def aux_loss(self) -> Tensor:
@@ -85,7 +87,18 @@ class LayerStats:
         self.num_calls += 1
         self.num_tokens += num_tokens
 
-    def report(self, names: Sequence[str], kept_pairs: Sequence[int] = ()) -> LayerReport:
+    def add_later(self, rates: Tensor) -> None:
+        """Add hit rates [E] of later queries; NaN: not measured."""
+        mean = rates.lerp(self.later, HIT_RATE_DECAY)
+        mean = torch.where(self.later.isnan(), rates, mean)
+        self.later = torch.where(rates.isnan(), self.later, mean)
+
+    def report(
+        self,
+        names: Sequence[str],
+        kept_pairs: Sequence[int] = (),
+        history: Mapping[str, float] = MappingProxyType({}),
+    ) -> LayerReport:
         """Read the sums: the one place where the device is waited for.
 
         Parameters
@@ -93,6 +106,8 @@ class LayerStats:
         names : sequence of E str
         kept_pairs : sequence of H int
             What each head kept.
+        history : mapping
+            By how much it moves the choice of each routed expert.
         """
         share, ruled, removed = self.sums[:-2].view(3, -1)
 
@@ -106,11 +121,13 @@ class LayerStats:
                 "total_tokens": self.num_tokens,
                 "routing_decisions": int(self.load.sum()),
                 "router_entropy": float(self.sums[-2]) / max(self.num_tokens, 1),
+                "history_bias": dict(history),
             },
             "expert_compression_stats": {
                 "expert_usage": per_expert(share / share.sum().clamp(min=1)),
                 "compression_ratios": per_expert(removed / ruled),
                 "cache_hit_rates": per_expert(self.hit_rates),
+                "later_hit_rates": per_expert(self.later),
             },
             "kept_pairs": list(kept_pairs),
         }
@@ -188,6 +205,12 @@ class Statistics:
                     self.layers[index] = LayerStats(len(load), load.device)
                 self.layers[index].add(load, more, rates, seen.num_tokens)
 
+    def observe_later(self, index: int, rates: Tensor) -> None:
+        """Add hit rates [E] of queries that came after a layer was compressed."""
+        with self._lock:
+            if index in self.layers:
+                self.layers[index].add_later(rates.to(self.layers[index].later.device))
+
     def count(
         self, pairs: tuple[int, int], num_bytes: tuple[int, int], gain: Fraction = _ALIKE
     ) -> None:
@@ -242,7 +265,14 @@ class Statistics:
         chosen = torch.stack([load.to(loads[0].device) for load in loads]).sum(0).tolist()
         return [name for name, n in zip(names, chosen, strict=True) if n == 0]
 
-    def report(self, names: Sequence[str], router: str, budget: str, stored: str) -> Stats:
+    def report(
+        self,
+        names: Sequence[str],
+        router: str,
+        budget: str,
+        stored: str,
+        history: Mapping[int, dict[str, float]],
+    ) -> Stats:
         """Read everything, see ``MoERouterPress.get_stats``. Waits for the device.
 
         Parameters
@@ -253,6 +283,8 @@ class Statistics:
             What is at work.
         budget, stored : str
             What was asked for.
+        history : mapping
+            Of each layer whose router has one, see ``Rater.history``.
         """
         layers = {i: layer for i, layer in sorted(self.layers.items())}
         count = max((layer.num_calls for layer in layers.values()), default=0)
@@ -275,7 +307,10 @@ class Statistics:
                 "evicted": (pairs - kept) / max(pairs, 1),
             },
             "cache": self._held(),
-            "layer_stats": {i: layer.report(names, self._kept(i)) for i, layer in layers.items()},
+            "layer_stats": {
+                i: layer.report(names, self._kept(i), history.get(i, {}))
+                for i, layer in layers.items()
+            },
         }
 
     def _kept(self, index: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -69,6 +70,16 @@ def _lines(stats: Stats) -> dict[str, str]:
     parts = [x["expert_compression_stats"] for x in layers.values()]
     lines["shares"] = _means([x["expert_usage"] for x in parts])
     lines["hit rates"] = _means([x["cache_hit_rates"] for x in parts])
+    later = [x["later_hit_rates"] for x in parts]
+    if measured := [x for x in later if not any(map(math.isnan, x.values()))]:
+        lines["hit rates"] += f"; of later queries {_means(measured)}"
+    moved = [
+        (abs(by), f"{name} {by:+.1%} in layer {index}")
+        for index, layer in layers.items()
+        for name, by in layer["router_stats"]["history_bias"].items()
+    ]
+    if moved:
+        lines["router"] += f"; hits move it: {max(moved)[1]}"
     lines["never chosen"] = ", ".join(stats["never_chosen"]) or "none"
     return lines
 

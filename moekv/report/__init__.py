@@ -1,1 +1,6 @@
-"""What stayed of a prompt, to look at: a record of a prefill, and the page that shows it."""
+"""What stayed of a prompt, to look at.
+
+``recording`` is the record of a prefill, ``page`` writes the page that shows it, of ``pieces``.
+
+May import nothing else of moekv.
+"""

@@ -296,6 +296,14 @@ class BaseMoERouter(nn.Module):
     def update_history(self, hit_rates: Tensor) -> None:
         """Take the measured cache hit rates `[E]`, each in [0, 1]; this router keeps none."""
 
+    def update_later(self, hit_rates: Tensor) -> None:
+        """Take hit rates `[E]` of queries that came after a compression; this router keeps none."""
+
+    @property
+    def history(self) -> Tensor | None:
+        """The bias `[E]` by which measured hit rates move the choice of experts; None: none do."""
+        return None
+
     def _rate(self, hidden_states: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Logits `[B, T, E]` and, where a router estimates it, importance `[B, T]` of the tokens.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,6 +20,10 @@ class PiKVMoERouter(AdaptiveRouter):
     choice of experts, not their weights (as in the auxiliary-loss-free balancing of Wang et al.,
     2024). It is set by the first update and at every `cache_update_interval`-th one, so that
     routing is steady in between. The hit rates of the tokens to be routed count already.
+
+    What was seen of the tokens themselves, at a compression, says little of what will be asked
+    later. So once hit rates of later queries come (:meth:`update_later`), they alone are the
+    history, from the first of them on.
 
     Parameters
     ----------
@@ -42,6 +47,7 @@ class PiKVMoERouter(AdaptiveRouter):
     hit_rate_ema: Tensor
     history_bias: Tensor
     num_updates: Tensor
+    num_later: Tensor
 
     def __init__(
         self,
@@ -69,6 +75,12 @@ class PiKVMoERouter(AdaptiveRouter):
         self.register_buffer("hit_rate_ema", torch.zeros(self.num_experts))
         self.register_buffer("history_bias", torch.zeros(self.num_experts))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("num_later", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def history(self) -> Tensor | None:
+        """The bias `[E]` by which measured hit rates move the choice of experts."""
+        return self.history_bias if self.cache_aware else None
 
     @torch.no_grad()
     def update_history(self, hit_rates: Tensor) -> None:
@@ -85,13 +97,43 @@ class PiKVMoERouter(AdaptiveRouter):
         ValueError
             If the shape is not `[E]`.
         """
+        self._check_rates(hit_rates)
+        if self.cache_aware:
+            has_later = self.num_later > 0
+            before = self.hit_rate_ema, self.num_updates, self.history_bias
+            after = self._after(hit_rates)
+            self._set(torch.where(has_later, x, y) for x, y in zip(before, after, strict=True))
+
+    @torch.no_grad()
+    def update_later(self, hit_rates: Tensor) -> None:
+        """Take the hit rates of later queries into the moving average; stays on the device.
+
+        Parameters
+        ----------
+        hit_rates : Tensor
+            As in :meth:`update_history`, whose updates count no more from now on.
+
+        Raises
+        ------
+        ValueError
+            If the shape is not `[E]`.
+        """
+        self._check_rates(hit_rates)
+        if self.cache_aware:
+            # The first begins anew.
+            self.num_updates = torch.where(self.num_later == 0, 0, self.num_updates)
+            self._set(self._after(hit_rates))
+            self.num_later = self.num_later + 1
+
+    def _check_rates(self, hit_rates: Tensor) -> None:
         if hit_rates.shape != (self.num_experts,):
             raise ValueError(
                 f"expected hit_rates [{self.num_experts}], got {list(hit_rates.shape)}"
             )
-        if self.cache_aware:
-            # New tensors: another thread may be routing by the old ones.
-            self.hit_rate_ema, self.num_updates, self.history_bias = self._after(hit_rates)
+
+    def _set(self, history: Iterable[Tensor]) -> None:
+        # New tensors: another thread may be routing by the old ones.
+        self.hit_rate_ema, self.num_updates, self.history_bias = history
 
     def _after(self, hit_rates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the moving average, the number of updates and the bias after an update."""

@@ -42,6 +42,8 @@ class Spy(Expert):
 class Routed(nn.Module):
     """A router that decides what the test says."""
 
+    history = None
+
     def __init__(self, probs: Tensor, weights: Tensor, experts: Tensor) -> None:
         super().__init__()
         self.probs, self.weights, self.experts = probs, weights, experts

@@ -43,6 +43,7 @@ def test_nothing_measured() -> None:
         "total_tokens": 0,
         "routing_decisions": 0,
         "router_entropy": 0.0,
+        "history_bias": {},
     }
     assert report["expert_compression_stats"]["expert_usage"] == dict.fromkeys(NAMES, 0.0)
     ratios = report["expert_compression_stats"]["compression_ratios"]
@@ -60,6 +61,7 @@ def test_sums_and_shares() -> None:
         "total_tokens": 8,
         "routing_decisions": 10,
         "router_entropy": 0.5,
+        "history_bias": {},
     }
     usage = report["expert_compression_stats"]["expert_usage"]
     assert usage == pytest.approx({"a": 1.5 / 4, "b": 2.5 / 4, "c": 0.0})
@@ -74,6 +76,22 @@ def test_hit_rates_are_a_moving_average() -> None:
     record(stats, observation(hit_rates=torch.tensor([[1.0, 1.0, 0.0]])))
     second = layer(stats).report(NAMES)["expert_compression_stats"]["cache_hit_rates"]
     assert second == pytest.approx({"a": 0.55, "b": 0.1, "c": 0.9})
+
+
+def test_later_hit_rates_are_one_as_well_and_begin_with_the_first() -> None:
+    stats = Statistics()
+    stats.observe_later(0, torch.ones(3))  # of a layer that nobody has rated
+    record(stats, observation())
+
+    def later() -> list[float]:
+        report = layer(stats).report(NAMES)["expert_compression_stats"]
+        return list(report["later_hit_rates"].values())
+
+    assert all(map(math.isnan, later()))
+    (index,) = stats.layers
+    stats.observe_later(index, torch.tensor([0.5, 0.0, math.nan]))
+    stats.observe_later(index, torch.tensor([1.0, math.nan, 1.0]))
+    assert later() == pytest.approx([0.55, 0.0, 1.0])
 
 
 def test_ratio_of_an_expert_is_that_of_the_pairs_it_rated() -> None:

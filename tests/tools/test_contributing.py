@@ -5,7 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
+ROOM = PAGE.parent / "moekv"
+FOLDERS = sorted(
+    path.parent
+    for path in ROOM.rglob("__init__.py")
+    if path.parent != ROOM and path.parents[1].name != "ops"
+)
 
 
 def test_its_blocks_run_as_one_script() -> None:
@@ -13,6 +21,17 @@ def test_its_blocks_run_as_one_script() -> None:
     assert len(blocks) >= 4
     done = subprocess.run([sys.executable, "-c", "\n".join(blocks)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: str(path.relative_to(ROOM)))
+def test_a_package_names_its_files(folder: Path) -> None:
+    """As the page says; but for those of one op each, whose names are those of the ops."""
+    said = (folder / "__init__.py").read_text().split('"""')[1]
+    named = set(re.findall(r"``(\w+)``", said))
+    modules = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("__")}
+    modules |= {path.parent.name for path in folder.glob("*/__init__.py")}
+    assert modules <= named
+    assert "import" in said, "what it may import"
 
 
 def test_the_paths_of_its_table_are_there() -> None:

@@ -5,6 +5,6 @@
 
 ``wrappers`` what kvpress's wrappers need of a press
 
-The only rooms that import kvpress, which need not be installed for anything else; ``moekv`` itself
-looks whether it is there.
+The only rooms that may import kvpress, which need not be installed for anything else; ``moekv``
+itself looks whether it is there.
 """

@@ -1,6 +1,7 @@
 """moekv inside vLLM: prompts are compressed, and their blocks freed.
 
 ``plugin``     what vLLM calls in each of its processes
+``worker``     what the layers of one engine share in a process
 ``options``    what is asked for, and which blocks of a prompt stay
 ``refusals``   what cannot be served, said before anything runs
 ``manager``    the scheduler's side: blocks are given back
@@ -15,5 +16,6 @@
 ``heads``      attention where heads hold different numbers of blocks
 ``serve``      vLLM's own server with the plug-in on
 
-All that vLLM offers is used as it offers it: nothing of it is patched. See docs/serving.md.
+The only room that may import vLLM, which need not be installed for anything else. All that vLLM
+offers is used as it offers it: nothing of it is patched. See docs/serving.md.
 """

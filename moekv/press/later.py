@@ -1,0 +1,185 @@
+"""Later hit rates: what queries that come after a compression look at, of the pairs that stayed."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moekv.budget import Kept
+from moekv.cache.layer import CompressedLayer
+from moekv.models.watching import Asked
+from moekv.ops import ScoreKind
+from moekv.press.held import Held
+
+EVERY = 16
+"""Decode steps of a cache between two measurements; the first is the first step."""
+
+
+def packed(wanted: Tensor) -> Tensor | None:
+    """Pack which experts want a pair.
+
+    Parameters
+    ----------
+    wanted : Tensor [E, ...], bool
+
+    Returns
+    -------
+    Tensor [...], integers, or None
+        Bit e of a pair: expert e. None: more experts than an integer has bits.
+    """
+    kinds = {8: torch.uint8, 15: torch.int16, 31: torch.int32, 63: torch.int64}
+    dtype = next((kind for most, kind in kinds.items() if len(wanted) <= most), None)
+    if dtype is None:
+        return None
+    bits = torch.zeros_like(wanted[0], dtype=dtype)
+    for e, row in enumerate(wanted):
+        bits += row.to(dtype) << e
+    return bits
+
+
+@dataclass
+class Wanted:
+    """Which of a layer's stored pairs each expert alone would have kept.
+
+    Attributes
+    ----------
+    bits : Tensor [n], integers
+        See :func:`packed`; of the pairs that stay, head by head.
+    counts : Tensor [B, H], integers
+        Pairs of each head.
+    names : tuple of E str
+        Of the experts.
+    num_moves : int
+        Of the layer: it has been compressed no more since, and its rows are the same.
+    length : int
+        Positions that were compressed together.
+    num_steps : int
+        Since then.
+    """
+
+    bits: Tensor
+    counts: Tensor
+    names: tuple[str, ...]
+    num_moves: int
+    length: int
+    num_steps: int = 0
+
+    def dense(self) -> Tensor:
+        """Give the bits a place [B, H, L] each, those of a shorter head at the right, 0 before.
+
+        Waits for the device.
+        """
+        longest = int(self.counts.max())
+        place = torch.arange(longest, device=self.bits.device) - longest
+        dense = self.bits.new_zeros(*self.counts.shape, longest)
+        dense[place >= -self.counts[..., None]] = self.bits
+        return dense
+
+
+class Later:
+    """Remembers, for the caches of one block, what experts wanted, and looks at what is asked.
+
+    A byte or two for each pair that stays, until the cache or the block is gone.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._wanted: weakref.WeakKeyDictionary[Any, Wanted] = weakref.WeakKeyDictionary()
+
+    def remember(
+        self, layer: Any, bits: Tensor | None, kept: Kept | None, names: Sequence[str]
+    ) -> None:
+        """Note what experts wanted of the pairs that a layer now holds.
+
+        Parameters
+        ----------
+        layer : CacheLayerMixin
+            Just compressed; static ones are not followed.
+        bits : Tensor [B, H, T], integers, or None
+            Of the pairs before, see :func:`packed`. None: nobody wants to know.
+        kept : Kept or None
+            What has stayed of these. None: all.
+        names : sequence of E str
+            Of the experts.
+        """
+        if bits is None or kept is None or not isinstance(layer, CompressedLayer):
+            return
+        stay = bits.flatten().index_select(0, kept.rows())
+        counts = kept.counts()
+        wanted = Wanted(stay, counts, tuple(names), layer.num_moves, layer.context_length)
+        with self._lock:
+            self._wanted[layer] = wanted
+
+    def is_due(self, layer: Any) -> bool:
+        """Count a step over a cache, by its first layer; say whether it is to be looked at."""
+        with self._lock:
+            wanted = self._wanted.get(layer)
+            if wanted is None:
+                return False
+            wanted.num_steps += 1
+            return wanted.num_steps % EVERY == 1
+
+    def look(
+        self,
+        layer: Any,
+        module: nn.Module,
+        asked: Asked,
+        hidden_states: Tensor,
+        names: Sequence[str],
+        *,
+        backend: str,
+        rotary: nn.Module | None,
+    ) -> Tensor | None:
+        """Measure what the last query of a step looks at.
+
+        Parameters
+        ----------
+        layer : CacheLayerMixin
+            Already with the pairs of the step.
+        module : nn.Module
+            The attention layer.
+        asked : Asked
+            What it asked.
+        hidden_states : Tensor [B, Q, hidden]
+            Its inputs.
+        names : sequence of E str
+            Of the experts as they are.
+        backend, rotary
+            As in ``moekv.experts.builder.ViewBuilder``.
+
+        Returns
+        -------
+        Tensor [E], float32, or None
+            Share of the attention that falls on pairs that have stayed and that each expert alone
+            would have kept. What has left cannot be seen: where what was kept is of no use, the
+            rates of all experts fall. None: it is not known.
+        """
+        with self._lock:
+            wanted = self._wanted.get(layer)
+        if wanted is None or wanted.names != tuple(names):
+            return None
+        if (wanted.num_moves, wanted.length) != (layer.num_moves, layer.context_length):
+            return None
+        held = Held.of(layer, [0] * layer.batch_size)
+        view = held.view(
+            module,
+            hidden_states[:, -1:],
+            asked.query[:, :, -1:],
+            asked,
+            None,
+            {},
+            kinds=[ScoreKind.MASS],
+            backend=backend,
+            rotary=rotary,
+        )
+        since = layer.get_seq_length() - wanted.length
+        end, bits = held.shape[2] - since, wanted.dense()
+        mass = view.observed().view(held.shape)[:, :, end - bits.shape[2] : end]
+        hits = [(mass * (bits >> e & 1)).sum(-1).mean() for e in range(len(names))]
+        return torch.stack(hits).clamp(max=1)

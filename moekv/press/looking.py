@@ -1,0 +1,54 @@
+"""A step over a compressed cache whose queries are looked at, for routers with a history."""
+
+from __future__ import annotations
+
+import torch
+
+from moekv.experts.builder import ViewBuilder
+from moekv.models.queries import window_queries
+from moekv.press.forward import Call, Plan, Strategy
+
+
+class Looking(Strategy):
+    """Compresses nothing: it measures later hit rates.
+
+    Parameters
+    ----------
+    plan : Plan
+    view : ViewBuilder
+    """
+
+    def __init__(self, plan: Plan, view: ViewBuilder) -> None:
+        super().__init__(plan, view)
+        self._num_taken = 0
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all layers have come."""
+        return self._num_taken == len(self.plan.layers)
+
+    def take(self, call: Call) -> None:
+        """Look at what a layer has asked."""
+        self._num_taken += 1
+        look_at(call, self.plan, self.view)
+
+
+@torch.no_grad()
+def look_at(call: Call, plan: Plan, view: ViewBuilder) -> None:
+    """Measure what a layer's last query looks at, and tell statistics and the layer's router."""
+    rater = plan.rater
+    asked = call.asked or window_queries(
+        call.module, call.hidden_states, call.kwargs, 1, 0, view.rotary
+    )
+    rates = plan.later.look(
+        call.cache.layers[call.index],
+        call.module,
+        asked,
+        call.hidden_states,
+        rater.names,
+        backend=plan.options.backend,
+        rotary=view.rotary,
+    )
+    if rates is not None:
+        plan.statistics.observe_later(call.index, rates)
+        rater.routers.take_in_later(call.index, rates[len(rater.shared) :])
