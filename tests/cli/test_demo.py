@@ -79,7 +79,7 @@ def test_demo(real_model: Loaded) -> None:
     assert f"{length:,} tokens of context, {asked} questions" in out
     # 30 layers, keys and values, 3 heads of 64 numbers.
     full, half = (30 * 2 * 3 * 64 * 4 * n / 2**20 for n in (length, length // 2))
-    assert f"KV cache │ {full:.2f} MiB │ {half:.2f} MiB" in out
+    assert f"KV cache │ {full:.1f} MiB │ {half:.1f} MiB" in out
     right = re.search(rf"Right answers │ (\d) of {asked} │ \d of {asked}", out)
     assert right is not None and int(right[1]) > 0
     assert re.search(rf"Answers \d of {asked} right, \d with the full cache", out)
