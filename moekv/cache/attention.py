@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moekv import ops
-from moekv.cache.masks import as_seen, check_masks, held_of, shows_or_hides, tail_of
+from moekv.cache.masks import as_seen, check_masks, held_of, shows_or_hides, slots_of, tail_of
 from moekv.cache.pairs import DensePairs, RaggedPairs
 from moekv.models.watching import Asked, report, watched
 
@@ -65,19 +65,26 @@ def _shown(function: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         report(module, query, key, value, kwargs)
         mask = args[0] if args else kwargs.get("attention_mask")
-        if (
-            isinstance(key, DensePairs)
-            and isinstance(mask, Tensor)
-            and mask.shape[-1] != key.shape[2]
-        ):
-            mask = held_of(mask, key.layer, key.shape[2])
+        # What fits a growing layer may be the model's own, with numbers for each head.
+        fits = isinstance(mask, Tensor) and mask.shape[-1] == key.shape[2]
+        fitted = mask if fits and isinstance(key, DensePairs) else _fitted(mask, key)
+        if fitted is not mask:
             if args:
-                args = (mask, *args[1:])
+                args = (fitted, *args[1:])
             else:
-                kwargs["attention_mask"] = mask
+                kwargs["attention_mask"] = fitted
         return function(module, query, key, value, *args, **kwargs)
 
     return attention
+
+
+def _fitted(mask: Any, key: Any) -> Any:
+    """Bring a mask, if there is one, to the pairs of a dense layer that has been compressed."""
+    if not isinstance(mask, Tensor) or isinstance(key, RaggedPairs):
+        return mask
+    if isinstance(key, DensePairs):
+        return held_of(mask, key.layer, key.shape[2])
+    return mask if torch.compiler.is_compiling() else slots_of(mask, key)
 
 
 @contextmanager
@@ -161,8 +168,7 @@ def _serve_compressed_layers(
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if isinstance(key, DensePairs) and isinstance(attention_mask, Tensor):
-            attention_mask = held_of(attention_mask, key.layer, key.shape[2])
+        attention_mask = _fitted(attention_mask, key)
         told = {name: x for name, x in kwargs.items() if name not in ignored}
         report(module, query, key, value, told)
         if isinstance(key, RaggedPairs):

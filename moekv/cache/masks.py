@@ -7,6 +7,7 @@ and asks a layer of the cache for its size: that is where the caller's mask is s
 """
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _seen_whole = WeakIdKeyDictionary()
 """Masks that were made of such as have been checked."""
+_static = WeakIdKeyDictionary()
+"""Static layers, by what they hand to attention: the buffers of their keys."""
 
 
 class Offset(int):
@@ -178,3 +181,59 @@ def _widened(mask: Tensor, width: int) -> Tensor:
     mask = functional.pad(mask, (width - mask.shape[-1], 0), value=shown)
     _seen_whole[mask] = True
     return mask
+
+
+def remember_buffer(keys: Tensor, layer: "CompactStaticLayer") -> None:
+    """Remember whose keys attention is going to get."""
+    _static[keys] = weakref.ref(layer)
+
+
+def slots_of(mask: Tensor, keys: Tensor) -> Tensor:
+    """Bring a caller's own mask to the slots of a static layer that has been compressed.
+
+    transformers' are over slots already, of which slot s behind the context stands for position
+    s + evicted; so may the caller's be. Or he has made one as for a cache that lacks nothing, over
+    positions. The newest token's own column, which it sees, tells one from the other: it is the
+    last slot that is filled in the one, and behind that in the other.
+
+    Parameters
+    ----------
+    mask : Tensor [..., T]
+        As attention gets it.
+    keys : Tensor
+        As the cache has handed them to attention; a mask over those of other layers comes back.
+
+    Raises
+    ------
+    ValueError
+        The mask hides pairs of the context, or it is over neither.
+    """
+    layer: CompactStaticLayer | None = _static.get(keys, _nobody)()
+    if layer is None or not layer.num_evicted or mask in _seen_whole:
+        return mask
+    width, slots, evicted = mask.shape[-1], layer.max_cache_len, layer.num_evicted
+    length = int(layer.get_seq_length())
+    seen = mask == 0 if mask.is_floating_point() else mask.bool()
+
+    def newest_sees(column: int) -> bool:
+        return column < width and bool(seen[..., -1, column].any())
+
+    context = layer.context_length
+    if newest_sees(length - 1):
+        made = mask[..., evicted : evicted + slots]
+    elif width == slots and newest_sees(length - evicted - 1):
+        made, context = mask, context - evicted
+    else:
+        raise ValueError(
+            f"expected an attention mask over all {length} positions, or over the {slots} slots of "
+            f"the static cache, that shows the newest token itself, got one over {width}"
+        )
+    if not bool(seen[..., :context].all()):
+        _refuse(layer, width)
+    missing = slots - made.shape[-1]
+    hidden = torch.finfo(mask.dtype).min if mask.is_floating_point() else 0
+    return functional.pad(made, (0, missing), value=hidden) if missing else made
+
+
+def _nobody() -> None:
+    return None

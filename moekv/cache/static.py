@@ -21,7 +21,7 @@ from transformers.cache_utils import StaticLayer
 from moekv import ops
 from moekv.budget import Kept
 from moekv.cache.attention import install
-from moekv.cache.masks import offset_of
+from moekv.cache.masks import offset_of, remember_buffer
 from moekv.models.hooks import STATIC_COUNTS_SLOTS
 
 
@@ -99,11 +99,15 @@ class CompactStaticLayer(StaticLayer):
             The buffers.
         """
         if STATIC_COUNTS_SLOTS:
-            return super().update(key_states, value_states)
-        if self.is_initialized and cache_kwargs is not None:
-            slots = cache_kwargs["cache_position"] - self.evicted
-            cache_kwargs = cache_kwargs | {"cache_position": slots}
-        return super().update(key_states, value_states, cache_kwargs)
+            keys, values = super().update(key_states, value_states)
+        else:
+            if self.is_initialized and cache_kwargs is not None:
+                slots = cache_kwargs["cache_position"] - self.evicted
+                cache_kwargs = cache_kwargs | {"cache_position": slots}
+            keys, values = super().update(key_states, value_states, cache_kwargs)
+        if not torch.compiler.is_compiling():
+            remember_buffer(keys, self)
+        return keys, values
 
     def get_mask_sizes(self, fed: Tensor | int) -> tuple[int, int]:
         """Slots, and the position that the first one stands for."""
@@ -122,6 +126,11 @@ class CompactStaticLayer(StaticLayer):
         if self.is_initialized:
             self._num_evicted = self.context_length = 0
             self.evicted.zero_()
+
+    @property
+    def num_evicted(self) -> int:
+        """Pairs that have left each head."""
+        return self._num_evicted
 
     def set_evicted(self, count: int) -> None:
         """Return how many pairs have left each head of a layer whose slots are filled already."""

@@ -84,6 +84,54 @@ def test_masks_of_the_callers_own(kind: str, additive: bool) -> None:
         ask(model, compressed(model, kind), hiding)
 
 
+@pytest.mark.parametrize(
+    ("attention", "additive"), [("sdpa", False), ("sdpa", True), ("eager", True)]
+)
+@pytest.mark.parametrize("count", [1, NUM_NEW])
+def test_masks_of_the_callers_own_over_static_layers(
+    attention: str, additive: bool, count: int
+) -> None:
+    """Over positions, as for a cache that lacks nothing, or over slots: each means what it says."""
+    model = tiny_model("llama", attention)
+    slots, seen = 40, LENGTH + 5 + count
+    fed = torch.arange(LENGTH + 5, seen)
+
+    def logits(mask: Tensor | None) -> Tensor:
+        """Of tokens behind others behind the context."""
+        cache = compressed(model, "static")
+        ask(model, cache, None, 5)
+        if mask is not None and mask.dim() == 4 and additive:
+            mask = (~mask).float() * torch.finfo(torch.float32).min
+        with torch.no_grad():
+            return model(
+                tokens(2, count, 2),
+                past_key_values=cache,
+                attention_mask=mask,
+                position_ids=fed[None],
+                cache_position=fed,
+            ).logits
+
+    shown = torch.ones(2, seen, dtype=torch.long)
+    shown[1, LENGTH + 2] = 0
+    expected = logits(shown)
+    assert not torch.allclose(expected, logits(None), atol=1e-3)
+    over_positions = four_d(shown, count)
+    left = LENGTH - int(LENGTH * 0.7)
+    over_slots = torch.zeros(2, 1, count, slots).bool()
+    over_slots[..., : seen - left] = over_positions[..., left:]
+    wide = torch.cat([over_positions, over_slots.new_zeros(2, 1, count, 9)], -1)
+    for mask in (over_positions, wide, over_slots):
+        torch.testing.assert_close(logits(mask), expected, atol=1e-5, rtol=1e-5)
+    hiding = (over_positions.clone(), over_slots.clone())
+    for mask, place in zip(hiding, (12, 3), strict=True):
+        mask[1, :, :, place] = False
+        with pytest.raises(ValueError, match="positions that were compressed"):
+            logits(mask)
+    for mask in (over_positions[..., 1:], over_positions[..., :-1], over_slots[..., :-1]):
+        with pytest.raises(ValueError, match="shows the newest token itself"):
+            logits(mask)
+
+
 def test_masks_that_add_numbers() -> None:
     model = tiny_model()
     mask = (~four_d(torch.ones(2, LENGTH + NUM_NEW), NUM_NEW)).float() * -1e30
