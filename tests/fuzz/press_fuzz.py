@@ -4,14 +4,16 @@
 
 A life is a prefill, whole or in chunks, and some steps: tokens, compressions while decoding, crops,
 rows that are selected or repeated, copies, files, masks, forwards that fail halfway; with and
-without a calibrated router, in dynamic caches and in static ones. After every step the compressed
-cache has to hold what the full one holds, but for what has left, and give the logits that the full
-one gives where exactly that is hidden (``tests/helpers``, ``Lockstep``). The seed of every life is
-its number; one that fails is reduced, and printed as a call that can be put into a test.
+without a calibrated router, in dynamic caches and in static ones, in 16 bits and in fewer. After
+every step the compressed cache has to hold what the full one holds, but for what has left, and give
+the logits that the full one gives where exactly that is hidden (``tests/helpers``, ``Lockstep``).
+The seed of every life is its number; one that fails is reduced, and printed as a call that can be
+put into a test.
 """
 
 import argparse
 import copy
+import functools
 import random
 import sys
 import tempfile
@@ -31,19 +33,26 @@ from tiny_models import tiny_model, tokens  # noqa: E402
 from transformers import StaticCache  # noqa: E402
 
 from moekv import DecodingConfig, MoERouterPress, load_cache, save_cache  # noqa: E402
+from moekv.budget import kept_pairs  # noqa: E402
+from moekv.cache.ragged import RaggedLayer  # noqa: E402
+from moekv.cache.rows import gain  # noqa: E402
 
+FORMATS = ("16", "16", "16", "k8v8", "k8v4", "k4v4")
 MODELS = ("llama", "llama_mha", "qwen3", "gemma3", "phi3")
 MOST_TOKENS, MOST_ROWS = 120, 6
 Step = tuple[Any, ...]
+
+
+model_of = functools.cache(tiny_model)
 
 
 class Life(Lockstep):
     """A compressed cache and the full one."""
 
     def __init__(self, name: str, kind: str, padding: tuple[int, ...]) -> None:
-        config = tiny_model(name, "sdpa").config
+        config = model_of(name, "sdpa").config
         static = StaticCache(config=config, max_cache_len=2 * MOST_TOKENS)
-        super().__init__(name, padding, static if kind == "static" else None)
+        super().__init__(name, padding, static if kind == "static" else None, model_of)
         self.serial = self.loose = 0
         self.router = random_router(self.model) if kind == "calibrated" else None
 
@@ -54,6 +63,7 @@ class Life(Lockstep):
             options = {k: v for k, v in options.items() if k not in ("experts", "top_k")}
         elif options.get("experts") == "uneven":
             options["experts"] = [Uneven()]
+        options.pop("record", None)
         return MoERouterPress(**options)
 
     def add(self, count: int) -> None:
@@ -69,15 +79,23 @@ class Life(Lockstep):
         # Only where compression goes on is anything noted for a router.
         more = {"decoding": FAR} if self.router is not None else {}
         press, whole = self.press(options, **more), len(cuts) == 1
-        with press(self.model, context_length=None if whole else sum(cuts)):
+        records = {"record": True} if whole and options.get("record") else {}
+        with press(self.model, context_length=None if whole else sum(cuts), **records):
             for count in cuts:
                 self.add(count)
         self.loose = 0
         real, ratio = self.length - self.padding, options["compression_ratio"]
-        kept = torch.tensor([min(max(1, int(n * (1 - ratio))), n) for n in real.tolist()])
+        layer, stored = self.full.layers[self.whole[0]], options.get("pairs", "16")
+        more_pairs = gain(stored, layer.keys, layer.values)
+        kept = torch.tensor([kept_pairs(n, ratio, more_pairs) for n in real.tolist()])
         assert_average(self.pairs(), kept, options["budget"])
-        share = 1 - float(kept.sum() / real.sum())
-        assert abs(press.get_stats()["compression"]["ratio"] - share) < 1e-6
+        share = float(kept.sum() / real.sum())
+        compression = press.get_stats()["compression"]
+        assert abs(compression["evicted"] - (1 - share)) < 1e-6
+        assert abs(compression["ratio"] - (1 - share / more_pairs)) < 1e-6
+        held = [self.cache.layers[index] for index in self.whole]
+        assert all(x.rows.pairs == stored for x in held if isinstance(x, RaggedLayer))
+        assert stored == "16" or all(isinstance(x, RaggedLayer) for x in held)
 
     def more(self, count: int) -> None:
         """Feed tokens outside of blocks; a calibrated router has to see them."""
@@ -216,6 +234,8 @@ def draw(seed: int) -> tuple[str, str, tuple[int, ...], list[Step]]:
             if kind == "static"
             else r.choice(["uniform", "layer", "head", "model"]),
             "experts": r.choice([EXPERTS, ["selective"], "uneven"]),
+            "pairs": "16" if kind == "static" else r.choice(FORMATS),
+            "record": r.random() < 0.2,
             "top_k": 1,
             "sinks": r.randint(0, 3),
             "recent": r.randint(0, 6),
@@ -267,6 +287,8 @@ def live(name: str, kind: str, padding: tuple[int, ...], steps: list[Step]) -> N
     for step, *arguments in steps:
         if life.length < MOST_TOKENS:
             getattr(life, step)(*arguments)
+    for module in life.model.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks, "hooks that stay"
 
 
 def error_of(name: str, kind: str, padding: tuple[int, ...], steps: list[Step]) -> str | None:
@@ -274,6 +296,7 @@ def error_of(name: str, kind: str, padding: tuple[int, ...], steps: list[Step]) 
     try:
         live(name, kind, padding, steps)
     except Exception:
+        model_of.cache_clear()  # whatever it has left on them
         return traceback.format_exc(limit=-3)
     return None
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from twins import rounded
 
 from moekv.cache.ragged import RaggedLayer
 from moekv.models.hooks import find_layers, is_sliding
@@ -46,7 +47,8 @@ ALL_ATTENTION_FUNCTIONS.register("masked_reference", _attend)
 class Lockstep:
     """Feeds a model with a compressed cache and the reference, and compares.
 
-    `padding` positions at the left of each row are no tokens.
+    `padding` positions at the left of each row are no tokens. What is stored in fewer bits the
+    reference holds as it is read.
     """
 
     def __init__(
@@ -137,20 +139,37 @@ class Lockstep:
                     keys, values = keys[:, :, :filled], values[:, :, :filled]
                     assert int(layer.get_seq_length()) == self.length
                 lengths = torch.full(keys.shape[:2], keys.shape[2])
+            pairs = layer.rows.pairs if isinstance(layer, RaggedLayer) else "16"
+            read = full.keys, full.values
+            if pairs != "16":  # the tail is not, yet
+                read = tuple(x.clone() for x in read)
+                end = layer.context_length
+                new = rounded(full.keys[:, :, :end], full.values[:, :, :end], pairs)
+                for whole, part in zip(read, new, strict=True):
+                    whole[:, :, :end] = part
             after = torch.zeros_like(before)
             for b, h in torch.cartesian_prod(*map(torch.arange, before.shape[:2])).tolist():
                 n = int(lengths[b, h])
-                distance = torch.cdist(keys[b, h, keys.shape[2] - n :], full.keys[b, h])
+                key, value = keys[b, h, keys.shape[2] - n :], values[b, h, values.shape[2] - n :]
+                distance = torch.cdist(key, full.keys[b, h])
+                near = 1e-2
+                if pairs != "16":  # one of its numbers may be rounded to the other side
+                    distance = torch.minimum(distance, torch.cdist(key, read[0][b, h]))
+                    near = (0.02 if pairs[1] == "8" else 0.3) * float(key.norm(dim=-1).max())
                 distance[:, ~before[b, h]] = math.inf  # padding, or evicted before
                 place = distance.argmin(-1)
-                assert (distance.amin(-1) < 1e-2).all()
+                assert (distance.amin(-1) < near).all()
                 assert (place.diff() > 0).all()
-                torch.testing.assert_close(
-                    values[b, h, values.shape[2] - n :],
-                    full.values[b, h, place],
-                    atol=1e-2,
-                    rtol=1e-2,
-                )
+                if pairs == "16":
+                    torch.testing.assert_close(
+                        value, full.values[b, h, place], atol=1e-2, rtol=1e-2
+                    )
+                else:
+                    off = (value - full.values[b, h, place]).norm(dim=-1)
+                    off = torch.minimum(off, (value - read[1][b, h, place]).norm(dim=-1))
+                    near = 0.02 if pairs[3] == "8" else 0.3
+                    assert (off <= near * value.norm(dim=-1).max()).all()
+                    full.keys[b, h, place], full.values[b, h, place] = key, value
                 after[b, h, place] = True
             self.visible[index] = after
 
