@@ -179,6 +179,8 @@ class CompressedLayer(CacheLayerMixin):
         self._is_cropped = True
         if into > 0:
             self.context_length, self.run = wanted, self.run - into
+            if self.first is not None:  # of a row all padding is left
+                self.first = self.first.clamp(max=wanted)
         if self.notes is not None:
             self.notes.crop(wanted)
 

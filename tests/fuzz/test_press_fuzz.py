@@ -21,6 +21,17 @@ FOUND = {
             ("file",),
         ],
     ),
+    "a row of which a crop leaves padding alone is saved": (
+        "phi3",
+        "plain",
+        (25, 3),
+        [
+            ("prefill", [29], OPTIONS | {"pairs": "k8v8"}),
+            ("shorten", 9),
+            ("file",),
+            ("more", 2),
+        ],
+    ),
 }
 
 

@@ -130,7 +130,8 @@ class Lockstep:
             if isinstance(layer, RaggedLayer):
                 keys, values, lengths = layer.to_dense()
                 # The tail may have padding, which attention masks.
-                lengths = lengths - (self.padding - layer.context_length).clamp(min=0)[:, None]
+                padding = self.padding.clamp(max=self.length)
+                lengths = lengths - (padding - layer.context_length).clamp(min=0)[:, None]
                 assert layer.get_seq_length() == self.length
             else:
                 keys, values = layer.keys, layer.values
@@ -150,6 +151,8 @@ class Lockstep:
             after = torch.zeros_like(before)
             for b, h in torch.cartesian_prod(*map(torch.arange, before.shape[:2])).tolist():
                 n = int(lengths[b, h])
+                if not n:  # all padding, so far
+                    continue
                 key, value = keys[b, h, keys.shape[2] - n :], values[b, h, values.shape[2] - n :]
                 distance = torch.cdist(key, full.keys[b, h])
                 near = 1e-2
