@@ -28,6 +28,7 @@ OPTIONS: dict[str, list[Any]] = {
     "budget": ["uniform", "model"],
     "decoding": [DecodingConfig(16, 4)],
     "streaming": [True],
+    "pairs": ["k8v8", "k4v4"],
 }
 
 
