@@ -208,7 +208,7 @@ def slots_of(mask: Tensor, keys: Tensor) -> Tensor:
     ValueError
         The mask hides pairs of the context, or it is over neither.
     """
-    layer: CompactStaticLayer | None = _static.get(keys, _nobody)()
+    layer: CompactStaticLayer | None = _static[keys]() if keys in _static else None
     if layer is None or not layer.num_evicted or mask in _seen_whole:
         return mask
     width, slots, evicted = mask.shape[-1], layer.max_cache_len, layer.num_evicted
@@ -233,7 +233,3 @@ def slots_of(mask: Tensor, keys: Tensor) -> Tensor:
     missing = slots - made.shape[-1]
     hidden = torch.finfo(mask.dtype).min if mask.is_floating_point() else 0
     return functional.pad(made, (0, missing), value=hidden) if missing else made
-
-
-def _nobody() -> None:
-    return None
