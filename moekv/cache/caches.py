@@ -268,6 +268,7 @@ def _to_ragged(layer: GrowingLayer, kept: Kept, pairs: str, *, backend: str) -> 
     notes = layer.whole_notes()
     if isinstance(notes, GrowingLayer):
         ragged.notes = _to_ragged(notes, kept, "16", backend=backend)
+        ragged.reader = layer.reader
     return ragged
 
 

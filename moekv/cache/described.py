@@ -15,7 +15,7 @@ FLOATING = ("F32", "F16", "BF16")
 _MOST = 2**40  # tokens or pairs
 _MOST_SLOTS = 2**24  # which are allocated
 _NUMBERS = {"context_length", "run", "most", "first", "counted", "backend"}
-_OPTIONAL = {"recent", "notes"}
+_OPTIONAL = {"recent", "notes", "reader"}
 
 
 def check(
@@ -69,6 +69,9 @@ def check(
         _check_notes(description, found, size, length, within)
     elif len(own) != len(found):
         raise ValueError(f"{within}: expected no notes, got tensors of some")
+    reader = description.get("reader")
+    if not (reader is None or ("notes" in description and isinstance(reader, str))):
+        raise ValueError(f"{within}: expected the name of a router for notes, got {reader!r:.99}")
     return size["B"], size["H"], size["D"], size["V"], length
 
 

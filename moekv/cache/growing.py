@@ -236,12 +236,16 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
         """Bytes of one key and its value."""
         return (self._keys.shape[3] + self._values.shape[3]) * self._keys.dtype.itemsize
 
-    def held_pairs(self, padding: Sequence[int]) -> tuple[Tensor, Tensor, list[list[int]]]:
+    def held_pairs(self) -> tuple[Tensor, Tensor]:
         """Show the pairs that are held, as they are."""
-        _, num_heads, held, _ = self._keys.shape
-        return self._keys, self._values, [[held - p] * num_heads for p in padding]
+        return self._keys, self._values
 
     def count_pairs(self, padding: list[int]) -> list[int]:
         """Count the real pairs of each row, all heads together."""
         _, num_heads, held, _ = self._keys.shape
         return [num_heads * (held - p) for p in padding]
+
+    def head_lengths(self, padding: Sequence[int]) -> list[list[int]]:
+        """Count the real pairs of each row's heads."""
+        _, num_heads, held, _ = self._keys.shape
+        return [[held - p] * num_heads for p in padding]

@@ -45,6 +45,8 @@ class CompressedLayer(CacheLayerMixin):
         Positions of each row before which nothing is stored: its padding. None: there are none.
     notes : CompressedLayer or None
         What a calibrated router noted of each pair, as a layer of its own.
+    reader : str or None
+        Which one did, see ``CalibratedRouter.reader``.
     """
 
     def __init__(self, *, backend: str = "auto") -> None:
@@ -57,6 +59,7 @@ class CompressedLayer(CacheLayerMixin):
         self.counted: tuple[object, int] = (None, 0)
         self.first: Tensor | None = None
         self.notes: CompressedLayer | None = None
+        self.reader: str | None = None
         # Pairs that were handed out before one of these are not what the layer holds now: pairs
         # left or rows were selected; other tokens took the place of some that were cropped.
         self.num_moves = 0
@@ -104,20 +107,23 @@ class CompressedLayer(CacheLayerMixin):
         """
 
     @abstractmethod
-    def held_pairs(self, padding: Sequence[int]) -> tuple[Tensor, Tensor, list[list[int]]]:
-        """Show the pairs that are held. May copy them, and wait for the device.
+    def head_lengths(self, padding: Sequence[int]) -> list[list[int]]:
+        """Count the real pairs of each row's heads, B times H. May wait for the device.
 
         Parameters
         ----------
         padding : sequence of B ints
             Padding at the left of each row, in positions.
+        """
+
+    @abstractmethod
+    def held_pairs(self) -> tuple[Tensor, Tensor]:
+        """Show the pairs that are held. May copy them, and wait for the device.
 
         Returns
         -------
         keys, values : Tensor
             [B, H, L, D] and [B, H, L, Dv]; the pairs of a shorter head stand at the right end.
-        lengths : list of B lists of H ints
-            Real pairs of each head.
         """
 
     @abstractmethod

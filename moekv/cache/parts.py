@@ -164,6 +164,7 @@ def _beside(layer: CompressedLayer, index: int, description: dict[str, Any]) -> 
         }
     if (notes := layer.whole_notes()) is not None:
         noted, description["notes"] = take_apart(notes, index)
+        description["reader"] = layer.reader
         parts |= {f"notes.{name}": part for name, part in noted.items()}
     return parts
 
@@ -190,6 +191,7 @@ def put_together(parts: Mapping[str, Tensor], description: Mapping[str, Any]) ->
             layer.recent.keep(recent["counts"])
         if "notes" in description:
             layer.notes = notes = put_together(notes_of(parts), description["notes"])
+            layer.reader = description.get("reader")  # earlier files do not say
             for name in TABLES:
                 if name in parts and not torch.equal(getattr(notes, name), parts[name]):
                     raise ValueError("expected notes of the pairs that are held, got others")

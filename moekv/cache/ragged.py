@@ -350,6 +350,12 @@ class RaggedLayer(CompressedLayer):
             for stored, p in zip(self.stored_pairs, padding, strict=True)
         ]
 
+    def head_lengths(self, padding: Sequence[int]) -> list[list[int]]:
+        """Count the real pairs of each row's heads. Waits for the device."""
+        stored: list[list[int]] = (self.end - self.begin).tolist()
+        tails = [self.tail_length - max(p - self.context_length, 0) for p in padding]
+        return [[n + tail for n in row] for row, tail in zip(stored, tails, strict=True)]
+
     @property
     def stored_keys(self) -> Tensor:
         """[N, D], the stored keys; their codes where they are quantised."""
@@ -382,13 +388,9 @@ class RaggedLayer(CompressedLayer):
         """Bytes that this layer's storages hold, room to grow included."""
         return storage_bytes(*self.rows.tensors, self._tail_keys, self._tail_values)
 
-    def held_pairs(self, padding: Sequence[int]) -> tuple[Tensor, Tensor, list[list[int]]]:
-        """Copy the pairs that are held, padding left out that was compressed."""
-        keys, values, lengths = self.to_dense()
-        behind = [max(p - self.context_length, 0) for p in padding]
-        if any(behind):
-            lengths = lengths - torch.tensor(behind, device=lengths.device)[:, None]
-        return keys, values, lengths.tolist()
+    def held_pairs(self) -> tuple[Tensor, Tensor]:
+        """Copy the pairs that are held."""
+        return self.to_dense()[:2]
 
     def to_dense(self) -> tuple[Tensor, Tensor, Tensor]:
         """Copy the pairs into padded tensors.

@@ -11,6 +11,7 @@ layer.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -161,6 +162,7 @@ class CalibratedRouter(
         self.gain.data[:, 0] = 1  # `learned` is on the common scale
         self._local: dict[Any, tuple[Tensor, ...]] = {}
         self._gates: dict[Any, CalibratedGate] = {}
+        self._reader: str | None = None
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> CalibratedRouter:
@@ -195,7 +197,7 @@ class CalibratedRouter(
         return url
 
     def _apply(self, *args: Any, **kwargs: Any) -> CalibratedRouter:
-        self._local, self._gates = {}, {}
+        self._local, self._gates, self._reader = {}, {}, None
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self
 
@@ -273,6 +275,16 @@ class CalibratedRouter(
         """
         *_, bias = self.surrogate(index, projected.device)
         return projected[..., : self.num_kv_heads].transpose(1, 2) + bias[:, None]
+
+    @property
+    def reader(self) -> str:
+        """A digest of what :meth:`read` goes by: one router's notes mean nothing to another."""
+        if self._reader is None:
+            digest = hashlib.blake2b(digest_size=16)
+            for part in (self.surrogate_weight, self.surrogate_bias):
+                digest.update(part.detach().float().cpu().numpy().tobytes())
+            self._reader = digest.hexdigest()
+        return self._reader
 
     def scale(self, indices: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
         """Affine maps of all experts of L layers to the common scale: gain, offset [E, L, H]."""

@@ -118,6 +118,7 @@ def adopt(
     layer.recent.keep(_newest(plan, rating.lengths, rating.votes.shape[2], rating.gain))
     if read is not None:
         layer.notes = take_notes(read, kept, backend=backend)
+        layer.reader = plan.rater.reader
     stay = plan.keep(rating.lengths, rating.votes.shape[2], rating.gain)
     held = None if layer.is_ragged else rating.votes.shape[2] if kept is None else kept.per_head
     expect(layer, plan, layer.run, min(stay), held)

@@ -63,8 +63,9 @@ class Shrinking:
     keep : list of B ints
         Pairs of a head that stay in each row, on average.
     groups : list of list of int
-        Rows in which pairs leave: together those that know as many of their last inputs. Rows that
-        hold no more than they may are left alone, as they would be by themselves.
+        Rows in which pairs leave: together those that know as many of their last inputs, and that
+        experts look at in one way, so that each is rated as by itself. Rows that hold no more than
+        they may are left alone, as they would be by themselves.
     windows : list of int
         Of each group: so many of the last inputs.
     ragged : bool
@@ -159,7 +160,7 @@ class Growth(Strategy):
                 rotary=self.view.rotary,
             )
             alone = part.alone([shrinking.keep[b] for b in rows])
-            (rating,) = rater.rate([rater.look(view)], options, alone)
+            (rating,) = rater.rate([rater.look(view)], options, alone, goes_on=True)
             rated.parts.append((part, rating))
         self._rated.append(rated)
 
@@ -201,16 +202,19 @@ class Growth(Strategy):
             return Shrinking(padding, keep, [], [], True) if stores else None
         assert layers[0].recent is not None
         counts = layers[0].recent.counts()
-        groups: dict[int, list[int]] = {}
+        lengths = [layer.head_lengths(padding) for layer in layers]
+        groups: dict[tuple[Any, ...], list[int]] = {}
         for b in rows:
-            window = min(plan.options.window, counts[b], seen - padding[b])
-            groups.setdefault(max(window, 1), []).append(b)
+            window = max(min(plan.options.window, counts[b], seen - padding[b]), 1)
+            looks = [_looks(held[b], fed if i else 0, window) for i, held in enumerate(lengths)]
+            groups.setdefault((window, *looks), []).append(b)
         ragged = plan.budget not in budgets.DENSE or in_prompt or any(padding)
         ragged = ragged or plan.options.quantises
         if ragged:
             what = "heads or layers of different lengths"
             check_attention(plan.layers[0], self.view.rotary, what)
-        return Shrinking(padding, keep, list(groups.values()), list(groups), ragged)
+        windows = [window for window, *_ in groups]
+        return Shrinking(padding, keep, list(groups.values()), windows, ragged)
 
     def _shrink(self, cache: Cache, shrinking: Shrinking) -> None:
         """Let pairs leave the rated layers."""
@@ -219,7 +223,8 @@ class Growth(Strategy):
         kept: list[list[Kept]] = []  # of each group, of each layer
         for group, rows in enumerate(shrinking.groups):
             parts = [rated.parts[group] for rated in self._rated]
-            kept.append(self._choose(parts, [shrinking.keep[b] for b in rows]))
+            keep = [shrinking.keep[b] for b in rows]
+            kept.append(self._choose(parts, keep, dense=not shrinking.ragged))
         for rated, *chosen in zip(self._rated, *kept, strict=True):
             whole = _merge(rated.held, shrinking.groups, chosen)
             if shrinking.ragged:
@@ -233,8 +238,10 @@ class Growth(Strategy):
                 layer = cache.layers[rated.index]
                 self.plan.later.remember(layer, wanted, whole, self.plan.rater.names)
 
-    def _choose(self, parts: Sequence[tuple[Held, Rating]], keep: Sequence[int]) -> list[Kept]:
-        """Choose what stays of each layer's rows."""
+    def _choose(
+        self, parts: Sequence[tuple[Held, Rating]], keep: Sequence[int], *, dense: bool
+    ) -> list[Kept]:
+        """Choose what stays of each layer's rows, which keep as many in a dense one."""
         options = self.plan.options
 
         def under(budget: str, layers: slice, keep: Sequence[int]) -> list[Kept]:
@@ -254,7 +261,7 @@ class Growth(Strategy):
             )
 
         lengths = [[min(row) for row in held.lengths] for held, _ in parts]
-        alike = all(held.start is None for held, _ in parts)
+        alike = dense and all(held.start is None for held, _ in parts)
         return budgets.choose(under, self.plan.budget, keep, lengths, alike=alike)
 
     def _leave(self, cache: Cache, rated: Rated, kept: Kept, shrinking: Shrinking) -> None:
@@ -329,6 +336,11 @@ def _exceeds(
     return [b for b, most in enumerate(limit) if any(rows[b] > num_heads * most for rows in counts)]
 
 
+def _looks(lengths: Sequence[int], coming: int, window: int) -> tuple[bool, bool]:
+    """Say how experts see heads of so many pairs: each by itself, and as tokens that are known."""
+    return len(set(lengths)) > 1, max(lengths) + coming <= window
+
+
 def _of_rows(value: Any, rows: Sequence[int], batch: int) -> Any:
     """Cut rows out of a tensor that has one for each row of the batch, or a tuple of such."""
     if isinstance(value, tuple):
@@ -344,5 +356,6 @@ def _merge(held: Held, groups: Sequence[Sequence[int]], chosen: Sequence[Kept]) 
         return chosen[0]
     mask = held.real
     for rows, kept in zip(groups, chosen, strict=True):
-        mask[torch.tensor(rows, device=mask.device)] = kept.mask()
+        stays = kept.mask()
+        mask[torch.tensor(rows, device=mask.device), :, mask.shape[2] - stays.shape[2] :] = stays
     return Kept.from_mask(mask)

@@ -27,8 +27,6 @@ class Held:
         Padding of each head; None: no padding.
     lengths : list of B lists of H ints
         Real pairs of each head.
-    folded : bool
-        Whether heads of one row differ.
     notes : tuple of two Tensor [B, H, L], or None
         Of a calibrated router, see ``LayerView``.
     """
@@ -37,7 +35,6 @@ class Held:
     values: Tensor
     start: Tensor | None
     lengths: list[list[int]]
-    folded: bool
     notes: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -51,32 +48,42 @@ class Held:
         padding : sequence of B ints
             Padding at the left of each row, in positions of the mask.
         """
-        keys, values, lengths = layer.held_pairs(padding)
-        missing = [[keys.shape[2] - n for n in row] for row in lengths]
-        start = None
-        if any(map(any, missing)):
-            start = torch.tensor(missing, dtype=torch.int32, device=keys.device)
-        noted = None
+        held = cls._padded(*layer.held_pairs(), layer.head_lengths(padding))
         if (notes := layer.whole_notes()) is not None:
-            read, place, _ = notes.held_pairs(padding)
+            read, place = notes.held_pairs()
             before = torch.tensor(padding, device=read.device)[:, None, None]
-            noted = read[..., 0], (place[..., 0] - before).clamp(min=0)
-        folded = layer.is_ragged and start is not None
-        return cls(keys, values, start, lengths, folded, noted)
+            held.notes = read[..., 0], (place[..., 0] - before).clamp(min=0)
+        return held
+
+    @classmethod
+    def _padded(cls, keys: Tensor, values: Tensor, lengths: list[list[int]]) -> Held:
+        longest = keys.shape[2]
+        start = None
+        if any(n < longest for row in lengths for n in row):
+            counts = torch.tensor(lengths, dtype=torch.int32, device=keys.device)
+            start = longest - counts
+        return cls(keys, values, start, lengths)
 
     def rows(self, rows: Sequence[int]) -> Held:
         """Look at some rows of the batch alone."""
         if list(rows) == list(range(len(self.keys))):
             return self
         index = torch.tensor(rows, device=self.keys.device)
-        return Held(
-            self.keys[index],
-            self.values[index],
-            None if self.start is None else self.start[index],
-            [self.lengths[b] for b in rows],
-            self.folded,
-            None if self.notes is None else (self.notes[0][index], self.notes[1][index]),
-        )
+        lengths = [self.lengths[b] for b in rows]
+        longest = max(n for row in lengths for n in row)
+
+        def part(pairs: Tensor) -> Tensor:
+            return pairs[index, :, pairs.shape[2] - longest :]
+
+        held = self._padded(part(self.keys), part(self.values), lengths)
+        if self.notes is not None:
+            held.notes = part(self.notes[0]), part(self.notes[1])
+        return held
+
+    @property
+    def folded(self) -> bool:
+        """Whether heads of one row differ, in any row."""
+        return any(len(set(row)) > 1 for row in self.lengths)
 
     @property
     def real(self) -> Tensor:

@@ -167,6 +167,8 @@ def route(
     standardised: Tensor,
     hit_rates: Tensor,
     kept_shares: Sequence[float],
+    *,
+    goes_on: bool,
 ) -> list[RouterOutput]:
     """Let each layer's router decide, by hidden states and by evidence.
 
@@ -181,6 +183,8 @@ def route(
     hit_rates : Tensor [E, L, B], float32
     kept_shares : sequence of E float
         Share of the pairs that each expert alone would keep.
+    goes_on : bool
+        Whether the texts have been routed before.
     """
     view, num_layers = views[0], len(views)
     able = [expert.can_rate(view) for expert in experts]
@@ -194,7 +198,7 @@ def route(
     evidence.masked_fill_(silent.mT.reshape(num_layers, -1, 1, len(experts)), -torch.inf)
     mask = None if view.start is None else view.real
     return [
-        router.decide(*_of_pairs(each, *pair), mask, said, right)
+        router.decide(*_of_pairs(each, *pair), mask, said, right, goes_on=goes_on)
         for router, each, pair, said, right in zip(
             routers, views, rated, evidence, rates, strict=True
         )

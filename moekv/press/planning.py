@@ -209,8 +209,15 @@ class Planner:
         """Refuse what cannot be compressed again; do without a router that has not seen all."""
         check_cache(cache, indices=self._indices, grown=True)
         layers = [cache.layers[index_of(module)] for module in self.layers]
-        if not all(isinstance(x, CompressedLayer) and x.whole_notes() for x in layers):
-            self._rater(options).see_unknown_tokens()
+        rater = self._rater(options)
+
+        def is_noted(layer: Any) -> bool:
+            if not isinstance(layer, CompressedLayer) or layer.reader != rater.reader:
+                return False
+            return layer.whole_notes() is not None
+
+        if rater.calibrated is not None and not all(map(is_noted, layers)):
+            rater.see_unknown_tokens()
 
     def _plan(self, options: Options, cache: Any, wanted: int, num_tokens: int) -> Plan:
         rater = self._rater(options)

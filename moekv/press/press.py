@@ -79,11 +79,13 @@ class MoERouterPress:
     budget : str
         ``"uniform"``: each head keeps the same number, in plain dense layers. ``"layer"``: dense
         layers, too, of different lengths: each of what its heads would keep on average under one
-        threshold over the model. ``"head"``: pairs move between the heads of a layer; ``"model"``:
-        between the heads of all layers. Both give ragged layers. ``"auto"``: ``"model"``;
-        ``"layer"`` where eager attention needs dense layers; ``"uniform"`` where static caches
-        need them of one length, a dominant policy rules, or one expert alone rates whose scores
-        cannot be compared between heads (see ``Expert.comparable``).
+        threshold over the model, and over the rows of a batch, which share a dense layer's length
+        (with padding no layer is dense, and each row has its own). ``"head"``: pairs move between
+        the heads of a layer; ``"model"``: between the heads of all layers. Both give ragged
+        layers. ``"auto"``: ``"model"``; ``"layer"`` where eager attention needs dense layers;
+        ``"uniform"`` where static caches need them of one length, a dominant policy rules, or one
+        expert alone rates whose scores cannot be compared between heads (see
+        ``Expert.comparable``).
     backend : str
         ``"auto"`` (by the device of the tensors), ``"cpu"``, ``"cuda"`` or ``"torch"``.
     experts : sequence, optional

@@ -147,6 +147,11 @@ class Rater:
         """What the experts ask of a view."""
         return sorted(set().union(*(expert.kinds for expert in self.experts)))
 
+    @property
+    def reader(self) -> str | None:
+        """Who notes what it reads of tokens: the calibrated router, if there is one."""
+        return None if self.calibrated is None else self.calibrated.reader
+
     def see_unknown_tokens(self) -> None:
         """Do without a calibrated router, which cannot rate them, if nobody asked for it.
 
@@ -160,7 +165,8 @@ class Rater:
         if self.routing.calibrated != "auto" or self.routers:
             raise RuntimeError(
                 "expected a cache whose tokens have all been fed in a block of this press, as a "
-                "calibrated router reads each when it comes, got one with others; pass router=None"
+                "calibrated router reads each when it comes, got one with others, or which another "
+                "router has read; pass router=None"
             )
         self.calibrated = None
 
@@ -210,19 +216,25 @@ class Rater:
 
     @torch.no_grad()
     def rate(
-        self, looks: Sequence[Look], options: Options, alone: Sequence[int] | None = None
+        self,
+        looks: Sequence[Look],
+        options: Options,
+        alone: Sequence[int] | None = None,
+        *,
+        goes_on: bool = False,
     ) -> list[Rating]:
         """Rate layers, those that are alike at once.
 
         In each row an expert alone would keep as many pairs as `alone` says, or its own number.
+        Texts that go on have been rated before.
         """
         ratings: list[Rating] = []
         for _, alike in groupby(looks, key=lambda look: look.alike):
-            ratings += self._rate_alike(list(alike), options, alone)
+            ratings += self._rate_alike(list(alike), options, alone, goes_on=goes_on)
         return ratings
 
     def _rate_alike(
-        self, looks: list[Look], options: Options, alone: Sequence[int] | None
+        self, looks: list[Look], options: Options, alone: Sequence[int] | None, *, goes_on: bool
     ) -> list[Rating]:
         views = [look.view for look in looks]
         view, num_layers = views[0], len(looks)
@@ -251,7 +263,7 @@ class Rater:
         shares = [min(sum(rows) / num_real, 1.0) for rows in totals]
         real = None if view.start is None else view.real.repeat(num_layers, 1)
         alike = standardise(scores[len(self.shared) :], real)
-        part, given = self._mix(looks, scores, alike, rates, shares)
+        part, given = self._mix(looks, scores, alike, rates, shares, goes_on=goes_on)
         votes: list[Votes] = _votes(part, num_layers)
         ruling: Sequence[Tensor | None] = [None] * num_layers
         if options.policy == "dominant":
@@ -291,6 +303,8 @@ class Rater:
         alike: Tensor,
         rates: Tensor,
         kept_shares: Sequence[float],
+        *,
+        goes_on: bool,
     ) -> tuple[Part, Sequence[RouterOutput]]:
         """Make one part of what all experts [E, L * B, H, T] say; and what the routers said.
 
@@ -311,7 +325,7 @@ class Rater:
             rated = [look.rated for look in looks if look.rated is not None]
             given = mixture.route(
                 views, self.routed, [x.router for x in looks], rated, alike,
-                rates[num_shared:], kept_shares[num_shared:],
+                rates[num_shared:], kept_shares[num_shared:], goes_on=goes_on,
             )  # fmt: skip
             parts.append(mixture.routed(self.routed, given, scores[num_shared:], alike))
         if len(parts) == 2:

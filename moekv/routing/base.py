@@ -239,6 +239,8 @@ class BaseMoERouter(nn.Module):
         mask: Tensor | None = None,
         evidence: Tensor | None = None,
         hit_rates: Tensor | None = None,
+        *,
+        goes_on: bool = False,
     ) -> RouterOutput:
         """Choose experts by what :meth:`rate` has said.
 
@@ -254,12 +256,15 @@ class BaseMoERouter(nn.Module):
         hit_rates : Tensor, optional
             `[B, E]`, each in [0, 1], measured on the same rows, for routers with a history:
             :meth:`update_history` will get their mean.
+        goes_on : bool
+            Whether these are texts that have been routed before, with neighbours: what the history
+            knows of them is of all together, and a row goes by its own hit rates alone.
 
         Returns
         -------
         RouterOutput
         """
-        bias = self._history_bias(hit_rates)
+        bias = self._own_bias(hit_rates) if goes_on else self._history_bias(hit_rates)
         if evidence is not None:
             logits = logits + evidence
             # No history and no balance sends a token to an expert that cannot rate it.
@@ -323,6 +328,10 @@ class BaseMoERouter(nn.Module):
 
     def _history_bias(self, hit_rates: Tensor | None) -> Tensor | None:
         """Return how the history, with `hit_rates`, biases the choice: [E] or [B, E]; or None."""
+        return None
+
+    def _own_bias(self, hit_rates: Tensor | None) -> Tensor | None:
+        """Say how hit rates alone bias the choice, without a history: [B, E]; or None."""
         return None
 
     def _gate(

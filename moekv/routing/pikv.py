@@ -19,11 +19,12 @@ class PiKVMoERouter(AdaptiveRouter):
     expert's average minus the mean over the experts, times `history_weight`. The bias moves the
     choice of experts, not their weights (as in the auxiliary-loss-free balancing of Wang et al.,
     2024). It is set by the first update and at every `cache_update_interval`-th one, so that
-    routing is steady in between. The hit rates of the tokens to be routed count already.
+    routing is steady in between. The hit rates of the tokens to be routed count already, and alone
+    where a text is routed again: its neighbours in the batch are in the history.
 
     What was seen of the tokens themselves, at a compression, says little of what will be asked
     later. So once hit rates of later queries come (:meth:`update_later`), they alone are the
-    history, from the first of them on.
+    history, from the first of them on. It acts on the next prompt.
 
     Parameters
     ----------
@@ -144,6 +145,12 @@ class PiKVMoERouter(AdaptiveRouter):
         due = (num_updates == 1) | (num_updates % self.cache_update_interval == 0)
         bias = self.history_weight * (ema - ema.mean(-1, keepdim=True))
         return ema, num_updates, torch.where(due, bias, self.history_bias)
+
+    def _own_bias(self, hit_rates: Tensor | None) -> Tensor | None:
+        if not self.cache_aware or hit_rates is None:
+            return None
+        rates = hit_rates.to(self.hit_rate_ema).clamp(0, 1)
+        return self.history_weight * (rates - rates.nanmean(-1, keepdim=True)).nan_to_num(0.0)
 
     def _history_bias(self, hit_rates: Tensor | None) -> Tensor | None:
         if not self.cache_aware:

@@ -110,6 +110,7 @@ CHANGES: dict[str, tuple[str, Change]] = {
     ),
     "few recent": ("inputs, got", number("recent", {"size": 1, "end": 40, "counts": [1]})),
     "no notes": ("expected no notes", lambda h, n, t: n[0].pop("notes")),
+    "no reader": ("name of a router for notes", number("reader", 7)),
     "nested notes": ("without notes", lambda h, n, t: n[0]["notes"].update(notes=n[1])),
     "other notes": ("those of their layer", lambda h, n, t: n[0]["notes"].update(kind="growing")),
     "short notes": (

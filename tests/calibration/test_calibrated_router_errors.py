@@ -15,7 +15,7 @@ from refusals import LENGTH, assert_untouched, lengths, refuse_block
 from tiny_models import prefill, tiny_model, tokens
 from transformers import DynamicCache
 
-from moekv import CalibratedRouter, DecodingConfig, MoERouterPress
+from moekv import CalibratedRouter, DecodingConfig, MoERouterPress, load_cache, save_cache
 from moekv.calibration import router as router_module
 from moekv.models.fingerprint import fingerprint, short
 
@@ -150,6 +150,31 @@ def test_tokens_that_a_calibrated_router_has_not_seen(shipped: CalibratedRouter)
         # Another press has gone on without notes: there are none any more.
         with pytest.raises(RuntimeError, match=UNSEEN), press(model):
             model(tokens(1, 1), past_key_values=cache)
+
+
+def test_notes_of_another_router(shipped: CalibratedRouter, tmp_path: Path) -> None:
+    """What one has read of the tokens that stay means nothing to another."""
+    model = tiny_model()
+    routers = {seed: random_router(model, seed) for seed in (1, 2)}
+    alike = random_router(model, 1)
+    alike.gate_bias += 1.0  # which is no matter of notes
+
+    def ask(router: CalibratedRouter, cache: Any) -> None:
+        press = MoERouterPress(router=router, decoding=DecodingConfig(20, 5))
+        with press(model), torch.no_grad():
+            for _ in range(7):
+                model(tokens(1, 1), past_key_values=cache)
+
+    press = MoERouterPress(router=routers[1], decoding=DecodingConfig(20, 5))
+    with press(model):
+        cache = prefill(model, tokens(1, LENGTH))
+    save_cache(cache, tmp_path / "cache", model)
+    for each in (cache, load_cache(tmp_path / "cache", model)):
+        with pytest.raises(RuntimeError, match="another router has read"):
+            ask(routers[2], each)
+        assert each.get_seq_length() == LENGTH
+        ask(alike, each)
+        assert each.get_seq_length() == LENGTH + 7
 
 
 def test_the_packages_own_router_gives_way(shipped: CalibratedRouter) -> None:

@@ -51,7 +51,7 @@ class Routed(nn.Module):
     def rate(self, hidden_states: Tensor, mask: Tensor | None = None) -> tuple[Tensor, None]:
         return self.probs.log().expand(len(hidden_states), *self.probs.shape), None
 
-    def decide(self, logits: Tensor, *_: Any) -> RouterOutput:
+    def decide(self, logits: Tensor, *_: Any, **__: Any) -> RouterOutput:
         batch = len(logits)
         weights, experts = (x.expand(batch, *x.shape) for x in (self.weights, self.experts))
         load = torch.bincount(experts.flatten(), minlength=logits.shape[-1])

@@ -250,8 +250,8 @@ def test_each_head_has_its_own_weights_where_heads_differ_in_length(
     router, seen = even_router(model), []
     mix = Rater._mix
 
-    def spy(self: Any, looks: Any, scores: Tensor, *rest: Any) -> Any:
-        part, given = mix(self, looks, scores, *rest)
+    def spy(self: Any, looks: Any, scores: Tensor, *rest: Any, **options: Any) -> Any:
+        part, given = mix(self, looks, scores, *rest, **options)
         view = looks[0].view
         notes = None if view.notes is None else [x.clone() for x in view.notes]
         seen.append((view, notes, scores, part.scores[0], view.scores_of(ScoreKind.DIVERSITY)))
@@ -267,15 +267,14 @@ def test_each_head_has_its_own_weights_where_heads_differ_in_length(
             model(tokens(2, 1), past_key_values=cache)
             if seen:
                 break
-    assert len(seen) == 2
-    folded = 1 if budget in DENSE else 2
-    for layer, (view, notes, scores, mixed, unlike) in enumerate(seen):
-        assert view.folded == folded
-        reads, positions = (x.view(2, 2, -1) for x in notes)
-        scores, mixed, unlike = (
-            scores.view(3, 2, 2, -1),
-            *(x.view(2, 2, -1) for x in (mixed, unlike)),
-        )
+    # Rows are rated together where their heads are as long in one way.
+    assert sum(len(view.keys) * view.keys.shape[1] for view, *_ in seen) == 2 * 2 * 2
+    assert any(view.folded == 2 for view, *_ in seen) == (budget not in DENSE)
+    for view, notes, scores, mixed, unlike in seen:
+        layer, folded = view.module.layer_idx, view.folded
+        reads, positions = (x.view(-1, 2, x.shape[-1]) for x in notes)
+        scores = scores.view(3, -1, 2, scores.shape[-1])
+        mixed, unlike = (x.view(-1, 2, x.shape[-1]) for x in (mixed, unlike))
         assert (positions[..., -1] == positions.max()).all()
         for head in range(2):
             position, read = positions[:, head], reads[:, head]
@@ -288,7 +287,7 @@ def test_each_head_has_its_own_weights_where_heads_differ_in_length(
             gain, offset = (x[layer, :, head] for x in (router.gain, router.offset))
             wanted = gain[0] * learned + offset[0]
             wanted = (wanted + gain[2] * scores[2, :, head] + offset[2]) / 2
-            for b in range(2):
+            for b in range(len(mixed)):
                 real = slice(mixed.shape[2] - view.lengths[b * folded + head * (folded - 1)], None)
                 torch.testing.assert_close(scores[0, b, head, real], learned[b, real])
                 torch.testing.assert_close(mixed[b, head, real], wanted[b, real])

@@ -130,10 +130,10 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
             expected = view.expected_among(whole)
         elif view.aligned and hasattr(module, "rotary_emb"):
             expected = view.expected()
-        (rating,) = rater.rate([rater.look(view)], options)
+        fresh = whole.shape[2] == fed
+        (rating,) = rater.rate([rater.look(view)], options, goes_on=not fresh)
         observe([rating], rater, self._statistics)
         if hook is not None and cache is not None:
-            fresh = whole.shape[2] == fed
             self._outcomes.expect(module, cache, hook, self._statistics, fresh=fresh)
         sinks, recent = protected(rating, options)
         if isinstance(wrapper, DMSPress):
