@@ -40,8 +40,8 @@ def test_a_press_scores_what_calibration_fitted(
         states_of[view.module.layer_idx] = view.hidden_states
         return look(self, view)
 
-    def spy_mix(self: Any, looks: Any, scores: Tensor, *args: Any) -> Any:
-        mixed = mix(self, looks, scores, *args)
+    def spy_mix(self: Any, looks: Any, scores: Tensor, *args: Any, **options: Any) -> Any:
+        mixed = mix(self, looks, scores, *args, **options)
         for i, each in enumerate(looks):
             index = each.view.module.layer_idx
             got[index] = mixed[0].scores[0, 2 * i : 2 * i + 2]

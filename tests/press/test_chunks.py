@@ -66,6 +66,7 @@ def test_generation_goes_on_from_a_prompt_in_chunks(
         past_key_values=last.past_key_values,
         max_new_tokens=9,
         do_sample=False,
+        suppress_tokens=[0],  # whose key is 0 anywhere
         return_dict_in_generate=True,
         output_logits=True,
     )

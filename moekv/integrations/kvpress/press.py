@@ -131,7 +131,7 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
         elif view.aligned and hasattr(module, "rotary_emb"):
             expected = view.expected()
         fresh = whole.shape[2] == fed
-        (rating,) = rater.rate([rater.look(view)], options, goes_on=not fresh)
+        (rating,) = rater.rate([rater.look(view)], options, goes_on=keys.shape[2] > fed)
         observe([rating], rater, self._statistics)
         if hook is not None and cache is not None:
             self._outcomes.expect(module, cache, hook, self._statistics, fresh=fresh)
