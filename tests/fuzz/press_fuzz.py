@@ -118,7 +118,8 @@ class Life(Lockstep):
         over_model = options["budget"] in ("layer", "model")
         over = [0, 2] if over_model else [2]
         scope = self.heads * (len(self.whole) if over_model else 1)
-        assert (self.pairs().sum(over) <= scope * real.clamp(max=target + interval - 1)).all()
+        most = real.clamp(0, target + interval - 1)  # none, while all of a row is padding
+        assert (self.pairs().sum(over) <= scope * most).all()
 
     def masked(self, back: list[int], row: int, count: int) -> None:
         """Hide some earlier tokens from new ones: they are hidden, or that is refused."""
