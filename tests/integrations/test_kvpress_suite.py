@@ -25,8 +25,8 @@ OF_ITS_MODELS = (
     "test_pipeline.py::test_pipeline_only_computes_the_logits_it_needs",
     "presses/test_block_press.py::test_block_press_is_streaming_top_k",
 )
-"""Tests of kvpress's own presses that fail with this model where moekv is not imported, too: they
-count another tokenizer's tokens, want a right answer, or weights that were trained."""
+"""Tests of kvpress's own presses, not of ours, that want more than this model: they count another
+tokenizer's tokens, want a right answer, or weights that were trained."""
 
 
 def suite() -> Path:
