@@ -153,15 +153,16 @@ class Strategy(ABC):
     def __init__(self, plan: Plan, view: ViewBuilder) -> None:
         self.plan = plan
         self.view = view
+        self.num_taken = 0
 
     @abstractmethod
     def take(self, call: Call) -> None:
         """Take what a layer has done, and act on it or remember it."""
 
     @property
-    @abstractmethod
     def is_done(self) -> bool:
-        """Whether it has seen all that it was to see."""
+        """Whether it has seen all that it was to see: as many layers as there are."""
+        return self.num_taken == len(self.plan.layers)
 
     def abort(self) -> None:  # noqa: B027  # most have nothing to undo
         """Leave no half-compressed cache behind: the forward did not come to its end."""

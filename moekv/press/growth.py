@@ -104,19 +104,13 @@ class Growth(Strategy):
         super().__init__(plan, view)
         self._shrinking: Shrinking | None = None
         self._rated: list[Rated] = []
-        self._num_taken = 0
         self._looks = False
-
-    @property
-    def is_done(self) -> bool:
-        """Whether all layers have come."""
-        return self._num_taken == len(self.plan.layers)
 
     def take(self, call: Call) -> None:
         """Remember what a layer has got, rate it if it is time, and act after the last."""
         plan, options = self.plan, self.plan.options
         layer = growing(call.cache, call.index, backend=options.backend)
-        asked = call.asked or window_queries(
+        call.asked = asked = call.asked or window_queries(
             call.module, call.hidden_states, call.kwargs, options.window, 0, self.view.rotary
         )
         remember(layer, call.hidden_states, asked.query, options.window)
@@ -133,7 +127,7 @@ class Growth(Strategy):
         if call.module is plan.layers[0]:
             fed = call.hidden_states.shape[1]
             self._shrinking = self._decide(call.cache, fed, call.kwargs.get("attention_mask"))
-        self._num_taken += 1
+        self.num_taken += 1
         if self._shrinking is None:
             return
         with torch.no_grad():

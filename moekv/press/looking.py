@@ -18,18 +18,9 @@ class Looking(Strategy):
     view : ViewBuilder
     """
 
-    def __init__(self, plan: Plan, view: ViewBuilder) -> None:
-        super().__init__(plan, view)
-        self._num_taken = 0
-
-    @property
-    def is_done(self) -> bool:
-        """Whether all layers have come."""
-        return self._num_taken == len(self.plan.layers)
-
     def take(self, call: Call) -> None:
         """Look at what a layer has asked."""
-        self._num_taken += 1
+        self.num_taken += 1
         look_at(call, self.plan, self.view)
 
 
