@@ -1,4 +1,4 @@
-"""The quality benchmark: ``python -m benchmarks.quality run`` and ``... report``."""
+"""The quality benchmark: `moekv bench run` and `moekv bench report`, in a source tree."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SETS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.quality", description=__doc__)
+    parser = argparse.ArgumentParser(prog="moekv bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run", help="answer what the results file lacks, then report")
     runner.add_argument("--model", default=DEFAULT_MODEL, help="hub id or folder")

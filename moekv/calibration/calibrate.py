@@ -1,20 +1,20 @@
 """Calibration: fit routers so that mixed scores rank pairs as an expensive oracle does.
 
-The oracle reads the text a second time, as KVzip does (Kim et al., 2025): behind the text and the
-words "repeat the previous context", the text follows again, and what its tokens look at in the
-cache is what a text's continuations, quotations and answers are likely to need. Of the attention
-that a pair gets from all these queries a power mean is taken: KVzip's maximum keeps pairs that one
-query needed, a mean those that many need; an exponent between follows both.
+The oracle reads the text a second time, as KVzip does (Kim et al., 2025): after the text and the
+words "repeat the previous context", the text follows again. Pairs that its tokens attend to are
+those that continuations, quotations and answers are likely to need. The score of a pair is the
+power mean of the attention from all these queries: KVzip's maximum retains pairs that one query
+needed, a mean those that many need; an exponent between does both.
 
 For each layer
 
 1. the expert ``learned`` comes from a ridge regression on the log of the oracle's scores, over all
    tokens, in closed form; the other experts are brought to its scale;
 2. the gates are trained by gradient descent, through ``gating_topk``, on a sample of the tokens,
-   with a load-balancing loss that keeps experts alive, until the ranking of held-out texts no
-   longer improves. A fit is best where it was fitted, and gates that saw it there would trust it
-   everywhere. So the texts are put into groups that are alike, and on a group's tokens the gates
-   are trained with what ``learned`` would be without that group: they see it out of its domain.
+   with a load-balancing loss, until the ranking of held-out texts no longer improves. ``learned``
+   is best on the texts that it was fitted to, so gates trained on these would weigh it too high.
+   Therefore texts are clustered into domains, and on the tokens of a domain the gates are trained
+   with a ``learned`` fitted to the other domains.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from moekv.models.weights import language_model
 
 
 def find_domains(vectors: Tensor, count: int) -> list[int]:
-    """Put texts into groups that are alike: k-means on directions.
+    """Cluster texts into domains: k-means on directions.
 
     Parameters
     ----------
     vectors : Tensor [N, hidden]
-        Of each text the mean of its tokens' embeddings.
+        Mean of the token embeddings of each text.
     count : int
         Groups, at most.
 
@@ -64,7 +64,7 @@ def find_domains(vectors: Tensor, count: int) -> list[int]:
     """
     vectors = vectors.double() - vectors.double().mean(0)
     vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    chosen = [0]  # then always the one that is the least like those before
+    chosen = [0]  # then always the one farthest from those before
     while len(chosen) < min(count, len(vectors)):
         chosen.append(int((vectors @ vectors[chosen].t()).amax(1).argmin()))
     centres = vectors[chosen]
@@ -100,18 +100,18 @@ def calibrate(
         On any device, in any floating dtype.
     tokenizer : PreTrainedTokenizerBase
     texts : sequence of str
-        What the model is used for: prose, code, tables, dialogues; some dozens, of about `length`
-        tokens. Longer ones are cut, those of fewer than 64 tokens left out.
+        Texts as the model will see them: prose, code, tables, dialogues; some dozens, of about
+        `length` tokens. Longer ones are cut, those of fewer than 64 tokens left out.
     config : CalibrationConfig, optional
     checkpoint : path, optional
-        A file to write after every eighth text and to go on from; removed at the end. Groups of
-        layers have a file each, with the numbers of their layers in its name.
+        A file that is written after every eighth text, from which a calibration resumes; removed at
+        the end. Each group of layers has its own, with the layers' numbers in its name.
     keep_checkpoint : bool
-        Whether to leave it, with all that was read.
+        Whether to leave it, with the sums over all texts.
     memory : int
         Bytes that calibration may hold beside the model, 8 GiB by default.
     announce : callable, optional
-        Called before anything is read, with what the calibration takes.
+        Called first, with the memory and disk space that the calibration takes.
     progress : bool
         Whether to show progress bars.
 
@@ -188,7 +188,7 @@ def _checkpoints(path: Path, needs: Needs) -> list[Path]:
     Raises
     ------
     ValueError
-        There are files of other groups: they would be left, and all be read again.
+        There are checkpoints of other groups, which could not be used.
     """
     files = [path]
     if len(needs.groups) > 1:
@@ -200,7 +200,7 @@ def _checkpoints(path: Path, needs: Needs) -> list[Path]:
     if other := sorted(there.difference(files)):
         raise ValueError(
             f"expected checkpoints of groups of {len(needs.groups[0])} layers, got {other[0]}: "
-            "give as much memory as when it was begun, or remove it to begin again"
+            "give as much memory as when it began, or remove it to begin again"
         )
     return files
 
@@ -261,7 +261,7 @@ class _Plan:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Sums, list[Any]]:
-    """Read what a calibration has read so far.
+    """Read a checkpoint.
 
     Parameters
     ----------
@@ -277,7 +277,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Sums, list[Any]]:
     Raises
     ------
     ValueError
-        The file is no checkpoint.
+        The file is not a checkpoint.
     """
     try:
         saved = torch.load(path, weights_only=True)

@@ -21,9 +21,9 @@ class CalibrationConfig:
     exponent : float
         Of the power mean over the oracle's queries: 1 the mean, infinity KVzip's maximum.
     held_out : float
-        Share of the texts that only judge.
+        Share of the texts that are held out.
     domains : int
-        Groups of texts, each of which ``learned`` is fitted without, for the gates' training.
+        Groups of texts; the gates are trained on each with a ``learned`` fitted to the others.
     samples : int
         Tokens of the gates' training, drawn from all texts; they bound its memory.
     ridge : float
@@ -35,11 +35,11 @@ class CalibrationConfig:
     aux_loss_weight : float
         Weight of the load-balancing loss (entropy of the mean gate probabilities).
     sinks, recent : int
-        First and last pairs, which every press keeps and which nothing has to be learned of.
+        First and last pairs, which a press always retains, and which are left out of the fit.
     window : int
-        Last tokens whose queries the experts see, as in the press.
+        Last tokens whose queries the experts observe, as in the press.
     seed : int
-        Of everything that is drawn.
+        Seed of all random numbers.
 
     Raises
     ------

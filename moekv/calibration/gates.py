@@ -18,10 +18,10 @@ from moekv.routing.losses import entropy_loss
 
 _PATIENCE = 4  # epochs without a better loss, after which training stops
 
-_SOFT = 0.4  # log-attention from a threshold at which the training's choice is rather sure
+_SOFT = 0.4  # temperature of the choice in training, in units of log-attention
 
 SHARES = (0.5, 0.25, 0.1)
-"""Shares of the pairs that a budget may keep, by which a ranking is judged."""
+"""Shares of the pairs to retain, at which a ranking is evaluated."""
 
 COMPARABLE_WEIGHT = 0.5
 """Weight of comparable experts' scores in the target of the gates, beside the oracle's."""
@@ -29,7 +29,7 @@ COMPARABLE_WEIGHT = 0.5
 
 @dataclass
 class Estimates:
-    """What the gates are trained on: some tokens of one text. E experts, ``learned`` first."""
+    """Training data of the gates: some tokens of one text. E experts, ``learned`` first."""
 
     hidden: Tensor  # [L, N, hidden]
     scores: Tensor  # [L, E, H, N], on the common scale
@@ -37,7 +37,7 @@ class Estimates:
 
 
 def estimate(router: CalibratedRouter, reading: Reading, fit: Fit | None = None) -> Estimates:
-    """Let the experts of a router estimate what a reading has found.
+    """Compute the estimates of a router's experts for a reading.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ def estimate(router: CalibratedRouter, reading: Reading, fit: Fit | None = None)
     -------
     Estimates
         Their target is the oracle's, and ``COMPARABLE_WEIGHT`` times the scores of comparable
-        experts: the oracle reads the text once, in order, and later questions may be others.
+        experts: the oracle reads the text in order, and later questions may attend otherwise.
     """
     weight, place, novelty, bias = fit or fit_of(router)
     learned = weight @ reading.hidden.float().mT + place @ reading.where.t()
@@ -65,14 +65,14 @@ def estimate(router: CalibratedRouter, reading: Reading, fit: Fit | None = None)
 
 
 class Mixture(nn.Module):
-    """All layers' gates at once, differentiable: what the press computes from the same numbers.
+    """The gates of all layers, differentiable: computes what the press does.
 
     Inside, hidden states have mean square 1 in every channel, so that one learning rate fits all.
 
     Parameters
     ----------
     router : CalibratedRouter
-        Where training begins.
+        Initial values.
     spread : Tensor [L, hidden]
         Of the hidden states.
     """
@@ -107,13 +107,13 @@ class Mixture(nn.Module):
 
     @torch.no_grad()
     def hand_over(self, router: CalibratedRouter) -> None:
-        """Copy what was trained into a router."""
+        """Copy the trained weights into a router."""
         router.gate_weight.copy_(self.weight / self.spread[:, None])
         router.gate_bias.copy_(self.bias)
 
 
 def choice_loss(mixed: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy of the choices that a budget makes: the loss that training can follow.
+    """Cross-entropy of the pairs that a budget retains: the training loss.
 
     Parameters
     ----------
@@ -123,8 +123,8 @@ def choice_loss(mixed: Tensor, target: Tensor) -> Tensor:
     Returns
     -------
     Tensor, scalar
-        Mean over the pairs, and over the shares of :func:`ranking_loss`: how surely a threshold
-        that keeps so many tells those that the target would keep.
+        Mean over the pairs, and over the shares of :func:`ranking_loss`: how well a threshold for
+        that share separates the pairs that the target would retain.
     """
     mixed, target = mixed.flatten(), target.flatten()
     losses = []
@@ -147,7 +147,7 @@ def ranking_loss(predicted: Tensor, target: Tensor) -> float:
     Returns
     -------
     float
-        Mean over the ``SHARES`` of the pairs that a budget may keep; in [0, 1].
+        Mean over the ``SHARES``; in [0, 1].
     """
     predicted, target = predicted.flatten(), target.flatten()
     missed = []
@@ -172,9 +172,9 @@ def train_gates(
     ----------
     sample : Sample
     fits : sequence of Fit
-        What ``learned`` is without each domain, see :class:`Solved`.
+        ``learned`` without each domain, see :class:`Solved`.
     router : CalibratedRouter
-        Is changed.
+        Changed in place.
     config : CalibrationConfig
     report : callable, optional
         Gets each epoch and its held-out ranking loss.
@@ -183,8 +183,8 @@ def train_gates(
     -------
     list of dict
         For each epoch, from 0 (before training): ``ranking_loss`` of the held-out texts, and
-        ``choice_loss``, what training follows, on the sample; of the targets of
-        :func:`estimate`, which other experts make others.
+        ``choice_loss``, the training loss, on the sample. Both depend on the targets of
+        :func:`estimate`, and so on the experts.
     """
     given = [
         estimate(router, reading, fits[domain])

@@ -1,4 +1,4 @@
-"""What a saved router says of itself, in its folder and on the hub."""
+"""The model card of a saved router, in its folder and on the hub."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ TEMPLATE = """---
 
 # A router of moekv for {{ name }}
 
-moekv compresses KV caches. This router was calibrated for {{ name }}: of every cached pair of keys
-and values it estimates how much attention later tokens will pay to it.
+moekv compresses KV caches. This router was calibrated for {{ name }}: for every cached key-value
+pair it estimates the attention of later tokens.
 
 ```python
 from moekv import MoERouterPress
@@ -38,14 +38,14 @@ and the loss after every epoch.
 
 
 def facts(router: CalibratedRouter) -> dict[str, str]:
-    """Return which model a router is for, what it consists of and how it was fitted."""
+    """Return the model of a router, its parts, and how it was fitted."""
     recipe = router.recipe
     found = {
         "fingerprint": f"`{short(router.model)}`",
         "layers": f"{len(router.layers)}, with hidden states of {router.hidden_size} and "
         f"{router.num_kv_heads} KV heads",
         "experts": f"{', '.join(expert.name for expert in router.experts)}, "
-        f"of which each token trusts {router.top_k}",
+        f"of which each token is routed to {router.top_k}",
     }
     if "num_texts" in recipe:
         found["texts"] = f"{recipe['num_texts']}, SHA-256 {recipe['texts_sha256']}..."

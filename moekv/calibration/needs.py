@@ -1,4 +1,4 @@
-"""What a calibration holds in memory, and how many layers it can therefore fit at a time."""
+"""Memory of a calibration, and the number of layers that are fitted at a time."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _SOLVING = 5  # float64 copies of one layer's normal equations, at most
 
 @dataclass(frozen=True)
 class Needs:
-    """What a calibration holds beside the model and its own cache.
+    """Memory and disk space of a calibration, beside the model and its cache.
 
     The normal equations of a layer grow with the square of the hidden size. Where those of all
-    layers are too much, the texts are read once for each group of layers.
+    layers are too large, the texts are read once for each group of layers.
     """
 
     groups: Sequence[range]  # of layers that are fitted together
@@ -54,17 +54,17 @@ def calibration_needs(
     itemsize: int,
     memory: int = MEMORY,
 ) -> Needs:
-    """Return what a calibration takes, and divide the layers into groups so that it fits.
+    """Compute the memory of a calibration, and divide the layers into groups that fit.
 
     Parameters
     ----------
     router : CalibratedRouter
-        The one to fit; says how many layers, heads and experts there are, and of which sizes.
+        The one to fit: its layers, heads, experts and sizes count.
     config : CalibrationConfig
     itemsize : int
         Bytes of a number of the hidden states.
     memory : int
-        Bytes that it may take.
+        Most bytes that it may take.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""The oracle: what a second reading of a text looks at."""
+"""The oracle: the attention of a second reading of a text."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from moekv.models.watching import Asked, ask
 from moekv.ops import ScoreKind
 
 REPEAT = "\n\nRepeat the previous context exactly."
-"""What the oracle says between the text and its second reading."""
+"""The prompt between the text and its second reading."""
 
 _TILE = 128  # queries whose attention is in memory at a time
 
-_FLOOR = 1e-6  # attention below which a pair is as good as not attended
+_FLOOR = 1e-6  # attention below which a pair counts as not attended
 
 
 @dataclass
 class Reading:
-    """What one text gave. L layers, H KV heads, T tokens, E experts beside ``learned``."""
+    """The reading of one text. L layers, H KV heads, T tokens, E experts beside ``learned``."""
 
     hidden: Tensor  # [L, T, hidden], inputs of the attention layers
     where: Tensor  # [T, 3], see places()
     novelty: Tensor  # [L, H, T], how unlike the other keys each is
     scores: Tensor  # [L, E, H, T] of these experts
-    target: Tensor  # [L, H, T], log of the attention that the oracle saw
+    target: Tensor  # [L, H, T], log of the oracle's attention
 
     def at(self, tokens: slice | Tensor) -> Reading:
-        """Take some tokens; indices copy them, a slice does not."""
+        """Select tokens; indices copy them, a slice does not."""
         return Reading(
             self.hidden[:, tokens],
             self.where[tokens],
@@ -55,14 +55,14 @@ class Reading:
 
     @classmethod
     def join(cls, parts: Sequence[Reading]) -> Reading:
-        """Put together what groups of layers gave for the same tokens."""
+        """Join the readings of groups of layers for the same tokens."""
         names = ("hidden", "novelty", "scores", "target")
         joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
         return cls(where=parts[0].where, **joined)
 
 
 class Oracle:
-    """Reads texts twice and sees what the second reading looks at.
+    """Reads texts twice and measures the attention of the second reading.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ class Oracle:
 
     @torch.no_grad()
     def describe(self, texts: Sequence[str]) -> Tensor:
-        """Mean embeddings [N, hidden] of the tokens of texts: what they are about, at no cost."""
+        """Mean token embeddings [N, hidden] of texts, to cluster them by topic."""
         embed = self.model.get_input_embeddings()
         rows = []
         for text in texts:
@@ -113,11 +113,11 @@ class Oracle:
         Parameters
         ----------
         text : str
-            What is beyond ``length`` tokens is left out.
+            Cut after ``length`` tokens.
         as_turn : bool
             Whether it is the user's turn of a chat, or plain.
         rows : range, optional
-            Which of the layers to look at; by default all.
+            The layers to read; by default all.
         """
         layers = self.layers if rows is None else self.layers[rows.start : rows.stop]
         body = self.encode(text)[: self.config.length]

@@ -32,7 +32,7 @@ def features(reading: Reading, layer: int) -> Tensor:
 
 @dataclass
 class Sample:
-    """Readings of some tokens of each text, which the gates are trained on and judged by."""
+    """Readings of some tokens of each text, to train and evaluate the gates."""
 
     readings: list[Reading] = field(default_factory=list)
     domains: list[int] = field(default_factory=list)  # of each reading
@@ -40,7 +40,7 @@ class Sample:
 
     @classmethod
     def join(cls, parts: Sequence[Sample]) -> Sample:
-        """Put together what was read of groups of layers, and take it out of these."""
+        """Join the samples of groups of layers, and free these."""
         joined = cls(domains=parts[0].domains)
         for name in ("readings", "held_out"):
             for _ in range(len(getattr(parts[0], name))):
@@ -60,7 +60,7 @@ class Sums:
 
     @classmethod
     def empty(cls, router: CalibratedRouter, num_layers: int, num_domains: int) -> Sums:
-        """Begin with nothing."""
+        """Make sums of no texts."""
         width, num_heads = num_features(router), router.num_kv_heads
         gram = torch.zeros(num_domains, num_layers, width, width)
         return cls(gram, torch.zeros(num_domains, num_layers, width, num_heads))
@@ -75,7 +75,7 @@ class Sums:
     def total(self, row: int, without: int | None = None) -> tuple[Tensor, Tensor]:
         """Sum a layer's equations over all domains but one: gram [F, F], moment [F, H], float64.
 
-        All of them where there is no other.
+        Over all of them if there is only one.
         """
         kept = [i for i in range(len(self.gram)) if i != without and self.gram[i, row, -1, -1] > 0]
         if not kept:
@@ -88,7 +88,7 @@ class Sums:
 
 
 Fit = tuple[Tensor, Tensor, Tensor, Tensor]
-"""What ``learned`` is: weight [L, H, hidden], place [L, H, 3], novelty and bias [L, H]."""
+"""Parameters of ``learned``: weight [L, H, hidden], place [L, H, 3], novelty and bias [L, H]."""
 
 
 def solve_ridge(gram: Tensor, moment: Tensor, hidden_size: int, strength: float) -> Fit:
@@ -122,17 +122,17 @@ def solve_ridge(gram: Tensor, moment: Tensor, hidden_size: int, strength: float)
 
 @dataclass
 class Solved:
-    """What the normal equations of L layers say: all that is kept of them. H heads, E experts."""
+    """Solutions of the normal equations of L layers. H heads, E experts."""
 
     fit: Fit
-    without: list[Fit]  # that of each domain is fitted to all the others
+    without: list[Fit]  # one for each domain, fitted to all others
     gain: Tensor  # [L, E - 1, H], of the experts beside ``learned``: least squares of each head
     offset: Tensor  # [L, E - 1, H]
     gap: Tensor  # [L, E - 1, H], how far the mean target is above the mean score
 
     @classmethod
     def join(cls, parts: Sequence[Solved]) -> Solved:
-        """Put layers, or groups of them, together."""
+        """Join layers, or groups of them."""
         return cls(
             _join_fits([part.fit for part in parts]),
             [_join_fits(fits) for fits in zip(*(part.without for part in parts), strict=True)],
@@ -146,14 +146,14 @@ def _join_fits(fits: Sequence[Fit]) -> Fit:
 
 
 def solve(sums: Sums, router: CalibratedRouter, strength: float) -> Solved:
-    """Solve the normal equations, a layer at a time: in float64 each is larger than it was.
+    """Solve the normal equations, a layer at a time, as float64 copies take memory.
 
     Parameters
     ----------
     sums : Sums
         Of some of the router's layers.
     router : CalibratedRouter
-        Says of which sizes and experts they are.
+        Its sizes and experts are those of the sums.
     strength : float
         Of the ridge.
 

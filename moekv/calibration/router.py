@@ -1,11 +1,10 @@
-"""Calibrated routers: what `moekv.calibrate` fits to a model, and what a press does with it.
+"""Calibrated routers: fitted to a model by `moekv.calibrate`, and used by a press.
 
 Every expert of a calibrated router estimates, for every pair of every head and layer, the log of
 the attention that later tokens will pay to it. All are on this one scale, so that one threshold
 over the model sets each head's length. ``learned`` reads a pair's hidden state, its place in the
-text and its key, and was fitted; ``expected`` was not fitted to anything and holds where the texts
-of the calibration do not reach. How far each is to be trusted the gate decides, for every token and
-layer.
+text and its key, and was fitted; ``expected`` was not, and serves texts unlike those of the
+calibration. The gate weighs them for every token and layer.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _OF_THE_MIXIN = frozenset(
 )
 
 FORMAT = 2
-"""Of what is saved: 2 has a gate over all experts, 1 had one over those beside ``learned``."""
+"""Format of saved routers: 2 has a gate over all experts, 1 had one without ``learned``."""
 
 SHIPPED = Path(__file__).parents[1] / "data" / "routers"
 """Routers that come with the package, a folder for each model."""
@@ -76,7 +75,7 @@ class CalibratedGate(BaseMoERouter):
         self.gate.bias.data.copy_(router.gate_bias[row])
 
     def logits(self, read: Tensor) -> Tensor:
-        """Rate the experts by what the router has read of hidden states.
+        """Compute the gate's logits from projected hidden states.
 
         Parameters
         ----------
@@ -111,7 +110,7 @@ class CalibratedRouter(
     top_k : int
         Experts per token, 1 to E.
     recipe : dict, optional
-        How it was fitted, for people to read.
+        How it was fitted; for information.
     format : int
         Of the saved router.
 
@@ -168,8 +167,8 @@ class CalibratedRouter(
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> CalibratedRouter:
         if "model" not in options:
             raise ValueError("its config.json cannot be found")
-        _check_format(options.get("format", 1))  # the first one was not written down
-        if os.path.isdir(model_id):  # of which the mixin would print that it reads it
+        _check_format(options.get("format", 1))  # format 1 did not store its number
+        if os.path.isdir(model_id):  # the mixin would print a message for a folder
             own = {k: v for k, v in options.items() if k not in _OF_THE_MIXIN}
             file = os.path.join(model_id, SAFETENSORS_SINGLE_FILE)
             if not os.path.isfile(file):
@@ -182,11 +181,11 @@ class CalibratedRouter(
 
     @classmethod
     def _load_as_pickle(cls, *_: Any, **__: Any) -> Any:
-        """Refuse what the mixin falls back to."""
+        """Refuse pickles, which the mixin falls back to."""
         raise ValueError(f"expected {SAFETENSORS_SINGLE_FILE} in it, got a pickle of torch")
 
     def generate_model_card(self, *args: Any, **options: Any) -> ModelCard:
-        """Describe the router, for the hub and whoever finds its folder."""
+        """Make the model card, for the hub and the saved folder."""
         name = self.recipe.get("model_name", self.model)
         return super().generate_model_card(*args, **{"name": name, "facts": facts(self)} | options)
 
@@ -202,7 +201,7 @@ class CalibratedRouter(
         return self
 
     def check(self, model: PreTrainedModel) -> float:
-        """Check that the router was fitted to a model, and say how far the model's weights are.
+        """Check that the router was fitted to a model, and return the distance of its weights.
 
         Returns
         -------
@@ -212,7 +211,7 @@ class CalibratedRouter(
         Raises
         ------
         ValueError
-            It was fitted to another; names both.
+            It was fitted to another model; the message names both.
         """
         name = self.recipe.get("model_name", "another model")
         given = model.config.name_or_path or type(model).__name__
@@ -223,7 +222,7 @@ class CalibratedRouter(
             raise ValueError(f"{error}: {given}; `moekv calibrate` makes a router for it") from None
 
     def surrogate(self, index: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what the ``learned`` expert of a layer adds to what it reads of hidden states.
+        """Return the parameters of a layer's ``learned`` expert beside those of hidden states.
 
         Parameters
         ----------
@@ -244,10 +243,9 @@ class CalibratedRouter(
         return place, novelty, bias
 
     def project(self, index: int, hidden_states: Tensor) -> Tensor:
-        """Read hidden states [B, N, hidden], once for ``learned`` and for the gate: [B, N, H + E].
+        """Project hidden states [B, N, hidden] for ``learned`` and the gate: [B, N, H + E].
 
-        They are as many bytes as a layer's pairs, or several times that; the rest of a rating does
-        without them.
+        They take as many bytes as a layer's pairs, or several times that, so they are read once.
         """
         key = (index, hidden_states.device, hidden_states.dtype)
         if key not in self._local:
@@ -258,9 +256,9 @@ class CalibratedRouter(
         return functional.linear(hidden_states, weight)
 
     def read(self, index: int, projected: Tensor) -> Tensor:
-        """Take the part of the ``learned`` scores that is the hidden states'.
+        """Return the part of the ``learned`` scores that depends on hidden states.
 
-        Where the cache is compressed more than once it is noted when a token comes.
+        Where the cache is compressed more than once, it is noted when a token is fed.
 
         Parameters
         ----------
@@ -278,7 +276,7 @@ class CalibratedRouter(
 
     @property
     def reader(self) -> str:
-        """A digest of what :meth:`read` goes by: one router's notes mean nothing to another."""
+        """Digest of the weights of :meth:`read`: notes of one router cannot be used by another."""
         if self._reader is None:
             digest = hashlib.blake2b(digest_size=16)
             for part in (self.surrogate_weight, self.surrogate_bias):
@@ -301,7 +299,7 @@ class CalibratedRouter(
     def gate(self, index: int, like: Tensor, *, backend: str = "auto") -> CalibratedGate:
         """Return the gate of a layer, for the device and the dtype of some hidden states. Frozen.
 
-        It keeps no history, so that whoever asks for the same one shares it.
+        It has no history, so it is made once and shared.
         """
         key = (index, like.device, like.dtype, backend)
         if key not in self._gates:
@@ -321,8 +319,8 @@ def shipped_router(model: PreTrainedModel) -> tuple[CalibratedRouter | None, flo
     Returns
     -------
     router : CalibratedRouter or None
-        None where there is none for weights as near as ``moekv.models.fingerprint.TOLERANCE`` says.
-        If there is one for the architecture, a warning of the logger ``moekv`` says how far.
+        None where there is none within the distance ``moekv.models.fingerprint.TOLERANCE``. If
+        there is one for the architecture, a warning of the logger ``moekv`` names the distance.
     distance : float
         Of the model's weights from those that it was fitted to.
     """
@@ -345,18 +343,18 @@ def shipped_router(model: PreTrainedModel) -> tuple[CalibratedRouter | None, flo
 
 
 def _model_of(folder: Path) -> str:
-    """Read for which model the router in a folder of the package is."""
+    """Read the model of a router in a folder of the package."""
     found: Any = json.loads((folder / "config.json").read_text())
     return str(found["model"])
 
 
 def is_folder(name: str) -> bool:
-    """Return whether a router's name is that of a folder rather than one on the hub.
+    """Return whether a router's name is a folder rather than an id on the hub.
 
     Raises
     ------
     ValueError
-        It can be nothing else, and there is none.
+        It can only be a folder, and there is no such folder.
     """
     if os.path.isdir(name):
         return True
@@ -369,7 +367,7 @@ def is_folder(name: str) -> bool:
 
 
 def load_router(name: str | Path) -> CalibratedRouter:
-    """Load a router that was saved.
+    """Load a saved router.
 
     Parameters
     ----------
@@ -383,7 +381,7 @@ def load_router(name: str | Path) -> CalibratedRouter:
     Raises
     ------
     ValueError
-        There is none that can be read.
+        There is no router that can be read.
     """
     try:
         router: CalibratedRouter = CalibratedRouter.from_pretrained(name)

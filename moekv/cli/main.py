@@ -60,7 +60,7 @@ def _top(
 
 @app.command()
 def info() -> None:
-    """Show what moekv runs on: versions, instruction sets, libraries, and the backends there are.
+    """Show versions, instruction sets, libraries and backends.
 
     \b
     Example:
@@ -109,10 +109,10 @@ def demo(
     device: Device = None,
     dtype: Weights = DType.auto,
 ) -> None:
-    """Compress the cache of a real model, and ask it about what it has read.
+    """Compress a real model's cache, and answer from it.
 
     The model reads a story of about 1,900 tokens with facts in it. Its cache is compressed before
-    any question is known; then it answers. Every figure is measured: bytes on the storages of the
+    any question is known; then it answers. All figures are measured: bytes on the storages of the
     cache's tensors, times on the clock.
 
     \b
@@ -168,11 +168,15 @@ def ask(
     ] = None,
     load: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Take a context that --save wrote, and read no file."),
+        typer.Option(
+            metavar="FILE", help="Load a context that --save wrote, instead of reading documents."
+        ),
     ] = None,
     html: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write a page that shows which tokens stayed, and why."),
+        typer.Option(
+            metavar="FILE", help="Write a page that shows which tokens were retained, and why."
+        ),
     ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Show the full cache's answers as well.")
@@ -190,7 +194,7 @@ def ask(
     device: Device = None,
     dtype: Weights = DType.auto,
 ) -> None:
-    """Read documents once, compress their cache, and answer questions from it.
+    """Answer questions about documents, which are read once.
 
     \b
     Examples:
@@ -226,12 +230,13 @@ def serve(
         typer.Option(min=0, metavar="R", help="Share of each prompt's pairs to remove, in [0, 1)."),
     ] = 0.5,
     budget: Annotated[
-        str, typer.Option(metavar="KIND", help="What the budget is set over: uniform or model.")
+        str, typer.Option(metavar="KIND", help="Scope of the budget: uniform or model.")
     ] = "model",
 ) -> None:
-    """Serve a model with compressed prompts: vLLM's own OpenAI-compatible server.
+    """Serve a model with vLLM, and compress its prompts.
 
-    All further options are vLLM's; `vllm serve --help` lists them.
+    This is vLLM's own OpenAI-compatible server. All further options are vLLM's; `vllm serve --help`
+    lists them.
 
     \b
     Example:
@@ -251,7 +256,7 @@ def serve(
     },
 )
 def bench(context: typer.Context) -> None:
-    """Measure the quality of compressed caches: `moekv bench run` and `moekv bench report`.
+    """Measure quality: `moekv bench run`, `moekv bench report`.
 
     The benchmark is part of the source tree; `moekv bench run --help` lists its options.
     """
@@ -263,49 +268,49 @@ def bench(context: typer.Context) -> None:
 @app.command()
 def calibrate(
     texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="Text files, one each.")],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the router goes.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to save the router in.")],
     model: Model = None,
     length: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Tokens read of a text.", show_default="1024"),
+        typer.Option(min=1, metavar="N", help="Tokens of a text at most.", show_default="1024"),
     ] = None,
     top_k: Annotated[
         int | None,
-        typer.Option(min=1, metavar="K", help="Experts of a token.", show_default="2"),
+        typer.Option(min=1, metavar="K", help="Experts per token.", show_default="2"),
     ] = None,
     expert: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="Beside learned, may be repeated.", show_default="expected"
+            metavar="NAME",
+            help="An expert beside learned, may be repeated.",
+            show_default="expected",
         ),
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(
-            min=1, metavar="N", help="Tokens that gates are trained on.", show_default="8192"
-        ),
+        typer.Option(min=1, metavar="N", help="Tokens to train the gates on.", show_default="8192"),
     ] = None,
     exponent: Annotated[
-        float | None, typer.Option(help="Of the scores that gates weigh.", show_default="2.0")
+        float | None,
+        typer.Option(help="Of the power mean over the oracle's queries.", show_default="2.0"),
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Of what is drawn.", show_default="0")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Random seed.", show_default="0")] = None,
     keep_checkpoint: Annotated[
-        bool, typer.Option("--keep-checkpoint", help="Leave what was read, for ablations.")
+        bool,
+        typer.Option("--keep-checkpoint", help="Keep the checkpoint at the end, for ablations."),
     ] = False,
     memory: Annotated[
         float,
-        typer.Option(min=0, metavar="GIB", help="What it may hold in memory beside the model."),
+        typer.Option(min=0, metavar="GIB", help="Memory to use beside the model."),
     ] = 8.0,
     device: Device = None,
     dtype: Weights = DType.auto,
 ) -> None:
     """Fit a router to a model.
 
-    The folder is what `MoERouterPress(router=FOLDER)` takes. What the run takes is printed before
-    it begins; one that was interrupted goes on where it was, from a checkpoint in the folder. With
-    less memory, layers are fitted in groups, and the texts are read once for each.
+    Use it with `MoERouterPress(router=FOLDER)`. The memory that the run takes is printed before it
+    begins; an interrupted run resumes from a checkpoint in the folder. With less memory, layers are
+    fitted in groups, and the texts are read once for each group.
 
     \b
     Example:

@@ -43,7 +43,7 @@ Experts = Annotated[
 TopK = Annotated[
     int | None,
     typer.Option(
-        "--top-k", min=1, metavar="K", help="Experts of a token.", show_default="as the press"
+        "--top-k", min=1, metavar="K", help="Experts per token.", show_default="as the press"
     ),
 ]
 Router = Annotated[
@@ -51,21 +51,19 @@ Router = Annotated[
     typer.Option(
         "--router",
         metavar="TYPE",
-        help="How tokens are routed, such as pikv or adaptive.",
+        help="base, topk_balanced, adaptive, pikv, eplb or hierarchical.",
         show_default="as the press",
     ),
 ]
 Budget = Annotated[
     str,
-    typer.Option(
-        metavar="KIND", help="What the budget is set over: uniform, layer, head or model."
-    ),
+    typer.Option(metavar="KIND", help="Scope of the budget: uniform, layer, head or model."),
 ]
 Pairs = Annotated[
     str,
-    typer.Option(metavar="FORMAT", help="How pairs are stored: 16 bits, k8v8, k8v4, k4v4 or auto."),
+    typer.Option(metavar="FORMAT", help="Storage of pairs: 16 (bits), k8v8, k8v4, k4v4 or auto."),
 ]
-Backend = Annotated[str, typer.Option(metavar="NAME", help="What computes: cpu, cuda or torch.")]
+Backend = Annotated[str, typer.Option(metavar="NAME", help="Kernels to use: cpu, cuda or torch.")]
 NewTokens = Annotated[
     int, typer.Option("--max-new-tokens", min=1, metavar="N", help="Tokens of an answer at most.")
 ]

@@ -61,7 +61,7 @@ class Expert(ABC):
         """
 
     def kept(self, length: int, compression_ratio: float) -> int:
-        """Count the pairs of a head that stay where this expert rules a layer alone.
+        """Count the pairs of a head to retain where this expert decides a layer alone.
 
         Parameters
         ----------

@@ -1,13 +1,13 @@
-"""The conductor: what a user holds, and what runs in its block.
+"""The press: compresses the caches of a model inside a ``with`` block.
 
-From the ground up: ``options`` (a checked record), ``memory`` (routers), ``reports`` (what
-statistics look like), ``stats``, ``summary`` and ``held`` (a layer that has grown, as experts see
-it); ``hits`` (hit rates), ``later`` (those of queries to come) and ``mixture`` (from scores to
-votes); ``rater`` asks experts and routers of a layer, and makes a ``rating``; ``forward`` says what
-a forward goes by; ``commit`` makes pairs leave, ``recording`` notes which, ``adoption`` gets a
-layer ready to grow; ``prefill``, ``streaming``, ``growth`` and ``looking`` are what a forward may
-call for, and ``planning`` chooses among them; ``session`` is a block with its hooks, ``press``
-hands them out, ``chunks`` feeds a prompt in pieces.
+From the ground up: ``options`` (checked and frozen), ``memory`` (routers), ``reports`` (types of
+the statistics), ``stats``, ``summary`` and ``held`` (a layer that has grown, as a view for
+experts); ``hits`` (hit rates), ``later`` (hit rates of later queries) and ``mixture`` (from scores
+to votes); ``rater`` runs the experts and routers of a layer and makes a ``rating``; ``forward`` has
+the plan and the state of a forward; ``commit`` evicts pairs, ``recording`` notes which,
+``adoption`` prepares a layer to grow; ``prefill``, ``streaming``, ``growth`` and ``measuring`` are
+the strategies of a forward, and ``planning`` chooses among them; ``session`` is a block with its
+hooks, ``press`` opens it, ``chunks`` feeds a prompt in pieces.
 
 May import everything but ``moekv.contexts``, ``moekv.integrations`` and ``moekv.cli``.
 """

@@ -1,4 +1,4 @@
-"""What a layer needs for the next compression: the prefill's last states, notes, and room."""
+"""Prepares a layer for the next compression: last hidden states, notes, and room."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moekv.press.rating import Rating
 
 
 def last_states(plan: Plan, hidden_states: Tensor, view: LayerView) -> tuple[Tensor, Tensor] | None:
-    """Copy inputs and queries of the last tokens of a prefill that no head will lack.
+    """Copy inputs and queries of the last tokens of a prefill, whose pairs every head retains.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ def last_states(plan: Plan, hidden_states: Tensor, view: LayerView) -> tuple[Ten
 
     Returns
     -------
-    tuple of Tensor [B, N, hidden] and [B, Hq, N, D], or None where compression does not go on.
+    tuple of Tensor [B, N, hidden] and [B, Hq, N, D], or None where the cache is compressed once.
     """
     if not plan.goes_on:
         return None
@@ -43,7 +43,7 @@ def last_states(plan: Plan, hidden_states: Tensor, view: LayerView) -> tuple[Ten
 
 
 def _newest(plan: Plan, lengths: Sequence[int], length: int, stored: Fraction) -> list[int]:
-    """Count the last tokens of each row of a prefill that no head will lack, of a window at most.
+    """Count the last tokens of each row whose pairs every head retains, at most a window.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ def _newest(plan: Plan, lengths: Sequence[int], length: int, stored: Fraction) -
 
 
 def read_of(plan: Plan, index: int, projected: Tensor | None) -> Tensor | None:
-    """Say what is to be noted of what a calibrated router reads of new tokens.
+    """Return what a calibrated router notes of new tokens.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ def read_of(plan: Plan, index: int, projected: Tensor | None) -> Tensor | None:
     Returns
     -------
     Tensor [B, H, N], float32, or None
-        None where there is none, or compression does not go on.
+        None without a calibrated router, or where the cache is compressed once.
     """
     router = plan.rater.calibrated
     if router is None or projected is None or not plan.goes_on:
@@ -94,7 +94,7 @@ def adopt(
     recent: tuple[Tensor, Tensor] | None,
     read: Tensor | None,
 ) -> None:
-    """Make a layer ready for the next compression after its prefill, if there is to be one.
+    """Prepare a layer for the next compression after its prefill, if there will be one.
 
     Parameters
     ----------
@@ -105,9 +105,9 @@ def adopt(
     rating : Rating
         Of the layer.
     kept : Kept or None
-        What it holds now; None: all.
+        The pairs that it retains; None: all.
     recent, read
-        See :func:`last_states`, without which nothing is done, and :func:`read_of`.
+        See :func:`last_states` and :func:`read_of`. Nothing is done if `recent` is None.
     """
     if recent is None:
         return
@@ -129,7 +129,7 @@ def adopt(
 def expect(
     layer: CompressedLayer, plan: Plan, run: int | None, least: int, held: int | None
 ) -> None:
-    """Tell a layer how far it may be cropped, and how far it will grow, where that is known.
+    """Set how far a layer may be cropped, and how far it will grow, where that is known.
 
     See :func:`most_of`.
     """
@@ -140,14 +140,14 @@ def expect(
 
 
 def most_of(layer: CompressedLayer, plan: Plan, least: int, held: int | None) -> int | None:
-    """Count the pairs that a layer will have room for, where that is known.
+    """Return the pairs that a layer gets room for, where that is known.
 
     Parameters
     ----------
     layer : CompressedLayer
     plan : Plan
     least : int
-        Pairs of a head that its rows hold at least, on average over those that share the budget.
+        Fewest pairs of a head over the rows, on average over heads that share the budget.
     held : int or None
         Pairs that each head of a dense layer holds; None: of a ragged one.
     """

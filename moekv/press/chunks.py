@@ -24,17 +24,17 @@ def prefill_in_chunks(
 ) -> Any:
     """Fill a cache with a prompt that is fed in chunks, and compress after each.
 
-    The cache never holds more than what stays of the whole prompt and a chunk, where a prefill in
-    one forward holds the whole prompt until it is compressed.
+    The cache never holds more than the pairs retained of the whole prompt, and one chunk. A prefill
+    in one forward holds the whole prompt until it is compressed.
 
     Parameters
     ----------
     press : MoERouterPress
-        Not at work in a block: this opens one for itself.
+        Not open in a block: this function opens one.
     model : PreTrainedModel
     input_ids : Tensor [B, T]
-        ``generate`` wants a token that the cache has not seen: feed all but the last, and give it
-        the whole.
+        ``generate`` needs one token that is not in the cache: feed all but the last here, and pass
+        all of them to ``generate``.
     chunk_size : int
         Tokens of a forward, at least 1.
     attention_mask : Tensor [B, T], optional
@@ -48,7 +48,7 @@ def prefill_in_chunks(
     -------
     ModelOutput
         Of the last forward: ``past_key_values`` is the cache, whose layers report the true length,
-        and ``logits``, unless `inputs` say otherwise, are those of the last token [B, 1, vocab].
+        and ``logits``, unless `inputs` choose otherwise, are those of the last token [B, 1, vocab].
 
     Raises
     ------

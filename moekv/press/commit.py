@@ -1,4 +1,4 @@
-"""From scores to pairs that leave: what is kept, what layers become of it, what is recorded."""
+"""From votes to evictions: chooses the pairs to retain, compresses layers, records statistics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from moekv.routing.mixing import order
 
 
 def choose(ratings: Sequence[Rating], plan: Plan) -> list[Kept | None]:
-    """Return what each layer keeps; None where everything stays.
+    """Return the pairs that each layer retains; None: all.
 
     The one place where a dominant policy and a model's budget wait for the device.
     """
@@ -36,7 +36,7 @@ def choose(ratings: Sequence[Rating], plan: Plan) -> list[Kept | None]:
     if not plan.evicts:
         return _everything(ratings, plan)
     if options.policy == "dominant":
-        return _choose_by_rulers(ratings, plan)
+        return _choose_by_dominant(ratings, plan)
     first = ratings[0]
     num_keys = first.votes.shape[2]
     totals = plan.keep(first.lengths, num_keys, first.gain)
@@ -58,7 +58,7 @@ def choose(ratings: Sequence[Rating], plan: Plan) -> list[Kept | None]:
 
     lengths = [first.lengths] * len(ratings)
     chosen = budgets.choose(under, plan.budget, totals, lengths, alike=first.start is None)
-    # Rows may be all padding, so far.
+    # So far a row may consist of padding alone.
     chosen = [without_padding(kept, first.start, first.lengths) for kept in chosen]
     if plan.context_length is not None or options.quantises:
         chosen = [replace(kept, per_head=None) for kept in chosen]
@@ -66,24 +66,24 @@ def choose(ratings: Sequence[Rating], plan: Plan) -> list[Kept | None]:
 
 
 def _everything(ratings: Sequence[Rating], plan: Plan) -> list[Kept | None]:
-    """Keep all pairs: where they are quantised, in layers of their own."""
+    """Retain all pairs, in ragged layers if they are quantised."""
     if not plan.options.quantises:
         return [None] * len(ratings)
     return [Kept.everything(r.votes.shape, r.real, r.votes.scores.device) for r in ratings]
 
 
 def protected_in(rating: Rating, plan: Plan) -> tuple[int, int]:
-    """Count the first and last positions that stay in any case."""
+    """Count the first and last positions that are always retained."""
     sinks, recent = protected(rating, plan.options)
     return sinks, max(recent, plan.recent) if rating.ends else recent
 
 
-def _choose_by_rulers(ratings: Sequence[Rating], plan: Plan) -> list[Kept | None]:
-    ruling = [r.ruling for r in ratings if r.ruling is not None]
-    rulers = torch.stack([r.to(ruling[0].device) for r in ruling]).tolist()
+def _choose_by_dominant(ratings: Sequence[Rating], plan: Plan) -> list[Kept | None]:
+    dominant = [r.dominant for r in ratings if r.dominant is not None]
+    numbers = torch.stack([r.to(dominant[0].device) for r in dominant]).tolist()
     chosen: list[Kept] = []
-    for rating, ruler in zip(ratings, rulers, strict=True):
-        totals = kept_alone(plan.rater.experts[ruler], rating.lengths, plan.options, rating.gain)
+    for rating, number in zip(ratings, numbers, strict=True):
+        totals = kept_alone(plan.rater.experts[number], rating.lengths, plan.options, rating.gain)
         chosen += select(
             [rating.votes.scores[0]],
             rating.start,
@@ -93,7 +93,7 @@ def _choose_by_rulers(ratings: Sequence[Rating], plan: Plan) -> list[Kept | None
             backend=plan.options.backend,
         )
     if len({kept.per_head for kept in chosen}) > 1 or plan.options.quantises:
-        # Masks are made of one length for all dense layers; ragged ones have their own.
+        # A mask serves dense layers of one length only; ragged ones may differ.
         chosen = [replace(kept, per_head=None) for kept in chosen]
     return list(chosen)
 
@@ -101,7 +101,7 @@ def _choose_by_rulers(ratings: Sequence[Rating], plan: Plan) -> list[Kept | None
 def apply(
     cache: Cache, index: int, kept: Kept | None, plan: Plan, run: int | None
 ) -> tuple[int, int]:
-    """Let pairs leave a layer of a cache.
+    """Compress a layer of a cache.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ def apply(
     kept : Kept or None
     plan : Plan
     run : int or None
-        Last positions that every head keeps; None: all.
+        Last positions that every head retains; None: all.
 
     Returns
     -------
@@ -132,9 +132,9 @@ def apply(
 
 @contextmanager
 def whole_or_empty(cache: Cache) -> Iterator[None]:
-    """Empty a cache if something breaks down in the block, as for want of memory.
+    """Empty a cache if the block raises, as when memory runs out.
 
-    Half a compressed cache is of no use: begin again with none.
+    A cache of which some layers are compressed cannot be used.
     """
     try:
         yield
@@ -149,10 +149,10 @@ def observe(
     statistics: Statistics,
     kept: Sequence[Tensor] | None = None,
 ) -> None:
-    """Record ratings, and the share [B, T] of heads that keep each position, if any left."""
+    """Record ratings, and the share [B, T] of heads that retain each position, if any left."""
     first = 0
     while first < len(ratings):
-        seen = ratings[first].seen  # of those that were rated together
+        seen = ratings[first].seen  # of the layers that were rated together
         last = first + len(seen.load)
         shares = None if kept is None else torch.stack(list(kept[first:last]))
         indices = [r.index for r in ratings[first:last]]
@@ -170,7 +170,7 @@ def record(
     rater: Rater,
     statistics: Statistics,
 ) -> None:
-    """Count what stays of rated layers, and their bytes before and after."""
+    """Count the retained pairs of rated layers, and their bytes before and after."""
     everywhere = torch.ones_like(ratings[0].votes.scores[0, :, 0])
     shares = [
         everywhere.to(r.votes.scores.device) if k is None else k.share()

@@ -1,4 +1,4 @@
-"""One forward of the decoder: what it is of, what its layers hand over, and what happens then."""
+"""One forward of the decoder: its plan, the calls of its layers, and its strategy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from moekv.report.recording import Recording
 
 @dataclass(frozen=True)
 class Plan:
-    """What a forward goes by: nothing of it changes while the forward runs.
+    """The settings of a forward, which do not change while it runs.
 
     Attributes
     ----------
@@ -33,17 +33,17 @@ class Plan:
     rater : Rater
     statistics : Statistics
     layers : sequence of nn.Module
-        The attention layers whose pairs may leave, in order.
+        The attention layers whose pairs may be evicted, in order.
     budget : str
         ``"uniform"``, ``"head"`` or ``"model"``: what ``"auto"`` stands for in this forward.
     context_length : int or None
         Length of a prompt in chunks, padding included.
     recent : int
-        Last positions that stay in any case.
+        Last positions that are always retained.
     note : callable or None
-        Takes the record of a prefill, where one is asked for.
+        Takes the record of a prefill, with ``record=True``.
     later : Later
-        What experts wanted of the block's caches.
+        Later hit rates of the block's caches.
     """
 
     options: Options
@@ -63,22 +63,22 @@ class Plan:
 
     @property
     def evicts(self) -> bool:
-        """Whether pairs may leave at all."""
+        """Whether pairs may be evicted."""
         return self.options.evicts
 
     @property
     def acts(self) -> bool:
-        """Whether the cache is changed at all."""
+        """Whether the cache is changed."""
         return self.options.acts
 
     @property
     def most(self) -> int | None:
-        """Pairs of a head, on average, that a cache may come to hold; None: nothing bounds it."""
+        """The most pairs that a head may hold, on average; None: not bounded."""
         decoding = self.options.decoding
         return None if decoding is None else decoding.target + decoding.interval
 
     def keep(self, lengths: Sequence[int], num_tokens: int, gain: Fraction) -> list[int]:
-        """Pairs of a head in each row that stay of a prompt, of which so many tokens are seen.
+        """Count the pairs of a head in each row to retain of a prompt, after so many of its tokens.
 
         `gain` pairs are stored in the bytes of one.
         """
@@ -90,12 +90,12 @@ class Plan:
         return [min(k, max(n, 1)) for k, n in zip(keep, lengths, strict=True)]
 
     def run_without_gaps(self, keep: Sequence[int], lengths: Sequence[int]) -> int | None:
-        """Count the last tokens that no head lacks once each row keeps so many of its pairs a head.
+        """Count the last tokens that every head still holds after a compression.
 
         Parameters
         ----------
         keep, lengths : sequence of B ints
-            Pairs of a head, on average: those that stay, and those that there were.
+            Pairs of a head, on average: those retained, and those before.
 
         Returns
         -------
@@ -111,7 +111,7 @@ class Plan:
 
 @dataclass
 class Call:
-    """What an attention layer has just done.
+    """One call of an attention layer, after it has run.
 
     Attributes
     ----------
@@ -124,7 +124,7 @@ class Call:
     attentions : Tensor or None
         Attention weights, where the implementation returns them.
     asked : Asked or None
-        What it asked, where that was seen.
+        Its queries, where they were observed.
     """
 
     module: nn.Module
@@ -141,7 +141,7 @@ class Call:
 
 
 class Strategy(ABC):
-    """What a press does while a forward runs: a prefill, one that streams, a cache that grows.
+    """What a press does during a forward: a prefill, a streaming one, a cache that grows.
 
     Parameters
     ----------
@@ -157,15 +157,15 @@ class Strategy(ABC):
 
     @abstractmethod
     def take(self, call: Call) -> None:
-        """Take what a layer has done, and act on it or remember it."""
+        """Handle the call of a layer, or keep it until more layers have run."""
 
     @property
     def is_done(self) -> bool:
-        """Whether it has seen all that it was to see: as many layers as there are."""
+        """Whether all layers have been handled."""
         return self.num_taken == len(self.plan.layers)
 
     def abort(self) -> None:  # noqa: B027  # most have nothing to undo
-        """Leave no half-compressed cache behind: the forward did not come to its end."""
+        """Clean up after a forward that failed: no cache stays half compressed."""
 
 
 @dataclass
@@ -175,9 +175,9 @@ class Forward:
     Attributes
     ----------
     strategy : Strategy or None
-        None: nothing is to be done, as in a decode step over what was compressed.
+        None: there is nothing to do, as in a decoding step.
     asked : dict
-        What each layer asked, until it hands that over.
+        Queries of each layer, until its hook takes them.
     handle : RemovableHandle
         Of the hook that ends it.
     """

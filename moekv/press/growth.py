@@ -1,26 +1,25 @@
 """Compression of a cache that goes on growing: during decoding, and between chunks of a prefill.
 
-A growing cache is compressed again and again. Every time its layers are rated as after a prefill,
-with two differences. Only the last tokens' hidden states are known (``moekv.cache.recent``): they
-give the window of queries and, on average, the gate weights of all pairs. And what is left of a
-sequence has gaps: **places are not positions**. An expert sees the pairs of a head in their order,
-as if nothing had ever stood between them, and may not take the place of a pair for its position in
-the text; keys carry the rotation of their true positions, and so do the window's queries. What
-that means for the experts of moekv:
+A growing cache is compressed again and again. Its layers are rated as after a prefill, with two
+differences. Only the last tokens' hidden states are known (``moekv.cache.recent``): they give the
+window of queries and, on average, the gate weights of all pairs. And the retained pairs have gaps
+between them: **places are not positions**. A place is a pair's number among the pairs that a head
+holds. An expert sees these in order and may not take a place for a position in the text; keys and
+the window's queries are rotated at their true positions. For the experts of moekv this means:
 
-- ``aggressive``, ``moderate``, ``conservative`` keep shares of what is left, so that with every
-  compression the text's beginning weighs more.
-- ``temporal`` takes the number of pairs behind one for its age, which is a lower bound, and
-  partitions of pairs that are left for partitions of the text.
-- ``selective`` averages over neighbours that are left.
+- ``aggressive``, ``moderate``, ``conservative`` retain shares of the held pairs, so that the
+  beginning of the text weighs more with every compression.
+- ``temporal`` takes the number of held pairs behind one for its age, which is a lower bound, and
+  partitions the held pairs instead of the text.
+- ``selective`` averages over held neighbours.
 - ``learned``, of calibrated routers, alone knows true positions: what it needs of a token is noted
-  beside its pair when it comes (``moekv.cache.notes``).
-- Sinks stay the text's own: they never leave. So do the last ``recent`` ones, and with the
-  tokens since they make up the run of pairs without gaps, in which causality is known: no query
-  older than that run is asked.
+  beside the pair when the token is fed (``moekv.cache.notes``).
+- The text's first pairs (sinks) are never evicted. Neither are the last ``recent`` ones; with the
+  tokens since they form the run without gaps, in which causality is known: no query before that run
+  is observed.
 - A kvpress scorer gets what ``kvpress.DecodingPress`` would give it: all pairs, and the hidden
-  states of the last tokens alone. Where heads hold different numbers, theirs stand at the right,
-  behind zeros, whose scores are ignored.
+  states of the last tokens alone. Where heads hold different numbers, pairs are padded with zeros
+  at the left, whose scores are ignored.
 """
 
 from __future__ import annotations
@@ -47,31 +46,31 @@ from moekv.press.adoption import expect, most_of
 from moekv.press.commit import observe
 from moekv.press.forward import Call, Plan, Strategy
 from moekv.press.held import Held
-from moekv.press.looking import look_at
+from moekv.press.measuring import measure
 from moekv.press.rating import Rating
 from moekv.routing.mixing import order
 
 
 @dataclass
 class Shrinking:
-    """What is to stay after a forward in which pairs leave.
+    """The pairs to retain after a forward in which pairs are evicted.
 
     Attributes
     ----------
     padding : list of B ints
         Of the rows, in positions of the mask.
     keep : list of B ints
-        Pairs of a head that stay in each row, on average.
+        Pairs of a head to retain in each row, on average.
     groups : list of list of int
-        Rows in which pairs leave: together those that know as many of their last inputs, and that
-        experts look at in one way, so that each is rated as by itself. Rows that hold no more than
-        they may are left alone, as they would be by themselves.
+        Rows in which pairs are evicted, rated together where they have as many last inputs and
+        the same kind of view, so that each is rated as by itself. Rows within their limit are left
+        alone.
     windows : list of int
-        Of each group: so many of the last inputs.
+        Number of last inputs of each group.
     ragged : bool
-        Whether layers become ragged even where all heads keep as many.
+        Whether layers become ragged even where all heads retain as many.
 
-    Without groups no pair leaves, and what has come is stored as the rest.
+    Without groups no pair is evicted, and the new ones are stored in the format of the others.
     """
 
     padding: list[int]
@@ -83,7 +82,7 @@ class Shrinking:
 
 @dataclass
 class Rated:
-    """A layer, and how its groups of rows were rated."""
+    """A layer, and the ratings of its groups of rows."""
 
     layer: CompressedLayer
     index: int
@@ -92,7 +91,7 @@ class Rated:
 
 
 class Growth(Strategy):
-    """Tokens for a cache that holds some, in a block in which compression goes on.
+    """Tokens for a cache that is not empty, under `decoding` or between chunks.
 
     Parameters
     ----------
@@ -104,10 +103,10 @@ class Growth(Strategy):
         super().__init__(plan, view)
         self._shrinking: Shrinking | None = None
         self._rated: list[Rated] = []
-        self._looks = False
+        self._measures = False
 
     def take(self, call: Call) -> None:
-        """Remember what a layer has got, rate it if it is time, and act after the last."""
+        """Note a layer's new tokens, rate it if it is time, and compress after the last layer."""
         plan, options = self.plan, self.plan.options
         layer = growing(call.cache, call.index, backend=options.backend)
         call.asked = asked = call.asked or window_queries(
@@ -115,10 +114,12 @@ class Growth(Strategy):
         )
         remember(layer, call.hidden_states, asked.query, options.window)
         if call.module is plan.layers[0]:
-            self._looks = plan.later.is_due(layer)
-        if self._looks:
-            look_at(call, plan, self.view)
-        call.asked = replace(asked, query=asked.query[:0])  # what may be as large as the layer
+            self._measures = plan.later.is_due(layer)
+        if self._measures:
+            measure(call, plan, self.view)
+        call.asked = replace(
+            asked, query=asked.query[:0]
+        )  # frees what may be as large as the layer
         calibrated = plan.rater.calibrated
         if calibrated is not None:
             with torch.no_grad():
@@ -154,12 +155,12 @@ class Growth(Strategy):
                 rotary=self.view.rotary,
             )
             alone = part.alone([shrinking.keep[b] for b in rows])
-            (rating,) = rater.rate([rater.look(view)], options, alone, goes_on=True)
+            (rating,) = rater.rate([rater.prepare(view)], options, alone, goes_on=True)
             rated.parts.append((part, rating))
         self._rated.append(rated)
 
     def _decide(self, cache: Cache, fed: int, mask: Any) -> Shrinking | None:
-        """Say what is to stay of a cache whose first layer has got new tokens; None: all."""
+        """Decide what to retain when the first layer has new tokens; None: everything."""
         plan, decoding = self.plan, self.plan.options.decoding
         layers = [
             growing(cache, index_of(module), backend=plan.options.backend) for module in plan.layers
@@ -169,7 +170,7 @@ class Growth(Strategy):
         padding = [0] * batch
 
         def too_many(limit: Sequence[int]) -> list[int]:
-            # All but the first layer still have to get the new tokens.
+            # Only the first layer has the new tokens so far.
             coming = [0, *[fed] * (len(layers) - 1)]
             counts = [
                 [n + layer.num_heads * more for n in layer.count_pairs(padding)]
@@ -200,8 +201,8 @@ class Growth(Strategy):
         groups: dict[tuple[Any, ...], list[int]] = {}
         for b in rows:
             window = max(min(plan.options.window, counts[b], seen - padding[b]), 1)
-            looks = [_looks(held[b], fed if i else 0, window) for i, held in enumerate(lengths)]
-            groups.setdefault((window, *looks), []).append(b)
+            kinds = [_seen_as(held[b], fed if i else 0, window) for i, held in enumerate(lengths)]
+            groups.setdefault((window, *kinds), []).append(b)
         ragged = plan.budget not in budgets.DENSE or in_prompt or any(padding)
         ragged = ragged or plan.options.quantises
         if ragged:
@@ -211,7 +212,7 @@ class Growth(Strategy):
         return Shrinking(padding, keep, list(groups.values()), windows, ragged)
 
     def _shrink(self, cache: Cache, shrinking: Shrinking) -> None:
-        """Let pairs leave the rated layers."""
+        """Compress the rated layers."""
         statistics = self.plan.statistics
         statistics.budget, statistics.stored = self.plan.budget, self.plan.options.pairs
         kept: list[list[Kept]] = []  # of each group, of each layer
@@ -235,7 +236,7 @@ class Growth(Strategy):
     def _choose(
         self, parts: Sequence[tuple[Held, Rating]], keep: Sequence[int], *, dense: bool
     ) -> list[Kept]:
-        """Choose what stays of each layer's rows, which keep as many in a dense one."""
+        """Choose the pairs to retain; all rows of a dense layer retain as many."""
         options = self.plan.options
 
         def under(budget: str, layers: slice, keep: Sequence[int]) -> list[Kept]:
@@ -259,24 +260,26 @@ class Growth(Strategy):
         return budgets.choose(under, self.plan.budget, keep, lengths, alike=alike)
 
     def _leave(self, cache: Cache, rated: Rated, kept: Kept, shrinking: Shrinking) -> None:
-        """Let pairs leave one layer."""
+        """Compress one layer."""
         plan, before = self.plan, rated.layer
         heads = before.num_heads
         held = [sum(row) for row in rated.held.lengths]
         seen = before.get_seq_length()
-        # What another block has left without gaps, and what has come since.
+        # The run without gaps that another block has left, and the tokens since.
         since = before.run + seen - before.context_length
         runs = [since] * len(held)
         newest = [seen] * len(held)
         leaving = [b for rows in shrinking.groups for b in rows]
         for b in leaving:
             keep, had = shrinking.keep[b], held[b] // heads
-            if plan.budget in budgets.OVER_MODEL:  # pairs may have left however few there were
+            if (
+                plan.budget in budgets.OVER_MODEL
+            ):  # pairs may have been evicted however few there were
                 had = keep + 1
             run = plan.run_without_gaps([keep], [had])
             if run is not None:
                 runs[b], newest[b] = min(run, since), run
-        # Of rows that are left alone nobody has said how few pairs they hold.
+        # For rows that are left alone the least number of pairs is not known.
         least = min(shrinking.keep) if len(leaving) == len(held) else 0
         # More room than that is given back.
         before.most = most_of(before, plan, least, kept.per_head)
@@ -290,14 +293,14 @@ class Growth(Strategy):
         plan.statistics.follow(cache, plan.most)
 
     def _observe(self, rating: Rating, kept: Kept) -> None:
-        """Record a rating, and what stays of its pairs."""
+        """Record a rating, and the pairs that are retained."""
         share = kept.mask().float()
         rows = rating.seen.shares.shape[1]
         share = share.mean(1) if len(share) == rows else share.flatten(0, 1)
         observe([rating], self.plan.rater, self.plan.statistics, [share])
 
     def _record(self, layer: CompressedLayer, kept: Kept, num_held: int) -> None:
-        """Count the pairs that have come since those of the layer were counted, and what stays."""
+        """Count the pairs that were added since the last count, and those retained."""
         statistics = self.plan.statistics
         owner, counted = layer.counted
         counted = counted if owner == statistics.epoch else 0
@@ -330,13 +333,13 @@ def _exceeds(
     return [b for b, most in enumerate(limit) if any(rows[b] > num_heads * most for rows in counts)]
 
 
-def _looks(lengths: Sequence[int], coming: int, window: int) -> tuple[bool, bool]:
-    """Say how experts see heads of so many pairs: each by itself, and as tokens that are known."""
+def _seen_as(lengths: Sequence[int], coming: int, window: int) -> tuple[bool, bool]:
+    """Return the kind of view: whether heads differ, and whether all tokens are known."""
     return len(set(lengths)) > 1, max(lengths) + coming <= window
 
 
 def _of_rows(value: Any, rows: Sequence[int], batch: int) -> Any:
-    """Cut rows out of a tensor that has one for each row of the batch, or a tuple of such."""
+    """Select rows of a tensor that has one for each row of the batch, or of a tuple of such."""
     if isinstance(value, tuple):
         return tuple(_of_rows(x, rows, batch) for x in value)
     if not isinstance(value, Tensor) or len(rows) == batch or value.dim() < 2:
@@ -345,7 +348,7 @@ def _of_rows(value: Any, rows: Sequence[int], batch: int) -> Any:
 
 
 def _merge(held: Held, groups: Sequence[Sequence[int]], chosen: Sequence[Kept]) -> Kept:
-    """Put together what rows of a layer keep. Those of no group keep all that they hold."""
+    """Join what the rows of a layer retain. Rows of no group retain all that they hold."""
     if len(groups) == 1 and len(groups[0]) == len(held.lengths):
         return chosen[0]
     mask = held.real

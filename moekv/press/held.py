@@ -1,4 +1,4 @@
-"""What a layer that has grown holds, as experts can look at it."""
+"""The pairs of a layer that has grown, as a view for experts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moekv.ops import ScoreKind
 
 @dataclass
 class Held:
-    """What a layer holds, as dense tensors that are padded at the left.
+    """The pairs of a layer, as dense tensors that are padded at the left.
 
     Attributes
     ----------
@@ -39,12 +39,12 @@ class Held:
 
     @classmethod
     def of(cls, layer: CompressedLayer, padding: Sequence[int]) -> Held:
-        """Look at a layer.
+        """Read a layer.
 
         Parameters
         ----------
         layer : CompressedLayer
-            It may copy its pairs, and wait for the device.
+            Its pairs may be copied; may wait for the device.
         padding : sequence of B ints
             Padding at the left of each row, in positions of the mask.
         """
@@ -65,7 +65,7 @@ class Held:
         return cls(keys, values, start, lengths)
 
     def rows(self, rows: Sequence[int]) -> Held:
-        """Look at some rows of the batch alone."""
+        """Select rows of the batch."""
         if list(rows) == list(range(len(self.keys))):
             return self
         index = torch.tensor(rows, device=self.keys.device)
@@ -82,7 +82,7 @@ class Held:
 
     @property
     def folded(self) -> bool:
-        """Whether heads of one row differ, in any row."""
+        """Whether heads of a row hold different numbers of pairs."""
         return any(len(set(row)) > 1 for row in self.lengths)
 
     @property
@@ -112,7 +112,7 @@ class Held:
         backend: str,
         rotary: nn.Module | None = None,
     ) -> LayerView:
-        """Show the layer to experts; where heads differ, each is a row of its own.
+        """Make a view for experts; where heads differ, each is a row of its own.
 
         Parameters
         ----------
@@ -121,9 +121,9 @@ class Held:
         states : Tensor [B, N, hidden]
             Its last inputs.
         queries : Tensor [B, Hq, N, D]
-            What it asked for them.
+            Their queries.
         asked : Asked or None
-            What it asked last.
+            The last call's queries.
         attentions, kwargs
             As a forward hook gets them.
         kinds, backend, rotary
@@ -164,7 +164,7 @@ class Held:
         )
 
     def alone(self, keep: Sequence[int]) -> list[int]:
-        """Pairs that an expert alone would keep in each row of the view: all heads lose alike."""
+        """Pairs that an expert alone would retain in each row of the view, by the same share."""
         alone = []
         for k, row in zip(keep, self.lengths, strict=True):
             before = max(sum(row), 1)

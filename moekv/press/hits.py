@@ -1,4 +1,4 @@
-"""Cache hit rates: the attention that was seen to fall on what an expert alone would keep."""
+"""Cache hit rates: the share of observed attention on what each expert alone would retain."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moekv.routing.evidence import together
 def kept_alone(
     expert: Expert, lengths: Sequence[int], options: Options, gain: Fraction
 ) -> list[int]:
-    """Count the pairs that an expert alone keeps in each row; `gain` are stored for one."""
+    """Count the pairs that an expert alone would retain in each row; `gain` are stored for one."""
     ratio = options.compression_ratio
     if options.policy == "mixture":
         return [kept_pairs(n, ratio, gain) for n in lengths]
@@ -34,24 +34,24 @@ def hit_rates(
     recent: int,
     backend: str,
 ) -> tuple[Tensor, Kept]:
-    """Share of the observed attention on what each expert alone would keep.
+    """Share of the observed attention on what each expert alone would retain.
 
     Parameters
     ----------
     views : sequence of L LayerView
-        Of layers that are alike.
+        Of layers of equal sizes.
     scores : Tensor [E, L * B, H, T], float32
     totals : sequence of E sequences of B ints
-        Pairs that each expert alone keeps in each row.
+        Pairs that each expert alone would retain in each row.
     sinks, recent : int
-        Positions that stay in any case.
+        Positions that are always retained.
     backend : str
 
     Returns
     -------
     rates : Tensor [E, L, B], float32, in [0, 1]
     kept : Kept
-        What each expert alone would keep: of rows [E * L * B].
+        What each expert alone would retain, in rows [E * L * B].
     """
     first, num_layers = views[0], len(views)
     num_experts, batch = len(scores), len(first.keys)

@@ -1,4 +1,4 @@
-"""Later hit rates: what queries that come after a compression look at, of the pairs that stayed."""
+"""Later hit rates: attention of queries after a compression, on the pairs that were retained."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from moekv.ops import ScoreKind
 from moekv.press.held import Held
 
 EVERY = 16
-"""Decode steps of a cache between two measurements; the first is the first step."""
+"""Decoding steps of a cache between two measurements, of which the first is at the first step."""
 
 
 def packed(wanted: Tensor) -> Tensor | None:
-    """Pack which experts want a pair.
+    """Pack which experts would retain a pair.
 
     Parameters
     ----------
@@ -45,22 +45,22 @@ def packed(wanted: Tensor) -> Tensor | None:
 
 @dataclass
 class Wanted:
-    """Which of a layer's stored pairs each expert alone would have kept.
+    """Which of a layer's stored pairs each expert alone would have retained.
 
     Attributes
     ----------
     bits : Tensor [n], integers
-        See :func:`packed`; of the pairs that stay, head by head.
+        See :func:`packed`; of the retained pairs, head by head.
     counts : Tensor [B, H], integers
         Pairs of each head.
     names : tuple of E str
         Of the experts.
     num_moves : int
-        Of the layer: it has been compressed no more since, and its rows are the same.
+        Of the layer then. Another number now: it was compressed again, or rows were selected.
     length : int
         Positions that were compressed together.
     num_steps : int
-        Since then.
+        Decoding steps since then.
     """
 
     bits: Tensor
@@ -71,7 +71,7 @@ class Wanted:
     num_steps: int = 0
 
     def dense(self) -> Tensor:
-        """Give the bits a place [B, H, L] each, those of a shorter head at the right, 0 before.
+        """Return the bits as [B, H, L], those of a shorter head at the right, behind zeros.
 
         Waits for the device.
         """
@@ -83,9 +83,9 @@ class Wanted:
 
 
 class Later:
-    """Remembers, for the caches of one block, what experts wanted, and looks at what is asked.
+    """Measures later hit rates of the caches of one block.
 
-    A byte or two for each pair that stays, until the cache or the block is gone.
+    Holds a byte or two for each retained pair, until the cache or the block is gone.
     """
 
     def __init__(self) -> None:
@@ -95,16 +95,16 @@ class Later:
     def remember(
         self, layer: Any, bits: Tensor | None, kept: Kept | None, names: Sequence[str]
     ) -> None:
-        """Note what experts wanted of the pairs that a layer now holds.
+        """Note which experts would have retained each pair that a layer now holds.
 
         Parameters
         ----------
         layer : CacheLayerMixin
             Just compressed; static ones are not followed.
         bits : Tensor [B, H, T], integers, or None
-            Of the pairs before, see :func:`packed`. None: nobody wants to know.
+            Of the pairs before, see :func:`packed`. None: not needed.
         kept : Kept or None
-            What has stayed of these. None: all.
+            The retained ones of these. None: all.
         names : sequence of E str
             Of the experts.
         """
@@ -117,7 +117,7 @@ class Later:
             self._wanted[layer] = wanted
 
     def is_due(self, layer: Any) -> bool:
-        """Count a step over a cache, by its first layer; say whether it is to be looked at."""
+        """Count a step over a cache, by its first layer; return whether to measure it."""
         with self._lock:
             wanted = self._wanted.get(layer)
             if wanted is None:
@@ -125,7 +125,7 @@ class Later:
             wanted.num_steps += 1
             return wanted.num_steps % EVERY == 1
 
-    def look(
+    def measure(
         self,
         layer: Any,
         module: nn.Module,
@@ -136,7 +136,7 @@ class Later:
         backend: str,
         rotary: nn.Module | None,
     ) -> Tensor | None:
-        """Measure what the last query of a step looks at.
+        """Measure the attention of a step's last query.
 
         Parameters
         ----------
@@ -145,20 +145,20 @@ class Later:
         module : nn.Module
             The attention layer.
         asked : Asked
-            What it asked.
+            Its queries.
         hidden_states : Tensor [B, Q, hidden]
             Its inputs.
         names : sequence of E str
-            Of the experts as they are.
+            Of the current experts.
         backend, rotary
             As in ``moekv.experts.builder.ViewBuilder``.
 
         Returns
         -------
         Tensor [E], float32, or None
-            Share of the attention that falls on pairs that have stayed and that each expert alone
-            would have kept. What has left cannot be seen: where what was kept is of no use, the
-            rates of all experts fall. None: it is not known.
+            Share of the attention on the retained pairs that each expert alone would have retained
+            too. Evicted pairs cannot be measured: where the retained ones are of no use, the rates
+            of all experts fall. None: not measured.
         """
         with self._lock:
             wanted = self._wanted.get(layer)

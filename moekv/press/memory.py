@@ -1,4 +1,4 @@
-"""The routers that a press has made for a model's layers."""
+"""The routers of a press, one for each layer."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from moekv.routing.base import BaseMoERouter
 
 
 class Routers:
-    """The routers of one model's layers, made when a layer first comes: they have histories."""
+    """One router for each layer of a model, made when it is first rated: it has a history."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._known: dict[int, tuple[weakref.ref[nn.Module] | None, BaseMoERouter]] = {}
 
     def __bool__(self) -> bool:
-        """Whether any layer has come."""
+        """Whether any layer has been rated."""
         return bool(self._known)
 
     def __getitem__(self, index: int) -> BaseMoERouter:
@@ -30,21 +30,21 @@ class Routers:
         return self._known[index][1]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the modules behind: in another process there are others."""
+        """Return the routers without the model's modules, which another process does not have."""
         with self._lock:
             return {"_known": {i: (None, copy.deepcopy(r)) for i, (_, r) in self._known.items()}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take what was saved."""
+        """Restore saved routers."""
         self.__dict__ |= state
         self._lock = threading.Lock()
 
     def check(self, modules: Iterable[nn.Module]) -> None:
-        """Raise ``RuntimeError`` if a layer's router is of another model's."""
+        """Raise ``RuntimeError`` if the routers belong to another model."""
         for module in modules:
             owner, router = self._known.get(index_of(module), (None, None))
             other = owner is not None and owner() is not module
-            # Of a copied press nobody knows whose they were, but for what shows.
+            # A copied press does not know its modules: only the number of layers can be compared.
             size = getattr(getattr(module, "config", None), "hidden_size", None)
             if other or (router is not None and size not in (None, router.hidden_size)):
                 raise RuntimeError(
@@ -53,24 +53,24 @@ class Routers:
                 )
 
     def of(self, module: nn.Module, make: Callable[[], BaseMoERouter]) -> BaseMoERouter:
-        """Return a layer's router; made once."""
+        """Return a layer's router, which is made once."""
         self.check([module])
         index = index_of(module)
         with self._lock:
             if index not in self._known:
                 self._known[index] = weakref.ref(module), make()
             owner, router = self._known[index]
-            if owner is None:  # of a copied press, whose model is the first that comes
+            if owner is None:  # of a copied press, which belongs to the first model it is used on
                 self._known[index] = weakref.ref(module), router
             return router
 
     def take_in(self, index: int, hit_rates: Tensor) -> None:
-        """Tell a layer's router the hit rates [E] that were measured."""
+        """Update a layer's router with measured hit rates [E]."""
         with self._lock:
             self._known[index][1].update_history(hit_rates)
 
     def take_in_later(self, index: int, hit_rates: Tensor) -> None:
-        """Tell a layer's router the hit rates [E] of queries that came after a compression."""
+        """Update a layer's router with hit rates [E] of queries after a compression."""
         with self._lock:
             self._known[index][1].update_later(hit_rates)
 

@@ -1,4 +1,4 @@
-"""From scores to votes: what the shared expert says, what the routed ones say, and both."""
+"""From experts' scores to votes: of the shared expert, of the routed ones, and of both."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from moekv.routing.base import BaseMoERouter, RouterOutput
 from moekv.routing.evidence import together, trust, wants
 
 ROUTED_SHARE = 0.1
-"""Of the budget, what routed experts have beside a shared one.
+"""Share of the budget of the routed experts, beside a shared one.
 
-What they want beyond it is mostly what it wants, too: picks that coincide are paid for once. More
-was measured to lose on texts that are hard for them (docs/results.md).
+Pairs that both pick count once, so a small share acts. A larger one was measured to lose on texts
+that are hard for the routed experts (docs/results.md).
 """
 
 
 @dataclass
 class Part:
-    """What some experts say of L layers that are alike. E experts, V voters, R = L * B rows.
+    """Scores and shares of E experts in L layers of equal sizes. V voters, R = L * B rows.
 
     Attributes
     ----------
     scores : Tensor [V, R, H, T], float32
-        Of the voters. Experts that share one scale may be one voter together.
+        Of the voters. A voter is an expert, or several whose scores are mixed on one scale.
     shares : Tensor [V, R], float32
         Of the voters, which sum to 1.
     comparable : tuple of V bool
         See ``Votes``.
     weights : Tensor [R, T, E], float32
-        How much of each position's score is each expert's; sum to 1, and to 0 at padding.
+        Weight of each expert at each position; they sum to 1, and to 0 at padding.
     load : Tensor [L, E], int64
         How often each expert was chosen.
     entropy, aux_loss : Tensor [L], float32
@@ -59,7 +59,7 @@ class Part:
 
 
 def beside(shared: Part, routed: Part) -> Part:
-    """Put the shared part and the routed one together."""
+    """Join the shared part and the routed one."""
     share = ROUTED_SHARE
     num_tokens = shared.weights.sum((1, 2)).view(len(shared.load), -1).sum(-1)
     own = torch.special.entr(torch.tensor([share, 1 - share])).sum().item()
@@ -76,7 +76,7 @@ def beside(shared: Part, routed: Part) -> Part:
 
 
 def after_silent(num_shared: int, routed: Part) -> Part:
-    """Give shared experts that cannot rate, as where a cache is compressed again, no share."""
+    """Give shared experts that cannot score, as where a cache is compressed again, no share."""
     none = routed.load.new_zeros(len(routed.load), num_shared)
     routed.load = torch.cat([none, routed.load], -1)
     routed.weights = functional.pad(routed.weights, (num_shared, 0))
@@ -84,7 +84,7 @@ def after_silent(num_shared: int, routed: Part) -> Part:
 
 
 def one_for_all(views: Sequence[LayerView], expert: Expert, scores: Tensor) -> Part:
-    """Make a part of an expert [1, R, H, T] that every token consults."""
+    """Make the part of a shared expert, from its scores [1, R, H, T]."""
     view, num_layers = views[0], len(views)
     weights = view.real[..., None].float().repeat(num_layers, 1, 1)
     num_tokens = view.real.sum()
@@ -107,7 +107,7 @@ def calibrated(
     scores: Tensor,
     backend: str,
 ) -> Part:
-    """Mix the experts [E, R, H, T] of a calibrated router, which brings them to one scale."""
+    """Mix the scores [E, R, H, T] of a calibrated router's experts, which are on one scale."""
     view = views[0]
     given = [
         gate.decide(gate.logits(read), mask=each.token_mask)
@@ -138,7 +138,7 @@ def routed(
     scores: Tensor,
     standardised: Tensor,
 ) -> Part:
-    """Make voters of routed experts [E, R, H, T]: each ranks what the tokens' gates gave it."""
+    """Make voters of routed experts [E, R, H, T]: each ranks the pairs routed to it."""
     weights = together([each.shares for each in given])  # [R, T, E]
     mean = weights.sum(1) / weights.sum((1, 2)).clamp(min=1)[:, None]
     comparable = tuple(expert.comparable for expert in experts)
@@ -146,7 +146,7 @@ def routed(
         torch.where(each > -torch.inf, raw, each) if alike else each
         for raw, each, alike in zip(scores, standardised, comparable, strict=True)
     ]
-    # A token's gate counts beside the expert's mean one, so that even gates change nothing.
+    # Relative to the expert's mean weight, so that even gates change nothing.
     favour = (weights / mean[:, None]).log().nan_to_num(-torch.inf, None, -torch.inf)
     return Part(
         scores=torch.stack(own) + favour.permute(2, 0, 1)[:, :, None],
@@ -170,7 +170,7 @@ def route(
     *,
     goes_on: bool,
 ) -> list[RouterOutput]:
-    """Let each layer's router decide, by hidden states and by evidence.
+    """Route the tokens of each layer, by hidden states and by evidence.
 
     Parameters
     ----------
@@ -182,9 +182,9 @@ def route(
     standardised : Tensor [E, R, H, T], float32
     hit_rates : Tensor [E, L, B], float32
     kept_shares : sequence of E float
-        Share of the pairs that each expert alone would keep.
+        Share of the pairs that each expert alone would retain.
     goes_on : bool
-        Whether the texts have been routed before.
+        Whether the texts have been routed before, as in a growing cache.
     """
     view, num_layers = views[0], len(views)
     able = [expert.can_rate(view) for expert in experts]
@@ -193,7 +193,7 @@ def route(
     right = trust(rates, kept_shares)[:, :, None]
     wanted = wants(standardised)
     evidence = wanted.view(num_layers, -1, *wanted.shape[1:]) + right
-    # Nobody is sent to an expert that says nothing of a row, or cannot rate at all.
+    # No token is routed to an expert whose scores of a row are constant, or that cannot score.
     silent = (standardised == -torch.inf).flatten(2).all(-1)  # [E, R]
     evidence.masked_fill_(silent.mT.reshape(num_layers, -1, 1, len(experts)), -torch.inf)
     mask = None if view.start is None else view.real
@@ -208,7 +208,7 @@ def route(
 def _of_pairs(
     view: LayerView, logits: Tensor, importance: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Give pairs the logits and importance of their tokens; unknown ones have the known's mean."""
+    """Give pairs the logits and importance of their tokens; unknown ones get the known's mean."""
     if view.aligned:
         return logits, importance
     mask = view.token_mask
@@ -235,11 +235,11 @@ def _weights_of_pairs(
     """Gate weights and experts [B, T, k] of the pairs, and each expert's share [B, T, E]."""
     if view.aligned:
         return given.weights, given.experts, given.shares
-    # Not every pair's token is known: all are mixed as the known ones are on average.
+    # Not every pair's token is known: all get the mean weights of the known ones.
     able = [expert.can_rate(view) for expert in experts]
     check_able(experts, any(able))
     total = given.shares.sum(1, keepdim=True).repeat_interleave(view.folded, 0)
-    # A little for all that can rate, in case that tokens chose none of them.
+    # A little for all experts that can score, in case that no token chose one of them.
     total = total + 1e-6
     for index, can in enumerate(able):
         if not can:

@@ -1,4 +1,4 @@
-"""What a press was asked for: a frozen, checked record, which knows nothing but itself."""
+"""The options of a press: checked, and frozen."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Policy = Literal["mixture", "dominant"]
 POLICIES = get_args(Policy)
 
 SHARED_EXPERT, ROUTED_EXPERTS = "expected", ("selective", "semantic")
-"""What rates a model that nobody calibrated, unless options choose something else: ``expected``
-has the hidden states of all pairs after a prefill; where a cache grows, the others rate alone."""
+"""Experts of a press without options and without a calibrated router. ``expected`` scores after a
+prefill, when the hidden states of all pairs are known; where a cache grows, the others do alone."""
 
 
 FEW_BITS = 1.12
-"""Bits that are left for each number of a cache, below which ``pairs="auto"`` has 4 bits for keys
-as well: they lose less than evicting more pairs would."""
+"""Bits per number of a cache below which ``pairs="auto"`` stores keys in 4 bits as well: that loses
+less than evicting more pairs."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class DecodingConfig:
     target : int
         Pairs of a head after each compression; at least 1.
     interval : int
-        Tokens between two compressions; at least 1. The more, the less a token pays for them, and
-        the more queries (at most the press's ``window``) count.
+        Tokens between two compressions; at least 1. A larger one costs less per token, and more
+        queries (at most the press's ``window``) are observed.
 
     Raises
     ------
     ValueError
-        If one is no integer or less than 1.
+        One is not an integer, or less than 1.
     """
 
     target: int = 2048
@@ -64,16 +64,16 @@ class DecodingConfig:
 
 @dataclass(frozen=True)
 class Routing:
-    """Which experts rate, and how they are chosen: what routers and statistics depend on.
+    """Experts and how tokens are routed to them: what routers and statistics depend on.
 
     Attributes
     ----------
     experts : tuple of Expert, or None
-        Those that are routed. None: ``num_experts="auto"``, as many as the model's shape asks for.
+        The routed ones. None: ``num_experts="auto"``, as many as the model's shape gives.
     shared : Expert or None
-        The one that every token consults, unless a calibrated router is found.
+        The one that all tokens share, unless a calibrated router is found.
     router_type : str or BaseMoERouter
-        A key of ``ROUTERS``, or a router that every layer gets a copy of.
+        A key of ``ROUTERS``, or a router of which every layer gets a copy.
     top_k : int
     cache_aware : bool
     calibrated : CalibratedRouter, str or None
@@ -82,7 +82,7 @@ class Routing:
         Whether options choose experts or routers, so that they act beside a calibrated one.
     backend : str
     asked : tuple
-        What the experts were built of: as long as it is the same, they are.
+        The options that the experts were built from; while these are the same, experts are reused.
     """
 
     experts: tuple[Expert, ...] | None
@@ -109,7 +109,7 @@ class Options:
     Attributes
     ----------
     routing : Routing
-        What was said of experts and routers.
+        Options of experts and routers.
     """
 
     routing: Routing
@@ -133,7 +133,7 @@ class Options:
         given : mapping
             Of every option of the press.
         known : sequence of Routing
-            Whose experts are not built again where they are the same.
+            Earlier ones, whose experts are reused where the options are the same.
 
         Raises
         ------
@@ -157,8 +157,8 @@ class Options:
             _check_dominant(given)
         if given["streaming"] and given["budget"] == "layer":
             raise ValueError(
-                "expected a budget other than 'layer' with streaming: how many pairs a layer keeps "
-                "is known when the last has been rated"
+                "expected a budget other than 'layer' with streaming: the length of a layer "
+                "is known only after the last layer"
             )
         routing = _routing(given, known)
         if decoding is not None and routing.experts is not None and routing.calibrated is None:
@@ -179,7 +179,7 @@ class Options:
 
     @property
     def acts(self) -> bool:
-        """Whether caches are changed at all."""
+        """Whether caches are changed."""
         return self.evicts or self.quantises
 
     def in_format(self, sizes: tuple[int, int, torch.dtype] | None) -> Options:
@@ -188,7 +188,7 @@ class Options:
         Parameters
         ----------
         sizes : tuple of int, int, torch.dtype, or None
-            Of a key and a value, and what they are made of; None: they have to stay as they are.
+            Channels of a key and a value, and their dtype; None: they keep that dtype.
         """
         if self.pairs != "auto":
             return self
@@ -196,7 +196,7 @@ class Options:
 
 
 def _best_pairs(room: float, sizes: tuple[int, int, torch.dtype] | None, backend: str) -> str:
-    """Name the format that loses least where a share of the bytes is to stay."""
+    """Name the format that loses least where this share of the bytes is retained."""
     if sizes is None or room == 1:
         return "16"
     key_dim, value_dim, dtype = sizes
@@ -216,13 +216,13 @@ def _best_pairs(room: float, sizes: tuple[int, int, torch.dtype] | None, backend
 def _check_dominant(given: Mapping[str, Any]) -> None:
     if given["budget"] not in ("auto", "uniform"):
         raise ValueError(
-            "expected budget 'uniform' with policy 'dominant', in which an expert says how much "
-            f"each head keeps, got {given['budget']!r}"
+            "expected budget 'uniform' with policy 'dominant', in which one expert sets how many "
+            f"pairs each head keeps, got {given['budget']!r}"
         )
     if given["streaming"]:
         raise ValueError(
-            "expected policy 'mixture' with streaming, got 'dominant', whose layers may turn out "
-            "to differ in length only when the last has been rated"
+            "expected policy 'mixture' with streaming, got 'dominant', whose layers may differ "
+            "in length, which is known only after the last layer"
         )
     if given["decoding"] is not None:
         raise ValueError(
@@ -281,7 +281,7 @@ def _check_no_class(router: object) -> None:
 
 
 def _cache_aware(asked: bool | None, router_type: str | BaseMoERouter) -> bool:
-    """Return whether routers are to follow the history that they have."""
+    """Return whether routers follow their history."""
     has_history = router_type == "pikv" or getattr(router_type, "cache_aware", False)
     if asked and not has_history:
         name = router_type if isinstance(router_type, str) else type(router_type).__name__
@@ -293,7 +293,7 @@ def _cache_aware(asked: bool | None, router_type: str | BaseMoERouter) -> bool:
 
 
 def _calibrated(given: Mapping[str, Any]) -> CalibratedRouter | str | None:
-    """Return which calibrated router is to be the shared expert, if any."""
+    """Return the calibrated router that takes the shared expert's place, if any."""
     router, shared = given["router"], given["shared"]
     if router not in (None, "auto"):
         if not isinstance(router, CalibratedRouter | str):
@@ -303,12 +303,12 @@ def _calibrated(given: Mapping[str, Any]) -> CalibratedRouter | str | None:
             )
         if given["policy"] == "dominant":
             raise ValueError(
-                "expected no calibrated router with policy 'dominant', in which one expert rules a "
-                "layer alone, got one; or router=None"
+                "expected no calibrated router with policy 'dominant', in which one expert decides "
+                "a layer alone, got one; or router=None"
             )
         if shared != "auto":
             raise ValueError(
-                "expected no shared beside a calibrated router, which is the shared expert itself, "
+                "expected no shared beside a calibrated router, which takes its place, "
                 f"got {shared!r}; or router=None"
             )
         return router
@@ -317,13 +317,13 @@ def _calibrated(given: Mapping[str, Any]) -> CalibratedRouter | str | None:
 
 
 def _shared(given: Mapping[str, Any]) -> Expert | None:
-    """Build the expert that every token consults where there is no calibrated router."""
+    """Build the shared expert for models without a calibrated router."""
     shared = given["shared"]
     if given["policy"] == "dominant":
         if shared not in ("auto", None):
             raise ValueError(
-                "expected no shared expert with policy 'dominant', in which one expert rules a "
-                f"layer alone, got {shared!r}"
+                "expected no shared expert with policy 'dominant', in which one expert decides "
+                f"a layer alone, got {shared!r}"
             )
         return None
     if shared == "auto":
@@ -334,7 +334,7 @@ def _shared(given: Mapping[str, Any]) -> Expert | None:
 def _experts(
     given: Mapping[str, Any], shared: Expert | None, chosen: bool
 ) -> tuple[Expert, ...] | None:
-    """Build the experts that are routed."""
+    """Build the routed experts."""
     wanted: Sequence[Any]
     own = None if shared is None else shared.name
     if given["experts"] is not None:
@@ -365,7 +365,7 @@ def _experts(
 
 
 def _top_k_of(router: BaseMoERouter, experts: Sequence[Expert] | None, given: int | None) -> int:
-    """Experts per token of a router that is one's own, which has to fit."""
+    """Experts per token of a router that was passed as an instance, which has to fit."""
     if experts is None or router.num_experts != len(experts):
         count = "as many as the model asks for" if experts is None else len(experts)
         raise ValueError(
@@ -378,13 +378,13 @@ def _top_k_of(router: BaseMoERouter, experts: Sequence[Expert] | None, given: in
 
 
 def check_able(experts: Sequence[Expert], able: bool | None = None) -> None:
-    """Raise ``ValueError`` unless an expert can do without hidden states."""
+    """Raise ``ValueError`` unless an expert works without hidden states."""
     if able is None:
         able = not all(expert.needs_hidden_states for expert in experts)
     if not able:
         raise ValueError(
-            "expected an expert that can do without hidden states, which are gone where a cache is "
-            f"compressed again, got {', '.join(expert.name for expert in experts)}"
+            "expected an expert that works without hidden states, which are not kept where a cache "
+            f"is compressed again, got {', '.join(expert.name for expert in experts)}"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a forward calls for: which strategy, by which plan, and what is refused before it runs."""
+"""Plans a forward before it runs: its settings, its strategy, or an error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from moekv.ops.backends import MAX_HEAD_DIM
 from moekv.press.forward import Plan, Strategy
 from moekv.press.growth import Growth
 from moekv.press.later import Later
-from moekv.press.looking import Looking
+from moekv.press.measuring import Measuring
 from moekv.press.options import Options, check_able, check_count
 from moekv.press.prefill import Prefill
 from moekv.press.rater import Rater
@@ -38,7 +38,7 @@ _MARK = "_moekv_block"  # attribute of caches
 
 
 class _Mark:
-    """A block, told from others. Copies of a cache carry its mark."""
+    """Identifies a block. Copies of a cache carry the mark of their block."""
 
     def __copy__(self) -> _Mark:
         return self
@@ -53,15 +53,15 @@ class Planner:
     Parameters
     ----------
     layers : sequence of nn.Module
-        The attention layers whose pairs may leave.
+        The attention layers whose pairs may be evicted.
     rotary : nn.Module or None
         The decoder's rotary embedding.
     options : callable
-        Gives the press's options as they are when a forward begins.
+        Returns the press's options when a forward begins.
     rater : callable
-        Gives the rater for options.
+        Returns the rater for options.
     statistics : callable
-        Gives those that a forward adds to.
+        Returns those that a forward adds to.
     context_length : int, optional
         Length of a prompt in chunks, padding included.
     note : callable, optional
@@ -70,7 +70,7 @@ class Planner:
     Raises
     ------
     ValueError
-        The options and the model exclude each other.
+        The options do not fit the model.
     """
 
     def __init__(
@@ -99,11 +99,11 @@ class Planner:
 
     @property
     def rater(self) -> Rater:
-        """The rater for the options as they are."""
+        """The rater for the current options."""
         return self._rater(self._options())
 
     def note(self, cache: Cache | None) -> None:
-        """Remember that the block has seen what fills a cache, be it that nothing had to leave."""
+        """Mark a cache as filled inside the block, also where nothing had to be evicted."""
         if cache is not None:
             vars(cache)[_MARK] = self._mark
 
@@ -111,14 +111,14 @@ class Planner:
         return vars(cache).get(_MARK) is self._mark
 
     def _check(self, options: Options) -> None:
-        """Refuse what no forward in the block could do."""
+        """Raise if no forward of the block could be compressed."""
         if options is self._possible:
             return
         habits = [habits_of(layer, self._rotary) for layer in self.layers]
         if not all(x.is_seen for x in habits):
             raise TypeError(
-                "expected attention layers whose queries can be seen, got "
-                f"{type(self.layers[0]).__name__}, which multiplies them by its keys by itself"
+                "expected attention layers whose queries can be observed, got "
+                f"{type(self.layers[0]).__name__}, which multiplies them by its keys itself"
             )
         size, backend = max(x.head_dim for x in habits), options.backend
         if size > MAX_HEAD_DIM and backend not in ("auto", "torch"):
@@ -135,8 +135,8 @@ class Planner:
         if self._context_length is not None:
             if options.streaming:
                 raise ValueError(
-                    "expected streaming or context_length, got both: a prompt in chunks has pairs "
-                    "of all layers leave after each chunk, and its peak is bounded by that"
+                    "expected streaming or context_length, got both: a prompt in chunks is "
+                    "compressed after each chunk, which bounds the peak already"
                 )
             if options.policy == "dominant":
                 raise ValueError(
@@ -148,8 +148,8 @@ class Planner:
             check_attention(self.layers[0], self._rotary, f"budget {options.budget!r}")
         if options.budget == "layer" and not self._fits_masks:
             raise ValueError(
-                "expected attention layers that look their attention function up, by whose masks "
-                "layers may differ in length, for budget 'layer', got "
+                "expected attention layers that get their attention function by name, whose masks "
+                "can be fitted to layers of different lengths, for budget 'layer', got "
                 f"{type(self.layers[0]).__name__} with {implementation_of(self.layers[0])!r}; "
                 "use budget='uniform'"
             )
@@ -161,19 +161,19 @@ class Planner:
         self._possible = options
 
     def choose(self, given: Mapping[str, Any], wanted: int) -> Strategy | None:
-        """Refuse what cannot be compressed before anything runs; else choose what is to be done.
+        """Choose the strategy of a forward, or raise, before anything runs.
 
         Parameters
         ----------
         given : mapping
             Arguments of the decoder's forward.
         wanted : int
-            Of so many last tokens the caller wants logits; 0: nobody has said.
+            Number of last tokens whose logits the caller asks for; 0: unknown.
 
         Returns
         -------
         Strategy or None
-            None: there is nothing to do, as in a decode step over what was compressed.
+            None: there is nothing to do, as in a decoding step.
 
         Raises
         ------
@@ -201,12 +201,12 @@ class Planner:
             if plan.goes_on:
                 return Growth(plan, view)
             first = cache.layers[index_of(self.layers[0])]
-            return Looking(plan, view) if self._later.is_due(first) else None
+            return Measuring(plan, view) if self._later.is_due(first) else None
         self._check_prefill(plan, cache, num_tokens, given)
         return Streaming(plan, view) if options.streaming else Prefill(plan, view)
 
     def _check_grown(self, options: Options, cache: Cache) -> None:
-        """Refuse what cannot be compressed again; do without a router that has not seen all."""
+        """Raise if a cache cannot be compressed again; drop a router that has not read it all."""
         check_cache(cache, indices=self._indices, grown=True)
         layers = [cache.layers[index_of(module)] for module in self.layers]
         rater = self._rater(options)
@@ -224,8 +224,8 @@ class Planner:
         budget = options.budget
         if budget == "auto":
             budget = self._automatic(options, rater, cache)
-        # What may be taken back stays in every head, so that it can be: of the tokens whose
-        # logits assisted decoding asks for, all but the first are guesses.
+        # Tokens that may be rejected are retained in every head, so that they can be cropped: of
+        # those whose logits assisted decoding asks for, all but the first are guesses.
         guesses = wanted - 1 if 1 < wanted < num_tokens else 0
         recent = max(options.recent, min(guesses, options.window))
         return Plan(
@@ -241,7 +241,7 @@ class Planner:
         )
 
     def _automatic(self, options: Options, rater: Rater, cache: Any) -> str:
-        """Return the budget that ``"auto"`` stands for; a warning names who else needs dense."""
+        """Return the budget that ``"auto"`` stands for; warn where another would lose less."""
         if options.policy == "dominant" or not rater.compares:
             return "uniform"
         reader = "a static cache" if is_static(cache) else None
@@ -266,7 +266,7 @@ class Planner:
 
     @property
     def _fits_masks(self) -> bool:
-        """Whether dense layers may differ in length."""
+        """Whether masks can be fitted to dense layers of different lengths."""
         return all(follows_masks(layer, self._rotary) for layer in self.layers)
 
     @property
@@ -306,7 +306,7 @@ class Planner:
         wanted: int,
         given: Mapping[str, Any],
     ) -> None:
-        """Refuse tokens for a cache that holds some, unless all that goes on can be right."""
+        """Refuse tokens for a cache that is not empty, unless their positions are right."""
         first_layer = cache.layers[index_of(self.layers[0])]
         serves = plan.goes_on or self._has_seen(cache) or _is_compressed(first_layer)
         if plan.acts and not serves:
@@ -343,12 +343,12 @@ def _is_compressed(layer: Any) -> bool:
 
 
 def _not_for_static(plan: Plan, padded: bool) -> str | None:
-    """Name what keeps the press from compressing a static cache."""
+    """Name the option that excludes static caches."""
     options = plan.options
     if plan.goes_on:
-        return "compression that goes on (decoding, context_length)"
+        return "repeated compression (decoding, context_length)"
     if options.streaming:
-        return "streaming, which gives memory back while layers arrive"
+        return "streaming, which frees memory while layers run"
     if options.quantises:
         return f"pairs {options.pairs!r}"
     if plan.evicts and (plan.budget != "uniform" or options.policy != "mixture"):
@@ -357,7 +357,7 @@ def _not_for_static(plan: Plan, padded: bool) -> str | None:
 
 
 def _check_chunk(length: int, num_cached: int, num_tokens: int, given: Mapping[str, Any]) -> None:
-    """Refuse a chunk beyond the prompt, and one at other positions than its own."""
+    """Refuse a chunk beyond the prompt, or at wrong positions."""
     seen = num_cached + num_tokens
     if seen > length:
         raise RuntimeError(
@@ -368,7 +368,7 @@ def _check_chunk(length: int, num_cached: int, num_tokens: int, given: Mapping[s
 
 
 def _check_positions(given: Mapping[str, Any], seen: int) -> None:
-    """Refuse tokens that stand behind the end of what is then seen."""
+    """Refuse positions beyond the tokens fed so far."""
     position_ids = given.get("position_ids")
     if isinstance(position_ids, Tensor) and int(position_ids.max()) >= seen:
         raise RuntimeError(
@@ -379,7 +379,7 @@ def _check_positions(given: Mapping[str, Any], seen: int) -> None:
 
 
 def _check_room(cache: Cache, index: int, num_tokens: int) -> None:
-    """Refuse tokens that a static cache has no slots for."""
+    """Refuse tokens for which a static cache has no slots."""
     layer = cache.layers[index]
     slots: int = layer.max_cache_len  # type: ignore[attr-defined]
     filled = int(layer.get_seq_length()) - int(getattr(layer, "evicted", 0))

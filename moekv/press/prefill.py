@@ -1,4 +1,4 @@
-"""A prefill in one forward: all layers are rated, then pairs leave."""
+"""A prefill in one forward: all layers are rated, then pairs are evicted."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from moekv.models.hooks import index_of
 from moekv.press.adoption import adopt, last_states, read_of
 from moekv.press.commit import apply, choose, record, whole_or_empty
 from moekv.press.forward import Call, Plan, Strategy
-from moekv.press.rating import Look, Rating
+from moekv.press.rating import Rating, Unrated
 from moekv.press.recording import recording_of
 
 TOGETHER = 8
-"""Layers of a prefill that are rated at once: a layer's own share is many small operations."""
+"""Layers of a prefill that are rated at once: rating is many small operations for each layer."""
 
 
 @dataclass
 class Rated:
-    """A layer of the running prefill, whose cache is not touched before all are rated."""
+    """A layer of the running prefill; no cache layer is changed before all are rated."""
 
     cache: Cache
     index: int
     keys: weakref.ref[Tensor]
-    recent: tuple[Tensor, Tensor] | None  # last inputs and queries, where compression goes on
-    read: Tensor | None  # [B, H, T] fp32, what a calibrated router then has to note
-    look: Look | None
+    recent: tuple[Tensor, Tensor] | None  # last inputs and queries, if it may be compressed again
+    read: Tensor | None  # [B, H, T] fp32, what a calibrated router then notes
+    pending: Unrated | None
     rating: Rating | None = None
 
     @property
@@ -47,13 +47,13 @@ class Rated:
 
     @property
     def done(self) -> Rating:
-        """Its rating, once it is there."""
+        """Its rating, which has to be there."""
         assert self.rating is not None
         return self.rating
 
 
 class Prefill(Strategy):
-    """Rates every layer when it has run, and commits after the last.
+    """Rates every layer when it has run, and compresses all after the last.
 
     An exception before that leaves the cache whole.
     """
@@ -69,31 +69,31 @@ class Prefill(Strategy):
 
     @property
     def is_done(self) -> bool:
-        """Whether all layers have come, and pairs have left."""
+        """Whether all layers have been compressed."""
         return self.committed
 
     def take(self, call: Call) -> None:
-        """Rate a layer, or remember it until a few can be rated at once."""
+        """Rate a layer, or keep it until some can be rated at once."""
         if call.module is self.plan.layers[0] and not is_static(call.cache):
             check_cache(call.cache, indices=[index_of(x) for x in self.plan.layers])
-        self.rated.append(self._look_at(call))
+        self.rated.append(self._prepare(call))
         is_last = call.module is self.plan.layers[-1]
         unrated = [r for r in self.rated[-TOGETHER:] if r.rating is None]
         if self._rates_now(len(unrated), is_last):
-            looks = [r.look for r in unrated if r.look is not None]
-            ratings = self.plan.rater.rate(looks, self.plan.options)
+            pending = [r.pending for r in unrated if r.pending is not None]
+            ratings = self.plan.rater.rate(pending, self.plan.options)
             for r, rating in zip(unrated, ratings, strict=True):
-                r.rating, r.look = rating.for_heads(r.num_heads, mixes=self._mixes), None
-            del looks
+                r.rating, r.pending = rating.for_heads(r.num_heads, mixes=self._mixes), None
+            del pending
         with torch.no_grad():
             self._act(is_last)
 
-    def _look_at(self, call: Call) -> Rated:
+    def _prepare(self, call: Call) -> Rated:
         plan, module = self.plan, call.module
         layer = call.cache.layers[call.index]
         keys, values = cached_pairs(layer)
         assert layer.keys is not None
-        held = weakref.ref(layer.keys)  # what is read may be a copy
+        held = weakref.ref(layer.keys)  # the tensors that are read may be copies
         kwargs = call.kwargs
         if is_static(call.cache):
             num_tokens = call.hidden_states.shape[1]
@@ -120,22 +120,22 @@ class Prefill(Strategy):
             )
         call.asked = None  # as large as a layer's pairs, and no longer needed
         recent = last_states(plan, call.hidden_states, view)
-        look = plan.rater.look(view)
-        read = read_of(plan, call.index, look.view.read)
-        return Rated(call.cache, call.index, held, recent, read, look)
+        pending = plan.rater.prepare(view)
+        read = read_of(plan, call.index, pending.view.read)
+        return Rated(call.cache, call.index, held, recent, read, pending)
 
     def _rates_now(self, num_unrated: int, is_last: bool) -> bool:
         return is_last or num_unrated == TOGETHER
 
     def _act(self, is_last: bool) -> None:
-        """Do what there is to do behind a layer."""
+        """Compress, if this was the last layer."""
         if is_last:
             rated, self.rated = self.rated, []
             self._commit(rated)
             self.committed = True
 
     def _commit(self, rated: list[Rated]) -> None:
-        """Compress rated layers: all that is likely to fail comes before the first is touched."""
+        """Compress rated layers; whatever is likely to fail comes before the first is changed."""
         if any(r.cache.layers[r.index].keys is not r.keys() for r in rated):
             raise RuntimeError(
                 "expected the cache as it was when it was rated, got one that another hook has "
@@ -160,7 +160,7 @@ class Prefill(Strategy):
         kept: Sequence[Kept | None],
         num_bytes: Sequence[tuple[int, int]],
     ) -> None:
-        """Record what stays of the rated layers, and their bytes before and after."""
+        """Record the retained pairs of the rated layers, and their bytes before and after."""
         plan, ratings = self.plan, [r.done for r in rated]
         record(ratings, kept, num_bytes, plan.rater, plan.statistics)
         plan.statistics.follow(rated[0].cache, plan.most)

@@ -1,4 +1,4 @@
-"""The press: what a user holds. It keeps options, hands out blocks, and reads statistics."""
+"""``MoERouterPress``: holds options, opens blocks, and reads statistics."""
 
 from __future__ import annotations
 
@@ -37,105 +37,103 @@ logger = logging.getLogger("moekv")
 class MoERouterPress:
     """Compress KV caches with a router over experts.
 
-    An expert orders the pairs of a layer. One is shared by all tokens; beside it, each token is
-    routed to a few others. Every expert has a share of the budget, the shared one nine tenths and
-    each routed one what the gates gave it on average, and picks pairs in its order until its share
-    is used up; what several pick is paid for once. The pairs that nobody picks leave, and their
-    memory is freed.
+    An expert scores the KV pairs of a layer. One is shared by all tokens; beside it, each token is
+    routed to a few others. Every expert has a share of the budget: the shared one nine tenths, each
+    routed one its mean gate weight of the rest. It picks pairs in the order of its scores until its
+    share is used up; a pair that several pick counts once. Pairs that no expert picks are evicted,
+    and their memory is freed.
 
     Inside ``with press(model):`` each prefill is compressed once, when its last layer has run: an
     exception before that leaves the cache whole. Until then the full cache is held, so the peak is
-    that of a prefill without compression (see `streaming`). Decoding steps compress nothing unless
-    `decoding` says so (or ``kvpress.DecodingPress`` does). As a part of a kvpress wrapper the press
-    acts on each layer at once.
+    that of a prefill without compression (see `streaming`). Decoding steps evict nothing without
+    `decoding` (or ``kvpress.DecodingPress``). Inside a kvpress wrapper the press compresses each
+    layer as soon as it has run.
 
     Parameters
     ----------
     compression_ratio : float
-        Share of the bytes to remove, in [0, 1). A head keeps exactly
-        ``max(1, int(T * (1 - compression_ratio)))`` pairs, of the T real ones of its row, on
-        average over the heads that share a budget; 0 measures and removes nothing. Where pairs
-        are quantised, as many more stay as fit into these bytes, scales counted, or all.
+        Share of the bytes to remove, in [0, 1). A head retains exactly
+        ``max(1, int(T * (1 - compression_ratio)))`` of the T real pairs of its row, on average over
+        the heads that share a budget; 0 measures and evicts nothing. Where pairs are quantised, as
+        many more are retained as fit into these bytes, scales counted.
     num_experts : int or "auto", optional
-        As many routed experts from the registry, in its order, the shared one left out. ``"auto"``:
-        ``floor(log2(layers * KV heads))``, at least `top_k`, at most all: the more heads, the more
-        kinds of them. If none of `num_experts`, `top_k`, `router_type` and `experts` is given,
-        a calibrated router rates alone, if there is one; else ``selective`` and ``semantic`` are
-        routed. If only others of them are given, it is 4.
+        Number of routed experts, taken from the registry in its order, without the shared one.
+        ``"auto"``: ``floor(log2(layers * KV heads))``, at least `top_k`, at most all: more heads do
+        more different things. If none of `num_experts`, `top_k`, `router_type` and `experts` is
+        given, a calibrated router scores alone, if there is one; else ``selective`` and
+        ``semantic`` are routed. If only others of them are given, it is 4.
     top_k : int, optional
         Routed experts per token. Unless given, all of a list (`experts`), and 2 otherwise.
     router_type : str or BaseMoERouter, optional
-        A key of ``moekv.routing.registry.ROUTERS``; ``"pikv"`` unless given. Or a router of as many
-        experts, of which every layer gets a copy: so options of one class alone are given. A router
-        that nobody trained goes by what the experts themselves say of a token, and by how much of
-        the observed attention each would have kept (``moekv.routing.evidence``).
+        A key of ``moekv.routing.registry.ROUTERS``; ``"pikv"`` by default. Or a router instance for
+        that many experts, with options of its class; every layer gets a copy. A router without
+        training routes by the experts' scores of a token, and by how much of the observed attention
+        each expert would have retained (``moekv.routing.evidence``).
     cache_aware : bool, optional
-        Whether a ``"pikv"`` router's choices follow the measured hit rates, as they do unless
-        False is given; other routers have no history.
+        Whether the choices of a ``"pikv"`` router follow the measured hit rates; they do by
+        default. Other routers have no history.
     policy : str
         ``"mixture"``: see above. ``"dominant"``: the expert with the highest mean probability over
-        a layer's real tokens rules the layer alone, by its own ``Expert.kept``. Layers of
-        different lengths result, which eager attention cannot serve.
+        a layer's real tokens decides the layer alone, with its own budget, ``Expert.kept``. Layers
+        may differ in length, which eager attention cannot serve.
     budget : str
-        ``"uniform"``: each head keeps the same number, in plain dense layers. ``"layer"``: dense
-        layers, too, of different lengths: each of what its heads would keep on average under one
-        threshold over the model, and over the rows of a batch, which share a dense layer's length
-        (with padding no layer is dense, and each row has its own). ``"head"``: pairs move between
-        the heads of a layer; ``"model"``: between the heads of all layers. Both give ragged
-        layers. ``"auto"``: ``"model"``; ``"layer"`` where eager attention needs dense layers;
-        ``"uniform"`` where static caches need them of one length, a dominant policy rules, or one
-        expert alone rates whose scores cannot be compared between heads (see
-        ``Expert.comparable``).
+        ``"uniform"``: every head retains the same number of pairs, in plain dense layers.
+        ``"layer"``: dense layers of different lengths: each has the mean length that its heads
+        would have under one threshold over the model. The rows of a batch share that length, the
+        mean of theirs (with padding layers are ragged, and each row has its own). ``"head"``: one
+        threshold over the heads of a layer; ``"model"``: one over the heads of all layers. Both
+        give ragged layers. ``"auto"``: ``"model"``; ``"layer"`` where eager attention needs dense
+        layers; ``"uniform"`` for static caches, which need one length, for a dominant policy, and
+        where the only expert's scores are not comparable between heads (see ``Expert.comparable``).
     backend : str
         ``"auto"`` (by the device of the tensors), ``"cpu"``, ``"cuda"`` or ``"torch"``.
     experts : sequence, optional
         Names, ``Expert`` instances or kvpress scorers to be routed, instead of the registry's first
-        `num_experts`. No expert is shared then, unless `shared` or `router` say so.
+        `num_experts`. No expert is shared then, unless `shared` or `router` names one.
     shared : str, Expert, kvpress scorer or None
         The expert that all tokens share. ``"auto"``: the calibrated router, if there is one, or
-        ``expected``; none beside `experts`, and with policy ``"dominant"``. None: none.
+        ``expected``; no expert beside `experts`, or with policy ``"dominant"``. None: no expert.
     sinks : int
-        First real positions that stay in any case: attention leans on them whatever they
-        say (StreamingLLM).
+        First real positions, always retained: attention needs them whatever their tokens are
+        (StreamingLLM).
     recent : int
-        Last real positions that stay in any case: too few queries have seen them to judge. More
-        of them, at most `window`, where a forward asks for the logits of its last tokens
-        (``logits_to_keep``), as assisted decoding does, which may take these back.
+        Last real positions, always retained: too few queries have attended to them to score them.
+        More of them, at most `window`, where a forward asks for the logits of its last tokens
+        (``logits_to_keep``), as assisted decoding does, which may reject these tokens.
     window : int
         Last tokens whose queries are observed.
     decoding : DecodingConfig, optional
-        Compress during decoding, too, so that a cache never exceeds its budget.
+        Compress during decoding as well, so that a cache never exceeds its budget.
     streaming : bool
-        Trim each layer as it arrives, instead of all after the last. What stays is the same; the
-        peak is the budget and one whole layer, and with a budget over the model an eighth of the
-        budget more. The price of that budget: a selection over all layers so far for every layer,
-        and older ones are copied a few times. An exception halfway leaves the cache empty instead
-        of whole.
+        Compress each layer when it has run, instead of all after the last. The same pairs are
+        retained; the peak is the budget and one whole layer, and with a budget over the model an
+        eighth of the budget more. That budget costs a selection over all layers so far for every
+        layer, and older layers are copied a few times. An exception halfway leaves the cache empty
+        instead of whole.
     router : CalibratedRouter, str or None
-        A calibrated router, which brings its own experts and gates and is the shared expert; or the
-        folder or hub id of one, which a block asks for.
-        It has to see every token in a block of its own.
-        ``"auto"``: the one that comes with the package for the model, if there is one, unless
-        `experts`, `shared` or policy ``"dominant"`` ask for something else, or the first cache that
-        the press rates holds tokens that it has not seen (as inside ``kvpress.DecodingPress``);
-        ``get_stats()["router"]`` says which one is at work. None: none.
-
+        A calibrated router, which has its own experts and gates and takes the place of the shared
+        expert; or the folder or hub id of one, which is loaded when a block begins. Every token has
+        to be fed in a block of the press. ``"auto"``: the one that comes with the package for the
+        model, if there is one. It is not used where `experts`, `shared` or policy ``"dominant"``
+        choose otherwise, or where the first cache holds tokens that were fed outside of the block
+        (as inside ``kvpress.DecodingPress``); ``get_stats()["router"]`` names the one in use. None:
+        no calibrated router.
     pairs : str
-        How pairs are stored that stay. ``"16"``: as the model makes them. ``"k8v8"``, ``"k8v4"``,
-        ``"k4v4"``: so many bits for each number of a key and of a value, and a few bits for scales
+        Storage format of retained pairs. ``"16"``: the model's dtype. ``"k8v8"``, ``"k8v4"``,
+        ``"k4v4"``: bits per number of a key and of a value, plus a few bits for scales
         (``moekv.ops.quantize_pairs``), in ragged layers whatever the budget. Later tokens are not
-        quantised before a compression. A layer that is quantised already keeps its format. With
-        `compression_ratio` 0 nothing is evicted. ``"auto"``: what loses least at the ratio, in
-        bytes; ``"16"`` with ratio 0, and where nothing else can be served.
+        quantised before the next compression. A quantised layer keeps its format. With
+        `compression_ratio` 0 nothing is evicted. ``"auto"``: the format that loses least at the
+        ratio in bytes; ``"16"`` with ratio 0, and where the model cannot be served otherwise.
 
     Raises
     ------
     ValueError
         An option is unknown or out of range, or excludes another.
     TypeError
-        An expert is none, or `decoding` is no ``DecodingConfig``.
+        An expert is not an expert, or `decoding` not a ``DecodingConfig``.
     AttributeError
-        An option is set that there is not.
+        An unknown option is set.
     RuntimeError
         The backend is not available.
 
@@ -149,13 +147,13 @@ class MoERouterPress:
 
     Notes
     -----
-    Same inputs to a new or reset press give the same outputs, bit for bit. The history of a
+    The same inputs to a new or reset press give the same outputs, bit for bit. The history of a
     ``"pikv"`` router is part of its inputs.
 
-    Options may be set later: what is set acts from the next forward on. Experts, routers and
-    `backend` can be set until something has been rated, and after :meth:`reset_stats`.
+    Options may be set later and act from the next forward on. Experts, routers and `backend` can be
+    set until a layer has been scored, and again after :meth:`reset_stats`.
 
-    Threads may share a block, each with caches of its own, if all have ended when it does.
+    Threads may share a block, each with its own caches, if all of them end before the block does.
     """
 
     compression_ratio: float = 0.5
@@ -190,7 +188,7 @@ class MoERouterPress:
         self._options()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an option. A folder of a router is read at once, the hub asked in a block alone."""
+        """Set an option. A router's folder is read at once, the hub only when a block begins."""
         names = [field.name for field in fields(self)]
         if name not in names and not name.startswith("_"):
             raise AttributeError(f"expected an option among {', '.join(names)}, got {name!r}")
@@ -206,7 +204,7 @@ class MoERouterPress:
         return f"{type(self).__name__}({', '.join(f'{n}={given[n]!r}' for n in own)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Take options, and copies of statistics and routers along; no block, model or record."""
+        """Return options and copies of statistics and routers, without block, model or record."""
         left = {"_lock", "_session", "_opening", "_recording"}
         state = {name: value for name, value in self.__dict__.items() if name not in left}
         state["_statistics"] = copy.copy(self._statistics)
@@ -215,15 +213,15 @@ class MoERouterPress:
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take what was saved."""
+        """Restore a saved press."""
         self.__dict__ |= state
         self._lock = threading.Lock()
         self._session, self._opening, self._recording = None, False, None
 
-    # --- Options and what is made of them ---------------------------------------------------------
+    # --- Options and the rater --------------------------------------------------------------------
 
     def _options(self) -> Options:
-        """Options as they are now, checked where one has changed."""
+        """Return the current options, checked again if one has changed."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         if isinstance(given["experts"], list):
             given["experts"] = tuple(given["experts"])
@@ -236,7 +234,7 @@ class MoERouterPress:
         return self._checked
 
     def _rater_for(self, options: Options) -> Rater:
-        """Give the rater, which has to be one for these options."""
+        """Return the rater, which has to fit these options."""
         with self._lock:
             rater, model = self._rater, self._model()
             stale = rater is None or (rater.routing != options.routing and not rater.routers)
@@ -261,9 +259,9 @@ class MoERouterPress:
         Raises
         ------
         RuntimeError
-            The press remembers another model, or other experts and routers.
+            The press has statistics of another model, or of other experts and routers.
         ValueError
-            The calibrated router is another model's.
+            The calibrated router was fitted to another model.
         """
         if isinstance(self.router, str) and self.router != "auto":
             self.router = load_router(self.router)
@@ -294,13 +292,13 @@ class MoERouterPress:
         model : PreTrainedModel
             Or PEFT's wrapper around one.
         context_length : int, optional
-            Length of a prompt, padding included, that is fed in several forwards (which
-            ``moekv.prefill_in_chunks`` does). Pairs leave after each, as many as it takes to hold
-            no more than what stays of the whole prompt: the peak is that and a chunk. Layers become
+            Length of a prompt, padding included, that is fed in several forwards (as
+            ``moekv.prefill_in_chunks`` does). After each, pairs are evicted until the cache holds
+            no more than the whole prompt will retain: the peak is that and a chunk. Layers become
             ragged, whatever the budget. None: a prefill is one forward.
         record : bool
-            Note which pairs of a prefill stay, and which expert spoke for each, for :meth:`report`:
-            two bytes a pair, until the next block begins.
+            Record which pairs of a prefill are retained, and which expert picked each, for
+            :meth:`report`: two bytes a pair, until the next block begins.
 
         Raises
         ------
@@ -310,15 +308,15 @@ class MoERouterPress:
             All its layers have sliding windows; or eager attention cannot serve what would result;
             or a prompt in chunks is to be recorded.
         RuntimeError
-            A press is at work on the model, or this one on another; or, from a forward in the
-            block: it cannot be compressed, or nothing was, although something was to be.
+            Another press is open on the model, or this one on another model; or, raised by a
+            forward in the block: it cannot be compressed, or it was to be and was not.
         """
         model = language_model(model)
         check_flag("record", record)
         if record and context_length is not None:
             raise ValueError(
                 "expected record or context_length, got both: a record is of a prefill in one "
-                "forward, of which pairs leave once"
+                "forward, which is compressed once"
             )
         with self._lock:
             if self._session is not None or self._opening:
@@ -355,14 +353,14 @@ class MoERouterPress:
         named = [] if silent is None else silent.tolist()
         if named := [name for name, is_so in zip(rater.names, named, strict=False) if is_so]:
             logger.warning(
-                "%s said nothing: expected scores that differ, got the same, NaN or infinity for "
-                "all pairs, which rank last",
+                "%s was not counted: expected scores that differ, got the same, NaN or infinity "
+                "for all pairs",
                 ", ".join(named),
             )
         routed = {expert.name for expert in rater.routed} - set(named)
         if idle := [name for name in self._statistics.idle(rater.names) if name in routed]:
             logger.warning(
-                "no token was sent to %s: raise top_k, or leave out what says nothing",
+                "no token was routed to %s: raise top_k, or leave that expert out",
                 ", ".join(idle),
             )
 
@@ -374,47 +372,46 @@ class MoERouterPress:
         Returns
         -------
         dict
-            ``forward_count``: ratings of the layer that was rated most often: one for each
-            prefill, and for each compression while decoding or between chunks.
+            ``forward_count``: how often the layer that was scored most often has been scored: once
+            for each prefill, and for each compression while decoding or between chunks.
             ``total_aux_loss``: auxiliary losses, summed over layers and forwards;
             ``avg_aux_loss``: that per forward.
-            ``router``: which kind is at work, for which model it was calibrated, and how far its
-            weights are from those here, if they are not the same.
-            ``budget`` and ``pairs``: ``asked`` for, and ``used`` last (None: nothing has been
+            ``router``: the router in use, the model it was calibrated for, and the distance of that
+            model's weights from this one's, if they differ.
+            ``budget`` and ``pairs``: as ``asked`` for, and as ``used`` last (None: nothing has been
             compressed).
-            ``never_chosen``: experts that no token of any layer was sent to; a block that ends
-            warns of those that are routed.
+            ``never_chosen``: experts that no token of any layer was routed to; the end of a block
+            logs a warning for those that are routed.
             ``compression``: ``bytes_before``, ``bytes_after``, ``bytes_freed`` of the storages of
             the layers that the press compressed; ``ratio``, the exact share of the real pairs'
-            bytes that is gone, and ``evicted``, that of the pairs: less where they are quantised,
-            0 where that alone made the room. Where a cache is compressed again, every pair counts
-            once: before, when the compression after its coming is done; after, as long as it stays.
-            Room for tokens to come does not count. (Inside a wrapper such as
+            bytes that was removed, and ``evicted``, the share of the pairs: smaller where they are
+            quantised, 0 where quantising alone was enough. Where a cache is compressed again, every
+            pair counts once: in "before" from its first compression on, in "after" while it is
+            retained. Room for later tokens does not count. (Inside a wrapper such as
             ``kvpress.DecodingPress`` each compression counts by itself.)
-            ``cache``: of the one that was compressed last, as it is now, while ``generate`` runs as
-            well: ``bytes_held`` by its storages (None: it is gone, or a wrapper's) and, beside
-            them, ``bytes_by_kind``: ``pairs`` and their ``scales``, the ``tail`` of tokens since
-            and ``notes`` for the next compression; ``bits_per_number`` of the pairs that were
-            compressed, scales counted;
-            ``bytes_allowed`` where `decoding` bounds what it may hold; and ``evictions``, the pairs
-            that have left so far.
+            ``cache``: the cache that was compressed last, as it is now, also while ``generate``
+            runs: ``bytes_held`` by its storages (None: it is gone, or a wrapper's); split into
+            ``bytes_by_kind``: ``pairs`` and their ``scales``, the ``tail`` of later tokens, and
+            ``notes`` for the next compression; ``bits_per_number`` of the compressed pairs, scales
+            counted; ``bytes_allowed`` where `decoding` bounds the cache; and ``evictions``, the
+            number of pairs evicted so far.
             ``layer_stats``: for each layer index
 
-            - ``kept_pairs``: what each head kept when pairs left last, all rows together;
+            - ``kept_pairs``: pairs that each head retained at the last compression, summed over
+              rows;
             - ``router_stats``: ``expert_usage_ratios`` and ``expert_usage_count`` (how
               often each expert was chosen, as a share and as a number), ``total_tokens`` (real
               ones; those of a window that is routed again count again), ``routing_decisions``
-              (choices made, all experts together), ``router_entropy`` (of the probabilities,
-              mean over tokens, nats), ``history_bias`` (by how much measured hit rates move the
-              choice of each routed expert, in units of probability; empty for other routers than
-              ``"pikv"``);
+              (choices, summed over experts), ``router_entropy`` (of the probabilities, mean over
+              tokens, in nats), ``history_bias`` (by how much measured hit rates move the choice of
+              each routed expert, in units of probability; empty for other routers than ``"pikv"``);
             - ``expert_compression_stats``: ``expert_usage`` (share of the positions' weight that
               the expert had), ``compression_ratios`` (share removed of the pairs that it rated,
-              by weight; NaN if it rated none, or if a wrapper evicted), ``cache_hit_rates``
-              (share of the attention of the last ``window`` queries, of 8 where no expert rates by
-              them, that falls on what the expert alone would keep, in [0, 1]: moving average over
-              calls), ``later_hit_rates`` (of queries that came after a compression in the same
-              block, over the pairs that stayed: of every 16th step; what has left cannot be seen.
+              by weight; NaN if it scored none, or if a wrapper evicted), ``cache_hit_rates``
+              (share of the attention of the last ``window`` queries, of 8 where no expert scores by
+              them, on the pairs that the expert alone would retain, in [0, 1]: moving average over
+              calls), ``later_hit_rates`` (the same of queries after a compression in the same
+              block, over the retained pairs, at every 16th step; evicted pairs cannot be measured.
               NaN: not measured, as where no router has a history),
 
             each by the expert's name.
@@ -431,8 +428,8 @@ class MoERouterPress:
         return self._statistics.report(names, name, self.budget, self.pairs, history)
 
     def summary(self) -> None:
-        """Print in a few lines what the press was asked for, and what it has done."""
-        # Here, for who wants no summary does without what draws it.
+        """Print the options and the main statistics in about ten lines."""
+        # Imported here: only a summary needs rich.
         from moekv.press.summary import print_summary
 
         print_summary(repr(self), self.get_stats())
@@ -445,28 +442,28 @@ class MoERouterPress:
         *,
         row: int = 0,
     ) -> None:
-        """Write a page that shows what stayed of the last prefill, in a block with ``record=True``.
+        """Write a page that shows what the last prefill retained, in a block with ``record=True``.
 
-        One HTML file, which asks no network: bytes, kept pairs by layer and head, the experts'
-        weights, and the text, each token shaded by how many heads kept it.
+        One HTML file that loads nothing: bytes, retained pairs by layer and head, the experts'
+        weights, and the text, each token shaded by how many heads retained it.
 
         Parameters
         ----------
         path : path
-            The file to write or replace. It holds the text.
+            The file to write or replace. It contains the text.
         tokenizer : PreTrainedTokenizerBase
         input_ids : Tensor [B, T] or [T], int64, or sequence of T ints
-            What was prefilled.
+            The tokens of that prefill.
         row : int
-            Of the batch.
+            Row of the batch.
 
         Raises
         ------
         RuntimeError
             Nothing has been recorded.
         TypeError, ValueError
-            Tokenizer or tokens are none, the tokens are not as many as were prefilled, or there is
-            no such row.
+            Tokenizer or tokens are not what they should be, there are more or fewer tokens than
+            were prefilled, or there is no such row.
         OSError
             The file cannot be written.
 
@@ -476,7 +473,7 @@ class MoERouterPress:
         ...     out = model.generate(input_ids, max_new_tokens=100)
         >>> press.report("report.html", tokenizer, input_ids)  # doctest: +SKIP
         """
-        # Here, for who wants no page does without what writes it.
+        # Imported here: only a report needs it.
         from moekv.report.page import write_page
 
         write_page(path, self.recording(), tokenizer, input_ids, row=row)
@@ -497,12 +494,12 @@ class MoERouterPress:
         return self._recording
 
     def reset_stats(self) -> None:
-        """Forget everything measured: statistics, routers' histories, and the model they are of."""
+        """Forget all measurements: statistics, routers' histories, and the model they belong to."""
         self._rater, self._statistics = None, Statistics()
 
 
 def _check_again(calibrated: CalibratedRouter, model: PreTrainedModel) -> float:
-    """Check that a router is the model's whose statistics there are: its weights may change."""
+    """Check that a router still fits the model: its weights may have changed since."""
     try:
         return calibrated.check(model)
     except ValueError as error:
@@ -514,6 +511,6 @@ def _nobody() -> None:
 
 
 def _same(given: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
-    """Whether all options are as they were, in kind, too."""
+    """Whether all options have the same values and types as before."""
     pairs = ((value, before.get(name)) for name, value in given.items())
     return all(a is b or (type(a) is type(b) and a == b) for a, b in pairs)

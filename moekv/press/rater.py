@@ -1,4 +1,4 @@
-"""What a press thinks of a layer: view → router → experts → votes."""
+"""Rates layers: view → router → experts → votes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from moekv.press.later import packed
 from moekv.press.memory import Routers
 from moekv.press.mixture import Part
 from moekv.press.options import Options, Routing
-from moekv.press.rating import Look, Rating, protected
+from moekv.press.rating import Rating, Unrated, protected
 from moekv.press.stats import Observation
 from moekv.routing.base import BaseMoERouter, RouterOutput
 from moekv.routing.evidence import is_silent, standardise, together
@@ -46,7 +46,7 @@ class Rater:
     calibrated : CalibratedRouter, optional
         Brings its own experts and gates.
     distance : float
-        Of the model's weights from those that it was fitted to.
+        Of the model's weights from those that the calibrated router was fitted to.
     """
 
     def __init__(
@@ -63,17 +63,17 @@ class Rater:
         self._own = _experts_for(routing, config)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Take copies of the routers."""
+        """Return copies of the routers."""
         return self.__dict__ | {"routers": copy.copy(self.routers)}
 
     @classmethod
     def of_model(cls, routing: Routing, model: PreTrainedModel, config: Any) -> Rater:
-        """Make one, with the calibrated router that there is to be for a model.
+        """Make one for a model, with its calibrated router if it has one.
 
         Raises
         ------
         ValueError
-            The calibrated router that was asked for is another model's.
+            The calibrated router in the options was fitted to another model.
         """
         calibrated, distance = routing.calibrated, 0.0
         if calibrated == "auto":
@@ -89,7 +89,7 @@ class Rater:
 
     @property
     def shared(self) -> Sequence[Expert]:
-        """Those that every token consults: one, or those of a calibrated router, or none."""
+        """The shared experts: one, or those of a calibrated router, or none."""
         if self.calibrated is not None:
             return self.calibrated.experts
         shared = self.routing.shared
@@ -97,12 +97,12 @@ class Rater:
 
     @property
     def routed(self) -> Sequence[Expert]:
-        """Those that are routed: none beside a calibrated router that nobody asked more of."""
+        """The routed experts: none beside a calibrated router, unless options choose some."""
         return () if self.calibrated is not None and not self.routing.own_choice else self._own
 
     @property
     def experts(self) -> Sequence[Expert]:
-        """Those that rate: the shared ones first."""
+        """All experts: the shared ones first."""
         return (*self.shared, *self.routed)
 
     @property
@@ -112,22 +112,22 @@ class Rater:
 
     @property
     def router_name(self) -> str:
-        """Which kind of router is at work, and for which model it was calibrated."""
+        """The router in use, and the model it was calibrated for."""
         return name_router(self.routing, self.calibrated, self.distance)
 
     @property
     def expects(self) -> bool:
-        """Whether an expert asks the text's own queries again."""
+        """Whether an expert needs the queries of all tokens (``expected``)."""
         return any(isinstance(expert, ExpectedExpert) for expert in self.experts)
 
     @property
     def borrows(self) -> bool:
-        """Whether an expert is a kvpress scorer, which looks for things on attention layers."""
+        """Whether an expert is a kvpress scorer, which reads attributes of attention layers."""
         return any(isinstance(expert, PressExpert) for expert in self.experts)
 
     @property
     def compares(self) -> bool:
-        """Whether what is said of different heads differs by more than their picks."""
+        """Whether scores can be compared between heads."""
         voters = len(self.routed) + bool(self.shared)
         return voters > 1 or self.calibrated is not None or self.experts[0].comparable
 
@@ -144,37 +144,37 @@ class Rater:
 
     @property
     def kinds(self) -> list[ScoreKind]:
-        """What the experts ask of a view."""
+        """The native scores that the experts read."""
         return sorted(set().union(*(expert.kinds for expert in self.experts)))
 
     @property
     def reader(self) -> str | None:
-        """Who notes what it reads of tokens: the calibrated router, if there is one."""
+        """Digest of the calibrated router whose notes a growing cache holds; None: no router."""
         return None if self.calibrated is None else self.calibrated.reader
 
     def see_unknown_tokens(self) -> None:
-        """Do without a calibrated router, which cannot rate them, if nobody asked for it.
+        """Drop the package's calibrated router, which has not read some tokens of the cache.
 
         Raises
         ------
         RuntimeError
-            It was asked for, or has rated before.
+            The router was given as an option, or has scored before.
         """
         if self.calibrated is None:
             return
         if self.routing.calibrated != "auto" or self.routers:
             raise RuntimeError(
                 "expected a cache whose tokens have all been fed in a block of this press, as a "
-                "calibrated router reads each when it comes, got one with others, or which another "
-                "router has read; pass router=None"
+                "calibrated router reads each when it is fed, got one with other tokens, or of "
+                "another router; pass router=None"
             )
         self.calibrated = None
 
-    # --- Looking ----------------------------------------------------------------------------------
+    # --- Preparing --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def look(self, view: LayerView) -> Look:
-        """Take of a view all that needs its hidden states and queries, and let these go."""
+    def prepare(self, view: LayerView) -> Unrated:
+        """Compute all that needs hidden states and queries, so that these can be freed."""
         router = self.routers.of(view.module, lambda: self._make_router(view))
         rated = None
         if self.routed:
@@ -185,7 +185,7 @@ class Rater:
         if view.aligned and self.expects:
             view.expected()
         view.observed()
-        return Look(view.released(), router, rated, scores)
+        return Unrated(view.released(), router, rated, scores)
 
     def _gate(self, view: LayerView, like: Tensor | None) -> CalibratedGate:
         assert self.calibrated is not None and like is not None
@@ -217,33 +217,38 @@ class Rater:
     @torch.no_grad()
     def rate(
         self,
-        looks: Sequence[Look],
+        unrated: Sequence[Unrated],
         options: Options,
         alone: Sequence[int] | None = None,
         *,
         goes_on: bool = False,
     ) -> list[Rating]:
-        """Rate layers, those that are alike at once.
+        """Rate layers, those of equal sizes at once.
 
-        In each row an expert alone would keep as many pairs as `alone` says, or its own number.
-        Texts that go on have been rated before.
+        `alone`: pairs that an expert alone would retain in each row, by default its own number.
+        `goes_on`: the texts have been rated before.
         """
         ratings: list[Rating] = []
-        for _, alike in groupby(looks, key=lambda look: look.alike):
+        for _, alike in groupby(unrated, key=lambda layer: layer.alike):
             ratings += self._rate_alike(list(alike), options, alone, goes_on=goes_on)
         return ratings
 
     def _rate_alike(
-        self, looks: list[Look], options: Options, alone: Sequence[int] | None, *, goes_on: bool
+        self,
+        unrated: list[Unrated],
+        options: Options,
+        alone: Sequence[int] | None,
+        *,
+        goes_on: bool,
     ) -> list[Rating]:
-        views = [look.view for look in looks]
-        view, num_layers = views[0], len(looks)
+        views = [layer.view for layer in unrated]
+        view, num_layers = views[0], len(unrated)
         num_experts = len(self.experts)
         batch, num_heads, num_keys = view.keys.shape[:3]
         by_expert = [
-            scores_by(expert, look.view) if (known := look.scores[e]) is None else known
+            scores_by(expert, layer.view) if (known := layer.scores[e]) is None else known
             for e, expert in enumerate(self.experts)
-            for look in looks
+            for layer in unrated
         ]
         # The layers are further rows of the batch, so that each step is one operation for all.
         scores = torch.cat(by_expert).view(num_experts, num_layers * batch, num_heads, num_keys)
@@ -263,11 +268,11 @@ class Rater:
         shares = [min(sum(rows) / num_real, 1.0) for rows in totals]
         real = None if view.start is None else view.real.repeat(num_layers, 1)
         alike = standardise(scores[len(self.shared) :], real)
-        part, given = self._mix(looks, scores, alike, rates, shares, goes_on=goes_on)
+        part, given = self._mix(unrated, scores, alike, rates, shares, goes_on=goes_on)
         votes: list[Votes] = _votes(part, num_layers)
-        ruling: Sequence[Tensor | None] = [None] * num_layers
+        dominant: Sequence[Tensor | None] = [None] * num_layers
         if options.policy == "dominant":
-            votes, part.weights, ruling = _rule(views, scores, given)
+            votes, part.weights, dominant = _dominant_votes(views, scores, given)
         weights = part.weights.view(num_layers, batch, num_keys, num_experts)
         seen = Observation(
             num_tokens=sum(
@@ -281,24 +286,24 @@ class Rater:
             silent=torch.cat([self._silent_shared(scores, real), is_silent(alike)]),
         )
         wanted: Sequence[Tensor | None] = [None] * num_layers
-        if self.routed and any(look.router.history is not None for look in looks):
+        if self.routed and any(layer.router.history is not None for layer in unrated):
             bits = packed(alone_kept.mask().view(num_experts, -1, num_heads, num_keys))
             wanted = wanted if bits is None else bits.chunk(num_layers)
         row = view.start, view.lengths, view.begins, view.ends, seen, stored
         return [
-            Rating(index_of(look.view.module), said, ruler, *row, wants)
-            for look, said, ruler, wants in zip(looks, votes, ruling, wanted, strict=True)
+            Rating(index_of(layer.view.module), each, number, *row, wants)
+            for layer, each, number, wants in zip(unrated, votes, dominant, wanted, strict=True)
         ]
 
     def _silent_shared(self, scores: Tensor, real: Tensor | None) -> Tensor:
-        """Say whether shared experts say nothing: one of the user's own may."""
+        """Find shared experts whose scores are constant, NaN or infinite: a user's own may be."""
         if self.calibrated is None and not all(expert.finite for expert in self.shared):
             return is_silent(standardise(scores[: len(self.shared)], real))
         return torch.zeros(len(self.shared), dtype=torch.bool, device=scores.device)
 
     def _mix(
         self,
-        looks: Sequence[Look],
+        unrated: Sequence[Unrated],
         scores: Tensor,
         alike: Tensor,
         rates: Tensor,
@@ -306,25 +311,25 @@ class Rater:
         *,
         goes_on: bool,
     ) -> tuple[Part, Sequence[RouterOutput]]:
-        """Make one part of what all experts [E, L * B, H, T] say; and what the routers said.
+        """Make one part of the scores [E, L * B, H, T] of all experts; return it and the gates.
 
         `alike` are the standardised scores of the routed ones.
         """
-        views, backend = [look.view for look in looks], self.routing.backend
+        views, backend = [layer.view for layer in unrated], self.routing.backend
         num_shared = len(self.shared)
         parts: list[Part] = []
         given: list[RouterOutput] = []
         if self.calibrated is not None:
-            gates = [self._gate(look.view, look.view.read) for look in looks]
+            gates = [self._gate(layer.view, layer.view.read) for layer in unrated]
             parts.append(
                 mixture.calibrated(views, self.calibrated, gates, scores[:num_shared], backend)
             )
         elif self.shared and self.shared[0].can_rate(views[0]):
             parts.append(mixture.one_for_all(views, self.shared[0], scores[:1]))
         if self.routed:
-            rated = [look.rated for look in looks if look.rated is not None]
+            rated = [layer.rated for layer in unrated if layer.rated is not None]
             given = mixture.route(
-                views, self.routed, [x.router for x in looks], rated, alike,
+                views, self.routed, [x.router for x in unrated], rated, alike,
                 rates[num_shared:], kept_shares[num_shared:], goes_on=goes_on,
             )  # fmt: skip
             parts.append(mixture.routed(self.routed, given, scores[num_shared:], alike))
@@ -339,7 +344,7 @@ class Rater:
 def name_router(
     routing: Routing, calibrated: CalibratedRouter | None, distance: float = 0.0
 ) -> str:
-    """Say which kind of router is at work, for which model, and how far its weights were."""
+    """Name the router in use, the model it was calibrated for, and the distance of the weights."""
     name = f"{routing.router_name}, not calibrated"
     if calibrated is None:
         return name
@@ -352,7 +357,7 @@ def name_router(
 def _experts_for(routing: Routing, config: Any) -> Sequence[Expert]:
     if routing.experts is not None:
         return routing.experts
-    depth = option(config, "num_hidden_layers") or 0  # not known: as few as may be
+    depth = option(config, "num_hidden_layers") or 0  # unknown: the fewest
     heads = option(config, "num_key_value_heads") or option(config, "num_attention_heads") or 0
     wanted = int(sum(heads) if isinstance(heads, list) else depth * heads).bit_length() - 1
     names = [name for name in expert_names() if name != getattr(routing.shared, "name", None)]
@@ -360,7 +365,7 @@ def _experts_for(routing: Routing, config: Any) -> Sequence[Expert]:
 
 
 def _votes(part: Part, num_layers: int) -> list[Votes]:
-    """Split what is said of several layers."""
+    """Split the votes of several layers."""
     scores = part.scores.chunk(num_layers, 1)
     shares = part.shares.chunk(num_layers, 1)
     return [
@@ -368,20 +373,20 @@ def _votes(part: Part, num_layers: int) -> list[Votes]:
     ]
 
 
-def _rule(
+def _dominant_votes(
     views: Sequence[LayerView], scores: Tensor, given: Sequence[RouterOutput]
 ) -> tuple[list[Votes], Tensor, list[Tensor]]:
     """Votes of each layer's dominant expert, weights [L * B, T, E], and the expert's number."""
     view = views[0]
-    rulers = [each.probs.sum((0, 1)).argmax() for each in given]
+    dominant = [each.probs.sum((0, 1)).argmax() for each in given]
     layers = torch.split(scores, len(view.keys), dim=1)
     numbers = torch.arange(len(scores), device=scores.device)
     share = scores.new_ones(1, len(view.keys))
     return (
         [
-            Votes(said.index_select(0, ruler[None]), share, (False,))
-            for said, ruler in zip(layers, rulers, strict=True)
+            Votes(part.index_select(0, number[None]), share, (False,))
+            for part, number in zip(layers, dominant, strict=True)
         ],
-        torch.cat([(view.real[..., None] & (numbers == ruler)).float() for ruler in rulers]),
-        rulers,
+        torch.cat([(view.real[..., None] & (numbers == number)).float() for number in dominant]),
+        dominant,
     )

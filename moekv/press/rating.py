@@ -1,4 +1,4 @@
-"""A layer that is to be rated, and what was said of it."""
+"""The rating of a layer: the votes for its pairs. And a layer before its rating."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from moekv.routing.mixing import Votes, order
 
 
 @dataclass
-class Look:
-    """A layer that is still to be rated, without the tensors that are too large to hold."""
+class Unrated:
+    """A layer that is not rated yet, without the large tensors of its forward."""
 
     view: LayerView
     router: BaseMoERouter  # of the routed experts, or the gate of a calibrated router
-    rated: tuple[Tensor, Tensor | None] | None  # what the router has read of hidden states
-    scores: list[Tensor | None]  # [B, H, T] fp32 each, of the experts that do not wait
+    rated: tuple[Tensor, Tensor | None] | None  # logits and importance of the router
+    scores: list[Tensor | None]  # [B, H, T] fp32 each; None: the expert scores later
 
     @property
     def alike(self) -> tuple[Any, ...]:
-        """What layers that are rated together have in common."""
+        """Sizes that layers which are rated together have in common."""
         view = self.view
         keys = view.keys.shape, view.keys.device
         return *keys, view.lengths, view.begins, view.ends, view.hidden_states.shape[:2]
 
 
 def real_pairs(start: Tensor | None, num_keys: int) -> Tensor | None:
-    """Say which pairs are real, by the first of each row [B]: [B, 1, T], bool; None: all."""
+    """Return which pairs are real [B, 1, T], bool, by the first of each row [B]; None: all."""
     if start is None:
         return None
     return torch.arange(num_keys, device=start.device) >= start.view(-1, 1, 1)
@@ -42,21 +42,21 @@ def real_pairs(start: Tensor | None, num_keys: int) -> Tensor | None:
 
 @dataclass
 class Rating:
-    """What is said of one layer's pairs, and what it takes to act on it."""
+    """The votes for the pairs of one layer, and what the compression needs beside them."""
 
     index: int  # of the layer
     votes: Votes
-    ruling: Tensor | None  # scalar, the dominant expert, whose scores alone the votes are
+    dominant: Tensor | None  # scalar, number of the dominant expert, if one decides alone
     start: Tensor | None
     lengths: tuple[int, ...]
     begins: bool
     ends: bool
     seen: Observation  # of all layers that were rated with it
     gain: Fraction  # pairs that are stored in the bytes of one
-    wanted: Tensor | None = None  # [B, H, T], which experts want a pair, see `later.packed`
+    wanted: Tensor | None = None  # [B, H, T], which experts would retain a pair, see `later.packed`
 
     def for_heads(self, num_heads: int, *, mixes: bool) -> Rating:
-        """Give the rating for so many heads of a cache; all alike where their layer mixes them."""
+        """Return the rating for the heads of a cache: one order for all if the layer mixes them."""
         if not mixes:
             return self
         together = self.votes.scores.mean(2, keepdim=True)
@@ -69,12 +69,12 @@ class Rating:
         return real_pairs(self.start, self.votes.shape[2])
 
     def order(self) -> Tensor:
-        """Scores [B, H, T] of the layer by itself, in which each head has a budget of its own."""
+        """Scores [B, H, T] of the layer by itself, where each head has its own budget."""
         return order([self.votes], "uniform", [self.real])[0]
 
 
 def protected(view: LayerView | Rating, options: Options) -> tuple[int, int]:
-    """Sinks and recent positions that stay in any case; in a chunk those that it really has."""
+    """Sinks and recent positions, always retained; in a chunk only those that it contains."""
     if options.policy == "dominant":
         return 0, 0
     return options.sinks if view.begins else 0, options.recent if view.ends else 0

@@ -1,4 +1,4 @@
-"""The record of a prefill: which pairs stayed, and which expert spoke for each."""
+"""The record of a prefill: which pairs were retained, and which expert picked each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def recording_of(
     ratings : sequence of L Rating
         Of its layers.
     kept : sequence of L Kept or None
-        What stayed; None: all.
+        The retained pairs; None: all.
     num_bytes : sequence of L tuple of int
         Before and after.
     plan : Plan
@@ -58,7 +58,7 @@ def recording_of(
 
 
 def _weights(ratings: Sequence[Rating]) -> list[Tensor]:
-    """Return the experts' weights [B, T, E] in each layer, which were rated some at once."""
+    """Return the experts' weights [B, T, E] of each layer; some layers were rated together."""
     found: list[Tensor] = []
     while len(found) < len(ratings):
         found += ratings[len(found)].seen.shares.unbind()
@@ -81,10 +81,10 @@ def _layer(
 
 
 def _experts(voter: Tensor, num_voters: int, weights: Tensor, rater: Rater) -> Tensor:
-    """Return which expert stands behind each voter [B, H, T].
+    """Return the expert of each pair's voter [B, H, T].
 
-    Several experts may vote as one: those of a calibrated router, and a policy that has one rule.
-    The one with the highest weight [B, T, E] at the token then stands for them.
+    A voter may be several experts: those of a calibrated router, or a dominant policy. Then it is
+    the one with the highest weight [B, T, E] at the token.
     """
     num_together = len(rater.experts) - len(rater.routed)
     if num_voters == 1:

@@ -1,4 +1,4 @@
-"""What `get_stats` returns: numbers by name, and the names of experts and layers."""
+"""Types of the dictionaries that `get_stats` returns."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TypedDict
 
 
 class RouterStats(TypedDict):
-    """What the router of a layer did; where a dict, by the expert's name."""
+    """Statistics of a layer's router; dictionaries are by the expert's name."""
 
     expert_usage_ratios: dict[str, float]
     expert_usage_count: dict[str, int]
@@ -17,7 +17,7 @@ class RouterStats(TypedDict):
 
 
 class ExpertStats(TypedDict):
-    """What the experts of a layer did, each by its name."""
+    """Statistics of a layer's experts, by name."""
 
     expert_usage: dict[str, float]
     compression_ratios: dict[str, float]
@@ -34,21 +34,21 @@ class LayerReport(TypedDict):
 
 
 class BudgetReport(TypedDict):
-    """Which budget was asked for, and which was used last; None: nothing was compressed."""
+    """The budget option, and the budget used last; None: nothing was compressed."""
 
     asked: str
     used: str | None
 
 
 class PairsReport(TypedDict):
-    """How pairs were to be stored, and how they were last; None: nothing was compressed."""
+    """The storage format option, and the format used last; None: nothing was compressed."""
 
     asked: str
     used: str | None
 
 
 class Compression(TypedDict):
-    """Bytes of storages, and the exact shares removed: of the bytes' worth, and of the pairs."""
+    """Bytes of storages, and the exact shares removed: of the bytes, and of the pairs."""
 
     bytes_before: int
     bytes_after: int

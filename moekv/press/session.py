@@ -40,7 +40,7 @@ from moekv.report.recording import Recording
 
 
 def _between_graphs(function: Callable[..., None]) -> Callable[..., None]:
-    """Have a function run as it is where it is called in a model that is being compiled."""
+    """Keep a function out of the graph of a model that is being compiled."""
     reason = "a press acts between the graphs of a compiled model"
     disabled: Callable[..., None] = torch.compiler.disable(function, reason=reason)  # type: ignore[no-untyped-call]
     return disabled
@@ -49,18 +49,18 @@ def _between_graphs(function: Callable[..., None]) -> Callable[..., None]:
 class Session:
     """A block in which prefills of a model are compressed.
 
-    A forward's state is an object of that forward, on a stack of its thread: made before the
-    decoder runs, dropped behind it, whether it fails or not.
+    A forward's state is an object on a stack of its thread: made before the decoder runs, and
+    dropped after it, whether it fails or not.
 
     Parameters
     ----------
     model : PreTrainedModel
     options : callable
-        Gives the press's options as they are when a forward begins.
+        Returns the press's options when a forward begins.
     rater : callable
-        Gives the rater for options.
+        Returns the rater for options.
     statistics : callable
-        Gives those that a forward adds to.
+        Returns those that a forward adds to.
     context_length : int, optional
         Length of a prompt in chunks, padding included.
     note : callable, optional
@@ -83,12 +83,12 @@ class Session:
         note: Callable[[Recording], None] | None = None,
     ) -> None:
         check_transformers()
-        install()  # what layers do is seen by it
+        install()  # reports the queries of attention layers
         self.model = model
         self.decoder, layers = find_layers(model)
         if is_in_session(self.decoder) or any(is_pressed(layer) for layer in layers):
             raise RuntimeError(
-                "expected a model without a press at work, got one inside another press's block; "
+                "expected a model without an open press, got one inside another press's block; "
                 "kvpress.ComposedPress chains presses"
             )
         self.all_layers = layers
@@ -98,7 +98,7 @@ class Session:
             raise ValueError(
                 "expected layers with full attention, got none: sliding windows in all of them, "
                 "whose caches are bounded already, or layers that hold no pairs or choose among "
-                f"them by themselves ({type(layers[0]).__name__})"
+                f"them themselves ({type(layers[0]).__name__})"
             )
         self._planner = Planner(
             self.layers,
@@ -117,7 +117,7 @@ class Session:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Watch the model's forwards in a block."""
+        """Install the hooks for a block."""
         rater = self._planner.rater
         with ExitStack() as stack:
 
@@ -136,13 +136,13 @@ class Session:
             yield
 
     def _close(self) -> None:
-        """Give up forwards that were interrupted, for which no hook is called."""
+        """Abort forwards that were interrupted, for which no hook was called."""
         while self._stack:
             forward = self._stack.pop()
             self._over.append(forward.handle)
             self._end(forward)
         self._take_down()
-        # What has failed in other threads, which have ended.
+        # Forwards that failed in other threads, which have ended.
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
@@ -175,13 +175,13 @@ class Session:
     # --- Hooks ------------------------------------------------------------------------------------
 
     def _before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Note of how many tokens the caller wants logits: he may take all but the first back."""
+        """Note how many tokens the caller asks logits of: all but the first may be rejected."""
         if not torch.compiler.is_compiling():
             wanted = kwargs.get("logits_to_keep")
             self._local.wanted = wanted if isinstance(wanted, int) else 0
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Refuse what cannot be compressed before anything runs; else choose what is to be done."""
+        """Choose the strategy of a forward, or raise, before anything runs."""
         tokens = kwargs.get("input_ids")
         if not _is_compiled_step(kwargs.get("inputs_embeds") if tokens is None else tokens, kwargs):
             self._begin(module, args, kwargs)
@@ -196,8 +196,8 @@ class Session:
         forward = Forward(None if is_draft else self._planner.choose(given, wanted))
         if forward.strategy is None and not self._stack:
             return
-        # For this forward alone: compiled steps over a static cache are guarded by hooks of this
-        # kind, and would be compiled again in every block.
+        # For this forward alone: dynamo guards compiled steps over a static cache by hooks of this
+        # kind, and would compile them again in every block.
         forward.handle = self.decoder.register_forward_hook(
             partial(self._after_forward, weakref.ref(forward)), always_call=True
         )
@@ -207,7 +207,7 @@ class Session:
     def _after_attention(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Hand over what a layer has done."""
+        """Hand a layer's call to the strategy."""
         if not _is_compiled_step(kwargs.get("hidden_states"), kwargs):
             self._hand_over(module, args, kwargs, output)
 
@@ -236,7 +236,7 @@ class Session:
     def _after_forward(
         self, forward_of: weakref.ref[Forward], module: nn.Module, args: Any, output: Any
     ) -> None:
-        """Drop a forward's state; ``output`` is None where it has failed."""
+        """Drop a forward's state; ``output`` is None if it failed."""
         if not self._stack or self._stack[-1] is not forward_of():
             return  # the end of another one: in another thread, or inside this one
         forward = self._stack.pop()
@@ -251,7 +251,7 @@ class Session:
             )
 
     def _take_down(self) -> None:
-        """Remove hooks of forwards that are over; not while torch runs through them."""
+        """Remove hooks of finished forwards; not while torch iterates over them."""
         over: list[Any] = self._over
         while over:
             handle = over.pop()
@@ -260,7 +260,7 @@ class Session:
 
     @staticmethod
     def _end(forward: Forward) -> bool:
-        """Give up what a forward has not finished; say whether there was nothing to give up."""
+        """Abort what a forward has not finished; return whether it had finished."""
         if forward.strategy is None or forward.strategy.is_done:
             return True
         forward.strategy.abort()
@@ -268,9 +268,9 @@ class Session:
 
 
 def _is_compiled_step(tokens: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a graph is being made of a step over a static cache that has been compressed.
+    """Whether a step over a compressed static cache is being traced.
 
-    There is nothing to do behind its prefill, and the graph is to stay whole.
+    Such steps need no hook, and the graph has to stay whole.
     """
     if not torch.compiler.is_compiling() or tokens is None or tokens.shape[1] != 1:
         return False
@@ -279,7 +279,7 @@ def _is_compiled_step(tokens: Any, kwargs: Mapping[str, Any]) -> bool:
 
 
 def is_in_session(decoder: nn.Module) -> bool:
-    """Return whether a press is at work on a decoder."""
+    """Return whether a press is open on a decoder."""
     hooks = decoder._forward_pre_hooks.values()
     return any(isinstance(getattr(hook, "__self__", None), Session) for hook in hooks)
 

@@ -1,4 +1,4 @@
-"""Measurements: summed on the device, read when asked for."""
+"""Measurements: summed on the device, and read by ``get_stats``."""
 
 import copy
 import threading
@@ -21,12 +21,12 @@ from moekv.press.reports import HeldCache, LayerReport, Stats
 _ALIKE = Fraction(1)
 
 HIT_RATE_DECAY = 0.9
-"""Share of the old average that a call leaves in the moving average of the hit rates."""
+"""Decay of the moving average of hit rates, for each call."""
 
 
 @dataclass
 class Observation:
-    """What one rating of L layers measured. E experts, B rows, T cached pairs.
+    """Measurements of one rating of L layers. E experts, B rows, T cached pairs.
 
     Attributes
     ----------
@@ -38,11 +38,11 @@ class Observation:
         Sum over the real tokens of the entropy of the router's probabilities, in nats.
     aux_loss : Tensor [L]
     shares : Tensor [L, B, T, E], float32
-        How much of each position's score came from each expert: gate weights, 0 at padding.
+        Weight of each expert at each position, 0 at padding.
     hit_rates : Tensor [L, E], float32
-        Share of the window queries' attention that falls on what each expert alone would keep.
+        Share of the window queries' attention on what each expert alone would retain.
     silent : Tensor [E], bool
-        Experts whose scores say nothing: all the same, NaN or infinite.
+        Experts whose scores do not count: all equal, NaN or infinite.
     """
 
     num_tokens: int
@@ -67,7 +67,7 @@ class LayerStats:
         self.num_calls = 0
         self.num_tokens = 0
         self.load = torch.zeros(num_experts, dtype=torch.int64, device=device)
-        # Of shares, of shares that came to a decision and of those removed; entropy; loss.
+        # Of weights: all, those of pairs that were compressed, and of evicted ones; entropy; loss.
         self.sums = torch.zeros(3 * num_experts + 2, dtype=torch.float32, device=device)
         self.hit_rates = torch.zeros(num_experts, dtype=torch.float32, device=device)
         self.later = torch.full_like(self.hit_rates, torch.nan)
@@ -79,7 +79,7 @@ class LayerStats:
 
     def add(self, load: Tensor, sums: Tensor, hit_rates: Tensor, num_tokens: int) -> None:
         """Add one rating."""
-        # Not in place: the sums may have been begun in inference mode.
+        # Not in place: the sums may be inference tensors.
         self.load = self.load + load
         self.sums = self.sums + sums
         rates = hit_rates
@@ -99,15 +99,15 @@ class LayerStats:
         kept_pairs: Sequence[int] = (),
         history: Mapping[str, float] = MappingProxyType({}),
     ) -> LayerReport:
-        """Read the sums: the one place where the device is waited for.
+        """Read the sums. Waits for the device.
 
         Parameters
         ----------
         names : sequence of E str
         kept_pairs : sequence of H int
-            What each head kept.
+            Pairs that each head retained.
         history : mapping
-            By how much it moves the choice of each routed expert.
+            Selection bias of each routed expert.
         """
         share, ruled, removed = self.sums[:-2].view(3, -1)
 
@@ -134,12 +134,12 @@ class LayerStats:
 
 
 class Statistics:
-    """What a press has measured on one model. Any thread may add to it.
+    """Measurements of a press on one model. Any thread may add to them.
 
     Attributes
     ----------
     epoch : str
-        Tells these statistics from others: whose a cache layer's pairs are counted in.
+        Identifies these statistics: a cache layer notes in which ones its pairs are counted.
     layers : dict
         :class:`LayerStats` of each layer, by its index.
     bytes, pairs : list of two int
@@ -147,9 +147,9 @@ class Statistics:
     budget, stored : str or None
         The budget and the format that were used last; None: nothing has been compressed.
     kept : dict
-        Of each layer, by its index, the pairs [H] that its heads kept of all rows, the last time.
+        By layer index: pairs [H] that its heads retained last, summed over rows.
     silent : Tensor [E], bool, or None
-        Experts whose scores have said nothing so far. None: nothing has been rated.
+        Experts whose scores have not counted so far. None: nothing has been rated.
     """
 
     def __init__(self) -> None:
@@ -157,7 +157,7 @@ class Statistics:
         self.layers: dict[int, LayerStats] = {}
         self.bytes = [0, 0]
         self.pairs = [0, 0]
-        self._worth = Fraction(0)  # what has left, in the bytes of pairs as they came
+        self._worth = Fraction(0)  # evicted pairs, in bytes before quantising
         self.budget: str | None = None
         self.stored: str | None = None
         self.kept: dict[int, Tensor] = {}
@@ -167,20 +167,20 @@ class Statistics:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Take a copy that nobody adds to."""
+        """Return a copy."""
         with self._lock:
             state = {name: x for name, x in self.__dict__.items() if name != "_lock"}
             return copy.deepcopy(state | {"_cache": None})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take what was saved."""
+        """Restore saved statistics."""
         self.__dict__ |= state
         self._lock = threading.Lock()
 
     def observe(
         self, indices: Sequence[int], seen: Observation, kept: Tensor | None = None
     ) -> None:
-        """Add an observation, and which pairs left, to the sums of its layers.
+        """Add an observation, and which pairs were retained, to the sums of its layers.
 
         Parameters
         ----------
@@ -188,7 +188,7 @@ class Statistics:
             Of the layers.
         seen : Observation
         kept : Tensor [L, B, T], float32, optional
-            Share of the heads that keep each position. None: nothing was decided.
+            Share of the heads that retain each position. None: nothing was evicted.
         """
         share = seen.shares.sum((1, 2))
         ruled = removed = torch.zeros_like(share)
@@ -206,7 +206,7 @@ class Statistics:
                 self.layers[index].add(load, more, rates, seen.num_tokens)
 
     def observe_later(self, index: int, rates: Tensor) -> None:
-        """Add hit rates [E] of queries that came after a layer was compressed."""
+        """Add hit rates [E] of queries after a compression of a layer."""
         with self._lock:
             if index in self.layers:
                 self.layers[index].add_later(rates.to(self.layers[index].later.device))
@@ -222,24 +222,24 @@ class Statistics:
                 total[1] += more[1]
 
     def hold(self, index: int, counts: Tensor) -> None:
-        """Note the pairs [B, H] that a layer's heads have kept."""
+        """Note the pairs [B, H] that a layer's heads retained."""
         with self._lock:
             self.kept[index] = counts.sum(0)
 
     def follow(self, cache: Cache, most: int | None) -> None:
-        """Look at a cache that was compressed when asked what it holds.
+        """Note a compressed cache, to report what it holds later.
 
         Parameters
         ----------
         cache : Cache
         most : int or None
-            Pairs of a head, on average, that it may come to hold; None: nothing bounds it.
+            The most pairs that a head may hold, on average; None: not bounded.
         """
         with self._lock:
             self._cache, self._most = weakref.ref(cache), most
 
     def _held(self) -> HeldCache:
-        """Return what the cache that was compressed last holds by now."""
+        """Return what the cache that was compressed last holds now."""
         cache = None if self._cache is None else self._cache()
         layers = [] if cache is None else [cache.layers[i] for i in self.kept]
         layers = [layer for layer in layers if layer.is_initialized]
@@ -257,7 +257,7 @@ class Statistics:
         }
 
     def idle(self, names: Sequence[str]) -> list[str]:
-        """Name the experts that no token of any layer was sent to. Waits for the device."""
+        """Name the experts that no token of any layer was routed to. Waits for the device."""
         with self._lock:
             loads = [layer.load for layer in self.layers.values()]
         if not loads:
@@ -280,9 +280,9 @@ class Statistics:
         names : sequence of E str
             Of the experts.
         router : str
-            What is at work.
+            Name of the router in use.
         budget, stored : str
-            What was asked for.
+            The options.
         history : mapping
             Of each layer whose router has one, see ``Rater.history``.
         """

@@ -1,11 +1,10 @@
-"""A budget that is kept while the layers of a prefill arrive.
+"""A prefill whose layers are compressed as they run.
 
-Where layers do not share it, each is compressed when it arrives. A budget over the model can be
-kept, too. Of the layers seen so far, never more pairs can stay in the end than it has. So when a
-layer arrives, the best of all pairs seen are chosen, as many as the budget has, and what falls
-behind leaves: those before it stay before it, whatever follows. After the last layer exactly the
-pairs are left that one selection over all of them would have kept, and at no time there were more
-than the budget, a slack, and one whole layer.
+Where layers do not share a budget, each is compressed when it has run. A budget of K pairs over the
+model works as well. When a layer has run, the best K pairs of all layers so far are selected, and
+the others are evicted: a pair with K better ones cannot be among the best K later. After the last
+layer exactly those pairs are left that one selection over all layers would have retained, and the
+cache never held more than the budget, a slack, and one whole layer.
 """
 
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from moekv.press.rating import Rating, real_pairs
 from moekv.routing.mixing import Votes, order
 
 SLACK = 1 / 8
-"""Share of the budget by which pairs may exceed it before older layers are copied once more."""
+"""Share of the budget by which pairs may exceed it before older layers are copied again."""
 
 
 @dataclass
@@ -40,11 +39,11 @@ class Trimmed:
     index : int
         In the cache.
     layer : CacheLayerMixin
-        What holds its pairs now.
+        Holds its pairs now.
     before : int
-        Bytes of the storages that it came with.
+        Bytes of its storages before compression.
     kept : Kept or None
-        What it holds; None: all that it came with.
+        The pairs it holds; None: all.
     size : int
         Pairs that it holds.
     """
@@ -62,7 +61,7 @@ class Trimmed:
 
 
 class StreamingBudget:
-    """Trims the layers of one prefill to their budget, as they arrive.
+    """Trims the layers of one prefill to their budget, as they run.
 
     Parameters
     ----------
@@ -73,13 +72,13 @@ class StreamingBudget:
     num_layers : int
         Layers of the prefill, L.
     totals, lengths : sequence of B ints
-        Pairs that a head of each row keeps on average, and real pairs that it has.
+        Pairs to retain in a head of each row, on average, and its real pairs.
     start : Tensor [B], int32, or None
         Padding at the left of each row.
     sinks, recent : int
-        First and last real positions that every head keeps, as far as the total allows.
+        First and last real positions that every head retains, as far as the total allows.
     pairs : str
-        How they are stored: one of ``moekv.ops.PAIRS``.
+        Storage format: one of ``moekv.ops.PAIRS``.
     backend : str
         Of the ops.
     """
@@ -111,7 +110,7 @@ class StreamingBudget:
         self._votes: list[Votes] = []
 
     def add(self, index: int, votes: Votes) -> None:
-        """Take in the next layer, and trim what can no longer stay.
+        """Add the next layer, and evict what can no longer be retained.
 
         A budget over the model waits for the device.
 
@@ -120,12 +119,12 @@ class StreamingBudget:
         index : int
             Of the layer in the cache; its keys and values are as the prefill left them.
         votes : Votes
-            What is said of its pairs, by the voters of the other layers.
+            For its pairs, of the same voters as in the other layers.
 
         Raises
         ------
         RuntimeError
-            Somebody else has replaced a layer of the stream.
+            Other code has replaced a layer of the cache.
         """
         layer = self._cache.layers[index]
         before = held_bytes(layer)
@@ -145,12 +144,12 @@ class StreamingBudget:
         self._trim(self.layers[-1], without_padding(kept, self._start, self._lengths))
 
     def _trim_all(self) -> None:
-        """Leave of all layers so far what the model's budget can still keep."""
+        """Trim all layers so far to the pairs that the model's budget can still retain."""
         heads = self._votes[0].shape[1]
         budget = [self._num_layers * heads * n for n in self._totals]
         real = [len(self.layers) * heads * max(n, 1) for n in self._lengths]
         last = len(self.layers) == self._num_layers
-        quantises = self._pairs != "16"  # each layer when it arrives
+        quantises = self._pairs != "16"  # each layer when it has run
         may_wait = quantises or not last
         if self._start is None and may_wait and sum(real) <= sum(budget):
             if quantises:
@@ -184,12 +183,12 @@ class StreamingBudget:
                 self._trim(trimmed, kept)
 
     def _may_stay(self, scores: Sequence[Tensor], budget: Sequence[int]) -> list[int]:
-        """Count the pairs of each row that the model's budget can still keep.
+        """Count the pairs of each row the model's budget can still retain.
 
-        Where no voter compares heads, ranks are final, and so is the budget. A voter that does and
-        whose share s is known has K of the final ranks at K / s or below, whatever follows; and
-        ranks only rise. So what stands behind that with all voters will not stay. Where the shares
-        of those to come are unknown, everything may.
+        Where no voter compares heads, ranks are final, and so is the budget. A voter that does,
+        with a known share s, has K of the final ranks at K / s or below, and ranks only rise. So
+        pairs that rank behind that for all voters will be evicted. Where the shares of later layers
+        are unknown, any pair may be retained.
         """
         votes = self._votes[0]
         if votes.is_exact or not any(votes.comparable):
@@ -203,17 +202,17 @@ class StreamingBudget:
         return [max(n + protected, k) for n, k in zip(counts, budget, strict=True)]
 
     def abort(self) -> None:
-        """Empty the cache: part of a prefill is of no use. Unless it is somebody else's by now."""
+        """Empty the cache, unless other code has replaced it: part of a prefill cannot be used."""
         layers = self._cache.layers
         if any(x.index < len(layers) and layers[x.index] is x.layer for x in self.layers):
             empty_cache(self._cache)
 
     def _trim(self, trimmed: Trimmed, kept: Kept) -> None:
-        """Leave only the kept pairs in a layer, which are among those that it holds."""
+        """Retain only some pairs of a layer, which are among those that it holds."""
         if self._cache.layers[trimmed.index] is not trimmed.layer:
             raise RuntimeError(
-                "expected the cache as it was left, got one in which somebody else has replaced "
-                f"layer {trimmed.index} meanwhile; kvpress.ComposedPress chains presses"
+                "expected the cache as it was left, got one in which another hook has replaced "
+                f"layer {trimmed.index}; kvpress.ComposedPress chains presses"
             )
         layer = trimmed.layer
         if self._pairs != "16":
@@ -228,7 +227,7 @@ class StreamingBudget:
 
 
 class Streaming(Prefill):
-    """A prefill whose layers are trimmed as they arrive.
+    """A prefill whose layers are trimmed as they run.
 
     The peak is lower, and an exception halfway leaves the cache empty instead of whole.
     """
@@ -244,7 +243,7 @@ class Streaming(Prefill):
         last = self.rated[-1]
         if len(self.rated) == 1:
             self._stream = self._begin(last.cache, last.done)
-        if self._stream is None:  # nothing is to leave
+        if self._stream is None:  # nothing to evict
             super()._act(is_last)
             return
         self._stream.add(last.index, last.done.votes)
@@ -255,7 +254,7 @@ class Streaming(Prefill):
             self.committed = True
 
     def _begin(self, cache: Cache, rating: Rating) -> StreamingBudget | None:
-        """Get ready to trim the layers as they arrive, if anything is to leave."""
+        """Prepare to trim the layers as they run, if pairs are to be evicted."""
         plan, num_keys = self.plan, rating.votes.shape[2]
         totals = plan.keep(rating.lengths, num_keys, rating.gain)
         nothing_leaves = not plan.evicts or (rating.start is None and totals[0] == num_keys)
@@ -276,7 +275,7 @@ class Streaming(Prefill):
         )
 
     def _end(self, stream: StreamingBudget, rated: list[Rated]) -> None:
-        """Record what the stream has done; its last layer has trimmed all to the budget."""
+        """Record the compression, after the last layer."""
         run = self._run(rated[0].done)
         for r, trimmed in zip(rated, stream.layers, strict=True):
             if isinstance(trimmed.layer, CompressedLayer):
@@ -289,7 +288,7 @@ class Streaming(Prefill):
         )
 
     def abort(self) -> None:
-        """Empty the cache of a prefill that has not come to its end."""
+        """Empty the cache of a prefill that has failed."""
         stream, self._stream = self._stream, None
         if stream is not None:
             stream.abort()

@@ -1,4 +1,4 @@
-"""What a press says of itself in a terminal."""
+"""``MoERouterPress.summary``: the main statistics in a terminal."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def print_summary(name: str, stats: Stats) -> None:
 
 
 def _lines(stats: Stats) -> dict[str, str]:
-    """Return a line for each thing worth knowing, by its label."""
+    """Return the lines of the summary, by label."""
     budget, compression, cache = stats["budget"], stats["compression"], stats["cache"]
     layers = stats["layer_stats"]
     lines = {

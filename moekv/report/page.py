@@ -120,7 +120,7 @@ def _data(
 
 
 def _spoken(layer: LayerRecord, row: int, start: int, num_experts: int) -> Tensor:
-    """Count the heads that kept a token that each expert spoke for: [E, T]."""
+    """Count the heads that kept a token, by the expert that picked it: [E, T]."""
     kept, speakers = layer.kept[row, :, start:].cpu(), layer.speakers[row, :, start:].cpu()
     return torch.stack([(kept & (speakers == e)).sum(0) for e in range(num_experts)])
 

@@ -1,9 +1,9 @@
-"""Which expert a token trusts: routers, their losses, and one scale for what they mix.
+"""Routes tokens to experts: routers, their losses, and the order that mixes experts' scores.
 
 ``base`` is what all routers derive from; ``topk_balanced``, ``adaptive``, ``pikv``, ``eplb`` and
-``hierarchical`` are one router each; ``registry`` names them; ``losses`` keep experts alive in
-training; ``evidence`` is what untrained routers choose by; ``mixing`` makes one order of what
-experts say.
+``hierarchical`` are one router each; ``registry`` names them; ``losses`` balance experts in
+training; ``evidence`` has the logits of untrained routers; ``mixing`` makes one order of the
+pairs from the scores of several experts.
 
 May import ``moekv.ops``.
 """

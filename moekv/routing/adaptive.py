@@ -12,11 +12,11 @@ from moekv.routing.base import BaseMoERouter, zero_linear
 
 
 class AdaptiveRouter(BaseMoERouter):
-    """Top-k gating where important tokens consult more experts.
+    """Top-k gating where important tokens are routed to more experts.
 
-    A token of importance `i` consults `n = max(1, i * k)` experts; n is a real number, and slot `j`
-    counts with `clamp(n - j, 0, 1)` before the weights are renormalised. Nothing jumps when the
-    importance changes a little, and gradients reach it. `load` counts slots with a weight.
+    A token of importance `i` is routed to `n = max(1, i * k)` experts; n is a real number, and slot
+    `j` counts with `clamp(n - j, 0, 1)` before the weights are renormalised. The weights are
+    continuous in the importance, and gradients reach it. `load` counts slots with a weight.
 
     The importance is `sigmoid(z + h v + c)`, where v and c (`importance_head`) start at zero and
     `z` is how much the token stands out: its cosine distance from the mean direction of the row's
@@ -26,7 +26,7 @@ class AdaptiveRouter(BaseMoERouter):
     Parameters
     ----------
     *args, **options
-        As in `BaseMoERouter`; `top_k` is the most experts that a token can consult.
+        As in `BaseMoERouter`; `top_k` is the most experts of a token.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:

@@ -1,10 +1,9 @@
-"""The router that the others derive from, and what a router gives.
+"""The base class of routers, and the output of a router.
 
-A router is called on one layer's hidden states and returns a `RouterOutput`. That has two halves:
-it rates the experts from the hidden states (`rate`), and decides (`decide`), with what else speaks
-for an expert at a token (`moekv.routing.evidence`) added to the logits. Parameters start at zero,
-so a router that nobody calibrated decides by evidence and history alone, never at random and never
-by the order of a list.
+A router is called on one layer's hidden states and returns a `RouterOutput`, in two steps: `rate`
+computes logits from the hidden states, and `decide` adds evidence (`moekv.routing.evidence`) and
+chooses experts. Parameters start at zero, so an untrained router chooses by evidence and history
+alone, never at random and never by the order of a list.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ MAX_EXPERTS = 256
 
 @dataclass
 class RouterOutput:
-    """What a router decides for the tokens of one layer.
+    """The routing of one layer's tokens.
 
     Attributes
     ----------
@@ -96,7 +95,7 @@ def probabilities(logits: Tensor, temperature: float, mask: Tensor | None) -> Te
 
 
 def zero_linear(in_features: int, out_features: int) -> nn.Linear:
-    """Make a linear layer of zeros. Elsewhere it is initialised at random first, and so draws."""
+    """Make a linear layer of zeros, without drawing random numbers."""
     layer = nn.Linear(in_features, out_features, device="meta")
     layer.weight = nn.Parameter(torch.zeros(out_features, in_features))
     layer.bias = nn.Parameter(torch.zeros(out_features))
@@ -118,7 +117,7 @@ class BaseMoERouter(nn.Module):
     top_k : int
         Experts per token, 1 to `num_experts`.
     prior : sequence of float, optional
-        `[E]`, added to the logits: the log-preferences that hold where nothing was learned.
+        `[E]`, added to the logits: log-preferences before any training.
     temperature : float
         Divides the logits; > 0.
     aux_loss_weight : float
@@ -209,7 +208,7 @@ class BaseMoERouter(nn.Module):
     def rate(
         self, hidden_states: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Rate the experts for every token: what of :meth:`forward` needs hidden states.
+        """Compute the logits of every token: the part of :meth:`forward` that needs hidden states.
 
         Parameters
         ----------
@@ -228,7 +227,7 @@ class BaseMoERouter(nn.Module):
             logits = (self.gate.bias + self.prior).expand(*hidden_states.shape[:2], -1)
             return logits, None
         if mask is not None:
-            # Whatever stands at padding, NaN included, must reach neither results nor gradients.
+            # Padding, NaN included, must reach neither results nor gradients.
             hidden_states = hidden_states.masked_fill(~mask[..., None], 0)
         return self._rate(hidden_states, mask)
 
@@ -242,7 +241,7 @@ class BaseMoERouter(nn.Module):
         *,
         goes_on: bool = False,
     ) -> RouterOutput:
-        """Choose experts by what :meth:`rate` has said.
+        """Choose experts from the logits of :meth:`rate`.
 
         Parameters
         ----------
@@ -251,14 +250,14 @@ class BaseMoERouter(nn.Module):
         mask : Tensor, optional
             As in :meth:`forward`.
         evidence : Tensor, optional
-            `[B, T, E]` fp32, added to the logits: what speaks for an expert at a token beside its
-            hidden state, see `moekv.routing.evidence`. -inf for one that cannot rate.
+            `[B, T, E]` fp32, added to the logits, see `moekv.routing.evidence`. -inf for an expert
+            that cannot score.
         hit_rates : Tensor, optional
             `[B, E]`, each in [0, 1], measured on the same rows, for routers with a history:
             :meth:`update_history` will get their mean.
         goes_on : bool
-            Whether these are texts that have been routed before, with neighbours: what the history
-            knows of them is of all together, and a row goes by its own hit rates alone.
+            Whether these texts have been routed before. The history then has the hit rates of all
+            rows, so each row uses its own hit rates alone.
 
         Returns
         -------
@@ -267,7 +266,7 @@ class BaseMoERouter(nn.Module):
         bias = self._own_bias(hit_rates) if goes_on else self._history_bias(hit_rates)
         if evidence is not None:
             logits = logits + evidence
-            # No history and no balance sends a token to an expert that cannot rate it.
+            # Neither history nor balancing may choose an expert that cannot score.
             none = logits.new_zeros(()).float() if bias is None else bias
             bias = none.masked_fill((evidence == -torch.inf).all(1), -torch.inf)
         gate = self._choose(logits, mask, importance, bias)
@@ -299,14 +298,14 @@ class BaseMoERouter(nn.Module):
         return self
 
     def update_history(self, hit_rates: Tensor) -> None:
-        """Take the measured cache hit rates `[E]`, each in [0, 1]; this router keeps none."""
+        """Update the history with measured hit rates `[E]` in [0, 1]; this router has none."""
 
     def update_later(self, hit_rates: Tensor) -> None:
-        """Take hit rates `[E]` of queries that came after a compression; this router keeps none."""
+        """Update the history with hit rates `[E]` of later queries; this router has none."""
 
     @property
     def history(self) -> Tensor | None:
-        """The bias `[E]` by which measured hit rates move the choice of experts; None: none do."""
+        """Selection bias `[E]` from measured hit rates; None: no history."""
         return None
 
     def _rate(self, hidden_states: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -321,17 +320,17 @@ class BaseMoERouter(nn.Module):
     def _choose(
         self, logits: Tensor, mask: Tensor | None, importance: Tensor | None, bias: Tensor | None
     ) -> Gate:
-        """Choose experts; `bias` [E] or [B, E] is the history's, in units of probability."""
+        """Choose experts; `bias` [E] or [B, E] comes from the history, in units of probability."""
         gate = self._gate(logits, mask, self.top_k, bias, importance)
         balance_loss = self._balance_loss(mean_over_tokens(gate.prob_sum, mask, logits), gate.load)
         return Gate(gate.weights, gate.experts, gate.load, gate.entropy, balance_loss)
 
     def _history_bias(self, hit_rates: Tensor | None) -> Tensor | None:
-        """Return how the history, with `hit_rates`, biases the choice: [E] or [B, E]; or None."""
+        """Return the selection bias of the history with `hit_rates`: [E] or [B, E]; or None."""
         return None
 
     def _own_bias(self, hit_rates: Tensor | None) -> Tensor | None:
-        """Say how hit rates alone bias the choice, without a history: [B, E]; or None."""
+        """Return the selection bias of hit rates alone, without a history: [B, E]; or None."""
         return None
 
     def _gate(
@@ -386,12 +385,12 @@ class BaseMoERouter(nn.Module):
 
 
 def of(numbers: Tensor | None, row: int) -> Tensor | None:
-    """Take one row, which stays a batch."""
+    """Return one row, as a batch."""
     return None if numbers is None else numbers[row : row + 1]
 
 
 def mean_over_tokens(prob_sum: Tensor, mask: Tensor | None, logits: Tensor) -> Tensor:
-    """Divide `[E]` sums by the number of real tokens, without asking the device for it."""
+    """Divide `[E]` sums by the number of real tokens, without waiting for the device."""
     if mask is None:
         return prob_sum / max(logits.shape[0] * logits.shape[1], 1)
     return prob_sum / mask.sum().clamp(min=1)

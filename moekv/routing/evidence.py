@@ -1,8 +1,8 @@
-"""What speaks for an expert at a token, beside the token's hidden state.
+"""Evidence: logits of an untrained router, from the scores and hit rates of the experts.
 
-A router that nobody trained has no weights to choose by. What it has is what the experts themselves
-say: how much each wants a token kept, more than its other tokens; and how far it has been right, by
-the attention that queries were seen to pay.
+An untrained router has no weights to choose by. It uses the experts themselves: how high each
+scores a token compared with its other tokens (``wants``), and how much of the observed attention
+falls on the pairs that each would retain (``trust``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 FLOOR = 0.01
-"""Share of the attention that counts as missed in any case: below, differences are noise."""
+"""Lower bound of the missed share of attention; below it differences are noise."""
 
 
 def standardise(scores: Tensor, real: Tensor | None) -> Tensor:
@@ -30,7 +30,7 @@ def standardise(scores: Tensor, real: Tensor | None) -> Tensor:
     Returns
     -------
     Tensor [E, R, H, T], float32
-        -inf at padding and NaN, and wherever all scores of a head are the same, which say nothing.
+        -inf at padding and NaN, and wherever all scores of a head are equal.
     """
     counting = scores.nan_to_num(0.0, 0.0, 0.0)
     counted = counting == scores
@@ -46,12 +46,12 @@ def standardise(scores: Tensor, real: Tensor | None) -> Tensor:
 
 
 def is_silent(standardised: Tensor) -> Tensor:
-    """Return the experts of which nothing counts, in no row and no head: [E], bool."""
+    """Return the experts of which no score counts, in any row and head: [E], bool."""
     return (standardised == -torch.inf).flatten(1).all(1)
 
 
 def wants(standardised: Tensor) -> Tensor:
-    """How much each expert wants each token kept: mean of its heads' standardised scores.
+    """Mean of each expert's standardised scores of a token over the heads.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def wants(standardised: Tensor) -> Tensor:
     Returns
     -------
     Tensor [R, T, E], float32
-        Heads that say nothing count 0.
+        Heads whose scores do not count have 0.
     """
     return (
         standardised.clamp(min=-8.0).where(standardised > -torch.inf, 0.0).mean(2).permute(1, 2, 0)
@@ -69,14 +69,14 @@ def wants(standardised: Tensor) -> Tensor:
 
 
 def trust(hit_rates: Tensor, kept: Sequence[float]) -> Tensor:
-    """How far each expert has been right: minus the log of what it misses, beside chance.
+    """Minus the log of the attention that each expert misses, relative to chance.
 
     Parameters
     ----------
     hit_rates : Tensor [..., E], float32
-        Share of the observed attention on what the expert would keep, in [0, 1].
+        Share of the observed attention on what the expert would retain, in [0, 1].
     kept : sequence of E float
-        Share of the pairs that each would keep, in [0, 1].
+        Share of the pairs that each would retain, in [0, 1].
 
     Returns
     -------
@@ -93,5 +93,5 @@ def trust(hit_rates: Tensor, kept: Sequence[float]) -> Tensor:
 
 
 def together(rows: Sequence[Tensor]) -> Tensor:
-    """Put the rows of several batches below each other; those of one stay where they are."""
+    """Concatenate the rows of several batches; one batch is not copied."""
     return rows[0] if len(rows) == 1 else torch.cat(list(rows))

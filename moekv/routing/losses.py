@@ -1,4 +1,4 @@
-"""Auxiliary losses, which keep experts alive while gates are trained."""
+"""Auxiliary losses, which balance experts while gates are trained."""
 
 from __future__ import annotations
 

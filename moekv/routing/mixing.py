@@ -1,13 +1,13 @@
-"""How the opinions of several experts become one order of the pairs: by shares of the budget.
+"""Mixes the scores of several experts into one order of the pairs, by shares of the budget.
 
-Every expert has its own order of the pairs, and a share of the budget, which is what the gates give
-it on average. Going down the orders, each expert picks pairs as fast as its share says; a pair that
-several want is paid for once. So the rank of a pair is the lowest of its ranks with the experts,
-each divided by the expert's share, and a budget takes the first pairs of that one order. Smaller
-budgets keep subsets of what larger ones keep.
+Every expert has its own order of the pairs, and a share of the budget: its mean gate weight. Each
+picks pairs in its order, in proportion to its share; a pair that several pick counts once. So
+the rank of a pair is the lowest of its ranks over the experts, each divided by the expert's share,
+and a budget retains the first pairs of that one order. A smaller budget retains a subset of what a
+larger one retains.
 
-Unlike averages of scores, shares need no scale that experts have in common, every expert with a
-share acts, and one that is wrong costs its share and no more.
+Unlike averages of scores, shares need no common scale, every expert with a share acts, and a bad
+expert costs its share and no more.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Votes:
-    """Scores of one layer's pairs, and the shares of who gave them. V voters, B rows.
+    """Scores of one layer's pairs by V voters, and the voters' shares. B rows.
 
-    A voter is an expert, or several that share one scale.
+    A voter is an expert, or several whose scores are mixed on one scale.
 
     Attributes
     ----------
@@ -32,8 +32,8 @@ class Votes:
     shares : Tensor [V, B], float32
         Of the budget; they sum to 1 in each row.
     comparable : tuple of V bool
-        Whether a voter's scores are on one scale over all heads and layers. Of the others every
-        head gets as many picks.
+        Whether a voter's scores can be compared over heads and layers. Another voter picks as many
+        pairs in every head.
     has_shared : bool
         Whether the first voter's share is the same in every layer.
     """
@@ -51,11 +51,11 @@ class Votes:
 
     @property
     def is_exact(self) -> bool:
-        """Whether one voter's own scores are the order, over any scope."""
+        """Whether a single voter's scores are the order, over heads and layers too."""
         return self.comparable == (True,)
 
     def view(self, batch: int, num_heads: int) -> Votes:
-        """Give rows that are single heads (``LayerView.folded``) their batch back."""
+        """Unfold rows that are single heads (``LayerView.folded``) into batch and heads."""
         scores = self.scores.reshape(len(self.scores), batch, num_heads, self.scores.shape[3])
         shares = self.shares.view(len(self.scores), batch, -1).mean(-1)
         return replace(self, scores=scores, shares=shares)
@@ -67,19 +67,18 @@ def order(
     real: Sequence[Tensor | None],
     num_heads: int | None = None,
 ) -> list[Tensor]:
-    """Bring the pairs of some layers into the one order in which a budget takes them.
+    """Bring the pairs of some layers into the order in which a budget retains them.
 
     Parameters
     ----------
     votes : sequence of L Votes
         Of the same voters.
     budget : str
-        Which heads share one: see ``moekv.budget.BUDGETS``.
+        Which heads share a budget: see ``moekv.budget.BUDGETS``.
     real : sequence of L Tensor [B, H or 1, T], bool, or None
-        Which pairs there are; None: all.
+        Which pairs are real; None: all.
     num_heads : int, optional
-        Heads that share the budget, where further layers are still to come: ranks are then lower
-        bounds of what they will be.
+        Heads that share the budget, where further layers will follow: ranks are then lower bounds.
 
     Returns
     -------
@@ -109,14 +108,14 @@ def _order(votes: Sequence[Votes], real: Sequence[Tensor | None], num_heads: int
 
 
 def speakers(votes: Sequence[Votes], budget: str, real: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return which voter gave each pair its place in the order, the first of those that agree.
+    """Return the voter whose rank is each pair's rank in the order; ties to the first voter.
 
     Parameters
     ----------
     votes, real
         As in :func:`order`.
     budget : str
-        The one that was used; ``"layer"`` chooses in each head by itself, as ``"uniform"`` does.
+        The budget used; ``"layer"`` selects in each head by itself, as ``"uniform"`` does.
 
     Returns
     -------
@@ -135,7 +134,7 @@ def speakers(votes: Sequence[Votes], budget: str, real: Sequence[Tensor | None])
 def _speakers(
     votes: Sequence[Votes], real: Sequence[Tensor | None], num_heads: int
 ) -> list[Tensor]:
-    """Return which voter gave each pair of layers that share a budget its place."""
+    """Return the voter of each pair, in layers that share a budget."""
     best = [torch.full_like(x.scores[0], torch.inf) for x in votes]
     voters = [torch.zeros_like(x, dtype=torch.uint8) for x in best]
     if len(votes[0].comparable) == 1:
@@ -162,7 +161,7 @@ def _ranks(
 
 
 def _telling(scores: Tensor, real: Tensor | None) -> Tensor:
-    """Scores with -inf wherever they say nothing."""
+    """Scores, with -inf where they do not count."""
     scores = scores.nan_to_num(-torch.inf, torch.finfo(torch.float32).max, -torch.inf)
     return scores if real is None else scores.masked_fill(~real, -torch.inf)
 

@@ -13,18 +13,17 @@ from moekv.routing.adaptive import AdaptiveRouter
 
 
 class PiKVMoERouter(AdaptiveRouter):
-    """Adaptive gating that prefers the experts whose choices were used.
+    """Adaptive gating that prefers experts with high cache hit rates.
 
     The exponential moving average of the measured cache hit rates sets the selection bias: each
     expert's average minus the mean over the experts, times `history_weight`. The bias moves the
     choice of experts, not their weights (as in the auxiliary-loss-free balancing of Wang et al.,
-    2024). It is set by the first update and at every `cache_update_interval`-th one, so that
-    routing is steady in between. The hit rates of the tokens to be routed count already, and alone
-    where a text is routed again: its neighbours in the batch are in the history.
+    2024). It changes at the first update and at every `cache_update_interval`-th one, and is
+    constant in between. The hit rates of the tokens to be routed are included. Where a text is
+    routed again they are used alone, as the history includes the other rows of the batch.
 
-    What was seen of the tokens themselves, at a compression, says little of what will be asked
-    later. So once hit rates of later queries come (:meth:`update_later`), they alone are the
-    history, from the first of them on. It acts on the next prompt.
+    Hit rates at a compression predict later attention poorly. So from the first hit rates of later
+    queries on (:meth:`update_later`), these alone are the history. It acts on the next prompt.
 
     Parameters
     ----------
@@ -35,7 +34,7 @@ class PiKVMoERouter(AdaptiveRouter):
     history_decay : float
         Share of the old average that an update keeps, in [0, 1).
     history_weight : float
-        How much probability one unit of hit rate is worth; >= 0.
+        Probability per unit of hit rate; >= 0.
     *args, **options
         As in `AdaptiveRouter`.
 
@@ -80,12 +79,12 @@ class PiKVMoERouter(AdaptiveRouter):
 
     @property
     def history(self) -> Tensor | None:
-        """The bias `[E]` by which measured hit rates move the choice of experts."""
+        """Selection bias `[E]` from measured hit rates."""
         return self.history_bias if self.cache_aware else None
 
     @torch.no_grad()
     def update_history(self, hit_rates: Tensor) -> None:
-        """Take the measured cache hit rates into the moving average; stays on the device.
+        """Update the moving average with measured hit rates; does not wait for the device.
 
         Parameters
         ----------
@@ -107,12 +106,12 @@ class PiKVMoERouter(AdaptiveRouter):
 
     @torch.no_grad()
     def update_later(self, hit_rates: Tensor) -> None:
-        """Take the hit rates of later queries into the moving average; stays on the device.
+        """Update the moving average with hit rates of later queries; does not wait for the device.
 
         Parameters
         ----------
         hit_rates : Tensor
-            As in :meth:`update_history`, whose updates count no more from now on.
+            As in :meth:`update_history`, whose updates no longer count from now on.
 
         Raises
         ------
@@ -121,7 +120,7 @@ class PiKVMoERouter(AdaptiveRouter):
         """
         self._check_rates(hit_rates)
         if self.cache_aware:
-            # The first begins anew.
+            # The first one restarts the average.
             self.num_updates = torch.where(self.num_later == 0, 0, self.num_updates)
             self._set(self._after(hit_rates))
             self.num_later = self.num_later + 1
@@ -133,7 +132,7 @@ class PiKVMoERouter(AdaptiveRouter):
             )
 
     def _set(self, history: Iterable[Tensor]) -> None:
-        # New tensors: another thread may be routing by the old ones.
+        # New tensors: another thread may be reading the old ones.
         self.hit_rate_ema, self.num_updates, self.history_bias = history
 
     def _after(self, hit_rates: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,12 +13,12 @@ from moekv.routing.losses import BALANCE_LOSSES
 
 
 class TopKBalancedRouter(BaseMoERouter):
-    """Top-k gating that leans towards the experts which the others would leave idle.
+    """Top-k gating biased towards experts that would be chosen least.
 
     The auxiliary loss is a measure of imbalance of the mean probabilities P alone. One step down
     that loss, `balance_weight * (mean_e dL/dP_e - dL/dP_e)` for each row, is the experts' selection
-    bias: it moves the choice, not the weights (as in auxiliary-loss-free balancing). So what the
-    loss asks of training acts where nothing is trained.
+    bias: it moves the choice, not the weights (as in auxiliary-loss-free balancing). So the
+    balancing acts without training.
 
     Parameters
     ----------
@@ -26,7 +26,7 @@ class TopKBalancedRouter(BaseMoERouter):
         `"entropy"`: `log E - H(P)`; `"variance"`: squared coefficient of variation of P; `"gini"`:
         Gini coefficient of P. Each is 0 where the experts are used alike.
     balance_weight : float
-        How much probability one unit of the loss's gradient is worth; >= 0.
+        Probability per unit of the loss's gradient; >= 0.
     *args, **options
         As in `BaseMoERouter`.
 

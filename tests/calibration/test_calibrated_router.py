@@ -33,23 +33,23 @@ def test_a_press_scores_what_calibration_fitted(
     got: dict[int, Tensor] = {}
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     unlike: dict[int, Tensor] = {}
-    look, mix = Rater.look, Rater._mix
+    prepare, mix = Rater.prepare, Rater._mix
     states_of: dict[int, Tensor] = {}
 
-    def spy_look(self: Any, view: Any) -> Any:
+    def spy_prepare(self: Any, view: Any) -> Any:
         states_of[view.module.layer_idx] = view.hidden_states
-        return look(self, view)
+        return prepare(self, view)
 
-    def spy_mix(self: Any, looks: Any, scores: Tensor, *args: Any, **options: Any) -> Any:
-        mixed = mix(self, looks, scores, *args, **options)
-        for i, each in enumerate(looks):
+    def spy_mix(self: Any, layers: Any, scores: Tensor, *args: Any, **options: Any) -> Any:
+        mixed = mix(self, layers, scores, *args, **options)
+        for i, each in enumerate(layers):
             index = each.view.module.layer_idx
             got[index] = mixed[0].scores[0, 2 * i : 2 * i + 2]
             seen[index] = states_of[index], scores[1:, 2 * i : 2 * i + 2]
             unlike[index] = each.view.scores_of(ScoreKind.DIVERSITY)
         return mixed
 
-    monkeypatch.setattr(Rater, "look", spy_look)
+    monkeypatch.setattr(Rater, "prepare", spy_prepare)
     monkeypatch.setattr(Rater, "_mix", spy_mix)
     press = MoERouterPress(0.5, router=router)
     with press(model):

@@ -112,7 +112,7 @@ def test_exception_in_an_expert_while_decoding(budget: str) -> None:
 
 
 def test_experts_that_need_hidden_states_in_growing_caches() -> None:
-    model, message = tiny_model(), "can do without hidden states.*got expected"
+    model, message = tiny_model(), "works without hidden states.*got expected"
     with pytest.raises(ValueError, match=message):
         MoERouterPress(experts=["expected"], top_k=1, decoding=DecodingConfig(20, 5))
     alone = MoERouterPress(experts=["expected"], top_k=1)

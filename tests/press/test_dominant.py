@@ -1,4 +1,4 @@
-"""The dominant policy: one expert rules a layer."""
+"""The dominant policy: one expert decides a layer."""
 
 import math
 

@@ -81,7 +81,7 @@ def test_rates_of_a_layer_by_hand(ragged: bool) -> None:
     layer.update(*more)
     module, states = tiny_model().model.layers[0].self_attn, torch.randn(2, 3, 64)
     asked = Asked(query, None, None, 0.25)
-    rates = later.look(layer, module, asked, states, NAMES, backend="auto", rotary=None)
+    rates = later.measure(layer, module, asked, states, NAMES, backend="auto", rotary=None)
     assert rates is not None
     every = torch.cat([keys, more[0]], 2).double().repeat_interleave(2, 1)
     there = torch.cat([mask, torch.ones(2, 2, 5, dtype=torch.bool)], 2).repeat_interleave(2, 1)

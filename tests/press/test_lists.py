@@ -168,18 +168,18 @@ def test_an_expert_that_says_nothing_costs_nothing(
     [{}, {"top_k": 1}, {"router_type": "eplb", "top_k": 1}, {"shared": "semantic"}],
     ids=str,
 )
-def test_an_expert_that_says_nothing_is_named(
+def test_an_expert_with_constant_scores_is_named(
     scores: float, options: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     silent = Fixed("silent", torch.full((LONG,), scores))
     listed = ["temporal", silent] if "shared" in options else ["semantic", silent]
     kept(make_press(0.6, experts=listed, **options))
     (record,) = caplog.records
-    assert "silent said nothing: expected scores that differ" in record.message
+    assert "silent was not counted: expected scores that differ" in record.message
     caplog.clear()
     kept(make_press(0.6, experts=["semantic"], shared=silent))
     kept(make_press(0.6, experts=[silent]))
-    assert [x.message[:19] for x in caplog.records] == ["silent said nothing"] * 2
+    assert [x.message[:22] for x in caplog.records] == ["silent was not counted"] * 2
     caplog.clear()
     once = Fixed("once", torch.zeros(LONG).index_fill(0, torch.tensor([30]), 1.0))
     kept(make_press(0.6, experts=["semantic", once]))
@@ -191,7 +191,7 @@ def test_an_expert_that_was_never_chosen_is_named(caplog: pytest.LogCaptureFixtu
     press = make_press(0.6, experts=["semantic", "temporal"], router_type=router)
     kept(press)
     assert press.get_stats()["never_chosen"] == ["temporal"]
-    assert "no token was sent to temporal" in caplog.text
+    assert "no token was routed to temporal" in caplog.text
     caplog.clear()
     kept(make_press(0.6, experts=["semantic", "selective"]))
     assert not caplog.records

@@ -75,7 +75,7 @@ def test_what_waits_for_further_layers_is_not_large(monkeypatch: pytest.MonkeyPa
     model = tiny_model()
     with MoERouterPress(0.5)(model):
         prefill(model, tokens(1, 40))  # learns how its layers rotate
-    look_at = rater.Rater.look
+    prepare = rater.Rater.prepare
     seen: list[weakref.ref[Tensor]] = []
 
     def spy(self: MoERouterPress, view: LayerView) -> Any:
@@ -84,9 +84,9 @@ def test_what_waits_for_further_layers_is_not_large(monkeypatch: pytest.MonkeyPa
         assert view.asked is not None
         large = [view.hidden_states, view.asked, view.asked._base]
         seen.extend(weakref.ref(x) for x in large if x is not None)
-        return look_at(self, view)
+        return prepare(self, view)
 
-    monkeypatch.setattr(rater.Rater, "look", spy)
+    monkeypatch.setattr(rater.Rater, "prepare", spy)
     with MoERouterPress(0.5)(model):
         prefill(model, tokens(2, 40))
     assert len(seen) >= 2 * len(find_layers(model)[1])

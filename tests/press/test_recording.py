@@ -1,4 +1,4 @@
-"""The record of a prefill is what the cache holds, and names the experts that spoke."""
+"""The record of a prefill is what the cache holds, and names the experts that picked the pairs."""
 
 import copy
 from typing import Any

@@ -30,7 +30,7 @@ def test_nested_presses(outer: Callable[..., Any]) -> None:
     model, press = tiny_model(), MoERouterPress()
     options = {"budget": "uniform"} if outer is MoERouterPress else {}
     with outer(compression_ratio=0.5, **options)(model):
-        refuse_block(RuntimeError, "without a press at work", model, press)
+        refuse_block(RuntimeError, "without an open press", model, press)
         cache = prefill(model, tokens(1, LENGTH))
     assert lengths(cache) == [LENGTH // 2] * 2
     assert_untouched(model, press)

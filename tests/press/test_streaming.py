@@ -330,6 +330,6 @@ def test_a_layer_that_somebody_else_replaces_is_noticed() -> None:
         cache.layers[0].update(keys, values)
 
     model.model.layers[1].input_layernorm.register_forward_pre_hook(replace)
-    with pytest.raises(RuntimeError, match="somebody else has replaced layer 0"), press(model):
+    with pytest.raises(RuntimeError, match="another hook has replaced layer 0"), press(model):
         model(tokens(1, LENGTH), past_key_values=cache)
     assert stored_pairs(cache) == 0

@@ -131,7 +131,7 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
         elif view.aligned and hasattr(module, "rotary_emb"):
             expected = view.expected()
         fresh = whole.shape[2] == fed
-        (rating,) = rater.rate([rater.look(view)], options, goes_on=keys.shape[2] > fed)
+        (rating,) = rater.rate([rater.prepare(view)], options, goes_on=keys.shape[2] > fed)
         observe([rating], rater, self._statistics)
         if hook is not None and cache is not None:
             self._outcomes.expect(module, cache, hook, self._statistics, fresh=fresh)
@@ -173,7 +173,7 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
         rater, view = self._view(module, hidden_states, keys, values, attentions, kwargs, options)
         if options.evicts:
             _check_padding(view, wrapper)
-        (rating,) = rater.rate([rater.look(view)], options)
+        (rating,) = rater.rate([rater.prepare(view)], options)
         plan = Plan(options, rater, self._statistics, (module,), "uniform", None, options.recent)
         (kept,) = choose([rating], plan)
         before = storage_bytes(keys, values)

@@ -1,4 +1,4 @@
-"""A step over a compressed cache whose queries are looked at, for routers with a history."""
+"""A step over a compressed cache whose attention is measured, for routers with a history."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from moekv.models.queries import window_queries
 from moekv.press.forward import Call, Plan, Strategy
 
 
-class Looking(Strategy):
-    """Compresses nothing: it measures later hit rates.
+class Measuring(Strategy):
+    """Measures later hit rates, and compresses nothing.
 
     Parameters
     ----------
@@ -19,19 +19,19 @@ class Looking(Strategy):
     """
 
     def take(self, call: Call) -> None:
-        """Look at what a layer has asked."""
+        """Measure the attention of a layer."""
         self.num_taken += 1
-        look_at(call, self.plan, self.view)
+        measure(call, self.plan, self.view)
 
 
 @torch.no_grad()
-def look_at(call: Call, plan: Plan, view: ViewBuilder) -> None:
-    """Measure what a layer's last query looks at, and tell statistics and the layer's router."""
+def measure(call: Call, plan: Plan, view: ViewBuilder) -> None:
+    """Measure a layer's last query, for the statistics and the layer's router."""
     rater = plan.rater
     asked = call.asked or window_queries(
         call.module, call.hidden_states, call.kwargs, 1, 0, view.rotary
     )
-    rates = plan.later.look(
+    rates = plan.later.measure(
         call.cache.layers[call.index],
         call.module,
         asked,
