@@ -1,4 +1,4 @@
-"""What an expert is."""
+"""The base class of experts."""
 
 from abc import ABC, abstractmethod
 
@@ -11,26 +11,26 @@ from moekv.ops import ScoreKind
 
 
 class Expert(ABC):
-    """A strategy that rates the cached pairs of a layer.
+    """A method that scores the cached pairs of a layer.
 
     Attributes
     ----------
     name : str
-        How statistics call it.
+        Its name in lists and statistics.
     kinds : tuple of ScoreKind
-        What :meth:`scores` takes from ``view.scores_of``. All experts share one pass over the
-        keys.
+        Native scores that :meth:`scores` reads by ``view.scores_of``. All experts share one pass
+        over the keys.
     comparable : bool
-        Whether the scores of different heads and layers are on one scale already (an estimate of
-        the log of the attention that a key will receive), so that they are taken as they are.
+        Whether the scores of different heads and layers are on one scale: estimates of the log of
+        the attention that a key will receive. They are then ranked over heads and layers.
     finite : bool
-        Whether real pairs never score infinitely (NaN aside), so that nobody has to look.
+        Whether scores of real pairs are never infinite (NaN aside), so that no check is needed.
     needs_hidden_states : bool
-        Whether it rates only where the hidden states of all pairs are at hand, as after a prefill.
-        Where a cache goes on growing, its share goes to the others.
+        Whether it can only score where the hidden states of all pairs are known, as after a
+        prefill. In a growing cache its share goes to the others.
     waits : bool
-        Whether :meth:`scores` needs neither hidden states nor queries of the view nor what the
-        layer's forward got, so that it can wait for further layers (``LayerView.released``).
+        Whether :meth:`scores` reads neither hidden states nor queries nor ``kwargs`` of the view,
+        so that several layers can be scored later, together (``LayerView.released``).
     """
 
     name: str
@@ -46,7 +46,7 @@ class Expert(ABC):
 
     @abstractmethod
     def scores(self, view: LayerView) -> Tensor:
-        """Rate the pairs.
+        """Score the pairs.
 
         Parameters
         ----------
@@ -55,9 +55,9 @@ class Expert(ABC):
         Returns
         -------
         Tensor [B, H, T], floating
-            Higher is better. Unless ``comparable``, order and relative distances within a head
-            count. NaN ranks last, and so does a head in which all score the same, which says
-            nothing; padding is ignored.
+            Pairs with higher scores are retained. Unless ``comparable``, only order and relative
+            distances within a head count. NaN ranks last; a head with equal scores does not count;
+            padding is ignored.
         """
 
     def kept(self, length: int, compression_ratio: float) -> int:
@@ -79,7 +79,7 @@ class Expert(ABC):
 
 
 def scores_by(expert: Expert, view: LayerView) -> Tensor:
-    """Let an expert rate a layer, if it can; otherwise scores are 0.
+    """Score a layer by an expert, with 0 if it cannot.
 
     Infinite scores of real pairs are brought next to the finite ones of their head: +inf above the
     highest and -inf below the lowest by their difference (by 1 where there is none). NaN stays.

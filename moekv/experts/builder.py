@@ -1,4 +1,4 @@
-"""Makes views of layers from what hooks of a forward get."""
+"""Makes views of layers from the arguments of forward hooks."""
 
 import weakref
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from moekv.ops import ScoreKind
 
 
 class ViewBuilder:
-    """Builds the views of one forward from what its hooks get, and reads its mask only once.
+    """Builds the views of one forward, and reads its mask only once.
 
     Parameters
     ----------
@@ -44,25 +44,25 @@ class ViewBuilder:
         asked: Asked | None = None,
         expects: bool = False,
     ) -> LayerView:
-        """Look at one layer.
+        """Make the view of one layer.
 
         Parameters
         ----------
         module, hidden_states, keys, values, attentions, kwargs
             As in ``kvpress.ScorerPress.score``: the whole prefill, a chunk of it (``ChunkPress``),
-            or a cache of which only the last tokens' hidden states are at hand
+            or a cache of which only the last tokens' hidden states are known
             (``DecodingPress``).
         window : int
-            Tokens whose queries are taken, at most.
+            Last tokens whose queries are observed, at most.
         kinds : sequence of ScoreKind
-            Scores that the view can give.
+            Native scores that the view provides.
         backend : str
             Of the ops.
         asked : Asked, optional
-            What the layer asked in its last call, at least for the window. None, or for fewer
-            tokens: it is asked again.
+            Queries of the layer's last call, at least of the window. None, or of fewer tokens:
+            they are computed again.
         expects : bool
-            Whether the queries of all tokens are wanted, see ``LayerView.expected``.
+            Whether the queries of all tokens are needed, see ``LayerView.expected``.
 
         Returns
         -------
@@ -80,8 +80,8 @@ class ViewBuilder:
         if num_tokens > num_keys:
             raise ValueError(
                 f"expected a cached pair for each of the {num_tokens} tokens, got {num_keys}: "
-                "another press has cut the cache of this prefill, and the positions of what it "
-                "left are unknown; put MoERouterPress first"
+                "another press has compressed the cache of this prefill, and the positions of its "
+                "pairs are unknown; put MoERouterPress first"
             )
         fed = kwargs.get("hidden_states", hidden_states)
         offset = _offset_in(hidden_states, fed)
@@ -107,7 +107,7 @@ class ViewBuilder:
             everything = asked.query
         queries = asked.query[:, :, asked.query.shape[2] - count :]
         if isinstance(asked.key, Tensor) and _row_of(asked.key) != _row_of(keys):
-            # They were made of what is cached; of a static cache's all slots, filled or not.
+            # They were computed from cached pairs; of a static cache from all slots, filled or not.
             keys, values = asked.key[:, :, :num_keys], asked.value[:, :, :num_keys]
         start = None
         if any(starts):
@@ -170,8 +170,8 @@ def read_starts(mask: Tensor) -> tuple[int, ...]:
     Raises
     ------
     ValueError
-        A row has padding elsewhere than at its left; or what the last query does not see others
-        do, as in packed texts, or in heads with masks of their own.
+        A row has padding elsewhere than at its left; or the mask hides keys from the last query
+        and not from others, as in packed texts, or differs between heads.
     """
     seen = _seen(mask[:, 0, -1] if mask.dim() == 4 else mask, mask.dim() == 4)
     real = seen.sum(-1)
@@ -212,8 +212,8 @@ def _check_padding(seen: Tensor, first: Tensor) -> None:
     if bool(wrong.any()):
         raise ValueError(
             "expected a causal attention mask with padding at the left of the rows, got one that "
-            "hides from the last token what others see, as of several texts in a row: what is to "
-            "stay of these, nobody can say"
+            "hides from the last token what others see, as of several texts in a row: the pairs "
+            "that later tokens need are unknown"
         )
 
 

@@ -8,7 +8,7 @@ from moekv.experts.view import LayerView
 
 
 def weigh(expected: Tensor, values: Tensor) -> Tensor:
-    """Add the size of what pairs give, as half its log, to the attention [B, H, T] they expect."""
+    """Add half of the log of the value's norm to the expected attention [B, H, T]."""
     # Squares are summed up in fp32. The norm itself in fp32 would take three times as long, and
     # rounding it to bf16 moves its log by 1/256 at most.
     size: Tensor = torch.linalg.vector_norm(values, dim=-1).float()
@@ -16,9 +16,9 @@ def weigh(expected: Tensor, values: Tensor) -> Tensor:
 
 
 class ExpectedExpert(Expert):
-    """Rates by the attention that a pair can expect, and by the size of what it then gives.
+    """Scores a pair by the attention it can expect from later tokens, and by the norm of its value.
 
-    ``log attention + 1/2 log |value|``: see ``moekv.ops.expected_attention`` for the first.
+    ``log attention + 1/2 log |value|``: see ``moekv.ops.expected_attention`` for the first term.
     """
 
     name = "expected"
@@ -28,5 +28,5 @@ class ExpectedExpert(Expert):
     waits = True
 
     def scores(self, view: LayerView) -> Tensor:
-        """Rate by attention and value, see the class."""
+        """Score by attention and value, see the class."""
         return weigh(view.expected(), view.values)

@@ -1,4 +1,4 @@
-"""What experts that rate by one of the native scores have in common."""
+"""The base class of experts that score by one of the native scores."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ from moekv.experts.view import LayerView
 
 
 class KindExpert(Expert):
-    """Rates by the one native score in ``kinds``."""
+    """Scores by the one native score in ``kinds``."""
 
     finite = True
     waits = True

@@ -16,7 +16,7 @@ from moekv.ops import ScoreKind
 
 @functools.lru_cache(maxsize=8)
 def places(lengths: tuple[int, ...], num_keys: int, device: torch.device) -> Tensor:
-    """Describe where each pair of each row stands. All layers of a forward ask the same.
+    """Features of the place of each pair in its row. The same for all layers of a forward.
 
     Logarithms, as attention falls off with distance like a power law; the distance from the end
     with two units, a token and a hundred, as heads differ in their reach.
@@ -47,22 +47,22 @@ def _describe(age: Tensor, position: Tensor) -> Tensor:
 
 
 class Surrogate(Protocol):
-    """What knows the weights of ``learned``: ``moekv.calibration.router.CalibratedRouter``."""
+    """Owner of the weights of ``learned``: ``moekv.calibration.router.CalibratedRouter``."""
 
     def surrogate(self, index: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Weights of a layer: of places [H, 3], of novelty [H], and a bias [H]."""
 
     def read(self, index: int, projected: Tensor) -> Tensor:
-        """Take the part of the scores that is the hidden states': [B, H, N]."""
+        """Return the part of the scores that depends on hidden states: [B, H, N]."""
 
 
 class LearnedExpert(Expert):
-    """Estimates the log of the attention that a pair will receive from what it is and where.
+    """Estimates the log of the attention that a pair will receive, by a linear regression.
 
     A linear surrogate for each KV head, as in KVzap (Jegou and Jeblick, 2026), of the scores that
-    reading the context again would give (KVzip, Kim et al., 2025). Beside the hidden state it takes
-    the place, since some heads look back a few tokens only, whatever these say; and how unlike the
-    other keys a pair's is (KeyDiff, Park et al., 2025), of which one token knows nothing.
+    reading the context again would give (KVzip, Kim et al., 2025). Beside the hidden state its
+    features are the place, since some heads only attend to the last few tokens, and the distance
+    of the key from the others (KeyDiff, Park et al., 2025).
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ class LearnedExpert(Expert):
         self.router = router
 
     def scores(self, view: LayerView) -> Tensor:
-        """Rate the pairs: from their hidden states, or from what was noted of these."""
+        """Score the pairs from their hidden states, or from notes of these."""
         index: int = view.module.layer_idx  # type: ignore[assignment]
         place, novelty, _ = self.router.surrogate(index, view.keys.device)
         novelty = novelty[view.heads] if view.folded > 1 else novelty  # a row has all heads

@@ -10,12 +10,12 @@ from moekv.experts.view import LayerView
 
 
 class PositionExpert(Expert):
-    """Keeps the beginning and the end.
+    """Retains the beginning and the end.
 
-    Alone, it keeps exactly the first ``int(T * first)`` and the last ``int(T * last)`` positions
+    Alone, it retains exactly the first ``int(T * first)`` and the last ``int(T * last)`` positions
     (the first one where both are 0), whatever the compression ratio. In a mixture a position scores
-    minus its distance from the nearer end, in sizes of the region there: 0 at both ends, -1 at the
-    regions' borders. So smaller budgets keep both ends in the same proportion.
+    minus its distance from the nearer end, in units of the region's size: 0 at both ends, -1 at the
+    regions' borders. So smaller budgets retain both ends in the same proportion.
 
     Parameters
     ----------
@@ -46,8 +46,8 @@ class PositionExpert(Expert):
         return (first, last) if first + last else (1, 0)
 
     def scores(self, view: LayerView) -> Tensor:
-        """Rate by the distance from the regions, see the class."""
-        # The same in every layer of a forward, most likely.
+        """Score by the distance from the ends, see the class."""
+        # Usually the same in every layer of a forward.
         key = view.lengths, view.keys.shape[2], view.keys.device
         known, rows = self._rows
         if known != key:
@@ -60,7 +60,7 @@ class PositionExpert(Expert):
         first, last = self.regions(length)
         num_keys = view.keys.shape[2]
         positions = torch.arange(length - num_keys, length, device=view.keys.device).float()
-        # A region of no size attracts nothing.
+        # An empty region counts for no position.
         from_start = positions / first if first else torch.full_like(positions, torch.inf)
         from_end = (
             (length - 1 - positions) / last if last else torch.full_like(positions, torch.inf)

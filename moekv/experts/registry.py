@@ -1,15 +1,15 @@
 """Experts by name.
 
 ====== ================ =========================================================
-order  name             rates a pair by
+order  name             scores a pair by
 ====== ================ =========================================================
 0      ``aggressive``   closeness to the ends, in shares of 20 % and 10 %
 1      ``moderate``     closeness to the ends, in shares of 30 % and 20 %
 2      ``conservative`` closeness to the ends, in shares of 50 % and 30 %
-3      ``selective``    attention that the last window of queries pays
+3      ``selective``    attention of the last window of queries
 4      ``semantic``     how unlike the other keys its key is
 5      ``temporal``     spread of its channels against what follows, and recency
-6      ``expected``     attention that the text's own queries would pay behind it
+6      ``expected``     attention of the text's own queries, repeated after it
 ====== ================ =========================================================
 
 (``learned``, of calibrated routers, needs their weights: see ``moekv.experts.learned``.)
@@ -48,7 +48,7 @@ def register_expert(name: str, factory: Callable[[], Expert]) -> None:
     Parameters
     ----------
     name : str
-        What ``MoERouterPress(experts=[name])`` then takes.
+        For ``MoERouterPress(experts=[name])``.
     factory : callable without arguments
         Builds the expert; called once per press.
 

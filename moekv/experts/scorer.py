@@ -14,7 +14,7 @@ class PressExpert(Expert):
     Parameters
     ----------
     press : kvpress.ScorerPress
-        Known by its ``score``: nothing of kvpress is imported here.
+        Any object with a method ``score``: kvpress is not imported here.
     """
 
     def __init__(self, press: Any) -> None:
@@ -22,7 +22,7 @@ class PressExpert(Expert):
         self.name = type(press).__name__
 
     def scores(self, view: LayerView) -> Tensor:
-        """Call the press's ``score`` with what the hook got."""
+        """Call the press's ``score`` with the arguments of the hook."""
         keys, values = (
             pairs.reshape(len(view.hidden_states), -1, *pairs.shape[2:])
             for pairs in (view.keys, view.values)

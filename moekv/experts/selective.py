@@ -5,7 +5,7 @@ from moekv.ops import ScoreKind
 
 
 class SelectiveExpert(KindExpert):
-    """Rates by the attention that the last window of queries pays (SnapKV, Li et al., 2024)."""
+    """Scores by the attention of the last window of queries (SnapKV, Li et al., 2024)."""
 
     name = "selective"
     kinds = (ScoreKind.ATTENTION,)

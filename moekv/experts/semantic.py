@@ -5,7 +5,7 @@ from moekv.ops import ScoreKind
 
 
 class SemanticExpert(KindExpert):
-    """Rates by how unlike the other keys a pair's is (KeyDiff, Park et al., 2025)."""
+    """Scores by the distance of a pair's key from the others (KeyDiff, Park et al., 2025)."""
 
     name = "semantic"
     kinds = (ScoreKind.DIVERSITY,)

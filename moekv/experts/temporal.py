@@ -11,7 +11,7 @@ from moekv.ops import ScoreKind
 
 
 class TemporalExpert(Expert):
-    """Rates by recency and by lag-relative information.
+    """Scores by recency and by lag-relative information.
 
     ``LAG - log(1 + age / 128)``: the log of LagKV's score (a share, 1 on average), and a power law
     for the attention that falls off with age, with LagKV's partition as the unit of time.
@@ -26,7 +26,7 @@ class TemporalExpert(Expert):
         self._decay: tuple[Any, Tensor] = (None, torch.empty(0))
 
     def scores(self, view: LayerView) -> Tensor:
-        """Rate by spread and age, see the class."""
+        """Score by spread and age, see the class."""
         key = view.keys.shape[2], view.keys.device
         known, decay = self._decay
         if known != key:

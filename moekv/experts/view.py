@@ -1,4 +1,4 @@
-"""What the experts see of one layer: its cached pairs, the queries on them, the padding."""
+"""A layer as experts read it: its cached pairs, the queries on them, the padding."""
 
 import copy
 import functools
@@ -21,17 +21,17 @@ LAG = 128
 """Tokens in a partition of ``ScoreKind.LAG``, as in LagKV."""
 
 OBSERVED = 8
-"""Last queries whose attention is observed where no expert rates by it: enough for statistics."""
+"""Last queries that are observed where no expert scores by them: enough for statistics."""
 
 
 @dataclass
 class LayerView:
-    """One attention layer at the moment when its cache is rated.
+    """One attention layer at the moment when its cache is scored.
 
     Shapes: B batch, H KV heads, Hq query heads, T cached pairs, N tokens whose hidden states are
     known, W window queries, D head dim.
 
-    Where heads keep different numbers of pairs (``moekv.press.growth``), each KV head is a row of
+    Where heads hold different numbers of pairs (``moekv.press.growth``), each KV head is a row of
     its own: B is batch times KV heads and H is 1 in all but `hidden_states`.
 
     Attributes
@@ -49,30 +49,29 @@ class LayerView:
     lengths : tuple of B ints
         Real pairs in each row.
     begins, ends : bool
-        Whether the view holds the sequence's first and last token. False inside a sequence which
-        is rated in chunks.
+        Whether the view has the sequence's first and last token. False inside a sequence that is
+        scored in chunks.
     attentions : Tensor or None
         Attention weights, where the attention implementation returns them.
     kwargs : mapping
         Keyword arguments of the layer's forward.
     kinds : sequence of ScoreKind
-        What the experts ask of :meth:`scores_of`.
+        Native scores that the experts read by :meth:`scores_of`.
     backend : str
         Of the ops, see ``moekv.ops.BACKENDS``.
     notes : tuple of two Tensor [B, H, T], float32, or None
-        For a calibrated router, of a cache that is compressed again: what it read of each pair's
-        hidden state when the token came, and the token's position in its row.
+        For a calibrated router, in a cache that is compressed again: its projection of each pair's
+        hidden state, from when the token was fed, and the token's position in its row.
     asked : Tensor [B, Hq, N, D] or None
-        What the layer asks for all tokens, where that is at hand and can be turned on.
+        Queries of all tokens, where they were observed and can be rotated further.
     read : Tensor [B, N, H + E] or None
-        What a calibrated router has read of the hidden states.
+        A calibrated router's projection of the hidden states.
     rotary : nn.Module or None
         The decoder's rotary embedding, for layers that have none of their own.
     turned : dict
-        Shared by the views of a forward: what turns its queries on to its end.
+        Shared by the views of a forward: the rotation of its queries to its end.
     logits : dict
-        ``scaling`` and ``softcap``, which make logits of the products of queries and keys; not
-        given: as the layer itself says.
+        ``scaling`` and ``softcap`` of the products of queries and keys; by default the layer's.
     """
 
     module: nn.Module
@@ -96,13 +95,13 @@ class LayerView:
     logits: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Ask the layer for what was not given."""
+        """Read the logits' scaling from the layer, if it was not given."""
         self.logits = self.logits or logit_options(self.module, None, self.queries.shape[3])
 
     def released(self) -> "LayerView":
-        """Give this view without hidden states and queries; what was made of them stays.
+        """Return this view without hidden states and queries, with the scores computed from them.
 
-        They are as large as a layer's pairs, or several times that, and most experts can rate
+        They are as large as a layer's pairs, or several times that, and most experts can score
         without them (``Expert.waits``).
         """
         view = copy.copy(self)
@@ -164,9 +163,9 @@ class LayerView:
         return self._all_scores[kind]
 
     def observed(self) -> Tensor:
-        """Attention that pairs are seen to get: of all W queries, or of ``OBSERVED`` of them.
+        """Observed attention to the pairs: of all W queries, or of ``OBSERVED`` of them.
 
-        The latter where no expert rates by the queries' attention, whose price is by the query.
+        The latter where no expert scores by it, as the cost is proportional to the queries.
 
         Returns
         -------
@@ -195,7 +194,7 @@ class LayerView:
         return dict(zip(kinds, scores.unbind(), strict=True))
 
     def expected(self) -> Tensor:
-        """Attention that the pairs can expect; the view has to be ``aligned``.
+        """Return the expected attention to the pairs; the view has to be ``aligned``.
 
         Computed at the first call.
 
@@ -207,15 +206,15 @@ class LayerView:
         Raises
         ------
         NotImplementedError
-            The layer's queries can neither be seen nor asked for.
+            The layer's queries can neither be observed nor computed.
         """
         return self._expected
 
     def expected_among(self, keys: Tensor) -> Tensor:
-        """Attention that the pairs can expect where they are the last of a longer layer.
+        """Return the expected attention to pairs that are the last of a longer layer.
 
-        As in :meth:`expected`, but nobody knows what the tokens before them would ask, which leaves
-        the first pairs some looks short. The view has to be ``aligned``.
+        As in :meth:`expected`, but the queries of the tokens before them are unknown, and missing
+        for the first pairs. The view has to be ``aligned``.
 
         Parameters
         ----------
@@ -238,7 +237,7 @@ class LayerView:
         return (looks * near).sum(-2).clamp(min=1e-36).log() / 2
 
     def _behind(self) -> Tensor:
-        """Return what the tokens ask where they stand behind the last one: [B, Hq, N, D]."""
+        """Return the queries of all tokens at the position after the last one: [B, Hq, N, D]."""
         given = self.module, self.hidden_states, self.kwargs, self.rotary
         if self.asked is None:
             return next_queries(*given)

@@ -61,8 +61,8 @@ def test_continuous_batching(caplog: pytest.LogCaptureFixture) -> None:
         ({"policy": "dominant"}, {}, "policy 'dominant'"),
         ({"streaming": True}, {}, "streaming"),
         ({"pairs": "k8v4"}, {}, "pairs 'k8v4'"),
-        ({"decoding": DecodingConfig()}, {}, "compression that goes on"),
-        ({}, {"context_length": LENGTH}, "compression that goes on"),
+        ({"decoding": DecodingConfig()}, {}, "repeated compression"),
+        ({}, {"context_length": LENGTH}, "repeated compression"),
         ({}, {}, "rows with padding"),
     ],
 )

@@ -91,7 +91,7 @@ def test_what_excludes_streaming() -> None:
 @pytest.mark.parametrize("name", ["doge", "llama"])
 def test_dense_layers_whose_masks_cannot_be_fitted(name: str) -> None:
     model = tiny_model(name, attention="flex_attention" if name == "llama" else "sdpa")
-    message = "look their attention function up.*for budget 'layer'.*use budget='uniform'"
+    message = "get their attention function by name.*for budget 'layer'.*use budget='uniform'"
     refuse_block(ValueError, message, model, MoERouterPress(budget="layer"))
 
 
