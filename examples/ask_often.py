@@ -1,4 +1,4 @@
-"""A document is compressed once, asked often, saved and loaded."""
+"""A document is compressed once, for several questions, then saved and loaded."""
 
 import sys
 import tempfile

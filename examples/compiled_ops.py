@@ -1,4 +1,4 @@
-"""The ops in a model of one's own, under torch.compile: no Hugging Face model is needed."""
+"""The ops in a model of your own, under torch.compile: no Hugging Face model is needed."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from moekv import ops
 
 
 def evict(keys: Tensor, values: Tensor, queries: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """Keep the pairs [B, H, T, D] that the queries [B, H, Q, D] attend to most."""
+    """Retain the pairs [B, H, T, D] that the queries [B, H, Q, D] attend to most."""
     attention = torch.softmax(queries @ keys.mT / keys.shape[-1] ** 0.5, dim=-1)
     scores = attention.mean(dim=2)  # [B, H, T]
     total = keep * scores.shape[1]

@@ -1,4 +1,4 @@
-"""An expert of one's own, listed beside one that comes with moekv."""
+"""An expert of your own, beside one of moekv."""
 
 import sys
 
@@ -8,12 +8,12 @@ from moekv import Expert, LayerView, MoERouterPress, load_model
 
 
 class Loudest(Expert):
-    """Keeps pairs whose values are large: they add most to the output of attention."""
+    """Scores pairs by the size of their values, which is what they add to the output of attention."""
 
     name = "loudest"
 
     def scores(self, view: LayerView) -> Tensor:
-        """Rate every pair: [B, H, T], higher is better."""
+        """Score every pair: [B, H, T]; pairs with higher scores are retained."""
         return view.values.square().sum(dim=-1)
 
 

@@ -1,4 +1,4 @@
-"""A router of one's own: tokens with large hidden states count for more."""
+"""A router of your own: tokens with large hidden states count for more."""
 
 import sys
 

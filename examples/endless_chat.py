@@ -11,7 +11,7 @@ from moekv.cache.layer import CompressedLayer
 TURNS = ("Hello! Who are you?", "What is a lighthouse?", "Who lives there?", "Good night!")
 
 model, tokenizer = load_model(*sys.argv[1:2])
-# Compressed to 64 pairs a head whenever 32 tokens have come since the last time.
+# Compressed to 64 pairs a head after every 32 tokens.
 press = MoERouterPress(decoding=DecodingConfig(target=64, interval=32))
 cache = DynamicCache(config=model.config)
 ids = torch.empty(1, 0, dtype=torch.long)
@@ -29,5 +29,5 @@ with press(model):
         layers = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
         pairs = max(sum(layer.count_pairs([0])) / layer.num_heads for layer in layers)
         print(
-            f"{ids.shape[1]:4} tokens of chat, at most {pairs:.0f} pairs a head in a layer's mean"
+            f"{ids.shape[1]:4} tokens of chat, at most {pairs:.0f} pairs a head in the mean of a layer"
         )

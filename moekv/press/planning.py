@@ -117,8 +117,8 @@ class Planner:
         habits = [habits_of(layer, self._rotary) for layer in self.layers]
         if not all(x.is_seen for x in habits):
             raise TypeError(
-                "expected attention layers whose queries can be observed, got "
-                f"{type(self.layers[0]).__name__}, which multiplies them by its keys itself"
+                "expected attention layers whose queries can be seen, got "
+                f"{type(self.layers[0]).__name__}, which multiplies them by its keys by itself"
             )
         size, backend = max(x.head_dim for x in habits), options.backend
         if size > MAX_HEAD_DIM and backend not in ("auto", "torch"):
