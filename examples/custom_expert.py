@@ -8,7 +8,7 @@ from moekv import Expert, LayerView, MoERouterPress, load_model
 
 
 class Loudest(Expert):
-    """Scores pairs by the size of their values, which is what they add to the output of attention."""
+    """Scores pairs by their values: large ones add most to the output of attention."""
 
     name = "loudest"
 

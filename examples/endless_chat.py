@@ -28,6 +28,4 @@ with press(model):
         )
         layers = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
         pairs = max(sum(layer.count_pairs([0])) / layer.num_heads for layer in layers)
-        print(
-            f"{ids.shape[1]:4} tokens of chat, at most {pairs:.0f} pairs a head in the mean of a layer"
-        )
+        print(f"{ids.shape[1]:4} tokens of chat, at most {pairs:.0f} pairs a head, layer mean")
