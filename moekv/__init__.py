@@ -1,20 +1,21 @@
 """Mixture-of-experts compression of KV caches.
 
-Rooms, along the data's way; each imports only from those below it (``cache`` and ``experts`` stand
-side by side):
+The packages, each of which imports only from those below it (``cache`` and ``experts`` are on one
+level):
 
-``contexts``     a document that is compressed once, and asked often
-``press``        the conductor: what a user holds, and what runs in its block
-``calibration``  what can be learned, and the routers that come of it
-``cache``        what is stored, and how it is attended to
-``experts``      what a pair is worth
-``routing``      which expert a token trusts
-``budget``       how many pairs stay, and which
-``report``       what stayed, as a page
-``models``       what is taken for granted of transformers, and checked
-``ops``          what the kernels compute
+``contexts``     documents that are compressed once, for any number of questions
+``press``        ``MoERouterPress``: compresses the caches of a model in a ``with`` block
+``calibration``  fits routers to a model
+``cache``        compressed cache layers, attention over them, saved caches
+``experts``      score the pairs of a layer
+``routing``      routes tokens to experts, and mixes the experts' scores
+``budget``       counts the pairs to retain, and selects them
+``report``       a page that shows what was retained
+``models``       all that depends on the internals of transformers, with checks
+``ops``          the operators, and their kernels
 
-On top stand ``integrations`` (other people's houses) and ``cli``; ``files`` writes files whole.
+Above them are ``integrations`` (moekv inside other packages) and ``cli``; ``files`` writes files
+whole or not at all.
 """
 
 from collections.abc import Callable
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Read when asked for: an op alone does not wait for transformers.
+# Imported on first use: an op alone does not load transformers.
 _HOMES = {
     "AdaptiveRouter": "routing.adaptive",
     "BaseMoERouter": "routing.base",

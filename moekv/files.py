@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are written whole or not at all."""
 
 import os
 import secrets
@@ -14,7 +14,7 @@ def check_file(path: str | os.PathLike[str]) -> None:
     Raises
     ------
     TypeError
-        It is no path.
+        It is not a path.
     ValueError
         There is a folder, a device or a pipe.
     """
@@ -28,11 +28,10 @@ def check_file(path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[str]:
-    """Return a temporary name to write to; at the end the file takes its place.
+    """Return a temporary name to write to, which is renamed at the end.
 
-    A crash or an exception leaves what was there before. What a symbolic link points to is
-    replaced, and not the link. A file that is replaced hands its mode on; a new one has the mode
-    that any new file of this process has.
+    A crash or an exception leaves the earlier file. The target of a symbolic link is replaced, and
+    not the link. A replaced file passes its mode on; a new one has the mode that the umask gives.
 
     Parameters
     ----------

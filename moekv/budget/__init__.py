@@ -1,8 +1,8 @@
-"""How many pairs stay, and which.
+"""Counts the pairs to retain, and selects them.
 
-``size`` counts the pairs of a head by the ratio and names the budgets; ``kept`` is what stays of a
-layer; ``selection`` chooses it after a prefill, ``grown`` where heads have come to hold different
-numbers, ``layers`` under any budget; ``protection`` serves top-ks that are not ours.
+``size`` counts the pairs of a head by the ratio and names the budgets; ``kept`` has the retained
+pairs of a layer; ``selection`` selects them after a prefill, ``grown`` where heads hold different
+numbers, ``layers`` under any budget; ``protection`` prepares scores for the top-k of other code.
 
 May import ``moekv.ops``.
 """

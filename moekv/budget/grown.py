@@ -20,7 +20,7 @@ class Grown:
     Attributes
     ----------
     scores : Tensor [B, H, L], float32
-        Those of a shorter head stand at the right.
+        Those of a shorter head are at the right.
     start : Tensor [B, H], int32, or None
         Where each head begins; None: all are as long.
     lengths : list of B lists of H ints
@@ -41,7 +41,7 @@ def select_grown(
     recent: int,
     backend: str,
 ) -> list[Kept]:
-    """Choose the pairs that stay in layers that have grown.
+    """Select the pairs to retain in layers that have grown.
 
     Parameters
     ----------
@@ -49,16 +49,16 @@ def select_grown(
     keep : sequence of B ints
         Pairs of a head in each row, on average over the heads that share a budget.
     budget : str
-        ``"uniform"``: no head keeps more. ``"head"``: the heads of a layer share; ``"model"``:
-        those of all layers.
+        ``"uniform"``: every head retains as many. ``"head"``: the heads of a layer share;
+        ``"model"``: those of all layers.
     sinks, recent : int
-        First and last pairs that every head keeps, as far as its share allows.
+        First and last pairs that every head retains, as far as its share allows.
     backend : str
 
     Returns
     -------
     list of L Kept
-        In each row as many as `keep` says, or all that there are. A budget over the model waits
+        In each row as many as `keep`, or all if there are fewer. A budget over the model waits
         for the device, once.
     """
 

@@ -1,4 +1,4 @@
-"""Which pairs of a layer stay."""
+"""The retained pairs of a layer."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Kept:
-    """Positions that the heads of a layer keep.
+    """Positions that the heads of a layer retain.
 
     Attributes
     ----------
@@ -22,7 +22,7 @@ class Kept:
     shape : tuple of int
         (B, H, T).
     per_head : int or None
-        Pairs of each head, where all heads keep as many of rows without padding.
+        Pairs of each head, where all heads retain as many, of rows without padding.
     """
 
     indices: Tensor
@@ -32,7 +32,7 @@ class Kept:
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> "Kept":
-        """Keep what is True in a mask [B, H, T]. Waits for the device."""
+        """Retain what is True in a mask [B, H, T]. Waits for the device."""
         batch, num_heads, num_keys = mask.shape
         indices = mask.nonzero()[:, 2].int()
         offsets = functional.pad(mask.sum(-1).flatten().cumsum(0), (1, 0)).int()
@@ -40,7 +40,7 @@ class Kept:
 
     @classmethod
     def everything(cls, shape: tuple[int, int, int], real: Tensor | None, device: Any) -> "Kept":
-        """Keep all pairs that are real [B, H or 1, T]; None: all. Waits for the device if any."""
+        """Retain all real pairs [B, H or 1, T]; None: all. Waits for the device if any."""
         batch, num_heads, num_keys = shape
         if real is not None:
             return cls.from_mask(real.expand(shape))
@@ -55,7 +55,7 @@ class Kept:
         begin = torch.arange(batch * num_heads, device=self.indices.device) * num_keys
         if self.per_head is not None:
             return (self.indices.view(-1, self.per_head) + begin[:, None]).flatten()
-        # The size is known, so that nothing has to wait for the device.
+        # The size is known, so nothing waits for the device.
         return self.indices + begin.repeat_interleave(
             self.offsets.diff(), output_size=len(self.indices)
         )
@@ -72,7 +72,7 @@ class Kept:
         return self.offsets.diff().view(self.shape[:2])
 
     def share(self) -> Tensor:
-        """Share of each row's heads that keep a position: [B, T] float32."""
+        """Share of each row's heads that retain a position: [B, T] float32."""
         batch, num_heads, num_keys = self.shape
         place = self.indices
         if batch > 1:
@@ -83,7 +83,7 @@ class Kept:
 
 
 def without_padding(kept: Kept, start: Tensor | None, lengths: Iterable[int]) -> Kept:
-    """Take padding out, which only heads of nothing else keep. Waits for the device if any do.
+    """Remove padding, which only heads without real pairs retain. Waits for the device if any do.
 
     Parameters
     ----------

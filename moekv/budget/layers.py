@@ -15,21 +15,21 @@ def choose(
     *,
     alike: bool,
 ) -> list[Kept]:
-    """Choose pairs under any budget.
+    """Select pairs under any budget.
 
     Parameters
     ----------
     under : callable
-        Chooses under a budget other than ``"layer"``, of a slice of the layers, so many pairs of a
-        head in each row, as :func:`select` does.
+        Selects under a budget other than ``"layer"``: takes the budget, a slice of the layers and
+        the pairs of a head in each row, as :func:`select` does.
     budget : str
         One of ``BUDGETS`` but ``"auto"``.
     totals : sequence of B ints
-        Pairs that a head of each row keeps, on average over the heads that share a budget.
+        Pairs that a head of each row retains, on average over the heads that share a budget.
     lengths : sequence of L sequences of B ints
         Pairs that a head of each row has.
     alike : bool
-        Whether the rows of a layer have to keep as many.
+        Whether the rows of a layer have to retain as many.
 
     Returns
     -------
@@ -44,7 +44,7 @@ def choose(
 def _layer_totals(
     kept: Sequence[Kept], lengths: Sequence[Sequence[int]], *, alike: bool
 ) -> list[list[int]]:
-    """Give each layer what its heads hold on average, rounded so that the sum stays.
+    """Give each layer the mean length of its heads, rounded so that the sum is the same.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ def _layer_totals(
     lengths : sequence of L sequences of B ints
         Pairs that a head of each row has, at most as many as it may get.
     alike : bool
-        Whether the rows of a layer are to keep as many; they have as many in all.
+        Whether the rows of a layer have to retain as many; their sums are equal then.
 
     Returns
     -------

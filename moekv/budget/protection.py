@@ -1,4 +1,4 @@
-"""Scores for a top-k that is not ours: finite, and what has to stay first."""
+"""Prepares scores for the top-k of other code: finite, with protected positions first."""
 
 import torch
 from torch import Tensor

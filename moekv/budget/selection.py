@@ -20,7 +20,7 @@ def select(
     recent: int,
     backend: str,
 ) -> list[Kept]:
-    """Choose the pairs that the heads of some layers keep.
+    """Select the pairs that the heads of some layers retain.
 
     Parameters
     ----------
@@ -29,11 +29,11 @@ def select(
     start : Tensor [B], int32, or None
         Padding at the left of each row.
     totals : sequence of B ints
-        Pairs that a head of each row keeps, on average over the heads that share a budget.
+        Pairs that a head of each row retains, on average over the heads that share a budget.
     budget : str
         ``"uniform"``, ``"head"`` or ``"model"``.
     sinks, recent : int
-        First and last real positions that every head keeps, as far as the total allows.
+        First and last real positions that every head retains, as far as the total allows.
     backend : str
 
     Returns
@@ -85,7 +85,7 @@ def select_over_layers(
     recent: int,
     backend: str,
 ) -> list[Kept]:
-    """Choose the best pairs over all heads of some layers. Waits for the device, once.
+    """Select the best pairs over all heads of some layers. Waits for the device, once.
 
     Parameters
     ----------
@@ -94,9 +94,9 @@ def select_over_layers(
     start : Tensor [B], int32, or None
         Padding at the left of each row.
     totals : sequence of B ints
-        Pairs that each row keeps in all, at least one for each of its heads.
+        Pairs that each row retains in all, at least one for each of its heads.
     sinks, recent : int
-        First and last real positions that every head keeps, as far as the total allows.
+        First and last real positions that every head retains, as far as the total allows.
     backend : str
 
     Returns

@@ -1,4 +1,4 @@
-"""How many pairs stay, and between which heads they may move."""
+"""How many pairs are retained, and the heads that share a budget."""
 
 from fractions import Fraction
 from numbers import Real
@@ -15,7 +15,7 @@ DENSE = ("uniform", "layer")  # those under which the heads of a layer keep as m
 
 
 def kept_pairs(length: int, compression_ratio: float, gain: Fraction | int = 1) -> int:
-    """Count the pairs of a head that stay: ``max(1, int(length * (1 - compression_ratio)))``.
+    """Count the pairs of a head to retain: ``max(1, int(length * (1 - compression_ratio)))``.
 
     Parameters
     ----------
@@ -29,8 +29,8 @@ def kept_pairs(length: int, compression_ratio: float, gain: Fraction | int = 1) 
     Returns
     -------
     int
-        At least 1, so that no cache is ever emptied; with `gain` 1 what kvpress keeps. At most
-        all: where quantising makes the room, nothing has to leave.
+        At least 1, so that no cache is emptied; with `gain` 1 as many as in kvpress. At most all:
+        where quantising makes enough room, nothing is evicted.
     """
     return max(1, min(length, int(length * (1 - compression_ratio) * gain)))
 

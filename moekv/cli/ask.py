@@ -27,7 +27,7 @@ def run(
     *,
     files: Sequence[str],
     questions: Sequence[str],
-    ratio: float,
+    ratio: float | None,
     save: Path | None,
     load: Path | None,
     html: Path | None,
@@ -47,20 +47,38 @@ def run(
         A file cannot be read or written, an option is wrong, or the model is not to be had.
     """
     if bool(files) == (load is not None):
-        raise CommandError("expected files to read, or --load with a saved context")
-    if load is not None and (compare or save or chunk_size or html):
-        raise CommandError("expected --compare, --save, --html and --chunk-size with files to read")
+        got = "both" if files else "neither"
+        raise CommandError(f"expected files to read, or --load with a saved context, got {got}")
+    if load is not None:
+        given = {
+            "--ratio": ratio is not None,
+            "--save": save,
+            "--html": html,
+            "--compare": compare,
+            "--chunk-size": chunk_size,
+            "--router": options["router_type"],
+            "--budget": options["budget"] != "auto",
+            "--pairs": options["pairs"] != "16",
+            "--backend": options["backend"] != "auto",
+        }
+        if wrong := [name for name, is_given in given.items() if is_given]:
+            raise CommandError(
+                f"expected files to read with {', '.join(wrong)}, got --load: a saved context is "
+                "compressed already"
+            )
     if html is not None and chunk_size is not None:
-        raise CommandError("expected --html or --chunk-size: a page shows one reading of the whole")
+        raise CommandError(
+            "expected --html or --chunk-size, got both: a page shows a prefill in one forward"
+        )
     if STANDARD_INPUT in files and not questions and save is None and html is None:
-        raise CommandError("expected a --question where the document is standard input")
+        raise CommandError("expected a --question, as the document is standard input, got none")
     for output in (save, html):
         if output is not None:
             check_output(output)
     if load is not None and not load.is_file():
-        raise CommandError(f"expected a saved context, there is no file {load}")
+        raise CommandError(f"expected a saved context, got {load}, which is no file")
     try:
-        presses = [MoERouterPress(compression_ratio=ratio, **options)]
+        presses = [MoERouterPress(compression_ratio=0.75 if ratio is None else ratio, **options)]
         document = "\n\n".join(map(_read, files))
     except (OSError, ValueError, ImportError) as error:
         raise CommandError(str(error)) from error
@@ -93,7 +111,7 @@ def run(
             contexts[0].report(html)
         except OSError as error:
             raise CommandError(str(error)) from error
-        console.print(f"what stayed: {html}")
+        console.print(f"report: {html}")
     written = save is not None or html is not None
     for question in questions or ([] if written else _asked(console)):
         _answer(console, contexts, question, max_new_tokens, titled=bool(questions))

@@ -158,11 +158,16 @@ def ask(
         ),
     ] = None,
     ratio: Annotated[
-        float,
+        float | None,
         typer.Option(
-            "--ratio", "-r", min=0, metavar="R", help="Share of the cache to remove, in [0, 1)."
+            "--ratio",
+            "-r",
+            min=0,
+            metavar="R",
+            help="Share of the cache to remove, in [0, 1).",
+            show_default="0.75",
         ),
-    ] = 0.75,
+    ] = None,
     save: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the compressed context to a file.")
     ] = None,

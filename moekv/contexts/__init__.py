@@ -1,6 +1,6 @@
-"""A document that is compressed once, and asked often.
+"""Documents that are compressed once, for any number of questions.
 
-``context`` is what a user holds, ``documents`` reads files into text. The command line stands on
+``context`` has the compressed document, ``documents`` reads files into text. The command line uses
 both.
 
 May import everything but ``moekv.integrations`` and ``moekv.cli``.

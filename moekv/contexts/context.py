@@ -25,7 +25,7 @@ from moekv.report.page import write_page
 from moekv.report.recording import Recording
 
 MAX_NEW_TOKENS = 128
-"""Tokens of an answer at most, unless said."""
+"""Tokens of an answer at most, by default."""
 
 
 class CompressedContext:
@@ -34,7 +34,7 @@ class CompressedContext:
     Parameters
     ----------
     model : PreTrainedModel
-        What filled the cache.
+        The model that filled the cache.
     tokenizer : PreTrainedTokenizerBase
     cache : Cache
         Filled with `input_ids`, compressed or not.
@@ -43,7 +43,7 @@ class CompressedContext:
     stats : dict, optional
         What the press measured, see ``MoERouterPress.get_stats``.
     recording : Recording, optional
-        Which pairs stayed, for :meth:`report`.
+        Which pairs were retained, for :meth:`report`.
 
     Raises
     ------
@@ -92,15 +92,15 @@ class CompressedContext:
 
     @property
     def full_nbytes(self) -> int:
-        """Bytes that it would hold with every pair of the document."""
+        """Bytes that it would hold without compression."""
         return sum(_full_bytes(layer) for layer in self.cache.layers)
 
     @torch.no_grad()
     def ask(self, question: str, *, max_new_tokens: int = MAX_NEW_TOKENS, **options: Any) -> str:
         """Answer a question from the document.
 
-        Every question is asked of the document alone: neither earlier questions nor their answers
-        are part of it, and the context stays as it is.
+        Every question refers to the document alone: earlier questions and answers are not part of
+        it, and the context is not changed.
 
         Parameters
         ----------
@@ -108,8 +108,8 @@ class CompressedContext:
         max_new_tokens : int, optional
             Tokens of the answer at most.
         **options
-            For ``model.generate``, such as ``streamer=`` or ``do_sample=True``; by default the
-            likeliest token is taken each time.
+            For ``model.generate``, such as ``streamer=`` or ``do_sample=True``; by default
+            decoding is greedy.
 
         Returns
         -------
@@ -119,7 +119,7 @@ class CompressedContext:
         Raises
         ------
         TypeError
-            `question` is no str.
+            `question` is not a str.
         ValueError
             It is empty.
         """
@@ -131,7 +131,7 @@ class CompressedContext:
         asked = encode(self.tokenizer, f"\n\n{question.strip()}{after}")
         ids = torch.cat([self.input_ids, asked], dim=1).to(self.model.device)
         if not options.get("do_sample"):
-            # A model's own settings for sampling would only bring warnings.
+            # A model's own settings for sampling would only cause warnings.
             options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | (
                 options
             )
@@ -148,7 +148,7 @@ class CompressedContext:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the context to one safetensors file, for :func:`load_context`.
 
-        The file holds the tokens of the document: whoever reads it can read the document.
+        The file contains the tokens of the document: who can read it can read the document.
 
         Raises
         ------
@@ -158,7 +158,7 @@ class CompressedContext:
         save_cache(self.cache, path, self.model, input_ids=self.input_ids)
 
     def report(self, path: str | os.PathLike[str]) -> None:
-        """Write a page that shows which tokens stayed, see ``MoERouterPress.report``.
+        """Write a page that shows which tokens were retained, see ``MoERouterPress.report``.
 
         Raises
         ------
@@ -185,25 +185,25 @@ def compress(
     record: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> CompressedContext:
-    """Let a model read a document once, and compress its cache.
+    """Read a document once with a model, and compress its cache.
 
     Parameters
     ----------
     model : PreTrainedModel
     tokenizer : PreTrainedTokenizerBase
-        Where it knows chats, the document begins the user's turn, and a question ends it.
+        With a chat template, the document begins the user's turn, and a question ends it.
     document : str
-        Its text; :func:`moekv.contexts.documents.read_document` makes one of a file.
+        Its text; :func:`moekv.contexts.documents.read_document` reads a file.
     press : MoERouterPress, optional
-        How to compress; by default ``MoERouterPress()``. ``MoERouterPress(compression_ratio=0)``
-        keeps every pair.
+        By default ``MoERouterPress()``; ``MoERouterPress(compression_ratio=0)`` keeps every pair.
     chunk_size : int, optional
-        Read so many tokens at a time and compress after each, for documents whose full cache does
-        not fit; by default all at once.
+        Tokens to read at a time, with a compression after each chunk, for documents whose full
+        cache does not fit; by default all at once.
     record : bool
-        Note which pairs stay, for :meth:`CompressedContext.report`; not with `chunk_size`.
+        Record which pairs are retained, for :meth:`CompressedContext.report`; not with
+        `chunk_size`.
     progress : callable, optional
-        Called with the number of layers that are done, and of all that there are to do.
+        Called with the number of layers done, and of all layers.
 
     Returns
     -------
@@ -212,9 +212,9 @@ def compress(
     Raises
     ------
     TypeError
-        `document` is no str, or what is to be a press is none.
+        `document` is not a str, or `press` not a press.
     ValueError
-        The document is empty; or is to be recorded in chunks; or as in a block of the press.
+        The document is empty, or to be recorded in chunks; or as in a block of the press.
 
     Examples
     --------
@@ -227,7 +227,7 @@ def compress(
     if not isinstance(document, str):
         raise TypeError(
             f"expected the text of a document as str, got {type(document).__name__}; "
-            "moekv.contexts.documents.read_document makes one of a file"
+            "moekv.contexts.documents.read_document reads a file"
         )
     if not document.strip():
         raise ValueError("expected the text of a document, got an empty one")
@@ -282,7 +282,7 @@ def load_context(
     FileNotFoundError
         There is no such file.
     ValueError
-        It holds no context, or one of another model.
+        It does not contain a context, or one of another model.
     """
     language_model(model)
     check_tokenizer(tokenizer)
@@ -307,7 +307,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
 
 
 def _padding(model: PreTrainedModel) -> int | None:
-    """Name a token to pad with, where a model has none: nothing is padded, but one is asked for."""
+    """Return a padding token for models without one: nothing is padded, but generate needs one."""
     settings: Any = model.generation_config
     pad: int | None = getattr(settings, "pad_token_id", None)
     end: Any = getattr(settings, "eos_token_id", None)

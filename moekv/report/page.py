@@ -1,4 +1,4 @@
-"""One page that shows what stayed of a prefill: a template, and the data that it draws."""
+"""One page that shows what was retained of a prefill: a template, and its data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moekv.report.pieces import split_into_pieces
 from moekv.report.recording import LayerRecord, Recording
 
 _PLACE = "/*data*/null"
-"""Where the template wants its data."""
+"""Placeholder of the data in the template."""
 
 
 def write_page(
@@ -43,8 +43,8 @@ def write_page(
     Raises
     ------
     TypeError, ValueError
-        Tokenizer or tokens are none, the tokens are not as many as were prefilled, or there is no
-        such row.
+        Tokenizer or tokens are not what they should be, there are more or fewer tokens than were
+        prefilled, or there is no such row.
     OSError
         The file cannot be written.
     """
@@ -52,7 +52,7 @@ def write_page(
         raise TypeError(f"expected a tokenizer, got {type(tokenizer).__name__}")
     tokens = _tokens(input_ids, recording, row)
     data = _data(recording, tokenizer, tokens, row)
-    # No text may end the script that it stands in.
+    # No text may end the script that contains it.
     encoded = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     template = files("moekv.report").joinpath("page.html").read_text(encoding="utf-8")
     before, after = template.split(_PLACE)

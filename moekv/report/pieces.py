@@ -1,4 +1,4 @@
-"""Text in pieces that a reader sees: a token each, or several that are one character together."""
+"""Text in visible pieces: one token each, or several that make up one character."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 _INCOMPLETE = "\ufffd"
-"""What a decoder makes of bytes that are no whole character."""
+"""What a decoder returns for an incomplete character."""
 _LONGEST = 8
-"""Tokens of a character at most: beyond that, bytes that are none in fact."""
+"""Most tokens of a character; beyond that the bytes are not a character."""
 
 
 def split_into_pieces(
@@ -17,8 +17,8 @@ def split_into_pieces(
 ) -> list[tuple[int, str]]:
     """Split tokens into pieces, whose texts make up the whole.
 
-    Each is decoded behind those before it, as what a token looks like may depend on them: a space
-    at its beginning, or bytes of a character that began earlier.
+    Each is decoded after those before it, as its text may depend on them: a space at its beginning,
+    or bytes of a character that began earlier.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What a press has noted of a prefill."""
+"""The record of a prefill."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """What became of one layer's pairs. B rows, H KV heads, T tokens, E experts.
+    """The record of one layer. B rows, H KV heads, T tokens, E experts.
 
     Attributes
     ----------
     index : int
         Of the layer.
     kept : Tensor [B, H, T], bool
-        Which pairs stayed; False at padding.
+        Which pairs were retained; False at padding.
     speakers : Tensor [B, H, T], uint8
-        The expert that gave each pair its place in the order.
+        The expert that picked each pair: the one that gave it its place in the order.
     weights : Tensor [B, E], float32
         Mean over the real tokens of the experts' weights, which sum to 1.
     """
@@ -32,7 +32,7 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class Recording:
-    """What became of a prefill's pairs.
+    """The record of a prefill.
 
     Attributes
     ----------
@@ -45,13 +45,13 @@ class Recording:
     num_tokens : int
         T, padding included.
     sinks, recent : int
-        First and last real positions that stay in any case.
+        First and last real positions that are always retained.
     bytes_before, bytes_after : int
         Of the layers' storages, all rows together.
     layers : sequence of LayerRecord
         Those that the press compressed, in order.
     press : str
-        What compressed, with its options.
+        The press with its options.
     """
 
     experts: Sequence[str]

@@ -125,7 +125,7 @@ def test_a_page_shows_what_stayed(
     page = tmp_path / "report.html"
     assert ask(folder, str(story), "--html", str(page), "-q", QUESTIONS[0], "--compare") == 0
     out = printed(capsys)
-    assert "what stayed:" in out
+    assert "report:" in out
     expected, _ = answers(folder, STORY, 0.75)
     assert expected in out
     assert "compression_ratio=0.75" in page.read_text()

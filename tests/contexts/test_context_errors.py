@@ -40,7 +40,7 @@ def test_tokens_that_are_not_of_the_cache_are_refused(
     ("document", "press", "error", "message"),
     [
         (["a", "b"], None, TypeError, "expected the text of a document as str, got list"),
-        (Path("a.txt"), None, TypeError, "read_document makes one of a file"),
+        (Path("a.txt"), None, TypeError, "read_document reads a file"),
         ("  \n", None, ValueError, "got an empty one"),
         ("text", MoERouterPress, TypeError, "expected a MoERouterPress, got <class"),
     ],
