@@ -13,7 +13,7 @@ from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moekv.cli import common
-from moekv.cli.common import CommandError, check_output, make_console, make_progress
+from moekv.cli.common import CommandError, check_output, make_console, make_progress, reason
 from moekv.contexts.context import CompressedContext, compress, load_context
 from moekv.contexts.documents import read_document
 from moekv.models.loading import DEFAULT_MODEL
@@ -81,7 +81,7 @@ def run(
         presses = [MoERouterPress(compression_ratio=0.75 if ratio is None else ratio, **options)]
         document = "\n\n".join(map(_read, files))
     except (OSError, ValueError, ImportError) as error:
-        raise CommandError(str(error)) from error
+        raise CommandError(reason(error)) from error
     if compare:
         presses.append(MoERouterPress(compression_ratio=0.0, backend=options["backend"]))
 
@@ -99,18 +99,18 @@ def run(
                 for press, record in zip(presses, (html is not None, False), strict=False)
             ]
     except (OSError, TypeError, ValueError) as error:
-        raise CommandError(str(error)) from error
+        raise CommandError(reason(error)) from error
     if save is not None:
         try:
             contexts[0].save(save)
         except OSError as error:
-            raise CommandError(str(error)) from error
+            raise CommandError(reason(error)) from error
         console.print(f"saved: {save}, {size(save.stat().st_size)}")
     if html is not None:
         try:
             contexts[0].report(html)
         except OSError as error:
-            raise CommandError(str(error)) from error
+            raise CommandError(reason(error)) from error
         console.print(f"report: {html}")
     written = save is not None or html is not None
     for question in questions or ([] if written else _asked(console)):

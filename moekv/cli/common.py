@@ -46,6 +46,13 @@ def make_progress(console: Console) -> Progress:
     )
 
 
+def reason(error: Exception) -> str:
+    """Return an error's message; for a file that cannot be used, its name and why."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 def check_output(path: Path) -> None:
     """Raise unless a file can be written there.
 

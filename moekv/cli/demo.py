@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moekv import MoERouterPress
-from moekv.cli.common import CommandError, load, make_console, make_progress
+from moekv.cli.common import CommandError, load, make_console, make_progress, reason
 from moekv.cli.tables import answers_table, costs_table, outcome, run_title
 from moekv.cli.trial import Prompt, Question, Result, ask, read
 from moekv.models.loading import DEFAULT_MODEL
@@ -74,7 +74,7 @@ def run(
             loaded, tokenizer = load(name, dtype, device)
         prompt = Prompt(tokenizer, text, context_tokens)
     except (ValueError, OSError) as error:
-        raise CommandError(str(error)) from error
+        raise CommandError(reason(error)) from error
     asked = [Question(question) for question in questions] or [
         question for question in QUESTIONS if question.facts[0] in prompt.text
     ]
@@ -98,7 +98,7 @@ def run(
             try:
                 result, cache = read(loaded, prompt, press, progress, f"{run_name}: reading")
             except (TypeError, ValueError) as error:  # the press cannot serve this model
-                raise CommandError(str(error)) from error
+                raise CommandError(reason(error)) from error
             if results:
                 _check_compressed(result, results[0])
             ask(

@@ -387,4 +387,8 @@ def _explain(name: str, error: Exception, anything: bool) -> str:
     message = str(error.format_message())
     if not anything:
         return message  # the help
-    return f"{name}: error: {message.rstrip('.')}; see {name} --help"
+    commands = {
+        f"moekv {each.callback.__name__}" for each in app.registered_commands if each.callback
+    }
+    helps = name if name in commands else "moekv"
+    return f"{name}: error: {message.rstrip('.')}; see {helps} --help"

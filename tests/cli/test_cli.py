@@ -115,11 +115,11 @@ def test_help_of_calibrate_tells_the_defaults(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nonsense"], "No such command 'nonsense'"),
+        (["nonsense"], "No such command 'nonsense'; see moekv --help"),
         (["demo", "--ratio", "much"], "valid number"),
         (["demo", "--max-new-tokens", "0"], "greater than or equal to 1"),
         (["demo", "--dtype", "int8"], "int8"),
-        (["demo", "--nonsense"], "--nonsense"),
+        (["demo", "--nonsense"], "--nonsense; see moekv demo --help"),
         (["demo", "--ratio", "1"], "compression_ratio"),
         (["ask"], "with a saved context, got neither"),
         (["ask", __file__, "--load", "x"], "with a saved context, got both"),
@@ -128,7 +128,7 @@ def test_help_of_calibrate_tells_the_defaults(capsys: pytest.CaptureFixture[str]
         (["ask", "--load", "x", "--pairs", "k8v4", "--budget", "head"], "with --budget, --pairs"),
         (["ask", "--load", "missing"], "got missing, which is no file"),
         (["ask", "-"], "expected a --question, as the document is standard input"),
-        (["ask", "missing.txt"], "missing.txt"),
+        (["ask", "missing.txt"], "missing.txt: No such file or directory"),
         (["ask", __file__, "--save", "/nowhere/at/all"], "in a folder that exists"),
         (["ask", __file__, "--device", "toaster"], "expected a --device that is there"),
         (["ask", __file__, "--ratio", "1.5"], "compression_ratio"),
