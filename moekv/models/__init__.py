@@ -1,13 +1,13 @@
-"""What is taken for granted of transformers and its models, and checked.
+"""All that depends on the internals of transformers and its models, with checks.
 
-``hooks``        where a model's decoder and attention layers are, and what they are called with
-``queries``      how an attention layer forms its queries
-``habits``       how an attention layer rotates queries and treats pairs, tried once
-``watching``     seeing what attention layers ask
-``fingerprint``  telling models apart
-``weights``      reading weights wherever and however they are stored
-``chat``         where a text stands in a chat
-``loading``      models of the demo, the tests and the benchmarks
+``hooks``        finds a model's decoder and attention layers, and their arguments
+``queries``      computes queries that were not observed
+``habits``       tests how an attention layer rotates queries and uses pairs
+``watching``     observes the queries of attention layers
+``fingerprint``  identifies models
+``weights``      reads weights that are quantised, offloaded or sharded
+``chat``         the parts of a chat template around a text
+``loading``      loads the models of the demo, the tests and the benchmarks
 
 May import ``moekv.ops``.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_MODEL", "ModelUnavailableError", "cache_dir", "fetch_gguf", "load_model"]
 
 
-def __getattr__(name: str) -> Any:  # loading takes packages that a press does without
+def __getattr__(name: str) -> Any:  # loading imports packages that a press does not need
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module("moekv.models.loading"), name)

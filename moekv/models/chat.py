@@ -1,4 +1,4 @@
-"""Where a text stands in a chat."""
+"""The parts of a chat template around a text."""
 
 from transformers import PreTrainedTokenizerBase
 
@@ -6,7 +6,7 @@ _MARK = "\x00"
 
 
 def user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
-    """Find what a chat puts around the user's turn.
+    """Return what a chat template puts around the user's turn.
 
     Parameters
     ----------
@@ -15,8 +15,8 @@ def user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
     Returns
     -------
     tuple of str, or None
-        What comes before the turn, and what is between it and the answer; None where the tokenizer
-        knows no chats.
+        What comes before the turn, and what is between it and the answer; None for a tokenizer
+        without a chat template.
     """
     if not tokenizer.chat_template:
         return None
@@ -27,6 +27,6 @@ def user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
 
 
 def check_tokenizer(tokenizer: object) -> None:
-    """Raise ``TypeError`` unless something encodes and decodes text."""
+    """Raise ``TypeError`` for anything but a tokenizer."""
     if not callable(tokenizer) or not callable(getattr(tokenizer, "decode", None)):
         raise TypeError(f"expected a tokenizer of transformers, got {type(tokenizer).__name__}")

@@ -1,21 +1,21 @@
-"""Tell models apart: what was computed with one model must not be used with another.
+"""Identifies models: what was computed with one model must not be used with another.
 
 A fingerprint has two parts. What must be **equal**: the architecture, its sizes and how positions
 are rotated. And how **near** the weights are: a sketch of them, some hundred sums, which bf16,
-fp16, 8- and 4-bit round trips, sharding and offloading leave where it is, and a fine-tune does not.
+fp16, 8- and 4-bit round trips, sharding and offloading hardly change, and a fine-tune does.
 
-What a fine-tune does to a weight is a hundredth of what rounding to 4 bits does to it, so that no
-projection of matrices tells the two apart. But vectors are rounded to 16 bits at most, and noise
+A fine-tune changes a weight by a hundredth of what rounding to 4 bits does, so no projection of
+matrices can tell the two apart. But vectors are rounded to 16 bits at most, and noise
 cancels in sums over many weights. Hence three groups of sums, each with a scale of its own: the
 largest change in any round trip (see `_SCALES`; docs/design.md has the measurements).
 
 ``norms``    vectors: norms' weights and biases, as they are and rounded to bf16 and to fp16. Of
              these three the nearest counts: rounding once more changes nothing.
-``means``    what the rows of the embedding have in common: thousands of weights in a number.
+``means``    means over the rows of the embedding: thousands of weights in a number.
 ``tokens``   rows of the embedding in their order, which is the tokenizer's.
-``weights``  rows of matrices in three layers. These two tell unrelated models.
+``weights``  rows of matrices in three layers. These two differ between unrelated models.
 
-Nothing is remembered: every call reads the weights as they are.
+Nothing is cached: every call reads the current weights.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _FIELDS = (
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Name a model by its architecture and its weights.
+    """Return a name of a model's architecture and weights.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def short(name: str) -> str:
-    """Shorten a fingerprint for people: its type, what must be equal, a digest of the sketch."""
+    """Shorten a fingerprint for messages: its type, what must be equal, a digest of the sketch."""
     kind, _, rest = name.partition("-")
     equal, _, sketch = rest.partition("-")
     return f"{kind[:32]}-{equal[:16]}-{hashlib.sha256(sketch.encode()).hexdigest()[:8]}"
@@ -118,7 +118,7 @@ def distance(one: str, other: str) -> float:
     for group, count in _COUNTS.items():
         a, b = (sums[begin : begin + count] for _, sums in (first, second))
         begin += count
-        if not (numpy.isnan(a).any() or numpy.isnan(b).any()):  # else it could not be read
+        if not (numpy.isnan(a).any() or numpy.isnan(b).any()):  # NaN: it could not be read
             both = numpy.isfinite(a).all() and numpy.isfinite(b).all()
             changes[group] = numpy.square(a - b).mean() ** 0.5 if both else float("inf")
     if not changes:
@@ -158,7 +158,7 @@ def check_same(name: str, model: PreTrainedModel, what: str) -> float:
 
 
 def describe(name: str, own: str) -> str:
-    """Return how another model differs from one's own."""
+    """Describe how another model differs."""
     parts, mine = _parts(name), _parts(own)
     if parts is None or mine is None:
         return f"{name[:60]!r}, which is no fingerprint of this version of moekv"
@@ -171,7 +171,7 @@ def describe(name: str, own: str) -> str:
 
 
 def _parts(name: str) -> tuple[str, Any] | None:
-    """Take a fingerprint apart: what must be equal, and the numbers of its sketch."""
+    """Split a fingerprint: what must be equal, and the numbers of its sketch."""
     if not isinstance(name, str) or not (found := _FORM.fullmatch(name)):
         return None
     equal, sketch = found.groups()
@@ -250,7 +250,7 @@ def _sketch(decoder: nn.Module, mesh: Any) -> Any:
     layers = _blocks(decoder)
     embedding = read_weight(decoder.get_input_embeddings(), mesh=mesh)  # type: ignore[operator]
     if embedding is not None:
-        if len(embedding) >= _TOKENS:  # of fewer, noise does not cancel
+        if len(embedding) >= _TOKENS:  # noise of fewer does not cancel
             mean = _evened(_spread(embedding, _TOKENS)).mean(0)
             sums["means"].add(mean - mean.mean())
         sums["tokens"].add(_evened(_spread(embedding, _ROWS)))
@@ -287,7 +287,7 @@ def _spread(rows: Tensor, count: int) -> Tensor:
 
 
 def _evened(piece: Tensor) -> Tensor:
-    """Scale to a mean square of 1, so that no piece drowns the others."""
+    """Scale to a mean square of 1, so that all pieces count alike."""
     piece = piece.float() if piece.dim() > 1 else piece.to("cpu", torch.float64)
     return piece / piece.square().mean().sqrt().clamp(min=1e-30)
 

@@ -1,4 +1,4 @@
-"""What attention layers do with their pairs, found out before a forward runs."""
+"""How attention layers use their pairs, tested before a forward runs."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from moekv.ops.backends import MAX_HEAD_DIM
 
 @dataclass(frozen=True)
 class Habits:
-    """What an attention layer was seen to do, on one token.
+    """Properties of an attention layer, observed on one token.
 
     Attributes
     ----------
     is_seen : bool
-        Whether its queries are.
+        Whether its queries can be observed.
     hands_over : bool
-        Whether its attention function gets what the cache returns, and nothing else decides. Only
-        then heads may hold different numbers of pairs.
+        Whether its attention function gets exactly what the cache returns. Only then heads may hold
+        different numbers of pairs.
     mixes : bool
-        Whether it computes something of the pairs of all heads together, so that all have to hold
-        the same tokens': latents that keys and values are made of (DeepSeek V3), a mask (Doge).
+        Whether it combines the pairs of all heads, so that all have to hold the same tokens:
+        latents from which keys and values are computed (DeepSeek V3), a mask (Doge).
     head_dim : int
         Of keys or values as attention gets them, whichever is larger; 0: not known.
     sizes : tuple of int, int, torch.dtype, or None
-        Of a key and a value, and what they are made of, where both are seen.
+        Channels of a key and a value, and their dtype, where both were observed.
     """
 
     is_seen: bool
@@ -47,7 +47,7 @@ _known: weakref.WeakKeyDictionary[nn.Module, tuple[str, Habits]] = weakref.WeakK
 
 
 def habits_of(layer: nn.Module, rotary: nn.Module | None = None) -> Habits:
-    """Find out what an attention layer does, once for each of its implementations.
+    """Test an attention layer, once for each attention implementation.
 
     Parameters
     ----------
@@ -82,11 +82,11 @@ def _try(layer: nn.Module, rotary: nn.Module | None) -> Habits:
         asked = ask(layer, states, given, cache)
     except NotImplementedError:
         return Habits(False, False, False)
-    except Exception:  # a layer that wants more than it was given; nothing is taken for granted
+    except Exception:  # a layer that needs further arguments: nothing is known of it
         return Habits(looks_up(layer), False, False, getattr(layer, "head_dim", 0) or 0)
     if cache.pairs is None:
         return Habits(True, False, False)
-    if asked.key is None:  # it attends by itself
+    if asked.key is None:  # it computes attention itself
         mixes = bool(cache.touched - HEAD_BY_HEAD)
         return Habits(True, False, mixes, getattr(layer, "head_dim", 0) or 0)
     is_whole = asked.key is cache.pairs[0] and asked.value is cache.pairs[1]
@@ -104,7 +104,7 @@ def _hidden_size(layer: nn.Module) -> int | None:
 
 
 def reads_dense(layer: nn.Module, rotary: nn.Module | None = None) -> bool:
-    """Return whether an attention layer can read dense pairs alone."""
+    """Return whether an attention layer can only read dense pairs."""
     habits = habits_of(layer, rotary)
     is_wide = habits.head_dim > MAX_HEAD_DIM
     return implementation_of(layer) == "eager" or is_wide or not habits.hands_over
@@ -113,8 +113,8 @@ def reads_dense(layer: nn.Module, rotary: nn.Module | None = None) -> bool:
 def follows_masks(layer: nn.Module, rotary: nn.Module | None = None) -> bool:
     """Return whether each layer's attention can be given a mask of its own length.
 
-    It cannot where the model's own file attends, cuts a mask, or reads latents of all heads, and
-    where a mask is no tensor (flex attention).
+    It cannot where the model's own code computes attention, cuts a mask, or reads latents of all
+    heads, and where a mask is not a tensor (flex attention).
     """
     own = not looks_up(layer) or habits_of(layer, rotary).mixes
     return not own and implementation_of(layer) != "flex_attention"
@@ -130,12 +130,12 @@ def check_attention(layer: nn.Module, rotary: nn.Module | None, what: str) -> No
     rotary : nn.Module or None
         The decoder's rotary embedding.
     what : str
-        What makes the layers ragged, for the message.
+        Why the layers are ragged, for the message.
 
     Raises
     ------
     ValueError
-        It is of the model's own file, out of reach.
+        It is in the model's own code, and cannot be replaced.
     """
     if looks_up(layer) and implementation_of(layer) == "eager":
         raise ValueError(

