@@ -9,7 +9,7 @@ from typing import Any
 from moekv.calibration.calibrate import calibrate
 from moekv.calibration.config import CalibrationConfig
 from moekv.calibration.needs import Needs
-from moekv.cli.common import CommandError, load, make_console
+from moekv.cli.common import CommandError, load, make_console, reason
 from moekv.models.loading import DEFAULT_MODEL
 
 
@@ -61,7 +61,7 @@ def run(
             announce=announce,
         )
     except (ValueError, TypeError, OSError) as error:
-        raise CommandError(str(error)) from error
+        raise CommandError(reason(error)) from error
     router.save_pretrained(out)
     curve = [row["ranking_loss"] for row in router.recipe["curve"]]
     console.print(

@@ -382,8 +382,8 @@ def _explain(name: str, error: Exception, anything: bool) -> str:
     if isinstance(error, CommandError):
         return f"{name}: error: {error}"
     if not hasattr(error, "format_message"):
-        kind = type(error).__name__
-        return f"{name}: error: {kind}: {error} (--debug shows where)"
+        kind, what = type(error).__name__, " ".join(str(error).split())
+        return f"{name}: error: {kind}: {what} (--debug shows where)"
     message = str(error.format_message())
     if not anything:
         return message  # the help

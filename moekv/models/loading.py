@@ -82,7 +82,9 @@ def load_model(
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if name_or_path and Path(name_or_path).is_dir():
+    if name_or_path and (folder := Path(name_or_path)).is_dir():
+        if not (folder / "config.json").is_file():
+            raise OSError(f"expected a folder with a model, got {folder}, without a config.json")
         model, tokenizer = _from_pretrained(name_or_path, dtype, local=True)
     elif (online := _hub_answers(name_or_path)) or _is_cached(name_or_path):
         model, tokenizer = _from_pretrained(name_or_path, dtype, local=not online)

@@ -64,6 +64,11 @@ def test_an_unexpected_file_is_refused(no_index: Path) -> None:
     assert not list(models.cache_dir().iterdir())
 
 
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=f"expected a folder with a model, got {tmp_path}, without"):
+        models.load_model(str(tmp_path))
+
+
 def test_without_hub_and_index(no_index: Path) -> None:
     with pytest.raises(models.ModelUnavailableError, match=r"the other way to it, failed:\n.*ERR"):
         models.load_model()
