@@ -201,6 +201,9 @@ def ask(
 ) -> None:
     """Answer questions about documents, which are read once.
 
+    The default model is small, and often wrong with the full cache as well: --compare shows what
+    the full cache answers, and --model takes a larger one.
+
     \b
     Examples:
       moekv ask report.pdf -q "Who signed it?" -q "What did it cost?"
