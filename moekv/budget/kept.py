@@ -1,7 +1,7 @@
 """The retained pairs of a layer."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,29 @@ class Kept:
     def counts(self) -> Tensor:
         """Count the pairs of each head: [B, H]."""
         return self.offsets.diff().view(self.shape[:2])
+
+    def within(self, held: "Kept") -> "Kept":
+        """Say by places among held pairs what stays of them, as a layer shows what it holds.
+
+        Parameters
+        ----------
+        held : Kept
+            Of the same layer. What stays is part of it.
+
+        Returns
+        -------
+        Kept
+            Of the longest head's length, the pairs of a shorter one at its right. Waits for the
+            device.
+        """
+        batch, num_heads, _ = self.shape
+        counts = held.offsets.diff()
+        longest = int(counts.max())
+        row = torch.searchsorted(held.rows(), self.rows())  # both ascend
+        shift = (longest - counts - held.offsets[:-1]).repeat_interleave(
+            self.offsets.diff(), output_size=len(row)
+        )
+        return replace(self, indices=(row + shift).int(), shape=(batch, num_heads, longest))
 
     def share(self) -> Tensor:
         """Share of each row's heads that retain a position: [B, T] float32."""

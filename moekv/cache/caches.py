@@ -86,6 +86,13 @@ def is_static(cache: Any) -> bool:
     return isinstance(cache, Cache) and any(isinstance(x, StaticLayer) for x in cache.layers)
 
 
+def is_compressed(layer: CacheLayerMixin) -> bool:
+    """Return whether a press has had its turn with a layer."""
+    if isinstance(layer, CompressedLayer):
+        return layer.context_length > 0
+    return isinstance(layer, CompactStaticLayer)
+
+
 _PLAIN = "pass past_key_values=DynamicCache(), or none and no cache_implementation"
 
 

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from moekv.budget import Kept
 from moekv.cache.attention import install
-from moekv.cache.buffers import append, first_kept, gather_rows, storage_bytes
+from moekv.cache.buffers import first_kept, gather_rows, storage_bytes
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.masks import offset_of
 from moekv.cache.pairs import NOT_DENSE, RaggedPairs
 from moekv.cache.rows import Rows
+from moekv.cache.tail import Tail
 from moekv.models.hooks import num_fed
 
 
@@ -54,20 +55,19 @@ class RaggedLayer(CompressedLayer):
         self.begin = begin
         self.end = end
         self._stored_pairs: list[int] | None = None
-        self._begin_tail()
+        self._tail = self._new_tail()
         super().__init__(backend=backend)
         install()
         self.context_length = length
         self.is_initialized = True
 
-    def _begin_tail(self) -> None:
-        """Begin an empty tail, without memory."""
-        rows, heads = self.rows, self.begin.shape
+    def _new_tail(self) -> Tail:
+        """Make an empty tail, without memory."""
+        rows = self.rows
         value_dtype = rows.values.dtype if rows.scales is None else rows.dtype
         empty = torch.empty(0, dtype=rows.dtype, device=rows.device)
-        self.tail_length = 0
-        self._tail_keys = empty.new_empty((*heads, 0, rows.key_dim))
-        self._tail_values = empty.new_empty((*heads, 0, rows.value_dim), dtype=value_dtype)
+        key, value = empty.view(0, rows.key_dim), empty.view(0, rows.value_dim).to(value_dtype)
+        return Tail(self.begin.shape, key, value)
 
     @classmethod
     def compress(
@@ -145,39 +145,13 @@ class RaggedLayer(CompressedLayer):
         known = longest - self.tail_length  # where places begin to say positions
         before = torch.zeros_like(first) if self.first is None else self.first
         self.first = torch.where(first < known, before, first - longest + self.get_seq_length())
-        self.context_length, self.tail_length = self.get_seq_length(), 0
+        self.context_length = self.get_seq_length()
+        self._tail.length = 0
         self.rows, self._stored_pairs = rows, None
         self.begin = kept.offsets[:-1].view(batch, num_kv_heads)
         self.end = kept.offsets[1:].view(batch, num_kv_heads)
-        if self.most is None or self._tail_keys.shape[2] > self.most:
-            self._begin_tail()  # nobody knows whether so many tokens will come again
-
-    def subset(self, kept: Kept, *, of: Kept) -> "RaggedLayer":
-        """Copy some of the stored pairs.
-
-        Parameters
-        ----------
-        kept : Kept
-            What stays of each head.
-        of : Kept
-            What the layer holds.
-
-        Returns
-        -------
-        RaggedLayer
-            Without a tail, with storage of its own.
-        """
-        rows = torch.searchsorted(of.rows(), kept.rows())  # both ascend
-        heads = self.begin.shape
-        layer = RaggedLayer(
-            self.rows.select(rows),
-            kept.offsets[:-1].view(heads),
-            kept.offsets[1:].view(heads),
-            length=self.context_length,
-            backend=self.backend,
-        )
-        layer.first = self.first
-        return layer
+        if self.most is None or self._tail.room > self.most:
+            self._tail = self._new_tail()  # nobody knows whether so many tokens will come again
 
     # -- what transformers asks of a layer ---------------------------------------------------------
 
@@ -199,8 +173,7 @@ class RaggedLayer(CompressedLayer):
     @keys.setter
     def keys(self, pairs: Any) -> None:
         if self._takes_back(pairs):
-            self.tail_length = pairs.length - self.context_length
-            self._tail_keys = pairs.tail[0][:, :, : self.tail_length]
+            self._tail.put_back(pairs.tail[0], None, pairs.length - self.context_length)
 
     @property  # type: ignore[override]
     def values(self) -> RaggedPairs:
@@ -210,8 +183,7 @@ class RaggedLayer(CompressedLayer):
     @values.setter
     def values(self, pairs: Any) -> None:
         if self._takes_back(pairs):
-            self.tail_length = pairs.length - self.context_length
-            self._tail_values = pairs.tail[1][:, :, : self.tail_length]
+            self._tail.put_back(None, pairs.tail[1], pairs.length - self.context_length)
 
     def _takes_back(self, pairs: Any) -> bool:
         """Whether pairs are of before a crop; a crop of those that there are is done here."""
@@ -251,10 +223,8 @@ class RaggedLayer(CompressedLayer):
             All keys and values, for attention.
         """
         self._branch()
-        self._tail_keys = append(self._tail_keys, self.tail_length, key_states, self.most)
-        self._tail_values = append(self._tail_values, self.tail_length, value_states, self.most)
-        self.rows = self.rows.read_as(self._tail_keys.dtype, self._tail_values.dtype)
-        self.tail_length += key_states.shape[2]
+        self._tail.append(key_states, value_states, self.most)
+        self.rows = self.rows.read_as(self.tail_keys.dtype, self.tail_values.dtype)
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
@@ -267,9 +237,7 @@ class RaggedLayer(CompressedLayer):
 
     def _forget(self, count: int) -> None:
         into = max(count - self.tail_length, 0)
-        self.tail_length -= count - into
-        # As the buffers, too: what is appended next goes elsewhere, and views of these tokens stay.
-        self._tail_keys, self._tail_values = self.tail_keys, self.tail_values
+        self._tail.forget(count - into)
         if into:  # a row of fewer pairs than that is padding there
             self.end = torch.maximum(self.end - into, self.begin)
             self._stored_pairs = None
@@ -279,7 +247,7 @@ class RaggedLayer(CompressedLayer):
         """Give batch row b the pairs of row ``indices[b]``, sharing what is stored."""
         indices = indices.to(self.device)
         self.begin, self.end = self.begin[indices], self.end[indices]
-        self._tail_keys, self._tail_values = self._tail_keys[indices], self._tail_values[indices]
+        self._tail.select(indices)
         self._stored_pairs = None
         self.num_moves += 1
 
@@ -313,8 +281,7 @@ class RaggedLayer(CompressedLayer):
 
     def _move(self, device: torch.device | str) -> None:
         self.rows = self.rows.move(device)
-        self._tail_keys = self._tail_keys.to(device, non_blocking=True)
-        self._tail_values = self._tail_values.to(device, non_blocking=True)
+        self._tail.move(device)
 
     # -- what moekv asks of a layer ----------------------------------------------------------------
 
@@ -367,14 +334,19 @@ class RaggedLayer(CompressedLayer):
         return self.rows.values
 
     @property
+    def tail_length(self) -> int:
+        """Tokens since compression, S."""
+        return self._tail.length
+
+    @property
     def tail_keys(self) -> Tensor:
         """[B, H, S, D], the keys of the tokens since compression."""
-        return self._tail_keys[:, :, : self.tail_length]
+        return self._tail.keys
 
     @property
     def tail_values(self) -> Tensor:
         """[B, H, S, Dv], the values of the tokens since compression."""
-        return self._tail_values[:, :, : self.tail_length]
+        return self._tail.values
 
     @property
     def stored_pairs(self) -> list[int]:
@@ -386,7 +358,7 @@ class RaggedLayer(CompressedLayer):
     @property
     def nbytes(self) -> int:
         """Bytes that this layer's storages hold, room to grow included."""
-        return storage_bytes(*self.rows.tensors, self._tail_keys, self._tail_values)
+        return storage_bytes(*self.rows.tensors, *self._tail.buffers)
 
     def held_pairs(self) -> tuple[Tensor, Tensor]:
         """Copy the pairs that are held."""

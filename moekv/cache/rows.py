@@ -117,7 +117,9 @@ class Rows:
         return self.scales is None or bool(self.scales.isfinite().all())
 
     def join(self, keys: Tensor, values: Tensor, *, backend: str = "auto") -> Rows:
-        """Copy the rows with further pairs [n, D] and [n, Dv] behind them, in their format."""
+        """Give the rows with further pairs [n, D] and [n, Dv] behind them, in their format."""
+        if not len(keys):
+            return self
         more = Rows("16", keys, values, None, self.key_dim, self.value_dim, keys.dtype)
         more = more.in_format(self.pairs, backend=backend)
         both = zip(self.tensors, more.tensors, strict=True)

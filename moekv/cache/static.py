@@ -160,6 +160,11 @@ class CompactStaticLayer(StaticLayer):
         self.set_evicted(self._num_evicted + length - count)
 
 
+def is_compact(cache: Cache | None) -> bool:
+    """Return whether a cache has layers from whose slots pairs have left, or may leave."""
+    return cache is not None and any(isinstance(x, CompactStaticLayer) for x in cache.layers)
+
+
 def compact(cache: Cache, index: int, kept: Kept | None, *, backend: str) -> None:
     """Leave only the kept pairs in a layer of a static cache.
 

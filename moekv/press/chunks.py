@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from moekv.models.hooks import cache_argument
-from moekv.press.options import check_count
+from moekv.press.checks import check_count
 from moekv.press.press import MoERouterPress
 
 

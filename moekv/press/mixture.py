@@ -14,7 +14,7 @@ from moekv.calibration.router import CalibratedGate, CalibratedRouter
 from moekv.experts.base import Expert
 from moekv.experts.view import LayerView
 from moekv.models.hooks import index_of
-from moekv.press.options import check_able
+from moekv.press.routing import check_able
 from moekv.routing.base import BaseMoERouter, RouterOutput
 from moekv.routing.evidence import together, trust, wants
 

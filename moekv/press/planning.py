@@ -9,10 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Cache
 
-from moekv.cache.caches import check_cache, is_static
+from moekv.cache.caches import check_cache, is_compressed, is_static
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.rows import check_pairs
-from moekv.cache.static import CompactStaticLayer
 from moekv.experts.builder import ViewBuilder, read_starts
 from moekv.models.habits import check_attention, follows_masks, habits_of, reads_dense
 from moekv.models.hooks import (
@@ -22,13 +21,15 @@ from moekv.models.hooks import (
 )
 from moekv.models.weights import device_of
 from moekv.ops.backends import MAX_HEAD_DIM
+from moekv.press.checks import check_count
 from moekv.press.forward import Plan, Strategy
 from moekv.press.growth import Growth
 from moekv.press.later import Later
 from moekv.press.measuring import Measuring
-from moekv.press.options import Options, check_able, check_count
+from moekv.press.options import Options
 from moekv.press.prefill import Prefill
 from moekv.press.rater import Rater
+from moekv.press.routing import check_able
 from moekv.press.stats import Statistics
 from moekv.press.streaming import Streaming
 from moekv.report.recording import Recording
@@ -308,7 +309,7 @@ class Planner:
     ) -> None:
         """Refuse tokens for a cache that is not empty, unless their positions are right."""
         first_layer = cache.layers[index_of(self.layers[0])]
-        serves = plan.goes_on or self._has_seen(cache) or _is_compressed(first_layer)
+        serves = plan.goes_on or self._has_seen(cache) or is_compressed(first_layer)
         if plan.acts and not serves:
             raise RuntimeError(
                 f"MoERouterPress compressed nothing: expected a prefill inside the block, got "
@@ -328,18 +329,12 @@ class Planner:
             )
         position = given.get("cache_position")
         first = num_cached if position is None else int(position[0])
-        if _is_compressed(first_layer) and first != num_cached:
+        if is_compressed(first_layer) and first != num_cached:
             raise RuntimeError(
                 f"expected tokens at position {num_cached}, behind what the cache has seen, got "
                 f"{num_tokens} at {first}: their masks would be wrong"
             )
         _check_positions(given, num_cached + num_tokens)
-
-
-def _is_compressed(layer: Any) -> bool:
-    if isinstance(layer, CompressedLayer):
-        return layer.context_length > 0
-    return isinstance(layer, CompactStaticLayer)
 
 
 def _not_for_static(plan: Plan, padded: bool) -> str | None:

@@ -21,7 +21,8 @@ from moekv.experts.base import Expert
 from moekv.models.hooks import find_layers
 from moekv.models.weights import language_model
 from moekv.ops import Backend
-from moekv.press.options import DecodingConfig, Options, Policy, check_flag
+from moekv.press.checks import check_flag
+from moekv.press.options import DecodingConfig, Options, Policy
 from moekv.press.rater import Rater, name_router
 from moekv.press.reports import Stats
 from moekv.press.session import Session

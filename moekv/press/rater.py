@@ -26,8 +26,9 @@ from moekv.press.hits import hit_rates, kept_alone
 from moekv.press.later import packed
 from moekv.press.memory import Routers
 from moekv.press.mixture import Part
-from moekv.press.options import Options, Routing
+from moekv.press.options import Options
 from moekv.press.rating import Rating, Unrated, protected
+from moekv.press.routing import Routing
 from moekv.press.stats import Observation
 from moekv.routing.base import BaseMoERouter, RouterOutput
 from moekv.routing.evidence import is_silent, standardise, together

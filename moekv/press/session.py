@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moekv.cache.attention import install
-from moekv.cache.static import CompactStaticLayer
+from moekv.cache.static import is_compact
 from moekv.models.hooks import (
     attentions_of,
     by_name,
@@ -274,8 +274,7 @@ def _is_compiled_step(tokens: Any, kwargs: Mapping[str, Any]) -> bool:
     """
     if not torch.compiler.is_compiling() or tokens is None or tokens.shape[1] != 1:
         return False
-    cache = cache_of(kwargs)
-    return cache is not None and any(isinstance(x, CompactStaticLayer) for x in cache.layers)
+    return is_compact(cache_of(kwargs))
 
 
 def is_in_session(decoder: nn.Module) -> bool:

@@ -16,9 +16,8 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from moekv.budget import Kept, select, select_over_layers, without_padding
-from moekv.cache.caches import cached_pairs, compressed, empty_cache, held_bytes
+from moekv.cache.caches import empty_cache, evict, held_bytes, recompress
 from moekv.cache.layer import CompressedLayer
-from moekv.cache.ragged import RaggedLayer
 from moekv.experts.builder import ViewBuilder
 from moekv.press.adoption import adopt
 from moekv.press.forward import Plan
@@ -214,15 +213,14 @@ class StreamingBudget:
                 "expected the cache as it was left, got one in which another hook has replaced "
                 f"layer {trimmed.index}; kvpress.ComposedPress chains presses"
             )
-        layer = trimmed.layer
         if self._pairs != "16":
             kept = replace(kept, per_head=None)
+        how = {"pairs": self._pairs, "backend": self._backend}
         if trimmed.kept is None:
-            layer = compressed(*cached_pairs(layer), kept, pairs=self._pairs, backend=self._backend)
+            evict(self._cache, trimmed.index, kept, **how)
         elif len(kept.indices) < trimmed.size:
-            assert isinstance(layer, RaggedLayer)
-            layer = layer.subset(kept, of=trimmed.kept)
-        self._cache.layers[trimmed.index] = trimmed.layer = layer
+            recompress(self._cache, trimmed.index, kept.within(trimmed.kept), **how)
+        trimmed.layer = self._cache.layers[trimmed.index]
         trimmed.kept, trimmed.size = kept, len(kept.indices)
 
 

@@ -16,3 +16,18 @@ def test_kept_marks_and_numbers_its_positions() -> None:
     assert kept.share().tolist() == [[0.5, 0.5, 0.5, 0.0], [0.5] * 4]
     again = Kept.from_mask(kept.mask())
     assert torch.equal(again.indices, indices) and torch.equal(again.offsets, kept.offsets)
+
+
+def test_what_stays_of_held_pairs_is_said_by_their_places() -> None:
+    """As a layer shows its pairs: those of a shorter head stand at the right end."""
+    torch.manual_seed(0)
+    held = torch.rand(2, 3, 20) < 0.5
+    held[1, 2] = False
+    stays = held & (torch.rand(held.shape) < 0.5)
+    within = Kept.from_mask(stays).within(Kept.from_mask(held))
+    longest = int(held.sum(-1).max())
+    assert within.shape == (2, 3, longest)
+    for b in range(2):
+        for h in range(3):
+            row = stays[b, h][held[b, h]]
+            assert within.mask()[b, h].tolist() == [False] * (longest - len(row)) + row.tolist()

@@ -200,7 +200,7 @@ def test_decoding_compresses_into_the_same_format(pairs: str, budget: str, lengt
             assert len(set(tails)) == 1 and count <= LAYERS * HEADS * (24 + 5)
             for layer, old in zip(cache.layers, before, strict=True):
                 assert layer.rows.pairs == pairs
-                room = layer._tail_keys.shape[2] * HEADS * 2 * DIM * 4
+                room = layer._tail.room * HEADS * 2 * DIM * 4
                 assert layer.nbytes == len(layer.rows) * one + room
                 # What has been stored before is found as it was.
                 rows = {bytes(row.numpy()) for row in old.keys}

@@ -8,7 +8,7 @@ from press_probes import ALL, LENGTH, Spy, compress, kept_positions, make_press
 from tiny_models import prefill, tiny_model, tokens
 
 from moekv import PiKVMoERouter
-from moekv.press.options import ROUTED_EXPERTS, SHARED_EXPERT
+from moekv.press.routing import ROUTED_EXPERTS, SHARED_EXPERT
 
 
 def test_hit_rate_is_the_attention_on_what_the_expert_alone_keeps() -> None:

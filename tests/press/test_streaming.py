@@ -297,7 +297,7 @@ def test_an_error_that_is_caught_inside_the_block_leaves_an_empty_cache_too() ->
     assert stored_pairs(cache) == NUM_LAYERS * 2 * kept_pairs(LENGTH, 0.75)
 
 
-@pytest.mark.parametrize("method", ["compress", "subset"])
+@pytest.mark.parametrize("method", ["compress", "recompress"])
 def test_memory_that_runs_out_while_a_layer_is_trimmed(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

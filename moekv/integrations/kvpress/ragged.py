@@ -22,7 +22,7 @@ from moekv.budget import Kept
 from moekv.cache.ragged import RaggedLayer
 from moekv.cache.rows import check_pairs
 from moekv.models.hooks import cache_of, index_of
-from moekv.press.options import check_choice
+from moekv.press.checks import check_choice
 from moekv.press.press import MoERouterPress
 
 

@@ -32,6 +32,7 @@ from moekv.cache.buffers import storage_bytes
 from moekv.cache.growing import GrowingLayer
 from moekv.cache.ragged import RaggedLayer
 from moekv.cache.rows import Rows
+from moekv.cache.tail import Tail
 
 BUDGETS = ["uniform", "head", "model"]
 LENGTH = 120
@@ -345,9 +346,13 @@ def test_what_a_press_leaves_dense_is_quantised_at_the_end(make: Any) -> None:
             assert layer.rows.pairs == "k8v4" and layer.tail_length == 0
 
 
-def spoilt(part: Tensor | Rows) -> Any:
+def spoilt(part: Tensor | Rows | Tail) -> Any:
     if isinstance(part, Rows):
         return part._each(spoilt)
+    if isinstance(part, Tail):
+        tail = copy.copy(part)
+        tail.put_back(*map(spoilt, part.buffers), part.length)
+        return tail
     return torch.full_like(part, torch.nan) if part.is_floating_point() else torch.ones_like(part)
 
 
@@ -358,7 +363,7 @@ def test_an_offloaded_cache_takes_compressed_layers(
     """On one device: what has been offloaded reads as NaN until it is fetched again."""
     names = {
         GrowingLayer: ("keys", "values"),
-        RaggedLayer: ("rows", "_tail_keys", "_tail_values"),
+        RaggedLayer: ("rows", "_tail"),
     }
     away: dict[int, dict[str, Any]] = {}
     times = 0

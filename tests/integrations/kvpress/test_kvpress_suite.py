@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from kvpress_suite import fill_hub
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HELPERS = ROOT / "tests" / "helpers"
 
 FROM_THE_HUB = "test_load_stats", "test_load_qfilters", "test_load_attention_pattern"

@@ -14,7 +14,7 @@ from wrapping import WRAPPERS
 
 from moekv import DecodingConfig, MoERouterPress
 
-PAGE = Path(__file__).parents[2] / "docs/kvpress.md"
+PAGE = Path(__file__).parents[3] / "docs/kvpress.md"
 LENGTH = 80
 
 # A few values of each option that are not its default.
