@@ -113,7 +113,7 @@ def contents(model, cache):
 @pytest.mark.parametrize("ratio", [0.5, 0.9])
 @pytest.mark.parametrize("name", LOCAL)
 def test_replay_gives_what_a_prefill_gives(model, tokenizer, name, ratio):
-    input_ids = random_ids(300)
+    input_ids = random_ids(150)
     build = presses.METHODS[name]
     with runner._findable_tokenizer(model, tokenizer):
         torch.manual_seed(1)  # Compactor and the leverage scores draw sketches

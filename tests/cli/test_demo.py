@@ -85,11 +85,12 @@ def test_demo(real_model: Loaded) -> None:
     assert re.search(rf"Answers \d of {asked} right, \d with the full cache", out)
 
 
+@pytest.mark.parametrize("layers", [6, pytest.param(None, marks=pytest.mark.thorough)])
 def test_usage_in_the_readme(
-    real_model: Loaded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    layers: int | None, real_model: Loaded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Every Python block of the README runs as it stands, in order."""
-    names = _run_blocks(README, real_model, monkeypatch, tmp_path)
+    names = _run_blocks(README, real_model, monkeypatch, tmp_path, layers)
     stats: Any = names["stats"]
     assert stats["compression"]["ratio"] == pytest.approx(0.75, abs=0.02)
     assert 0 < stats["compression"]["bytes_after"] < stats["compression"]["bytes_before"]
@@ -99,7 +100,7 @@ def test_usage_in_the_guide(
     real_model: Loaded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Every Python block of the guide runs as it stands, in order."""
-    names = _run_blocks(GUIDE, real_model, monkeypatch, tmp_path)
+    names = _run_blocks(GUIDE, real_model, monkeypatch, tmp_path, 6)
     press: Any = names["press"]
     assert press.get_stats()["forward_count"] > 0
 
@@ -109,14 +110,22 @@ def test_usage_on_pages_of_the_site(
     name: str, real_model: Loaded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Every Python block of a page runs as it stands, in order."""
-    names = _run_blocks(GUIDE.with_name(f"{name}.md"), real_model, monkeypatch, tmp_path)
+    page = GUIDE.with_name(f"{name}.md")
+    names = _run_blocks(page, real_model, monkeypatch, tmp_path, 6)
     assert "indices" in names or (tmp_path / "report.html").is_file()
 
 
 def _run_blocks(
-    page: Path, loaded: Loaded, monkeypatch: pytest.MonkeyPatch, folder: Path
+    page: Path,
+    loaded: Loaded,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    layers: int | None,
 ) -> dict[str, object]:
     model, tokenizer = copy.deepcopy(loaded[0]).float(), loaded[1]
+    if layers is not None:  # what the model says does not matter
+        model.model.layers = model.model.layers[:layers]
+        model.config.num_hidden_layers = layers
     monkeypatch.setattr(moekv, "load_model", lambda *args: (model, tokenizer), raising=False)
     monkeypatch.chdir(folder)  # where it saves a cache
     blocks = re.findall(r"```py(?:thon)?\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)

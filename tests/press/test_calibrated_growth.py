@@ -137,7 +137,7 @@ STEPS = st.one_of(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     budget=st.sampled_from(BUDGETS),
     padding=st.lists(st.integers(0, 20), min_size=1, max_size=3),

@@ -54,9 +54,9 @@ def thorough(*case: str) -> Any:
 
 # Each is traced anew, for a quarter of a minute.
 CASES = [
-    ("model", "default"),
     ("model", "decoding"),
     ("layers", "default"),
+    thorough("model", "default"),
     thorough("forward", "default"),
     thorough("decoder", "default"),
     thorough("model", "uniform"),

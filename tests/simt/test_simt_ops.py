@@ -15,7 +15,7 @@ CASES = [
     for name, (_, cases) in op_cases.CHECKS.items()
     for case in cases
 ]
-NUM_SCHEDULES = 50
+NUM_SCHEDULES = 20
 
 # A few inputs per op that take every path and fit in several blocks.
 SCHEDULED: list[tuple[str, Any]] = [
