@@ -5,6 +5,7 @@
 ``options``    what is asked for, and which blocks of a prompt stay
 ``refusals``   what cannot be served, said before anything runs
 ``manager``    the scheduler's side: blocks are given back
+``scheduler``  its steps end where prompts end
 ``requests``   what a worker knows of each request
 ``metrics``    what compression did, for people to see
 ``backend``    the worker's side: which classes vLLM takes

@@ -84,9 +84,12 @@ class CompressingBuilder(CPUAttentionMetadataBuilder):
                     kept = worker.kept.get(int(blocks[gap.full - 1]))
                     compressed.append(Compressed(row, rows, end, blocks, gap, kept))
             elif gap is not None or self.caches_prefixes:
-                end = min(end, length)  # of one that was preempted, some of the answer comes, too
-                rows = slice(rows.start, rows.start + end - begin)
-                blocks = blocks[: -(-end // size)].clone()
+                if end > length:
+                    raise RuntimeError(
+                        f"moekv: expected a step that ends with a prompt of {length} tokens, got "
+                        f"one up to {end}: vLLM did not take moekv's scheduler"
+                    )
+                blocks = blocks.clone()
                 before = worker.scores.before(int(blocks[(begin - 1) // size]), begin)
                 after = LastQueries(end)
                 prompts.append(Prompt(rows, end, length, blocks, gap, before, after))

@@ -50,7 +50,8 @@ def register() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     # The scheduler has to know the spec by name before a worker sends one.
-    from moekv.integrations.vllm import manager
+    from moekv.integrations.vllm import manager, scheduler
 
     manager.register()
+    scheduler.register()
     register_backend(AttentionBackendEnum.CPU_ATTN, "moekv.integrations.vllm.backend.Backend")

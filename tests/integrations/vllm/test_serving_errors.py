@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import vllm
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm_engine import BLOCK, CONFIGS, answers, blocks_in_use, engine, tokens, write_model
 
 from moekv.cli.main import main
@@ -18,6 +19,8 @@ from moekv.integrations.vllm.options import Gap, ServingOptions
 from moekv.integrations.vllm.pages import Pages
 from moekv.integrations.vllm.plugin import check_version
 from moekv.integrations.vllm.refusals import check_engine, check_layer
+from moekv.integrations.vllm.requests import Request
+from moekv.integrations.vllm.scheduler import CompressingScheduler, SchedulerChoice
 
 
 @pytest.mark.parametrize(
@@ -105,15 +108,10 @@ def test_layers_that_cannot_be_served(name: str) -> None:
         check_layer(name, 3)
 
 
-def test_a_request_from_elsewhere() -> None:
-    """As a KV connector would bring it."""
-    blocks = torch.tensor([1, 2, 3])
-    stranger = Compressed(0, slice(0, 1), 90, blocks, Gap(1, 2), None)
-    cache = torch.zeros(4, 2, BLOCK, 64)
-    with pytest.raises(RuntimeError, match="prompt was compressed in this process, got another"):
-        HeadStep.of([stranger], Pages([cache], "vec"), {})
+def sort_tokens_100_to_150(rows: dict[int, Request]) -> Any:
+    """What a worker makes of a step's part of one request."""
     builder = CompressingBuilder.__new__(CompressingBuilder)
-    builder.block_size, builder.requests = BLOCK, SimpleNamespace(rows={})
+    builder.block_size, builder.requests = BLOCK, SimpleNamespace(rows=rows)
     step = SimpleNamespace(
         num_reqs=1,
         seq_lens=torch.tensor([150]),
@@ -121,8 +119,33 @@ def test_a_request_from_elsewhere() -> None:
         block_table_tensor=torch.arange(8)[None],
     )
     worker = SimpleNamespace(options=ServingOptions(), forget=lambda blocks: None)
+    return builder._sort(worker, step)
+
+
+def test_a_request_from_elsewhere() -> None:
+    """As a KV connector would bring it."""
+    blocks = torch.tensor([1, 2, 3])
+    stranger = Compressed(0, slice(0, 1), 90, blocks, Gap(1, 2), None)
+    cache = torch.zeros(4, 2, BLOCK, 64)
+    with pytest.raises(RuntimeError, match="prompt was compressed in this process, got another"):
+        HeadStep.of([stranger], Pages([cache], "vec"), {})
     with pytest.raises(RuntimeError, match="vLLM to tell the tokens of each prompt, got none"):
-        builder._sort(worker, step)
+        sort_tokens_100_to_150({})
+
+
+def test_another_scheduler() -> None:
+    given = SimpleNamespace(scheduler_cls=None)
+    config = SimpleNamespace(additional_config={}, scheduler_config=given)
+    SchedulerChoice.verify_and_update_config(config)
+    assert given.scheduler_cls is None
+    config.additional_config = {"moekv": {}}
+    SchedulerChoice.verify_and_update_config(config)
+    assert resolve_obj_by_qualname(given.scheduler_cls) is CompressingScheduler
+    with pytest.raises(ValueError, match="^moekv: expected vLLM's own scheduler, got .*Compr"):
+        SchedulerChoice.verify_and_update_config(config)
+    # As another one would do it.
+    with pytest.raises(RuntimeError, match="a step that ends with a prompt of 120 tokens, .* 150"):
+        sort_tokens_100_to_150({0: Request(120, None)})
 
 
 def test_serve_without_vllm(

@@ -1,0 +1,57 @@
+"""The scheduler: no step continues past the end of a request's prompt.
+
+A prompt is compressed when all layers have computed it, so tokens that are computed in the same
+step attend to all of its pairs. Those that a preempted request had generated would: vLLM recomputes
+them with the prompt.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from moekv.integrations.vllm.options import ServingOptions
+from moekv.integrations.vllm.refusals import ARCHITECTURES
+
+
+class CompressingScheduler(Scheduler):
+    """vLLM's, which computes what a preempted request had generated in a step of its own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # vLLM's one place where a request's part of a step is cut, which it asks if this is set.
+        self.need_mamba_block_aligned_split = True
+
+    def _mamba_block_aligned_split(self, request: Any, num_new_tokens: int, *found: int) -> int:
+        left: int = request.num_prompt_tokens - request.num_computed_tokens - sum(found)
+        return min(num_new_tokens, left) if left > 0 else num_new_tokens
+
+
+class SchedulerChoice(VerifyAndUpdateConfig):
+    """Names the scheduler in vLLM's configuration, which asks by a model's architecture."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Name it if moekv was asked for.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Another was named already, or moekv's options are wrong.
+        """
+        if ServingOptions.read(vllm_config.additional_config) is None:
+            return
+        given = vllm_config.scheduler_config
+        if given.scheduler_cls is not None:
+            raise ValueError(
+                f"moekv: expected vLLM's own scheduler, got scheduler_cls {given.scheduler_cls!r}"
+            )
+        given.scheduler_cls = f"{__name__}.{CompressingScheduler.__name__}"
+
+
+def register() -> None:
+    """Have vLLM ask for the models that can be served; again does no harm."""
+    for name in ARCHITECTURES:
+        MODELS_CONFIG_MAP.setdefault(name, SchedulerChoice)
