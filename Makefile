@@ -67,12 +67,13 @@ test-latest: $(installed) $(stamp)  ## the newest transformers, without kvpress:
 fuzz-ops: $(installed)  ## ninety seconds of calls nobody would write, on each instruction set, against float64
 	OMP_NUM_THREADS=1 $(python) tests/fuzz/op_fuzz.py --seconds 90 $(ARGS)
 
-# vLLM starts processes that look moekv up among what is installed: it is, editable as in $(VENV).
+# vLLM starts processes that look moekv up among what is installed: it is, editable as in $(VENV). A
+# file's tests share engines. What is imported is compiled once, not by each process.
 vllm := .venv-vllm
 vllm_stamp := $(vllm)/.stamp-$(shell echo '$(VLLM)' | cksum | cut -d ' ' -f 1)
 test-vllm: $(installed) $(vllm_stamp)  ## moekv inside vLLM, on CPUs; ARGS="-m thorough" what takes long
-	OMP_NUM_THREADS=1 $(vllm)/bin/python -m pytest --dist loadgroup -n $(JOBS) \
-	    tests/integrations/vllm -m 'not thorough' $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(vllm)/bin/python -m pytest --dist loadfile --no-loadscope-reorder \
+	    -n $(JOBS) tests/integrations/vllm -m 'not thorough' $(ARGS)
 
 fuzz-presses: $(installed)  ## a minute of random lives of caches, each beside the full one with masks
 	OMP_NUM_THREADS=1 $(python) tests/fuzz/press_fuzz.py --seconds 60 $(ARGS)

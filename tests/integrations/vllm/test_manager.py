@@ -128,7 +128,7 @@ class Life:
         for i, block in enumerate(blocks[first : -(-end // BLOCK)], first):
             if i < begin // BLOCK:
                 expected = (name, i) if compressed else tuple(text[: (i + 1) * BLOCK])
-                assert self.content[block] == expected, f"block {i} of {name}"
+                assert self.content.get(block) == expected, f"block {i} of {name}"
             else:
                 whole = tuple(text[: min(end, (i + 1) * BLOCK)])
                 self.content[block] = (name, i) if compressed else whole

@@ -34,11 +34,18 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Chosen:
     return watch_choices(monkeypatch)
 
 
-@pytest.fixture(params=["model", "uniform"])
-def caching(folder: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
+@pytest.fixture(scope="module", params=["model", "uniform"])
+def running(folder: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
     options = {"compression_ratio": 0.75, "budget": request.param}
     with engine(folder, options, enable_prefix_caching=True) as running:
         yield running
+
+
+@pytest.fixture
+def caching(running: Any) -> Any:
+    """An engine in whose cache there is nothing yet."""
+    assert running.reset_prefix_cache()
+    return running
 
 
 def ask(engine: Any, name: str, prompt: list[int], **options: Any) -> Any:
