@@ -1,27 +1,37 @@
-"""The README's table and picture: how far answers move, beside presses that people know.
+"""The README's table and picture, and docs/results.md: how far answers move, on one screen.
 
-``python -m benchmarks.quality.first_screen`` makes both from the recorded answers.
+``python -m benchmarks.quality.first_screen`` makes them, and docs/results-bytes.md, from the
+recorded answers.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import RESULTS, ROOT
+from benchmarks.report import share
+
+from . import equal_bytes
+from .equal_bytes import AUTO, BEST_LENT, KVZIP, KVZIP_LENT, cells, percents
 from .presses import PEERS
 from .report import overall
 from .run import FULL, read_results
-from .targets import OURS
+from .targets import OURS, compare
+
+ANSWERS = RESULTS / "quality" / "answers.jsonl"
+README, PAGE, BYTES = ROOT / "README.md", ROOT / "docs/results.md", ROOT / "docs/results-bytes.md"
 
 LENGTH = 1000
 RATIOS = (0.5, 0.75, 0.9)
 BEST = "the best of kvpress's one-pass presses on each task"
 ROWS = {
     OURS: "**moekv**",
-    "KVzipPress": "KVzip, which reads the text twice",
+    "KVzipPress": KVZIP,
     BEST: BEST,
     "AdaKV(Compactor)": "AdaKV(Compactor), the best of them over all tasks",
     "SnapKVPress": "SnapKV",
@@ -65,10 +75,10 @@ def first_figures(rows: Sequence[dict[str, Any]]) -> dict[str, dict[float, dict[
     return figures
 
 
-def first_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Write the table, in Markdown."""
+def pairs_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Write the table of 16-bit pairs, in Markdown."""
     figures = first_figures(rows)
-    heads = [f"{ratio:.0%} removed" for ratio in RATIOS]
+    heads = [f"{share} removed" for share in percents(RATIOS)]
     lines = [
         f"| KL divergence from the full cache, nats | {' | '.join(heads)} | bytes held at 75 % |",
         f"|---|{'---:|' * (len(RATIOS) + 1)}",
@@ -76,13 +86,13 @@ def first_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     for method, name in ROWS.items():
         own = figures[method]
         kl = " | ".join(f"{own[ratio]['kl']:.4f}" for ratio in RATIOS)
-        held = f"{own[0.75]['bytes']:.0%}" if "bytes" in own[0.75] else ""
+        held = f"{100 * own[0.75]['bytes']:.0f} %" if "bytes" in own[0.75] else ""
         lines.append(f"| {name} | {kl} | {held} |")
     return lines
 
 
-def fill(text: str, rows: Sequence[dict[str, Any]]) -> str:
-    """Put the table into a page, between its marks.
+def fill(text: str, table: Sequence[str]) -> str:
+    """Put a table into a page, between its marks.
 
     Raises
     ------
@@ -92,61 +102,168 @@ def fill(text: str, rows: Sequence[dict[str, Any]]) -> str:
     begin, end = text.find(BEGIN), text.find(END)
     if not 0 <= begin < end:
         raise ValueError(f"expected {BEGIN} and {END} in the page")
-    return text[: begin + len(BEGIN)] + "\n" + "\n".join(first_table(rows)) + "\n" + text[end:]
+    return text[: begin + len(BEGIN)] + "\n" + "\n".join(table) + "\n" + text[end:]
 
 
-def first_picture(rows: Sequence[dict[str, Any]], path: Path) -> Path:
-    """Draw KL over the share removed: moekv, the best peer of each task, KVzip, all others."""
+def press_time() -> str:
+    """Say what the press takes of a prefill, of the recorded measurement with most threads."""
+    files = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("prefill-smollm2*.json"))]
+    rows = [row for file in files for row in file["rows"] if "error" not in row]
+    most = max(row["threads"] for row in rows)
+    own, snapkv = (
+        share(row)
+        for method in (OURS, "SnapKVPress")
+        for row in rows
+        if (row["method"], row["length"], row["threads"]) == (method, 2048, most)
+    )
+    return f"{100 * own:.0f} % of a prefill of 2,048 tokens, SnapKV {100 * snapkv:.0f} %"
+
+
+def screen(rows: Sequence[dict[str, Any]], in_bytes: Sequence[dict[str, Any]]) -> str:
+    """Write docs/results.md: what wins, where moekv loses, the tables."""
+    figures = equal_bytes.all_figures(in_bytes)
+    ratios = sorted({row["cell"]["ratio"] for row in rows} - {0.0})
+    peers, kvzip = (
+        [c for ratio in ratios for c in compare(rows, LENGTH, ratio, OURS, others)]
+        for others in (PEERS, ["KVzipPress"])
+    )
+    lost, lost_kvzip = ([(c.task, c.ratio) for c in found if c.behind] for found in (peers, kvzip))
+
+    def times(other: str) -> str:
+        return " / ".join(f"{figures.times(AUTO, other, r)[0]:.2f}" for r in figures.ratios)
+
+    def behind(other: str, name: str) -> str:
+        found = figures.behind(AUTO, other)
+        count = len(figures.tasks) * len(figures.ratios)
+        ahead = f"ahead in {len(found)} of {count} cells ({cells(found)})"
+        return f"- In the same bytes, {name}: {ahead}."
+
+    removed = " / ".join(percents(figures.ratios))
+    last = figures.ratios[-1]
+    worst = max(figures.tasks, key=lambda task: figures.kl(AUTO, last, task))
+    lines = [
+        "# Results",
+        "",
+        "How far answers move when the cache is compressed before the question is known: KL "
+        "divergence from the full cache, nats per answer token, geometric mean over tasks. "
+        "SmolLM2-135M-Instruct, contexts of 1,000 tokens. Less is better.",
+        "",
+        "## In the same bytes",
+        "",
+        *equal_bytes.first_table(in_bytes),
+        "",
+        "AdaKV and KVzip only mask what they remove, and hold it. *Lent*: kvpress has no such "
+        "rows; its presses choose, and moekv stores. [Quality at equal bytes](results-bytes.md) "
+        "has every task and press.",
+        "",
+        "## In as many pairs of 16 bits",
+        "",
+        *pairs_table(rows),
+        "",
+        "Ten tasks, four samples each; moekv with the calibrated router that comes for this model. "
+        "[Every method, task by task](results-detail.md), with intervals, longer contexts, and "
+        "what each part of the press is worth.",
+        "",
+        "![KL divergence against the share removed](first-screen.png)",
+        "",
+        "## Where moekv wins",
+        "",
+        f'- `pairs="auto"` comes to {times(equal_bytes.BEST)} of the KL of the best of six '
+        f"one-pass presses of kvpress on each task, with {removed} of the bytes removed, and to "
+        f"{times(OURS)} of that of its own 16-bit pairs.",
+        f"- With 16-bit pairs it is ahead of the best one-pass press of each task in "
+        f"{len(peers) - len(lost)} of {len(peers)} cells, of KVzip in "
+        f"{len(kvzip) - len(lost_kvzip)} of {len(kvzip)}.",
+        "- What is removed is freed: bytes are counted on storages.",
+        "",
+        "## Where it loses",
+        "",
+        behind(BEST_LENT, "the best of six presses on each task, lent moekv's rows"),
+        *(
+            behind(name, name)
+            for name in (KVZIP, KVZIP_LENT)
+            if figures.has(name) and figures.behind(AUTO, name)
+        ),
+        f"- With {percents([last])[0]} removed answers are no longer those of the full cache: KL "
+        f"{figures.mean_kl(AUTO, last):.2f} in the mean, {figures.kl(AUTO, last, worst):.2f} in "
+        f"{worst}.",
+        "- On the same tasks with pairs in 16 bits, the best of the six is ahead in "
+        f"{cells(figures.behind(OURS, equal_bytes.BEST))}.",
+        f"- On the ten tasks the best one-pass press is ahead in {cells(lost)}; KVzip in "
+        f"{cells(lost_kvzip)}.",
+        f"- Time: on this CPU the press takes {press_time()} ([performance](performance.md)).",
+        "- Not known: other models, larger ones, and GPUs. The training-free press, which other "
+        "models get, was measured before its experts shared the budget.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def first_picture(
+    rows: Sequence[dict[str, Any]], in_bytes: Sequence[dict[str, Any]], path: Path
+) -> Path:
+    """Draw KL over the share removed, of pairs in 16 bits and in the same bytes."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figures = first_figures(rows)
-    figure, axis = plt.subplots(figsize=(8.6, 3.6))
+    pairs, figures = first_figures(rows), equal_bytes.all_figures(in_bytes)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 4.0), sharey=True)
     named = {
-        OURS: ("moekv", "C3", 2.6),
-        BEST: ("best one-pass press on each task", "C0", 1.8),
-        "KVzipPress": ("KVzip, reads the text twice", "C2", 1.8),
+        OURS: ("moekv, pairs in 16 bits", "C3", "-"),
+        BEST: ("best one-pass press of kvpress on each task", "C0", "--"),
+        "KVzipPress": ("KVzip, reads the text twice", "C2", "-"),
     }
-    others = [method for method in figures if method in PEERS]
+    ratios = sorted({ratio for own in pairs.values() for ratio in own})
+    others = [method for method in pairs if method in PEERS]
     for method in [*others, *named]:
-        label, color, width = named.get(method, ("kvpress's presses", "0.8", 1.0))
-        points = sorted((ratio, own["kl"]) for ratio, own in figures[method].items())
-        axis.plot(
-            *zip(*points, strict=True),
-            color=color,
-            linewidth=width,
-            marker="o",
-            markersize=2 + width,
-            linestyle="--" if method == BEST else "-",
-            label=label if method in named or method == others[0] else None,
-        )
-    ratios = sorted({ratio for own in figures.values() for ratio in own})
-    axis.set_xticks(ratios, [f"{ratio:.0%}" for ratio in ratios])
-    axis.set(
-        yscale="log",
-        xlabel="share of the cache removed",
-        ylabel="KL divergence, nats",
-        title="How far answers move (lower is better)",
-    )
-    axis.grid(axis="y", color="0.93")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
+        name, color, style = named.get(method, ("every press of kvpress", "0.8", "-"))
+        points = [(x, pairs[method][r]["kl"]) for x, r in enumerate(ratios) if r in pairs[method]]
+        own = {"color": color, "linestyle": style, "linewidth": 1.0 + (method in named)}
+        shown = name if method in named or method == others[0] else None
+        left.plot(*zip(*points, strict=True), **own, marker="o", markersize=4, label=shown)
+    in_bytes_too = {
+        AUTO: ('moekv, pairs="auto"', "C1", "-"),
+        OURS: named[OURS],
+        equal_bytes.BEST: named[BEST],
+        BEST_LENT: ("the same of six, lent moekv's rows", "C4", "--"),
+        KVZIP: named["KVzipPress"],
+        KVZIP_LENT: ("KVzip, lent moekv's rows", "C5", "-"),
+    }
+    for method, (name, color, style) in in_bytes_too.items():
+        if figures.has(method):
+            points = [(x, figures.mean_kl(method, r)) for x, r in enumerate(figures.ratios)]
+            own = {"color": color, "linestyle": style, "linewidth": 2.0, "markersize": 4}
+            right.plot(*zip(*points, strict=True), **own, marker="o", label=name)
+    for axis, removed, title in (
+        (left, ratios, "in as many pairs of 16 bits (ten tasks)"),
+        (right, figures.ratios, f"in the same bytes ({len(figures.tasks)} tasks)"),
+    ):
+        axis.set_xticks(range(len(removed)), percents(removed))
+        axis.set(yscale="log", xlabel="share of the cache removed")
+        axis.set_title(title, fontsize=11)
+        axis.grid(axis="y", color="0.93")
+        axis.spines[["top", "right"]].set_visible(False)
+    left.set_ylabel("KL divergence, nats (less is better)")
+    found = [axis.get_legend_handles_labels() for axis in (left, right)]
+    unique = {x: h for handles, labels in found for h, x in zip(handles, labels, strict=True)}
+    place = {"loc": "lower center", "ncols": 2, "frameon": False, "fontsize": 9}
+    figure.legend(unique.values(), unique.keys(), **place)
+    figure.tight_layout(rect=(0, 0.17, 1, 1))
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
 
 
 def main() -> None:
-    """Fill the README, and draw its picture, from the recorded answers."""
-    root = Path(__file__).parents[2]
-    rows = read_results(root / "benchmarks" / "results" / "quality" / "answers.jsonl")
-    page = root / "README.md"
-    page.write_text(fill(page.read_text(encoding="utf-8"), rows), encoding="utf-8")
-    print(page)
-    print(first_picture(rows, root / "docs" / "first-screen.png"))
+    """Write the README's table, the pages and the picture, from the recorded answers."""
+    rows, (in_bytes, meta) = read_results(ANSWERS), equal_bytes.recorded()
+    text = fill(README.read_text(encoding="utf-8"), equal_bytes.first_table(in_bytes))
+    README.write_text(text, encoding="utf-8")
+    PAGE.write_text(screen(rows, in_bytes), encoding="utf-8")
+    BYTES.write_text(equal_bytes.page(in_bytes, meta), encoding="utf-8")
+    print(README, PAGE, BYTES)
+    print(first_picture(rows, in_bytes, PAGE.with_name("first-screen.png")))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -36,17 +37,24 @@ def compare(logits: Tensor, full_logits: Tensor, answer: Tensor) -> Quality:
     return Quality(kl=kl.mean().item(), nll=nll.mean().item(), exact=exact)
 
 
+@lru_cache(maxsize=32)
+def draws(count: int, resamples: int, seed: int = 0) -> Tensor:
+    """Draw samples with replacement: indices [resamples, count], the same for all callers."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(count, (resamples, count), generator=generator)
+
+
 def bootstrap(
     values: Sequence[float], *, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
     """Return the 95 % percentile interval of the mean of `values` over resamples of them."""
-    generator = torch.Generator().manual_seed(seed)
+    if len(values) == 1:
+        return values[0], values[0]
     data = torch.tensor(values, dtype=torch.float64)
-    drawn = torch.randint(len(data), (resamples, len(data)), generator=generator)
-    return middle(data[drawn].mean(1))
+    return middle(data[draws(len(data), resamples, seed)].mean(1))
 
 
-def middle(draws: Tensor) -> tuple[float, float]:
-    """Give the 95 % percentile interval of `draws`."""
-    low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
+def middle(values: Tensor) -> tuple[float, float]:
+    """Give the 95 % percentile interval of `values`."""
+    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return low, high

@@ -184,6 +184,10 @@ LENT: dict[str, Factory] = {
     for pairs in ("k8v4", "k4v4")
     for name, factory in STRONG.items()
 }
+#: KVzip, which reads the context again, in the same rows.
+LENT_KVZIP: dict[str, Factory] = {
+    f"KVzipPress, {pairs}": _lent(ANCHORS["KVzipPress"], pairs) for pairs in ("k8v4", "k4v4")
+}
 
 #: Every kind of router over the same experts.
 ROUTED: dict[str, Factory] = {
@@ -191,7 +195,7 @@ ROUTED: dict[str, Factory] = {
 }
 
 METHODS: dict[str, Factory] = (
-    PEERS | ANCHORS | OURS | QUANTISED | LENT | EXPERTS | BUDGETS | KNOBS | ROUTED
+    PEERS | ANCHORS | OURS | QUANTISED | LENT | LENT_KVZIP | EXPERTS | BUDGETS | KNOBS | ROUTED
 )
 
 

@@ -16,12 +16,13 @@ from torch import Tensor
 from moekv.calibration.router import SHIPPED
 
 from .history import table
-from .metrics import LEAST_KL, bootstrap, middle
+from .metrics import LEAST_KL, bootstrap, draws, middle
 from .presses import ANCHORS, EXCLUDED, EXPERTS, METHODS, PEERS
 from .run import FULL, read_results
 from .targets import targets
 
 NOTES = Path(__file__).with_name("results-notes.md")
+CALIBRATION = "quality-calibration"
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -90,10 +91,13 @@ def overall(rows: Sequence[dict[str, Any]], *, resamples: int = 500) -> list[dic
     result = []
     for (length, ratio), tasks in sorted(answers.items()):
         methods = {m for own in tasks.values() for m in own}
+        known: dict[str, dict[Any, Tensor]] = defaultdict(dict)
         for method in [m for m in [*METHODS, *sorted(methods - set(METHODS))] if m in methods]:
             if any(method not in own for own in tasks.values()):
                 continue
-            compared = [_compare(own, method, resamples) for own in tasks.values()]
+            compared = [
+                _compare(own, method, resamples, known[task]) for task, own in tasks.items()
+            ]
             logs = torch.stack([own for own, _, _ in compared]).mean(0)
             entry: dict[str, Any] = {
                 "length": length,
@@ -111,25 +115,30 @@ def overall(rows: Sequence[dict[str, Any]], *, resamples: int = 500) -> list[dic
 
 
 def _compare(
-    task: dict[str, dict[int, float]], method: str, resamples: int
+    task: dict[str, dict[int, float]], method: str, resamples: int, known: dict[Any, Tensor]
 ) -> tuple[Tensor, Tensor | None, int]:
-    """Logs [1 + resamples] of a method's mean KL, and of the best peer's, on the same samples."""
+    """Logs [1 + resamples] of a method's mean KL, and of the best peer's, on the same samples.
+
+    `known` has those that were formed before, by method and samples.
+    """
     own = task[method]
-    peers = [task[p] for p in PEERS if p in task]
-    shared = [sorted(own.keys() & peer.keys()) for peer in peers]
+    peers = [p for p in PEERS if p in task]
+    shared = [sorted(own.keys() & task[peer].keys()) for peer in peers]
     most = max(map(len, shared), default=0)  # a peer with fewer samples is no match
     indices = next((s for s in shared if len(s) == most), []) or sorted(own)
     matched = [peer for peer, s in zip(peers, shared, strict=True) if s == indices]
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(indices), (resamples, len(indices)), generator=generator)
-    drawn = torch.cat([torch.arange(len(indices))[None], drawn])
+    drawn = draws(len(indices), resamples)
 
-    def logs(values: dict[int, float]) -> Tensor:
-        kls = torch.tensor([values[i] for i in indices], dtype=torch.float64)
-        return kls[drawn].mean(1).clamp(min=LEAST_KL).log()
+    def logs(name: str) -> Tensor:
+        key = name, *indices
+        if key not in known:
+            kls = torch.tensor([task[name][i] for i in indices], dtype=torch.float64)
+            means = torch.cat([kls.mean(0, keepdim=True), kls[drawn].mean(1)])
+            known[key] = means.clamp(min=LEAST_KL).log()
+        return known[key]
 
     best = torch.stack([logs(peer) for peer in matched]).amin(0) if matched else None
-    return logs(own), best, len(indices)
+    return logs(method), best, len(indices)
 
 
 def markdown(summary: dict[str, Any], notes: str = "") -> str:
@@ -137,7 +146,7 @@ def markdown(summary: dict[str, Any], notes: str = "") -> str:
     cells, meta = summary["cells"], summary["meta"]
     tried = {c["method"] for c in cells} | set(summary["errors"])
     lines = [
-        "# Quality of compressed caches",
+        "# Every method, task by task",
         "",
         *notes.splitlines(),
         f"{meta['model']}, {meta['dtype']}, seed {meta['seed']}; {meta['machine']}; "
@@ -220,7 +229,7 @@ def _over_tasks(overall: Sequence[dict[str, Any]], length: int) -> list[str]:
         f"| method | samples | {head} |",
         "|---" * (len(ratios) + 2) + "|",
     ]
-    for method in sorted({o["method"] for o in overall}, key=order):
+    for method in sorted({o["method"] for o in overall}, key=lambda m: (order(m), m)):
         own = [found[method, r] for r in ratios if (method, r) in found]
         row = [_multiple(found.get((method, r))) for r in ratios]
         lines.append(f"| {method} | {min(o['samples'] for o in own)} | {' | '.join(row)} |")
@@ -425,14 +434,14 @@ def plot_calibration(curve: Sequence[dict[str, float]], path: Path) -> Path:
     return path
 
 
-def _calibration(curve: Sequence[dict[str, float]], image: Path) -> str:
+def _calibration(curve: Sequence[dict[str, float]]) -> str:
     best = _best(curve)
     return (
         "\n## Calibration of the package's router\n\n"
         "Share of the choice which the gates learn (the oracle's and half of what `expected` says) "
         f"that is missed on held-out texts: {curve[0]['ranking_loss']:.4f} with even gates, "
         f"{best['ranking_loss']:.4f} after epoch {best['epoch']:.0f}, which is kept.\n\n"
-        f"![{image.stem}]({image.name})\n"
+        f"![{CALIBRATION}]({CALIBRATION}.png)\n"
     )
 
 
@@ -452,6 +461,26 @@ def _history(path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def page_text(results: Path, summary: dict[str, Any], images: Sequence[str]) -> str:
+    """Write the page of docs: notes, pictures, tables, and what lies beside the answers."""
+    shown = "\n".join(f"![{name}](quality-{name}.png)" for name in images)
+    lines = targets(read_results(results), summary["overall"])
+    notes = NOTES.read_text().replace("{targets}", "\n".join(lines))
+    text = markdown(summary, f"{notes}\n{shown}\n\n")
+    if (history := results.with_name("history.json")).exists():
+        text += _history(history)
+    if curve := calibration_curve(summary["meta"]["model"]):
+        text += _calibration(curve)
+    return text
+
+
+def summarise_file(results: Path) -> dict[str, Any]:
+    """Summarise a file of answers and its `.meta.json`."""
+    rows = read_results(results)
+    meta = json.loads(results.with_suffix(".meta.json").read_text())
+    return summarise(rows) | {"overall": overall(rows), "meta": meta}
+
+
 def write_report(results: Path, folder: Path, page: Path | None = None) -> list[Path]:
     """Read `results` and its `.meta.json`; write summary.json, results.md and plots to `folder`.
 
@@ -459,26 +488,18 @@ def write_report(results: Path, folder: Path, page: Path | None = None) -> list[
     beside it, with what `history.json` beside `results` holds, and the curve of the calibration of
     the package's router for this model, if there are such.
     """
-    rows = read_results(results)
-    summary = summarise(rows) | {"overall": overall(rows)}
-    summary["meta"] = json.loads(results.with_suffix(".meta.json").read_text())
+    summary = summarise_file(results)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "summary.json", folder / "results.md"]
     paths[0].write_text(json.dumps(summary, indent=1) + "\n")
     paths[1].write_text(markdown(summary))
-    paths += plot(summary, folder)
+    images = plot(summary, folder)
+    paths += images
     if page is not None:
-        images = [path for path in paths if path.suffix == ".png"]
         for path in images:
             shutil.copyfile(path, page.with_name(f"quality-{path.name}"))
-        shown = "\n".join(f"![{path.stem}](quality-{path.name})" for path in images)
-        notes = NOTES.read_text().replace("{targets}", "\n".join(targets(rows, summary["overall"])))
-        text = markdown(summary, f"{notes}\n{shown}\n\n")
-        if (history := results.with_name("history.json")).exists():
-            text += _history(history)
         if curve := calibration_curve(summary["meta"]["model"]):
-            paths.append(plot_calibration(curve, page.with_name("quality-calibration.png")))
-            text += _calibration(curve, paths[-1])
-        page.write_text(text)
+            paths.append(plot_calibration(curve, page.with_name(f"{CALIBRATION}.png")))
+        page.write_text(page_text(results, summary, [path.stem for path in images]))
         paths.append(page)
     return paths

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .metrics import LEAST_KL, middle
+from .metrics import LEAST_KL, draws, middle
 from .presses import EXPERTS, PEERS
 from .run import FULL
 
@@ -42,11 +42,9 @@ def answers_at(rows: Sequence[Row], length: int, ratio: float) -> Answers:
 
 def mean_kl(answers: dict[int, Row], indices: Sequence[int], resamples: int = 500) -> Tensor:
     """Mean KL [1 + resamples] of samples, then of draws from them; the same draws for all."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(indices), (resamples, len(indices)), generator=generator)
-    drawn = torch.cat([torch.arange(len(indices))[None], drawn])
     own = torch.tensor([answers[i]["kl"] for i in indices], dtype=torch.float64)
-    return own[drawn].mean(1).clamp(min=LEAST_KL)
+    means = torch.cat([own.mean(0, keepdim=True), own[draws(len(own), resamples)].mean(1)])
+    return means.clamp(min=LEAST_KL)
 
 
 @dataclass

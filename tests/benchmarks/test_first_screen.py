@@ -1,16 +1,13 @@
-"""The README shows what the recorded answers say."""
+"""The README and docs/results.md show what the recorded answers say."""
 
 import math
 from pathlib import Path
 
 import pytest
 
-from benchmarks.quality import first_screen
-from benchmarks.quality.first_screen import BEGIN, BEST, END, fill, first_figures, first_table
+from benchmarks.quality import equal_bytes, first_screen
+from benchmarks.quality.first_screen import BEGIN, BEST, END, fill, first_figures, pairs_table
 from benchmarks.quality.run import read_results
-
-ROOT = Path(__file__).parents[2]
-ANSWERS = ROOT / "benchmarks" / "results" / "quality" / "answers.jsonl"
 
 
 def answer(task: str, method: str, ratio: float, kl: float, exact: bool = True) -> dict:
@@ -45,20 +42,21 @@ def test_figures_are_geometric_means_over_tasks(rows: list[dict]) -> None:
 
 
 def test_the_table_goes_between_the_marks(rows: list[dict]) -> None:
-    page = fill(f"before\n{BEGIN}\nold\n{END}\nafter\n", rows)
+    page = fill(f"before\n{BEGIN}\nold\n{END}\nafter\n", pairs_table(rows))
     assert page.startswith(f"before\n{BEGIN}\n| KL") and page.endswith(f"|\n{END}\nafter\n")
     assert "old" not in page
-    assert "| **moekv** | 0.2000 | 0.2000 | 0.2000 | 25% |" in page
+    assert "| **moekv** | 0.2000 | 0.2000 | 0.2000 | 25 % |" in page
     with pytest.raises(ValueError, match="in the page"):
-        fill(f"{END}{BEGIN}", rows)
+        fill(f"{END}{BEGIN}", [])
 
 
-def test_the_picture_is_drawn(rows: list[dict], tmp_path: Path) -> None:
-    path = first_screen.first_picture(rows, tmp_path / "first.png")
+def test_the_pages_show_the_recorded_answers(tmp_path: Path) -> None:
+    rows, (in_bytes, _) = read_results(first_screen.ANSWERS), equal_bytes.recorded()
+    advice = "run `python -m benchmarks.quality.first_screen`"
+    readme = first_screen.README.read_text(encoding="utf-8")
+    assert fill(readme, equal_bytes.first_table(in_bytes)) == readme, advice
+    page = first_screen.PAGE.read_text(encoding="utf-8")
+    assert first_screen.screen(rows, in_bytes) == page, advice
+    assert len(page.splitlines()) <= 60, "results are one screen"
+    path = first_screen.first_picture(rows, in_bytes, tmp_path / "first.png")
     assert path.read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_readme_shows_the_recorded_answers() -> None:
-    recorded = read_results(ANSWERS)
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "\n".join(first_table(recorded)) in page

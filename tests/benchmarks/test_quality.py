@@ -4,8 +4,10 @@ import dataclasses
 import json
 import math
 import random
+import re
 import struct
 import zlib
+from pathlib import Path
 
 import kvpress
 import pytest
@@ -580,6 +582,16 @@ def test_report_averages_ranks_and_tells_of_failures(few_methods, tmp_path):
     (unrun,) = (line for line in page.splitlines() if line.startswith("- not run: "))
     assert "KVzipPress" in unrun and "SnapKVPress" in unrun and "KnormPress" not in unrun
     assert "read the context again: none." in page
+
+
+def test_the_detailed_page_is_that_of_the_recorded_answers():
+    docs = Path(__file__).parents[2] / "docs"
+    results = docs.parent / "benchmarks" / "results" / "quality" / "answers.jsonl"
+    written = (docs / "results-detail.md").read_text(encoding="utf-8")
+    images = re.findall(r"!\[(.*?)\]\(quality-\1\.png\)", written)
+    assert images and all((docs / f"quality-{name}.png").exists() for name in images)
+    text = report.page_text(results, report.summarise_file(results), images)
+    assert text == written, "run `moekv bench report --page docs/results-detail.md`"
 
 
 def test_plots_show_single_ratios_and_leave_out_other_samples(tmp_path, monkeypatch):
