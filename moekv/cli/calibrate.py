@@ -24,7 +24,7 @@ def run(
     device: str | None,
     dtype: str,
 ) -> None:
-    """Fit, save, and say how well held-out texts are ranked.
+    """Fit, save, and print how well held-out texts are ranked.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Compress the KV cache of a real model, and ask it about what it has read.
+"""Compress the KV cache of a real model, and answer questions from it.
 
 The model reads a story of about 1,900 tokens with facts in it. Its cache is compressed before any
 question is known; then it answers greedily. Every figure is measured: bytes on the storages of

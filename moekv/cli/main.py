@@ -1,7 +1,7 @@
 """The command line: ``moekv info``, ``demo``, ``ask``, ``serve``, ``bench``, ``calibrate``.
 
-Here stand the commands' options and help. What they do is a module each, imported when it is
-called for: ``moekv --help`` waits for neither torch nor transformers.
+This module has the commands' options and help. Each command is a module of its own, which is
+imported when it runs: ``moekv --help`` loads neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -362,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in given
-    # Taken anywhere: it is asked for when something has failed, at the end of the line.
+    # Accepted anywhere: people add it at the end of a line that failed.
     given = [argument for argument in given if argument != "--debug"]
     name = f"moekv {given[0]}" if given and not given[0].startswith("-") else "moekv"
     try:

@@ -1,4 +1,4 @@
-"""What the demo does with a model: it lets it read a text once, asks, and measures both."""
+"""The demo's run: a model reads a text once and answers questions; both are measured."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Question:
 
 @dataclass
 class Result:
-    """What one run gave: the context read once, and every question asked of its cache."""
+    """Results of one run: of reading the context, and of every question."""
 
     ratio: float
     cache_bytes: int
@@ -86,7 +86,7 @@ class Prompt:
         self.ids = encode(tokenizer, before + self.text)
 
     def question_ids(self, question: str) -> Tensor:
-        """Token ids [1, n] of what follows the context when a question is asked."""
+        """Token ids [1, n] of a question, after the context."""
         return encode(self.tokenizer, f"\n\n{INSTRUCTION} {question}{self._after}")
 
 
