@@ -17,7 +17,7 @@ model, tokenizer = moekv.load_model(*sys.argv[1:2])
 press = moekv.MoERouterPress(compression_ratio=0.5)
 context = moekv.compress(model, tokenizer, DOCUMENT, press=press)
 print(context)
-for question in ("What did the new crane cost?", "Who signed the contract?"):
+for question in ("What did the new crane cost?", "When did the harbour board meet?"):
     print(question, "->", context.ask(question, max_new_tokens=24))
 
 with tempfile.TemporaryDirectory() as folder:
@@ -25,4 +25,4 @@ with tempfile.TemporaryDirectory() as folder:
     context.save(path)
     print(f"saved: {path.stat().st_size:,} bytes")
     again = moekv.load_context(path, model, tokenizer)
-    print("Who is the engineer?", "->", again.ask("Who is the engineer?", max_new_tokens=24))
+    print("loaded:", again.ask("What did the new crane cost?", max_new_tokens=24))

@@ -27,5 +27,6 @@ with press(model):
             do_sample=False,
         )
         layers = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
-        pairs = max(sum(layer.count_pairs([0])) / layer.num_heads for layer in layers)
-        print(f"{ids.shape[1]:4} tokens of chat, at most {pairs:.0f} pairs a head, layer mean")
+        pairs = sum(sum(layer.count_pairs([0])) for layer in layers)
+        heads = sum(layer.num_heads for layer in layers)
+        print(f"{ids.shape[1]:4} tokens of chat, {pairs / heads:.0f} pairs a head on average")
