@@ -168,7 +168,7 @@ wheel: $(torch)  ## one wheel for Linux with glibc 2.28 or later and any Python:
 # Against PyTorch's own kernels, in a folder from which the sources cannot be imported.
 try-wheel:  ## install the wheel of dist/ and TORCH into a new environment of PYTHON, and compute with it
 	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && $(PYTHON) -m venv "$$dir" && \
-	    "$$dir/bin/pip" install --quiet '$(TORCH)' dist/*.whl && \
+	    "$$dir/bin/pip" install --quiet --no-compile '$(TORCH)' dist/*.whl && \
 	    cd "$$dir" && bin/python "$(CURDIR)/tools/try_wheel.py"
 
 clean:  ## remove what was built
