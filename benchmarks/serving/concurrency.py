@@ -6,6 +6,9 @@ one), each case in a process of its own, in which one thread does everything: al
 are of that thread, so that what else the machine does is not in them. What is compared with the
 same pairs in transformers is in `benchmarks.serving.fidelity`.
 
+In float32: without instructions for bfloat16, vLLM's CPU build multiplies such matrices four times
+slower.
+
 python -m benchmarks.serving.concurrency
 """
 
@@ -61,7 +64,7 @@ class Run:
 
         llm = LLM(
             model=str(model),
-            dtype="bfloat16",
+            dtype="float32",
             enforce_eager=True,
             max_model_len=4096,
             max_num_batched_tokens=4096,

@@ -47,7 +47,7 @@ def measure(run: Any, folder: Path, prompts: list[list[int]], new: int) -> dict[
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, attn_implementation=NAME
+        folder, dtype=torch.float32, attn_implementation=NAME
     ).eval()
     config = model.config
     rows = config.num_hidden_layers * config.num_key_value_heads
