@@ -178,10 +178,7 @@ class Forward:
         None: there is nothing to do, as in a decoding step.
     asked : dict
         Queries of each layer, until its hook takes them.
-    handle : RemovableHandle
-        Of the hook that ends it.
     """
 
     strategy: Strategy | None
     asked: dict[nn.Module, Asked] = field(default_factory=dict)
-    handle: Any = None

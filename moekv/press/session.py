@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -50,7 +48,11 @@ class Session:
     """A block in which prefills of a model are compressed.
 
     A forward's state is an object on a stack of its thread: made before the decoder runs, and
-    dropped after it, whether it fails or not.
+    dropped after it, whether it fails or not. One hook on the decoder drops it. That hook is there
+    while forwards run, and not for decoding steps: dynamo guards compiled steps over a static cache
+    by hooks of this kind, and would compile them again in every block. Where threads share a block,
+    the hook stays until the block ends: when a forward fails, torch iterates over the decoder's
+    hooks, and no other thread may change them meanwhile.
 
     Parameters
     ----------
@@ -111,7 +113,9 @@ class Session:
         )
         self._depth = option(self.decoder.config, "num_hidden_layers")
         self._local = threading.local()
-        self._handles: dict[int, Any] = {}  # hooks of the forwards of all threads
+        self._lock = threading.Lock()
+        self._threads: set[int] = set()  # that have run forwards in the block
+        self._dropping: Any = None  # handle of the hook that drops states
 
     # --- The block --------------------------------------------------------------------------------
 
@@ -138,32 +142,18 @@ class Session:
     def _close(self) -> None:
         """Abort forwards that were interrupted, for which no hook was called."""
         while self._stack:
-            forward = self._stack.pop()
-            self._over.append(forward.handle)
-            self._end(forward)
-        self._take_down()
-        # Forwards that failed in other threads, which have ended.
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles.clear()
+            self._end(self._stack.pop())
+        if self._dropping is not None:
+            self._dropping.remove()
 
     # --- State of this thread ---------------------------------------------------------------------
 
     @property
     def _stack(self) -> list[Forward]:
         """Forwards that run in this thread, the innermost last."""
-        return self._of_thread("stack")
-
-    @property
-    def _over(self) -> list[Any]:
-        """Hooks of this thread's forwards that have failed."""
-        return self._of_thread("over")
-
-    def _of_thread(self, name: str) -> list[Any]:
-        found: list[Any] | None = getattr(self._local, name, None)
+        found: list[Forward] | None = getattr(self._local, "stack", None)
         if found is None:
-            found = []
-            setattr(self._local, name, found)
+            found = self._local.stack = []
         return found
 
     def _notice(self, module: nn.Module, asked: Asked) -> None:
@@ -188,21 +178,24 @@ class Session:
 
     @_between_graphs
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._take_down()
+        with self._lock:
+            self._threads.add(threading.get_ident())
+        self._take_down()  # if a forward of this thread has failed
         wanted, self._local.wanted = getattr(self._local, "wanted", 0), 0
-        # Of the first layers alone, for a cache of its own (assistant_early_exit).
-        is_draft = option(self.decoder.config, "num_hidden_layers") != self._depth
-        given = _bound(module, args, kwargs)
-        forward = Forward(None if is_draft else self._planner.choose(given, wanted))
-        if forward.strategy is None and not self._stack:
-            return
-        # For this forward alone: dynamo guards compiled steps over a static cache by hooks of this
-        # kind, and would compile them again in every block.
-        forward.handle = self.decoder.register_forward_hook(
-            partial(self._after_forward, weakref.ref(forward)), always_call=True
-        )
-        self._handles[forward.handle.id] = forward.handle
-        self._stack.append(forward)
+        stack, forward = self._stack, Forward(None)
+        # If the hook is there, it takes this one off again, whatever is raised here.
+        was_there = self._dropping is not None
+        stack.append(forward)
+        try:
+            # Of the first layers alone, for a cache of its own (assistant_early_exit).
+            is_draft = option(self.decoder.config, "num_hidden_layers") != self._depth
+            if not is_draft:
+                forward.strategy = self._planner.choose(_bound(module, args, kwargs), wanted)
+        finally:
+            if not was_there and forward.strategy is None:
+                stack.pop()
+        if not was_there and forward.strategy is not None:
+            self._put_up()
 
     def _after_attention(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
@@ -233,14 +226,11 @@ class Session:
         if forward.strategy.is_done:
             self._planner.note(cache)
 
-    def _after_forward(
-        self, forward_of: weakref.ref[Forward], module: nn.Module, args: Any, output: Any
-    ) -> None:
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         """Drop a forward's state; ``output`` is None if it failed."""
-        if not self._stack or self._stack[-1] is not forward_of():
-            return  # the end of another one: in another thread, or inside this one
+        if not self._stack:
+            return  # a step that began before the hook was there
         forward = self._stack.pop()
-        self._over.append(forward.handle)
         if output is not None:
             self._take_down()
         plan = None if forward.strategy is None else forward.strategy.plan
@@ -250,13 +240,19 @@ class Session:
                 f"layers that carry the hooks were called (transformers {transformers.__version__})"
             )
 
+    def _put_up(self) -> None:
+        with self._lock:
+            if self._dropping is None:
+                self._dropping = self.decoder.register_forward_hook(
+                    self._after_forward, always_call=True
+                )
+
     def _take_down(self) -> None:
-        """Remove hooks of finished forwards; not while torch iterates over them."""
-        over: list[Any] = self._over
-        while over:
-            handle = over.pop()
-            handle.remove()
-            self._handles.pop(handle.id, None)
+        """Remove the hook, unless a forward may need it or torch iterates over the hooks."""
+        with self._lock:
+            if self._dropping is not None and not self._stack and len(self._threads) == 1:
+                self._dropping.remove()
+                self._dropping = None
 
     @staticmethod
     def _end(forward: Forward) -> bool:

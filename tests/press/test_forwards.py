@@ -97,6 +97,48 @@ def test_threads_share_a_block(name: str, one_thread: None) -> None:
         assert layer["total_tokens"] == rounds * sum(prompt.shape[1] for prompt in prompts)
 
 
+@pytest.mark.parametrize("name", ["default", "streaming"])
+def test_a_failing_forward_beside_one_that_begins_and_ends(name: str) -> None:
+    """While torch calls the hooks of the first, which has to raise what it has raised."""
+    model, press = tiny_model(), MoERouterPress(0.5, **PRESSES.get(name, {}))
+    prompt, raised, cache, inside = tokens(1, 40), [], DynamicCache(), threading.local()
+    expected = answer(model, prompt)
+
+    def fail(*_: Any) -> None:
+        if getattr(inside, "fails", False):
+            raise ArithmeticError("mine")
+
+    def other_runs(*_: Any) -> None:
+        if getattr(inside, "fails", False):
+            beside = threading.Thread(target=answer, args=(model, prompt))
+            beside.start()
+            beside.join()
+
+    def run() -> None:
+        inside.fails = True
+        try:
+            with torch.no_grad():
+                model(prompt, past_key_values=cache)
+        except Exception as error:
+            raised.append(error)
+
+    handles = [
+        model.model.layers[0].mlp.register_forward_pre_hook(fail),
+        model.model.register_forward_hook(other_runs, always_call=True),
+    ]
+    with press(model):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    for handle in handles:
+        handle.remove()
+    assert [str(error) for error in raised] == ["mine"] and not states()
+    assert not model.model._forward_hooks
+    lengths = {layer.get_seq_length() for layer in cache.layers if layer.is_initialized}
+    assert lengths <= {40} and (name != "streaming" or not lengths)
+    assert torch.equal(answer(model, prompt), expected)
+
+
 class Nested(nn.Module):
     """Runs the model on another text in the middle of a forward."""
 
