@@ -31,7 +31,6 @@ SLOW_FOLDERS = (
     "calibration",
     "cli",
     "examples",
-    "integrations",
     "simt",
     "tools",
     "vllm",

@@ -89,8 +89,9 @@ def take_apart(layer: Any, index: int) -> tuple[dict[str, Tensor], dict[str, Any
     if isinstance(layer, RaggedLayer) and layer.rows.scales is not None:
         name = "quantised"
     if name is None:
+        names = ", ".join(dict.fromkeys(kind.layer.__name__ for kind in KINDS.values()))
         raise TypeError(
-            f"expected compressed, dense or static layers, layer {index} is a "
+            f"expected layers of classes that files know ({names}), layer {index} is a "
             f"{type(layer).__name__}"
         )
     if not layer.is_initialized:

@@ -4,5 +4,5 @@
 of a second reading), ``ridge`` (the expert ``learned``), ``gates``, ``calibrate`` (all of it);
 ``router`` is the result, ``model_card`` its description.
 
-May import ``moekv.cache``, ``moekv.experts``, ``moekv.files`` and what these may.
+May import ``moekv.cache``, ``moekv.experts``, ``moekv.files``, ``moekv.units`` and what these may.
 """

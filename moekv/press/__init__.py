@@ -7,8 +7,8 @@ statistics), ``stats``, ``summary`` and ``held`` (a layer that has grown, as a v
 ``rater`` runs the experts and routers of a layer and makes a ``rating``; ``forward`` has the plan
 and the state of a forward; ``commit`` evicts pairs, ``recording`` notes which, ``adoption``
 prepares a layer to grow; ``prefill``, ``streaming``, ``growth`` and ``measuring`` are strategies of
-a forward, and ``planning`` chooses among them; ``session`` is a block with its hooks, ``press``
-opens it, ``chunks`` feeds a prompt in pieces.
+a forward, ``planning`` chooses among them, and ``refusals`` raises before one runs; ``session`` is
+a block with its hooks, ``press`` opens it, ``chunks`` feeds a prompt in pieces.
 
 May import everything but ``moekv.contexts``, ``moekv.integrations`` and ``moekv.cli``.
 """

@@ -2,5 +2,5 @@
 
 ``recording`` is the record of a prefill, ``page`` writes the page that shows it, of ``pieces``.
 
-May import nothing else of moekv.
+May import ``moekv.files`` alone.
 """

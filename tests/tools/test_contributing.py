@@ -1,5 +1,6 @@
-"""The examples of CONTRIBUTING.md: one script, which runs as it stands."""
+"""The examples of CONTRIBUTING.md, and what it and docs/design.md say of files."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -40,3 +41,16 @@ def test_the_paths_of_its_table_are_there() -> None:
     assert len(paths) > 5
     for path in paths:
         assert (PAGE.parent / path).exists(), path
+
+
+def test_the_parts_of_the_press_import_what_the_page_says() -> None:
+    page = (PAGE.parent / "docs" / "design.md").read_text()
+    rows = re.findall(r"^\| `(\w+)\.py` \|[^|\n]*\|([^|;\n]*)", page, re.MULTILINE)
+    press = ROOM / "press"
+    said = {name: set(re.findall(r"\w+", parts)) - {"none"} for name, parts in rows}
+    assert said.keys() >= {path.stem for path in press.glob("*.py")} - {"__init__"}
+    for path in press.glob("*.py"):
+        nodes = ast.walk(ast.parse(path.read_text()))
+        sources = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+        found = {source.split(".")[2] for source in sources if source.startswith("moekv.press.")}
+        assert said.get(path.stem, set()) == found, path.stem

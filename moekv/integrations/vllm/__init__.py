@@ -17,6 +17,7 @@
 ``heads``      attention where heads hold different numbers of blocks
 ``serve``      vLLM's own server with the plug-in on
 
-The only room that may import vLLM, which need not be installed for anything else. All that vLLM
-offers is used as it offers it: nothing of it is patched. See docs/serving.md.
+May import everything but ``moekv.contexts`` and ``moekv.cli``. The only room that may import vLLM,
+which need not be installed for anything else. All that vLLM offers is used as it offers it: nothing
+of it is patched. See docs/serving.md.
 """
