@@ -1,7 +1,6 @@
 """Which caches can be served, and how pairs leave them."""
 
 from collections.abc import Collection, Iterable
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from moekv.cache.buffers import storage_bytes
 from moekv.cache.growing import GrowingLayer
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.ragged import RaggedLayer
-from moekv.cache.rows import gain
 from moekv.cache.static import CompactStaticLayer
 
 
@@ -127,32 +125,27 @@ def bytes_by_kind(layers: Iterable[CacheLayerMixin]) -> dict[str, int]:
     kinds = dict.fromkeys(("pairs", "scales", "tail", "notes"), 0)
     for layer in layers:
         kinds["pairs"] += held_bytes(layer)
-        if isinstance(layer, CompressedLayer) and layer.notes is not None:
+        if not isinstance(layer, CompressedLayer):
+            continue
+        if layer.notes is not None:
             kinds["notes"] += layer.notes.nbytes
-        if isinstance(layer, RaggedLayer):
-            scales = layer.rows.scales
-            beside = {
-                "scales": 0 if scales is None else storage_bytes(scales),
-                "tail": layer.nbytes - storage_bytes(*layer.rows.tensors),
-            }
-            for kind, count in beside.items():
-                kinds[kind] += count
-                kinds["pairs"] -= count
+        for kind, count in layer.bytes_beside().items():
+            kinds[kind] += count
+            kinds["pairs"] -= count
     return kinds
 
 
 def bits_per_number(layers: Iterable[CacheLayerMixin]) -> float | None:
     """Bits that a number of a stored key or value takes, scales counted; None: there is none."""
-    bits = numbers = 0
+    num_bytes = numbers = 0
     for layer in layers:
-        if isinstance(layer, RaggedLayer):
-            bits += 8 * len(layer.rows) * layer.rows.bytes_per_pair
-            numbers += len(layer.rows) * (layer.rows.key_dim + layer.rows.value_dim)
+        if isinstance(layer, CompressedLayer):
+            size = layer.stored_size()
         else:
-            for pairs in cached_pairs(layer):
-                bits += 8 * pairs.nbytes
-                numbers += pairs.numel()
-    return bits / numbers if numbers else None
+            pairs = cached_pairs(layer)
+            size = sum(x.nbytes for x in pairs), sum(x.numel() for x in pairs)
+        num_bytes, numbers = num_bytes + size[0], numbers + size[1]
+    return 8 * num_bytes / numbers if numbers else None
 
 
 def compressed(
@@ -207,22 +200,6 @@ def evict(
         *cached_pairs(before), kept, pairs=pairs, backend=backend
     )
     return held_bytes(before), layer.nbytes
-
-
-def gain_of(layer: CompressedLayer, pairs: str) -> Fraction:
-    """Count the pairs that a layer will store in the bytes of one dense pair.
-
-    Parameters
-    ----------
-    layer : CompressedLayer
-        One that is quantised keeps its format.
-    pairs : str
-        How others are going to be stored.
-    """
-    if isinstance(layer, RaggedLayer):
-        own = layer.rows.pairs
-        return gain(pairs if own == "16" else own, layer.tail_keys, layer.tail_values)
-    return gain(pairs, *cached_pairs(layer))
 
 
 def growing(cache: Cache, index: int, *, backend: str) -> CompressedLayer:

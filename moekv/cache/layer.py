@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from moekv.budget import Kept
 from moekv.cache.recent import RecentStates
+from moekv.cache.rows import gain
 from moekv.models.hooks import CROPS_BY_COUNT
 
 
@@ -95,6 +97,25 @@ class CompressedLayer(CacheLayerMixin):
     def allowed_bytes(self, most: int) -> int:
         """Bytes of `most` pairs of each head, those that are to come as the model makes them."""
         return self.batch_size * self.num_heads * most * self.bytes_per_pair
+
+    def bytes_beside(self) -> dict[str, int]:
+        """Bytes of ``"scales"`` and of the ``"tail"`` of tokens since, where they are apart."""
+        return {}
+
+    def stored_size(self) -> tuple[int, int]:
+        """Count the bytes, scales included, and the numbers of the pairs that were compressed."""
+        pairs = self.held_pairs()
+        return sum(x.nbytes for x in pairs), sum(x.numel() for x in pairs)
+
+    def gain(self, pairs: str) -> Fraction:
+        """Count the pairs that it will store in the bytes of one dense pair.
+
+        Parameters
+        ----------
+        pairs : str
+            How it is going to store them, if they are not quantised already.
+        """
+        return gain(pairs, *self.held_pairs())
 
     @abstractmethod
     def count_pairs(self, padding: list[int]) -> list[int]:

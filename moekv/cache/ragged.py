@@ -6,6 +6,7 @@ were; the pairs themselves are handed to attention as ``RaggedPairs``, which
 """
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from moekv.cache.buffers import first_kept, gather_rows, storage_bytes
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.masks import offset_of
 from moekv.cache.pairs import NOT_DENSE, RaggedPairs
-from moekv.cache.rows import Rows
+from moekv.cache.rows import Rows, gain
 from moekv.cache.tail import Tail
 from moekv.models.hooks import num_fed
 
@@ -304,6 +305,24 @@ class RaggedLayer(CompressedLayer):
     def stored_bytes_per_pair(self) -> int:
         """Bytes of one key and its value where they are stored, scales included."""
         return self.rows.bytes_per_pair
+
+    def bytes_beside(self) -> dict[str, int]:
+        """Bytes of scales and of the tail, room to grow included."""
+        scales = self.rows.scales
+        return {
+            "scales": 0 if scales is None else storage_bytes(scales),
+            "tail": self.nbytes - storage_bytes(*self.rows.tensors),
+        }
+
+    def stored_size(self) -> tuple[int, int]:
+        """Count the bytes and the numbers of the stored pairs."""
+        rows = self.rows
+        return len(rows) * rows.bytes_per_pair, len(rows) * (rows.key_dim + rows.value_dim)
+
+    def gain(self, pairs: str) -> Fraction:
+        """Count the pairs that it will store in the bytes of one dense pair."""
+        own = self.rows.pairs
+        return gain(pairs if own == "16" else own, self.tail_keys, self.tail_values)
 
     def allowed_bytes(self, most: int) -> int:
         """Bytes of `most` pairs of each head, those that are to come as the model makes them."""

@@ -35,7 +35,7 @@ from transformers import Cache
 
 from moekv import budget as budgets
 from moekv.budget import Grown, Kept, select_grown
-from moekv.cache.caches import gain_of, growing, recompress
+from moekv.cache.caches import growing, recompress
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.notes import note, remember
 from moekv.experts.builder import ViewBuilder
@@ -182,7 +182,7 @@ class Growth(Strategy):
 
         if in_prompt:
             padding = list(self.view.row_starts(mask, batch))
-            gained = gain_of(layers[0], plan.options.pairs)
+            gained = layers[0].gain(plan.options.pairs)
             keep = limit = plan.keep([seen - p for p in padding], seen, gained)
         elif decoding is not None:
             keep = [decoding.target] * batch
