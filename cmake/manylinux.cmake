@@ -12,8 +12,9 @@ endif()
 if(NOT CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   message(FATAL_ERROR "MOEKV_MANYLINUX=ON: expected g++, got ${CMAKE_CXX_COMPILER_ID}")
 endif()
-# zig would take libc++ for C++: exceptions of one library could not be caught in another.
-foreach(name libstdc++.so.6 libgcc_s.so.1)
+# zig would take libc++ for C++: exceptions of one library could not be caught in another. And its own
+# compiler-rt for libgcc.a, whose __cpu_model says of every processor that it has no extensions.
+foreach(name libstdc++.so.6 libgcc_s.so.1 libgcc.a)
   execute_process(COMMAND ${CMAKE_CXX_COMPILER} -print-file-name=${name}
                   OUTPUT_VARIABLE path OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
   list(APPEND MOEKV_CXX_RUNTIME ${path})

@@ -25,6 +25,9 @@ def main() -> None:
     backends = moekv.ops.available_backends()
     if backends["cpu"] is not None:
         sys.exit(f"expected the CPU kernels, got none: {backends['cpu']}")
+    capability = torch.backends.cpu.get_cpu_capability()
+    if moekv.ops.cpu_capability() == "default" and capability != "DEFAULT":
+        sys.exit(f"expected kernels for {capability}, got those without vector extensions")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=128,
