@@ -168,7 +168,7 @@ def test_the_model_card_says_what_the_router_is(tmp_path: Path) -> None:
     card = (tmp_path / "README.md").read_text()
     assert f"- fingerprint: `{short(router.model)}`\n" in card
     assert "- layers: 2, with hidden states of 32 and 2 KV heads\n" in card
-    assert "- experts: learned, expected, of which each token trusts 2\n" in card
+    assert "- experts: learned, expected, of which each token is routed to 2\n" in card
     assert "- texts: 7, SHA-256 0123456789abcdef...\n" in card
     assert "- ranking loss on held-out texts: 0.3000 with even gates, 0.1000 as trained\n" in card
     assert "[More Information Needed]" not in card

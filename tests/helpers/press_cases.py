@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 import moekv
 from moekv import DecodingConfig, MoERouterPress, prefill_in_chunks
 
-LENGTH, NUM_NEW = 70, 4
+LENGTH, NUM_NEW = 44, 4
 
 
 def prompt() -> Tensor:
