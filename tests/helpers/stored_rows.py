@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import torch
 from ragged_cases import make_case, oracle
@@ -36,6 +37,20 @@ def decode_row(codes: list[int], scales: list[float], bits: int, dim: int) -> Te
 
 
 def decode(
+    key_codes: Tensor, value_codes: Tensor, scales: Tensor, pairs: str, key_dim: int, value_dim: int
+) -> tuple[Tensor, Tensor]:
+    """The keys and values of rows; those of the same bytes are decoded once, which takes long."""
+    parts = key_codes, value_codes, scales
+    key = *(part.contiguous().numpy().tobytes() for part in parts), pairs, key_dim, value_dim
+    if key not in _decoded:
+        _decoded[key] = _decode(*parts, pairs, key_dim, value_dim)
+    return _decoded[key]
+
+
+_decoded: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+
+
+def _decode(
     key_codes: Tensor, value_codes: Tensor, scales: Tensor, pairs: str, key_dim: int, value_dim: int
 ) -> tuple[Tensor, Tensor]:
     key_scales = 1 if pairs[1] == "8" else 2 * math.ceil(key_dim / 32)
