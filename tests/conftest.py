@@ -43,18 +43,21 @@ SLOW_FOLDERS = (
 )
 SLOW_FILES = (
     *("test_backends", "test_compile", "test_compiled", "test_expected_attention", "test_static"),
-    *("test_calibrated_growth", "test_chunks", "test_growth", "test_lives"),
-    *("test_loading", "test_models", "test_page", "test_streaming"),
+    *("test_calibrated_growth", "test_chunks", "test_growth", "test_lives", "test_later"),
+    *("test_loading", "test_models", "test_page", "test_streaming", "test_queries"),
+    *("test_forwards", "test_length", "test_lists", "test_pairs", "test_promises"),
+    *("test_native_errors", "test_storage", "test_modes", "test_masks"),
 )
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     """Mark what is slow, and what shares something large: that runs in one process."""
     for item in items:
         folder = item.path.parent.name
         uses = getattr(item, "fixturenames", ())
         slow = folder in SLOW_FOLDERS or item.path.stem in SLOW_FILES
+        slow = slow or item.originalname == "test_opcheck"
         if slow or "real_model" in uses or item.get_closest_marker("thorough"):
             item.add_marker(pytest.mark.slow)
         if folder == "simt":  # each builds kernels of its own
