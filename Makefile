@@ -55,7 +55,7 @@ test-all: $(installed)  ## the whole test suite
 	$(pytest) $(ARGS)
 
 test-fast: $(installed)  ## what answers in seconds: all but builds, compiled graphs, real models and long lives
-	$(pytest) -m 'not slow' $(ARGS)
+	$(pytest) -m fast $(ARGS)
 
 # moekv is not installed there: it is imported from here, with the library that is built already.
 latest := .venv-latest

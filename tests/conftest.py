@@ -43,10 +43,13 @@ SLOW_FOLDERS = (
 )
 SLOW_FILES = (
     *("test_backends", "test_compile", "test_compiled", "test_expected_attention", "test_static"),
-    *("test_calibrated_growth", "test_chunks", "test_growth", "test_lives", "test_later"),
-    *("test_loading", "test_models", "test_page", "test_streaming", "test_queries"),
-    *("test_forwards", "test_length", "test_lists", "test_pairs", "test_promises"),
-    *("test_native_errors", "test_storage", "test_modes", "test_masks"),
+    *("test_calibrated_growth", "test_chunks", "test_growth", "test_lives"),
+    *("test_loading", "test_models", "test_page", "test_streaming"),
+)
+# Not slow, but not for an answer at once.
+LESS_FAST_FILES = (
+    *("test_forwards", "test_later", "test_length", "test_lists", "test_masks", "test_modes"),
+    *("test_native_errors", "test_pairs", "test_promises", "test_queries", "test_storage"),
 )
 
 
@@ -57,9 +60,11 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
         folder = item.path.parent.name
         uses = getattr(item, "fixturenames", ())
         slow = folder in SLOW_FOLDERS or item.path.stem in SLOW_FILES
-        slow = slow or item.originalname == "test_opcheck"
-        if slow or "real_model" in uses or item.get_closest_marker("thorough"):
+        slow = slow or "real_model" in uses or item.get_closest_marker("thorough") is not None
+        if slow:
             item.add_marker(pytest.mark.slow)
+        elif item.path.stem not in LESS_FAST_FILES and item.originalname != "test_opcheck":
+            item.add_marker(pytest.mark.fast)
         if folder == "simt":  # each builds kernels of its own
             sanitized = item.path.stem == "test_simt_sanitized"
             item.add_marker(pytest.mark.xdist_group("sanitized" if sanitized else "simt"))
