@@ -1,5 +1,7 @@
 """What the layers share: buffers that grow, and rows that are copied."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -13,6 +15,11 @@ def storage_bytes(*tensors: Tensor) -> int:
     """Bytes of the storages under tensors, each storage counted once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
+
+
+def size_of(tensors: Sequence[Tensor]) -> tuple[int, int]:
+    """Count the bytes and the numbers of tensors."""
+    return sum(t.nbytes for t in tensors), sum(t.numel() for t in tensors)
 
 
 def append(buffer: Tensor, length: int, states: Tensor, most: int | None) -> Tensor:

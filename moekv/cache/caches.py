@@ -15,7 +15,7 @@ from transformers.cache_utils import (
 )
 
 from moekv.budget import Kept
-from moekv.cache.buffers import storage_bytes
+from moekv.cache.buffers import size_of, storage_bytes
 from moekv.cache.growing import GrowingLayer
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.ragged import RaggedLayer
@@ -139,11 +139,11 @@ def bits_per_number(layers: Iterable[CacheLayerMixin]) -> float | None:
     """Bits that a number of a stored key or value takes, scales counted; None: there is none."""
     num_bytes = numbers = 0
     for layer in layers:
-        if isinstance(layer, CompressedLayer):
-            size = layer.stored_size()
-        else:
-            pairs = cached_pairs(layer)
-            size = sum(x.nbytes for x in pairs), sum(x.numel() for x in pairs)
+        size = (
+            layer.stored_size()
+            if isinstance(layer, CompressedLayer)
+            else size_of(cached_pairs(layer))
+        )
         num_bytes, numbers = num_bytes + size[0], numbers + size[1]
     return 8 * num_bytes / numbers if numbers else None
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from moekv.budget import Kept
+from moekv.cache.buffers import size_of
 from moekv.cache.recent import RecentStates
 from moekv.cache.rows import gain
 from moekv.models.hooks import CROPS_BY_COUNT
@@ -104,8 +105,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def stored_size(self) -> tuple[int, int]:
         """Count the bytes, scales included, and the numbers of the pairs that were compressed."""
-        pairs = self.held_pairs()
-        return sum(x.nbytes for x in pairs), sum(x.numel() for x in pairs)
+        return size_of(self.held_pairs())
 
     def gain(self, pairs: str) -> Fraction:
         """Count the pairs that it will store in the bytes of one dense pair.

@@ -225,7 +225,8 @@ class RaggedLayer(CompressedLayer):
         """
         self._branch()
         self._tail.append(key_states, value_states, self.most)
-        self.rows = self.rows.read_as(self.tail_keys.dtype, self.tail_values.dtype)
+        keys, values = self._tail.buffers
+        self.rows = self.rows.read_as(keys.dtype, values.dtype)
         return self.keys, self.values
 
     def get_seq_length(self) -> int:

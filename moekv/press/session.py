@@ -178,8 +178,9 @@ class Session:
 
     @_between_graphs
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        with self._lock:
-            self._threads.add(threading.get_ident())
+        if (thread := threading.get_ident()) not in self._threads:
+            with self._lock:
+                self._threads.add(thread)
         self._take_down()  # if a forward of this thread has failed
         wanted, self._local.wanted = getattr(self._local, "wanted", 0), 0
         stack, forward = self._stack, Forward(None)
@@ -249,8 +250,10 @@ class Session:
 
     def _take_down(self) -> None:
         """Remove the hook, unless a forward may need it or torch iterates over the hooks."""
+        if self._dropping is None or self._stack:
+            return
         with self._lock:
-            if self._dropping is not None and not self._stack and len(self._threads) == 1:
+            if self._dropping is not None and len(self._threads) == 1:
                 self._dropping.remove()
                 self._dropping = None
 

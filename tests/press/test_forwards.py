@@ -100,7 +100,7 @@ def test_threads_share_a_block(name: str, one_thread: None) -> None:
 @pytest.mark.parametrize("name", ["default", "streaming"])
 def test_a_failing_forward_beside_one_that_begins_and_ends(name: str) -> None:
     """While torch calls the hooks of the first, which has to raise what it has raised."""
-    model, press = tiny_model(), MoERouterPress(0.5, **PRESSES.get(name, {}))
+    model, press = tiny_model(), MoERouterPress(0.5, **PRESSES[name])
     prompt, raised, cache, inside = tokens(1, 40), [], DynamicCache(), threading.local()
     expected = answer(model, prompt)
 

@@ -1,16 +1,18 @@
 """Budgets that are kept while layers arrive: what stays is what is kept when all have."""
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+from given_expert import press_by
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_model, tokens
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from moekv import DecodingConfig, Expert, LayerView, MoERouterPress
+from moekv import DecodingConfig, MoERouterPress
 from moekv.budget import kept_pairs, select, without_padding
 from moekv.cache.caches import cached_pairs
 from moekv.cache.growing import GrowingLayer
@@ -22,23 +24,7 @@ LENGTH, NUM_LAYERS = 90, 6
 BUDGETS = ["uniform", "head", "model"]
 
 
-class Given(Expert):
-    """Scores that a hash of layer, head and place decides, on one scale over all of them."""
-
-    name = "given"
-    comparable = True
-
-    def scores(self, view: LayerView) -> Tensor:
-        layer = view.module.layer_idx
-        head = torch.arange(view.keys.shape[1])[:, None]
-        place = view.positions[:, None]
-        chaos = torch.sin((place + 1) * 12.9898 + head * 78.233 + layer * 37.719) * 43758.5453
-        return chaos - chaos.floor() + 0.15 * head - 0.1 * (layer - 2) ** 2
-
-
-def given_press(ratio: float, **options: Any) -> MoERouterPress:
-    options = {"budget": "model"} | options
-    return MoERouterPress(ratio, experts=[Given()], top_k=1, **options)
+given_press = functools.partial(press_by, lambda layer: -0.1 * (layer - 2) ** 2, budget="model")
 
 
 def deep_model() -> PreTrainedModel:

@@ -1,6 +1,7 @@
 """Generation over ragged caches: equal to what masks on a full cache give, in less memory."""
 
 import copy
+import functools
 from contextlib import nullcontext
 from typing import Any
 from unittest.mock import MagicMock
@@ -8,6 +9,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
+from given_expert import press_by
 from kvpress import (
     AdaKVPress,
     CriticalAdaKVPress,
@@ -26,7 +28,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicLayer
 from twins import rounded
 
-from moekv import Expert, LayerView, MoERouterPress, load_cache, ragged, save_cache
+from moekv import load_cache, ragged, save_cache
 from moekv.budget import Kept
 from moekv.cache.buffers import storage_bytes
 from moekv.cache.growing import GrowingLayer
@@ -38,22 +40,7 @@ BUDGETS = ["uniform", "head", "model"]
 LENGTH = 120
 
 
-class Given(Expert):
-    """Scores that a hash of layer, head and place decides, on one scale over all of them."""
-
-    name = "given"
-    comparable = True
-
-    def scores(self, view: LayerView) -> Tensor:
-        layer = view.module.layer_idx
-        head = torch.arange(view.keys.shape[1])[:, None]
-        place = view.positions[:, None]
-        chaos = torch.sin((place + 1) * 12.9898 + head * 78.233 + layer * 37.719) * 43758.5453
-        return chaos - chaos.floor() + 0.15 * head + 0.2 * layer
-
-
-def given_press(ratio: float, **options: Any) -> MoERouterPress:
-    return MoERouterPress(ratio, experts=[Given()], top_k=1, **options)
+given_press = functools.partial(press_by, lambda layer: 0.2 * layer)
 
 
 def cache_bytes(cache: DynamicCache) -> int:
