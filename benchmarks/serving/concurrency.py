@@ -3,11 +3,13 @@
 Eight prompts of about 1,970 tokens, the story and a question each, wait for a pool of 160 blocks of
 32 tokens; each is answered with 64 tokens. Runs in an environment with vLLM (`make test-vllm` makes
 one), each case in a process of its own, in which one thread does everything: all times but the last
-are of that thread, so that what else the machine does is not in them. What is compared with the
-same pairs in transformers is in `benchmarks.serving.fidelity`.
+are of that thread, so that what else the machine does is not in them. What a prompt costs, and a
+step of two requests that decode, is measured in turn with requests that ask to be left alone, in
+the same engine, so that whatever slows one slows the other. What is compared with the same pairs in
+transformers is in `benchmarks.serving.fidelity`.
 
-In float32: without instructions for bfloat16, vLLM's CPU build multiplies such matrices four times
-slower.
+In bfloat16 where the processor multiplies such matrices itself (AMX); elsewhere vLLM's CPU build
+takes four times as long for them, and `--dtype float32` measures what it does well.
 
 python -m benchmarks.serving.concurrency
 """
@@ -29,8 +31,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import RESULTS, quartiles, write_results
+from benchmarks.measure import quartiles, write_results
 from benchmarks.serving import fidelity
+from benchmarks.serving.table import RECORDED
 from moekv.cli.demo import QUESTIONS
 from moekv.cli.trial import INSTRUCTION, Question
 from moekv.models.loading import load_model
@@ -59,12 +62,12 @@ def name_of(case: dict[str, Any] | None) -> str:
 class Run:
     """An engine whose steps are counted and timed."""
 
-    def __init__(self, model: Path, case: dict[str, Any] | None) -> None:
+    def __init__(self, model: Path, case: dict[str, Any] | None, dtype: str) -> None:
         from vllm import LLM
 
         llm = LLM(
             model=str(model),
-            dtype="float32",
+            dtype=dtype,
             enforce_eager=True,
             max_model_len=4096,
             max_num_batched_tokens=4096,
@@ -90,13 +93,11 @@ class Run:
             for asked in ASKED
         ]
 
-    def feed(
-        self, prompts: list[list[int]], new: int, logprobs: int | None = None
-    ) -> dict[str, Any]:
+    def feed(self, prompts: list[list[int]], new: int, **options: Any) -> dict[str, Any]:
         """Let prompts come together, and step until all are answered."""
         from vllm import SamplingParams
 
-        params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, logprobs=logprobs)
+        params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, **options)
         begin, clock = time.process_time(), time.perf_counter()
         for i, prompt in enumerate(prompts):
             self.engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
@@ -126,33 +127,38 @@ class Run:
         }
 
 
-def measure(model: Path, case: dict[str, Any] | None) -> dict[str, Any]:
+def measure(model: Path, case: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
     """Measure one case in this process."""
-    run = Run(model, case)
+    run = Run(model, case, dtype)
     prompts = run.prompts()
-    run.feed([prompts[0][:200]], 4)  # first touches
-    alone = [run.feed([prompts[0]], 2)["step_s"][0] for _ in range(5)]
-    pair = run.feed(prompts[:2], 33)["step_s"]
-    decode = pair[-32:]  # two requests run in each
-    crowd = run.feed(prompts, NEW)
+    crowd = run.feed(prompts, NEW)  # what it touches first is not timed again
     del crowd["step_s"]
     answers = [answer.text for answer in crowd.pop("answers")]
     right = [asked.is_right(said) for asked, said in zip(ASKED, answers, strict=True)]
+    ways: dict[str, Any] = {"": {}}
+    if case is not None:
+        ways["left_alone_"] = {"extra_args": {"moekv": {"compression_ratio": 0.0}}}
+    times: dict[str, list[float]] = {}
+    for turn in range(6):
+        for way, options in list(ways.items())[:: (-1) ** turn]:
+            pair = run.feed(prompts[:2], 33, **options)["step_s"]
+            times.setdefault(f"{way}two_prompts_step_s", []).append(pair[0])
+            times.setdefault(f"{way}decode_step_of_two_s", []).extend(pair[-32:])
     return {
         "case": name_of(case),
         "options": case,
+        "dtype": dtype,
         "prompt_tokens": [len(prompt) for prompt in prompts],
         **crowd,
         "fidelity": fidelity.measure(run, model, prompts[:3], NEW),
         "right": sum(map(bool, right)),
         "asked": len(right),
-        "prompt_step_s": quartiles(alone),
-        "decode_step_of_two_s": quartiles(decode),
+        **{name: quartiles(values) for name, values in times.items()},
         "answers": [said.strip().split("\n")[0][:100] for said in answers],
     }
 
 
-def _in_a_process(model: Path, index: int) -> dict[str, Any]:
+def _in_a_process(model: Path, index: int, dtype: str) -> dict[str, Any]:
     settings = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -162,6 +168,7 @@ def _in_a_process(model: Path, index: int) -> dict[str, Any]:
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "benchmarks.serving.concurrency", "--model", str(model)]
+    command += ["--dtype", dtype]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "case.json"
         subprocess.run(
@@ -179,11 +186,17 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a folder; SmolLM2-135M-Instruct unless given")
     parser.add_argument("--cases", type=int, nargs="+", default=list(range(len(CASES))))
     parser.add_argument("--case", type=int, help="measure this one here")
-    parser.add_argument("--out", type=Path, default=RESULTS / "serving-smollm2.json")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--out", type=Path, default=RECORDED)
     args = parser.parse_args()
     if args.case is not None:
-        args.out.write_text(json.dumps(measure(args.model, CASES[args.case])))
+        args.out.write_text(json.dumps(measure(args.model, CASES[args.case], args.dtype)))
         return
+    # Broken off, it goes on with the cases that are missing.
+    rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    if {row["dtype"] for row in rows} - {args.dtype}:
+        parser.error(f"expected another --out than {args.out}, which is of another dtype")
+    done = {row["case"] for row in rows}
     with tempfile.TemporaryDirectory() as folder:
         model = args.model
         if model is None:
@@ -192,20 +205,19 @@ def main() -> None:
             loaded.save_pretrained(model)
             tokenizer.save_pretrained(model)
             del loaded
-        rows = []
         for index in args.cases:
-            rows.append(_in_a_process(model, index))
-            row = rows[-1]
+            if name_of(CASES[index]) in done:
+                continue
+            row = _in_a_process(model, index, args.dtype)
+            rows.append(row)
             print(
                 f"{row['case']}: {row['most_running']} at once, {row['steps']} steps, "
                 f"{row['tokens_per_second']:.1f} tokens/s, first token "
                 f"{statistics.median(row['first_token_s']):.1f} s, right {row['right']} of "
-                f"{row['asked']}, prompt {1e3 * row['prompt_step_s'][1]:.0f} ms, decode of two "
-                f"{1e3 * row['decode_step_of_two_s'][1]:.1f} ms, {row['fidelity']}",
+                f"{row['asked']}, {row['fidelity']}",
                 flush=True,
             )
-            command = "python -m benchmarks.serving.concurrency"
-            write_results(args.out, command, rows)
+            write_results(args.out, "python -m benchmarks.serving.concurrency", rows)
     print(f"vLLM {version('vllm-cpu')}")
 
 

@@ -52,7 +52,6 @@ def check_engine(config: Any, options: ServingOptions) -> None:
     if config.use_v2_model_runner:
         raise ValueError("moekv: expected vLLM's model runner V1, got V2")
     for name in (
-        "tensor_parallel_size",
         "pipeline_parallel_size",
         "decode_context_parallel_size",
         "prefill_context_parallel_size",

@@ -12,6 +12,7 @@ from moekv.integrations.vllm.options import Gap, ServingOptions
 from moekv.integrations.vllm.pages import Pages, page_layout
 
 LAYERS, HEADS, BLOCKS, DIM = 3, 2, 24, 32
+needs_amx = pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="no AMX tiles")
 
 
 def filled(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -29,10 +30,12 @@ def filled(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor, Te
     return list(whole), keys, values
 
 
-@pytest.mark.parametrize("isa", ["vec", "vec16"])
+@pytest.mark.parametrize("isa", ["vec", "vec16", pytest.param("amx", marks=needs_amx)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [32, 80, 256])
 def test_layout_is_found(isa: str, dtype: torch.dtype, dim: int) -> None:
+    if isa == "amx" and (dtype is not torch.bfloat16 or dim % 32):
+        pytest.skip("vLLM takes AMX for bfloat16 alone")
     if isa == "vec" and dim % 32:
         pytest.skip("vLLM takes the other for such heads")
     keys, values = page_layout(isa, BLOCK, dim, dtype)

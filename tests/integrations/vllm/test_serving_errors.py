@@ -79,14 +79,13 @@ def an_engine(**changes: Any) -> Any:
         ({"connector": object()}, "expected no KV connector"),
         ({"embeds": True}, "expected prompts of tokens, got enable_prompt_embeds"),
         ({"v2": True}, "expected vLLM's model runner V1, got V2"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size 1, got 2"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size 1, got 2"),
         ({"decode_context_parallel_size": 2}, "decode_context_parallel_size 1, got 2"),
         ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size 1, got 2"),
     ],
 )
 def test_engines_that_cannot_be_served(change: dict[str, Any], message: str) -> None:
-    check_engine(an_engine(data_parallel_size=2), ServingOptions())
+    check_engine(an_engine(data_parallel_size=2, tensor_parallel_size=2), ServingOptions())
     with pytest.raises(ValueError, match=f"^moekv: expected.*{message.removeprefix('expected ')}"):
         check_engine(an_engine(**change), ServingOptions())
 
