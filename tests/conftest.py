@@ -27,7 +27,11 @@ hypothesis.settings.load_profile("moekv")
 # They are about packages that need not be there.
 collect_ignore_glob = []
 if not HAS_KVPRESS:
-    collect_ignore_glob += ["integrations/kvpress/*", "benchmarks/test_quality.py"]
+    collect_ignore_glob += [
+        "integrations/kvpress/*",
+        "benchmarks/test_quality.py",
+        "cli/test_bench.py",
+    ]
 if find_spec("vllm") is None:
     collect_ignore_glob += ["integrations/vllm/*"]
 

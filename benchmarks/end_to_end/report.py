@@ -95,7 +95,7 @@ def render(results: dict[str, Any], kind: str) -> str:
     where, threads = results["environment"], results["rows"][0]["threads"]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     about = (
-        f"`{results['command']}` on {where['cpu']} ({where['capability']}), {threads} "
+        f"`{results['command']}`\non {where['cpu']} ({where['capability']}), {threads} "
         f"thread{'s' if threads > 1 else ''}, {versions}, commit {where['commit']}."
     )
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)

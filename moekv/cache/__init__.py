@@ -1,11 +1,12 @@
-"""What is stored, and how it is attended to.
+"""Compressed cache layers: how pairs are stored, attended to, evicted and saved.
 
-``layer`` is what compressed layers have in common; ``growing`` (dense), ``ragged`` and ``static``
-are the kinds of them. ``rows`` is how a ragged one stores pairs, ``tail`` how it holds the tokens
-since; ``pairs`` and ``attention`` hand them to a model; ``caches`` says which ones can be served,
-and compresses layers; ``recent`` and ``notes`` are what is remembered beside the pairs; ``buffers``
-grow; ``masks`` keep the meaning of a mask or refuse it; ``storage`` saves and loads, ``parts`` says
-what a layer consists of, and ``described`` checks what a file says.
+``layer`` is the base class of compressed layers; ``growing`` (dense), ``ragged`` and ``static``
+are its kinds. ``rows`` are the stored pairs of a ragged layer, ``tail`` those of later tokens;
+``pairs`` and ``attention`` hand both to a model. ``caches`` checks whether a cache can be served,
+and evicts pairs from it. ``recent`` and ``notes`` hold what is remembered beside the pairs,
+``buffers`` memory that grows. ``masks`` interprets attention masks or refuses them. ``storage``
+saves and loads, ``parts`` takes a layer apart for that, and ``described`` validates the description
+in a file.
 
 May import ``moekv.routing``, ``moekv.budget``, ``moekv.models``, ``moekv.ops``, ``moekv.files``.
 """

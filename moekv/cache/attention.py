@@ -3,7 +3,7 @@
 Models look their attention function up by name ("sdpa", "flash_attention_2", ...) at every call.
 :func:`install` wraps each of these functions once: a call that brings :class:`RaggedPairs`, or one
 query for :class:`DensePairs`, goes to ``ragged_attention``. Every other call goes where it went
-before, and whoever watches the layer is told what it asks. The wrapping stays when a block ends:
+before, and observers of the layer get its queries. The wrapping stays when a press's block ends:
 caches outlive the blocks in which they were compressed.
 """
 
@@ -30,9 +30,9 @@ _IGNORED = {"sdpa": frozenset({"softcap", "s_aux"})}
 
 
 def install() -> None:
-    """Teach every attention function of transformers to serve compressed layers. Idempotent.
+    """Wrap every attention function of transformers to serve compressed layers. Idempotent.
 
-    Eager attention, which is not among them, is shown to whoever watches.
+    Eager attention is not among these functions; it is only observed.
     """
     check_masks()
     for name, function in list(ALL_ATTENTION_FUNCTIONS.items()):
@@ -57,7 +57,7 @@ def _show_eager_attention(get_interface: Callable[..., Any]) -> Callable[..., An
 
 @functools.lru_cache(maxsize=256)
 def _shown(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the eager attention of a model's file, which no name stands for."""
+    """Wrap the eager attention of a model's file, which is not registered under a name."""
 
     @functools.wraps(function)
     def attention(
@@ -89,14 +89,14 @@ def _fitted(mask: Any, key: Any) -> Any:
 
 @contextmanager
 def last_queries(layers: Iterable[nn.Module], window: int) -> Iterator[dict[nn.Module, Asked]]:
-    """Note what attention layers ask last, which nobody has to compute again.
+    """Record the last queries of attention layers, so that they need not be recomputed.
 
     Parameters
     ----------
     layers : iterable of nn.Module
-        Attention layers, each in one block at a time.
+        Attention layers; each may be recorded by one block at a time.
     window : int
-        Queries of a call to note, at most.
+        Largest number of queries to record of a call.
 
     Yields
     ------
@@ -132,7 +132,7 @@ def _is_step(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> bool:
-    """Whether ``ragged_attention`` gives what the model's own function would, to one query.
+    """Whether ``ragged_attention`` computes, for one query, what the model's function would.
 
     Only on a CPU, where the native op is faster than SDPA.
     """

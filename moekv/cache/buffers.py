@@ -1,4 +1,4 @@
-"""What the layers share: buffers that grow, and rows that are copied."""
+"""Buffers that grow, and copies of rows: shared by all layers."""
 
 from collections.abc import Sequence
 
@@ -26,8 +26,8 @@ def append(buffer: Tensor, length: int, states: Tensor, most: int | None) -> Ten
     """Write new pairs behind the first ``length`` of a buffer, or of a larger one if need be.
 
     A full buffer grows by an eighth, so that a pair is copied a bounded number of times however
-    many tokens follow, and little memory waits in vain; where no more than ``most`` are expected,
-    there is room for no more.
+    many tokens follow, and little memory is reserved in vain; where no more than ``most`` are
+    expected, no more is reserved.
 
     As concatenating would, pairs of a wider dtype (under autocast, of any) promote the buffer's,
     and pairs that are to get gradients get them: then, and where the buffer may not be written to,

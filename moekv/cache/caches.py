@@ -85,7 +85,7 @@ def is_static(cache: Any) -> bool:
 
 
 def is_compressed(layer: CacheLayerMixin) -> bool:
-    """Return whether a press has had its turn with a layer."""
+    """Return whether a press has compressed a layer, or prepared it for that."""
     if isinstance(layer, CompressedLayer):
         return layer.context_length > 0
     return isinstance(layer, CompactStaticLayer)
@@ -153,7 +153,7 @@ def compressed(
 ) -> GrowingLayer | RaggedLayer:
     """Copy the chosen pairs of a dense layer, to a dense one if each head keeps as many.
 
-    What is quantised is ragged in any case.
+    Quantised pairs are stored in a ragged layer in any case.
 
     Parameters
     ----------
@@ -203,7 +203,7 @@ def evict(
 
 
 def growing(cache: Cache, index: int, *, backend: str) -> CompressedLayer:
-    """Make sure that a layer appends in place and remembers; a plain one is replaced."""
+    """Replace a plain layer by one that appends in place and records recent states."""
     layer = cache.layers[index]
     if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):  # whose window never fills
         layer = cache.layers[index] = GrowingLayer(*cached_pairs(layer), backend=backend)

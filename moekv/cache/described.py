@@ -1,4 +1,4 @@
-"""What a file says of a cache layer, checked before any tensor is read."""
+"""Validation of a cache layer's description in a file, before any tensor is read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OPTIONAL = {"recent", "notes", "reader"}
 def check(
     description: Any, found: Mapping[str, tuple[str, Sequence[int]]], *, within: str
 ) -> tuple[int, int, int, int, int]:
-    """Check what a file says of a layer before any tensor is read.
+    """Validate the description of a layer before any tensor is read.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ def check(
     Raises
     ------
     ValueError
-        It is no layer that :func:`take_apart` may have given; says what is wrong.
+        It cannot have come from :func:`take_apart`; the message names the fault.
     """
     if not isinstance(description, dict) or description.get("kind") not in (*KINDS,):
         kind = description.get("kind") if isinstance(description, dict) else description

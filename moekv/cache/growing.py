@@ -1,4 +1,4 @@
-"""Plain dense tensors, with room for new tokens: where all heads keep as many pairs."""
+"""Dense tensors with spare capacity for new tokens: all heads keep the same number of pairs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
     """A dense layer that appends in amortised constant time.
 
     ``DynamicLayer`` copies the whole cache for every token. Here ``keys`` and ``values`` are views
-    [B, H, n, D] of buffers with room behind them, n the pairs that are held: `evicted` fewer than
+    [B, H, n, D] of buffers with spare capacity, n the pairs that are held: `evicted` fewer than
     the true length. Whatever replaces them works as it does there; a slice ``keys[:, :, :n]`` that
     is assigned back crops the layer to n true positions. Decode steps on a CPU are served by
     ``ragged_attention``, see ``moekv.cache.attention``.
@@ -55,7 +55,7 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
     def compress(
         cls, keys: Tensor, values: Tensor, kept: Kept, *, backend: str = "auto"
     ) -> GrowingLayer:
-        """Copy the chosen pairs of a dense layer, as many of every head.
+        """Copy the kept pairs of a dense layer, the same number of every head.
 
         Parameters
         ----------
@@ -85,7 +85,7 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
         return layer
 
     def recompress(self, kept: Kept, pairs: str = "16") -> None:
-        """Move the chosen pairs to the front, in place: the rest is room for new tokens.
+        """Move the kept pairs to the front, in place: the rest is capacity for new tokens.
 
         What is more than `most` is given back.
 
@@ -228,7 +228,7 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that this layer's storages hold, room to grow included."""
+        """Bytes of this layer's storages, spare capacity included."""
         return storage_bytes(self._key_buffer, self._value_buffer)
 
     @property

@@ -1,4 +1,4 @@
-"""What every layer has in common that takes the place of a compressed one."""
+"""The base class of compressed cache layers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CompressedLayer(CacheLayerMixin):
     so masks, position ids, ``crop``, a second ``generate`` over the cache and assisted decoding
     count as they do without compression. New tokens follow dense behind what was compressed.
 
-    A layer holds data alone: whoever compresses it decides.
+    A layer holds data alone: the press decides what is evicted.
 
     Parameters
     ----------
@@ -37,19 +37,19 @@ class CompressedLayer(CacheLayerMixin):
     context_length : int
         Positions that were compressed together; 0: none yet.
     run : int
-        Last positions of these that no head lacks: as far a crop may reach into them.
+        Last positions of these that no head lacks: as far as a crop may reach into them.
     most : int or None
         Pairs to come, if known, that will not be exceeded.
     recent : RecentStates or None
         Last inputs of the attention layer, where compression will go on.
     counted : tuple
-        Whose statistics count how many of the pairs as kept.
+        Statistics that count pairs of this layer as kept, and how many.
     first : Tensor [B], int64, or None
         Positions of each row before which nothing is stored: its padding. None: there are none.
     notes : CompressedLayer or None
-        What a calibrated router noted of each pair, as a layer of its own.
+        What a calibrated router recorded for each pair, as a layer of its own.
     reader : str or None
-        Which one did, see ``CalibratedRouter.reader``.
+        Identity of that router, see ``CalibratedRouter.reader``.
     """
 
     def __init__(self, *, backend: str = "auto") -> None:
@@ -69,7 +69,7 @@ class CompressedLayer(CacheLayerMixin):
         self.num_branches = 0
         self._is_cropped = False
 
-    # -- what a kind of layer says -----------------------------------------------------------------
+    # -- what a kind of layer provides -------------------------------------------------------------
 
     is_ragged = False
     """Whether heads may hold different numbers of pairs, and tokens since a compression are stored
@@ -83,7 +83,7 @@ class CompressedLayer(CacheLayerMixin):
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes that this layer's storages hold, room to grow included."""
+        """Bytes of this layer's storages, spare capacity included."""
 
     @property
     @abstractmethod
@@ -212,7 +212,7 @@ class CompressedLayer(CacheLayerMixin):
             self.notes.crop(wanted)
 
     def crop_by_slice(self, length: int) -> None:
-        """Forget the tokens after the first ``length``, whose pairs somebody assigns back.
+        """Forget the tokens after the first ``length``, whose pairs are assigned back.
 
         So kvpress's pipeline takes an answer out of a cache. Where compression goes on, pairs of
         the context may have left for those of the answer, and none of it can be taken out.
@@ -262,7 +262,7 @@ class CompressedLayer(CacheLayerMixin):
             self.notes._select(indices)
 
     def _give_back(self) -> None:
-        """Give the memory of pairs back that no row has. May wait for the device."""
+        """Free the memory of pairs that no row has. May wait for the device."""
 
     @property
     @abstractmethod
@@ -278,12 +278,12 @@ class CompressedLayer(CacheLayerMixin):
         return self.num_moves, self.num_branches
 
     def _branch(self) -> None:
-        """Get ready for new tokens, which may take the place of some that were cropped."""
+        """Prepare for new tokens, which may replace cropped ones."""
         if self._is_cropped:
             self.num_branches, self._is_cropped = self.num_branches + 1, False
 
     def has_lost(self, taken: tuple[int, int], length: int) -> bool:
-        """Whether the first positions, as they were handed out earlier, are the layer's no more.
+        """Whether the layer no longer holds the first positions as they were handed out earlier.
 
         Then pairs that are assigned to it bring them back, and what was noted of others goes.
 

@@ -1,9 +1,9 @@
 """Attention masks over compressed layers: their meaning is kept, or they are refused.
 
-The pairs that stay of a context do not know their positions any more. A mask over positions can
-therefore only show all that is stored, and hide padding, which never was; what it says of later
-tokens holds. transformers makes a mask of what the caller gives, once for all layers of a forward,
-and asks a layer of the cache for its size: that is where the caller's mask is seen whole.
+The retained pairs of a context have lost their positions. A mask over positions can therefore only
+show all of them, and hide padding, which is never stored; for later tokens it holds as it is.
+transformers builds a mask from the caller's once for all layers of a forward, with the size that a
+cache layer reports: there the caller's mask is checked whole.
 """
 
 import functools
@@ -28,7 +28,7 @@ _static = WeakIdKeyDictionary()
 
 
 class Offset(int):
-    """Position of a mask's first column, which knows the layer that said so."""
+    """Position of a mask's first column, with the layer that reported it."""
 
     layer: "CompressedLayer | CompactStaticLayer"
 
@@ -43,7 +43,7 @@ def offset_of(layer: "CompressedLayer | CompactStaticLayer", offset: int) -> int
 
 
 def check_masks() -> None:
-    """Have transformers' makers of masks check those for compressed layers. Idempotent."""
+    """Make transformers' mask functions check masks for compressed layers. Idempotent."""
     for name, function in list(ALL_MASK_ATTENTION_FUNCTIONS.items()):
         if not getattr(function, "checks_masks", False):
             ALL_MASK_ATTENTION_FUNCTIONS[name] = _checking(function)
@@ -117,7 +117,7 @@ def as_seen(mask: Tensor) -> Tensor:
 
 
 def shows_or_hides(mask: Tensor | None) -> bool:
-    """Say, without looking at its numbers, whether a mask is known to do no more than that."""
+    """Return, without reading the mask, whether it is known to do no more than that."""
     return mask is None or not mask.is_floating_point() or mask in _seen_whole
 
 
@@ -156,7 +156,7 @@ def held_of(mask: Tensor, layer: "CompressedLayer", held: int) -> Tensor:
     Parameters
     ----------
     mask : Tensor
-        As attention gets it, or over all positions, where the caller made it himself.
+        As attention gets it, or over all positions, where it is the caller's.
     layer : CompressedLayer
         With the tokens that are asking.
     held : int
@@ -184,7 +184,7 @@ def _widened(mask: Tensor, width: int) -> Tensor:
 
 
 def remember_buffer(keys: Tensor, layer: "CompactStaticLayer") -> None:
-    """Remember whose keys attention is going to get."""
+    """Remember the layer whose keys attention is going to get."""
     _static[keys] = weakref.ref(layer)
 
 
@@ -192,7 +192,7 @@ def slots_of(mask: Tensor, keys: Tensor) -> Tensor:
     """Bring a caller's own mask to the slots of a static layer that has been compressed.
 
     transformers' are over slots already, of which slot s behind the context stands for position
-    s + evicted; so may the caller's be. Or he has made one as for a cache that lacks nothing, over
+    s + evicted; so may the caller's be. Or it is one for an uncompressed cache, over
     positions. The newest token's own column, which it sees, tells one from the other: it is the
     last slot that is filled in the one, and behind that in the other.
 

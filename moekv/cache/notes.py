@@ -13,7 +13,7 @@ from moekv.cache.recent import RecentStates
 
 
 def remember(layer: CompressedLayer, hidden_states: Tensor, queries: Tensor, window: int) -> None:
-    """Keep the last inputs of an attention layer, and what it asked, beside its cache.
+    """Keep the last inputs and queries of an attention layer beside its cache.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ def remember(layer: CompressedLayer, hidden_states: Tensor, queries: Tensor, win
 
 
 def take_notes(read: Tensor, kept: Kept | None, *, backend: str) -> CompressedLayer:
-    """Note what a calibrated router reads of the pairs of a prefill, for the next compression.
+    """Record what a calibrated router reads from a prefill's pairs, for the next compression.
 
     Its ``learned`` expert needs hidden states, which are gone by then, and true positions. So both
     are kept beside the pairs, 8 bytes for each, as a cache layer of its own: with head_dim 1, what
@@ -59,7 +59,7 @@ def take_notes(read: Tensor, kept: Kept | None, *, backend: str) -> CompressedLa
 
 
 def note(layer: CompressedLayer, read: Tensor) -> None:
-    """Note what is read of new tokens; forget all notes if tokens before them came unread.
+    """Record what is read from new tokens; drop all notes if tokens before them were not read.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What compressed layers hand to attention: keys and values that know their layer."""
+"""Keys and values that compressed layers hand to attention, with a reference to their layer."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def cropped_to(index: Any, length: int) -> int | None:
 
 
 class DensePairs(Tensor):
-    """The keys or the values of a dense compressed layer: a tensor that knows its layer.
+    """The keys or the values of a dense compressed layer: a tensor that refers to its layer.
 
     To every operation it is a plain tensor [B, H, T, D], T the pairs that are held. A slice
     ``pairs[:, :, :n]`` remembers n: assigned back to the layer, as kvpress's pipeline does with
-    what ``get_seq_length`` said, it crops the layer to n true positions.
+    what ``get_seq_length`` returned, it crops the layer to n true positions.
 
     Attributes
     ----------
@@ -95,8 +95,8 @@ class DensePairs(Tensor):
 class RaggedPairs:
     """The keys or the values of a :class:`RaggedLayer`, as the cache hands them to attention.
 
-    Looks like a tensor [B, H, T, D] of the true length in ``shape``, ``dtype`` and ``device``, can
-    be cropped by a slice of positions, and refuses everything else: no dense tensor exists.
+    Has the ``shape`` [B, H, T, D] of the true length, ``dtype`` and ``device`` of a tensor, can be
+    cropped by a slice of positions, and refuses everything else: no dense tensor exists.
 
     Parameters
     ----------

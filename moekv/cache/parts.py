@@ -1,4 +1,4 @@
-"""What a cache layer consists of, as tensors and numbers that a file can hold, and back again."""
+"""Conversion of cache layers to tensors and numbers that a file can hold, and back."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def take_apart(layer: Any, index: int) -> tuple[dict[str, Tensor], dict[str, Any
     Raises
     ------
     TypeError
-        The layer is of another kind than files know.
+        The layer is of a kind that files do not support.
     ValueError
         It is empty.
     """

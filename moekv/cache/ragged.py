@@ -200,7 +200,7 @@ class RaggedLayer(CompressedLayer):
         return False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: a ragged layer is born with its pairs."""
+        """Do nothing: a ragged layer is made with its pairs."""
 
     def update(  # type: ignore[override]
         self,
@@ -308,7 +308,7 @@ class RaggedLayer(CompressedLayer):
         return self.rows.bytes_per_pair
 
     def bytes_beside(self) -> dict[str, int]:
-        """Bytes of scales and of the tail, room to grow included."""
+        """Bytes of scales and of the tail, spare capacity included."""
         scales = self.rows.scales
         return {
             "scales": 0 if scales is None else storage_bytes(scales),
@@ -377,7 +377,7 @@ class RaggedLayer(CompressedLayer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that this layer's storages hold, room to grow included."""
+        """Bytes of this layer's storages, spare capacity included."""
         return storage_bytes(*self.rows.tensors, *self._tail.buffers)
 
     def held_pairs(self) -> tuple[Tensor, Tensor]:

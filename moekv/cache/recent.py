@@ -1,4 +1,4 @@
-"""The last inputs of an attention layer and what it asked, kept beside its cache."""
+"""The last inputs and queries of an attention layer, held beside its cache."""
 
 from collections.abc import Sequence
 
@@ -80,7 +80,7 @@ class RecentStates:
         return self._newest(self._rings[0], newest)
 
     def queries(self, newest: int) -> Tensor:
-        """Return what was asked for the newest tokens: [B, Hq, N, D]."""
+        """Return the queries of the newest tokens: [B, Hq, N, D]."""
         return self._newest(self._rings[1], newest).transpose(1, 2)
 
     def _newest(self, ring: Tensor, newest: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""Pairs that are stored back to back: what a row of them consists of, and what can be done to it.
+"""Pairs stored back to back: one row for each pair, in 16 bits or quantised.
 
-A format says how the numbers of a key and of a value are kept. ``"16"``: as they came. Others are
+A format defines how a key's and a value's channels are stored. ``"16"``: unchanged. Others are
 codes of 8 or 4 bits with scales beside them, see ``moekv.ops.quantize_pairs``. Codes are copied as
 they are wherever rows move, so that a pair is rounded once, however often its layer is compressed.
 """
@@ -135,7 +135,7 @@ class Rows:
         return Rows(pairs, *parts, self.key_dim, self.value_dim, self.dtype)
 
     def kept_wide(self, pairs: str) -> Rows:
-        """Give the rows in 16 bits, and say that they should have been in another format."""
+        """Return the rows in 16 bits, and log that another format was asked for."""
         _logger.warning(
             "A layer keeps a pair that pairs=%r cannot store (NaN, infinity or a number too "
             "large for scales of float16): its pairs stay in 16 bits, in more bytes",
@@ -206,7 +206,7 @@ def gain(pairs: str, keys: Tensor, values: Tensor) -> Fraction:
 
 
 def storable(keys: Tensor, values: Tensor) -> Tensor:
-    """Say which pairs [...] of keys [..., D] and values [..., Dv] can be stored in any format.
+    """Return which pairs [...] of keys [..., D] and values [..., Dv] any format can store.
 
     Those without NaN, infinity or numbers beyond float16, of which scales are.
     """

@@ -2,7 +2,7 @@
 
 A compiled ``generate`` depends on buffers that stay where they are. So the kept pairs move to the
 front of each head, in place, and later tokens are written behind them: compression gives no memory
-back, it makes room for as many further tokens as pairs have left.
+back, it frees as many slots for further tokens as pairs were evicted.
 
 Tokens go on to be numbered by their true positions, which rotary embeddings and attention masks
 need, while slots are packed. The layer keeps the difference as a tensor, ``evicted``: a token at

@@ -1,4 +1,4 @@
-"""Save a compressed cache and load it again: compress a long context once, ask it often."""
+"""Save a compressed cache and load it again: compress a context once, query it often."""
 
 import hashlib
 import json
@@ -90,8 +90,8 @@ def save_cache(
 def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> DynamicCache | StaticCache:
     """Read a cache that :func:`save_cache` wrote.
 
-    All that the file says of itself is checked before any tensor is read. It can hold numbers and
-    texts only: nothing of it is run, looked up or opened. (A checksum tells a damaged file, not
+    The whole header is validated before any tensor is read. A file can hold numbers and texts
+    only: nothing of it is run, looked up or opened. (A checksum tells a damaged file, not
     one that somebody has made to mislead: see SECURITY.md.)
 
     Parameters
@@ -100,7 +100,7 @@ def load_cache(path: str | os.PathLike[str], model: PreTrainedModel) -> DynamicC
         The file.
     model : PreTrainedModel
         The model that is to go on with the cache: the same architecture with the same rotation,
-        and weights as near as ``moekv.models.fingerprint.TOLERANCE`` says, in the same dtype. Pairs
+        and weights within ``moekv.models.fingerprint.TOLERANCE``, in the same dtype. Pairs
         go to the devices of its layers.
 
     Returns
@@ -186,7 +186,7 @@ def _plain(part: Tensor) -> Tensor:
 def _check_header(
     header: dict[str, str], found: dict[str, tuple[str, list[int]]], model: PreTrainedModel
 ) -> list[dict[str, Any]]:
-    """Check all that a file says of itself; give the descriptions of its layers."""
+    """Validate the header of a file; return the descriptions of its layers."""
     if header.get("format") not in _READ:
         raise ValueError(
             f"expected a cache of format {' or '.join(_READ)}, got {header.get('format')!r:.99}"
@@ -262,7 +262,7 @@ def _attention_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
 
 
 def _widths(model: PreTrainedModel, count: int) -> list[int | None]:
-    """Numbers of a token's keys in each layer, all heads together, where a projection says so."""
+    """Width of the key projection of each layer, all heads together; None where it is unknown."""
     widths: list[int | None] = [None] * count
     for layer in _attention_layers(model):
         weight: Any = getattr(getattr(layer, "k_proj", None), "weight", None)

@@ -1,4 +1,4 @@
-"""Pairs of the tokens since a compression, as dense as the model makes them."""
+"""Pairs of the tokens since a compression, as dense tensors in the model's dtype."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class Tail:
 
     @property
     def buffers(self) -> tuple[Tensor, Tensor]:
-        """Keys and values with the room behind them."""
+        """The buffers of keys and values, spare capacity included."""
         return self._keys, self._values
 
     @property
     def room(self) -> int:
-        """Tokens that the buffers have room for."""
+        """Tokens that the buffers can hold."""
         return self._keys.shape[2]
 
     def append(self, keys: Tensor, values: Tensor, most: int | None) -> None:

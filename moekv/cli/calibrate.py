@@ -9,7 +9,7 @@ from typing import Any
 from moekv.calibration.calibrate import calibrate
 from moekv.calibration.config import CalibrationConfig
 from moekv.calibration.needs import Needs
-from moekv.cli.common import CommandError, load, make_console, reason
+from moekv.cli.common import CommandError, check_folder, load, make_console, reason
 from moekv.models.loading import DEFAULT_MODEL
 
 
@@ -38,8 +38,7 @@ def run(
     CommandError
         An option is wrong, a text cannot be read, or the model is not to be had.
     """
-    if out.exists() and not out.is_dir():
-        raise CommandError(f"expected a folder for the router, got the file {out}")
+    check_folder(out)
     console = make_console()
 
     def announce(needs: Needs) -> None:
@@ -48,7 +47,6 @@ def run(
     try:
         config = CalibrationConfig(**settings)
         read = [path.read_text(encoding="utf-8") for path in texts]
-        out.mkdir(parents=True, exist_ok=True)
         loaded, tokenizer = load(model or DEFAULT_MODEL, dtype, device)
         router = calibrate(
             loaded,

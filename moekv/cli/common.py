@@ -70,6 +70,23 @@ def check_output(path: Path) -> None:
         raise CommandError(f"expected a file that can be written, got {path}")
 
 
+def check_folder(path: Path) -> None:
+    """Raise unless files can be written to a folder, which need not be there yet.
+
+    Raises
+    ------
+    CommandError
+        It is a file, or nothing can be written there.
+    """
+    nearest = path.resolve()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise CommandError(f"expected a folder to write to, got {path}: {nearest} is a file")
+    if not os.access(nearest, os.W_OK):
+        raise CommandError(f"expected a folder that can be written to, got {path}")
+
+
 def load(
     name: str, dtype: str, device: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -1,6 +1,7 @@
-"""Other people's houses: what moekv does inside other packages, each in a room of its own.
+"""moekv inside other packages, one subpackage for each.
 
-``kvpress`` serves the presses of kvpress, and is served by them; ``vllm`` is a plug-in of vLLM.
+``kvpress`` makes moekv's press one of kvpress's, and frees the memory of kvpress's presses;
+``vllm`` is a plug-in of vLLM.
 
 May import everything below; nothing imports them but ``moekv`` itself, for what users call.
 """

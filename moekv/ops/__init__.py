@@ -1,12 +1,12 @@
-"""What the kernels compute: native on CPU and CUDA tensors, plain PyTorch anywhere.
+"""The operators: native kernels for CPU and CUDA tensors, and references in PyTorch.
 
 ``api`` has a file per op: the public function, its shapes, its gradient; ``reference`` the same in
-plain PyTorch; ``checks`` (with ``expect``, and ``row_checks`` for stored rows) is what both expect
-of their arguments; ``formats`` says how rows are stored; ``registration`` tells torch what it has
-to know of the native ops; ``backends`` loads the libraries and chooses. The functions keep the
-argument order of the schemas and work under ``torch.compile(fullgraph=True)``.
+plain PyTorch. ``checks`` (with ``expect``, and ``row_checks`` for stored rows) validates the
+arguments of both. ``formats`` defines the layout of stored rows, ``registration`` gives the native
+ops shapes and gradients, ``backends`` loads the libraries and chooses between them. The functions
+keep the argument order of the schemas and work under ``torch.compile(fullgraph=True)``.
 
-The ground floor: nothing else of moekv is imported here.
+May import nothing else of moekv.
 """
 
 from moekv.ops.api.expected_attention import expected_attention

@@ -1,4 +1,4 @@
-"""The native libraries of the ops, and which implementation serves a call.
+"""Loads the native libraries, and chooses the implementation that serves a call.
 
 ``torch.ops.moekv.*`` exist once the CPU library is loaded, which importing this module does where
 it has been built; the CUDA library is loaded where torch has CUDA.
@@ -81,7 +81,7 @@ def check_backend(name: str) -> None:
     ValueError
         ``name`` is none of ``BACKENDS``.
     RuntimeError
-        The backend is not available; the message says why and how to get it.
+        The backend is not available; the message gives the reason and the remedy.
     """
     if name not in BACKENDS:
         raise ValueError(f"expected backend to be one of {', '.join(BACKENDS)}, got {name!r}")
@@ -125,7 +125,7 @@ _warned: set[str] = set()
 
 
 def _warn_of_missing(device: str) -> None:
-    """Say once per device that its kernels are missing and PyTorch stands in for them."""
+    """Warn once per device that its kernels are missing and PyTorch is used instead."""
     reason = FAILURES.get(device)
     if reason is not None and device not in _warned:
         _warned.add(device)
@@ -159,7 +159,7 @@ def implementation(op: str, tensor: Tensor, backend: str) -> Callable[..., Any]:
     RuntimeError
         The backend is not available.
     TypeError
-        What is to be a tensor is none.
+        `tensor` is not a tensor.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(
@@ -182,7 +182,7 @@ def implementation(op: str, tensor: Tensor, backend: str) -> Callable[..., Any]:
 
 
 def for_heads(backend: str, *pairs: Tensor) -> str:
-    """Have PyTorch stand in, where the choice is free, for pairs whose heads are too wide.
+    """Choose PyTorch for heads too wide for the kernels, where the backend is ``"auto"``.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
-"""What the ops expect of their arguments, as ``csrc/ops`` checks it for the native kernels.
+"""Validation of the ops' arguments, in the words of ``csrc/ops``.
 
-The references check so, and the fake implementations of the native ops, which add what the kernels
-alone refuse: ``native``.
+References and fake implementations call these functions; the latter add, as ``native``, what only
+the kernels refuse.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _NUM_SCORE_KINDS = 4
 
 
 def native(op: str, name: str, tensor: Tensor) -> None:
-    """Check that a tensor is not float64, which the references alone take."""
+    """Check that a tensor is not float64, which only the references take."""
     if tensor.dtype == torch.float64:
         expect = Expect(op, tensor)
         expect(False, "{} of dtype float32, float16 or bfloat16, got float64", name)

@@ -1,4 +1,4 @@
-"""How the checks of arguments speak."""
+"""Error messages of the argument checks."""
 
 from collections.abc import Sequence
 
@@ -30,12 +30,12 @@ class Expect:
         self.like = like
 
     def __call__(self, condition: bool, expected: str, *values: object) -> None:
-        """Raise unless the condition holds, with what was expected and what came."""
+        """Raise unless the condition holds, naming what was expected and what came."""
         if not condition:
             raise RuntimeError(f"moekv::{self.op}: expected {expected.format(*values)}")
 
     def rank(self, name: str, tensor: Tensor, rank: int, dims: str) -> None:
-        """Expect a number of dimensions; ``dims`` says what they are, as the documentation does."""
+        """Expect a number of dimensions; ``dims`` names them, as in the documentation."""
         self(tensor.dim() == rank, "{} {}, got {}", name, dims, list(tensor.shape))
 
     def shape(self, name: str, tensor: Tensor, shape: Sequence[int | str]) -> None:

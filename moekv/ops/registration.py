@@ -1,4 +1,4 @@
-"""What torch has to know of the native ops: shapes, gradients, and results that can be exported."""
+"""Shapes, gradients and exportable results of the native ops, registered with torch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -26,7 +26,7 @@ def register(
 ) -> None:
     """Give a native op its shapes and its gradient, where the library is there.
 
-    An op without a gradient says so when one is asked for, instead of giving none.
+    An op without a gradient raises in the backward pass, instead of returning none.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ def register(
 
 
 def without_gradient(op: str, reference: Callable[..., Any]) -> Callable[..., Any]:
-    """Have a reference say that it has no gradient when one is asked for, as native ops do."""
+    """Make a reference raise in the backward pass, as native ops without a gradient do."""
     return _functional(op, reference, None, None)
 
 

@@ -1,4 +1,4 @@
-"""What the ops on stored rows expect of their arguments; see ``checks``."""
+"""Validation of the arguments of ops on stored rows; see ``checks``."""
 
 import torch
 from torch import Tensor

@@ -30,8 +30,6 @@ from benchmarks.quality.replay import (
 )
 from moekv import MoERouterPress, PiKVMoERouter
 from moekv.cache.ragged import RaggedLayer
-from moekv.cli import bench
-from moekv.cli import main as cli
 from moekv.experts.registry import build_experts
 
 NEED_DOWNLOADS = {
@@ -751,24 +749,3 @@ def test_every_press_of_kvpress_is_measured_or_excused():
         n for n in known if n.removesuffix("Press") not in used and n not in presses.EXCLUDED
     }
     assert missing == set()
-
-
-@pytest.mark.parametrize("command", [["bench"], ["bench", "run"]])
-def test_moekv_bench_runs_the_benchmark(capsys, command):
-    with pytest.raises(SystemExit) as stop:
-        cli.main([*command, "--tasks", "no_such_task"])
-    assert stop.value.code == 2
-    assert "got no_such_task" in capsys.readouterr().err
-
-
-def test_bench_says_which_file_is_missing(capsys, tmp_path):
-    assert cli.main(["bench", "report", "--out", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith("moekv bench: error: ")
-    assert cli.main(["bench", "run", "--suite", "ruler", "--data", str(tmp_path / "nowhere")]) == 2
-    assert "nowhere" in capsys.readouterr().err
-
-
-def test_bench_needs_a_source_tree(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(bench, "__file__", str(tmp_path / "moekv" / "cli" / "bench.py"))
-    assert cli.main(["bench", "report"]) == 2
-    assert "in a source tree" in capsys.readouterr().err

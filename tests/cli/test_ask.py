@@ -6,29 +6,14 @@ from pathlib import Path
 
 import pytest
 from character_tokenizer import character_tokenizer
+from cli_cases import STORY, printed
 from tiny_models import tiny_model
 
 import moekv
 from moekv import MoERouterPress
 from moekv.cli.main import main
 
-STORY = "The tide covers the causeway twice a day. " * 8
 QUESTIONS = ("When?", "Where [is] it?")  # text, and no markup
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(path)
-    character_tokenizer().save_pretrained(path)
-    return path
-
-
-@pytest.fixture
-def story(tmp_path: Path) -> Path:
-    path = tmp_path / "story.txt"
-    path.write_text(STORY)
-    return path
 
 
 def ask(folder: Path, *arguments: str) -> int:
@@ -41,10 +26,6 @@ def answers(folder: Path, text: str, ratio: float) -> list[str]:
     press = MoERouterPress(compression_ratio=ratio)
     context = moekv.compress(tiny_model(), character_tokenizer(), text, press=press)
     return [" ".join(context.ask(q, max_new_tokens=5).split()) for q in QUESTIONS]
-
-
-def printed(capsys: pytest.CaptureFixture[str]) -> str:
-    return " ".join(capsys.readouterr().out.split())
 
 
 def test_questions_are_answered_from_the_compressed_cache(

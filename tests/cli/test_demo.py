@@ -1,4 +1,4 @@
-"""The demo and the README's usage, on the real model.
+"""``moekv demo``, and the blocks of README and pages, on the real model.
 
 Long texts are read in float32: in bfloat16 that takes four times as long on most processors.
 """
@@ -7,15 +7,18 @@ import copy
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from cli_cases import STORY, printed
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 import moekv
 from moekv.cli import demo, trial
+from moekv.cli.main import main
 
 README = Path(__file__).parents[2] / "README.md"
 GUIDE = README.parent / "docs" / "moe_router_guide.md"
@@ -135,3 +138,72 @@ def _run_blocks(
     for block in blocks:
         exec(block, names)
     return names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backend", "metal"], "expected backend to be one of auto, cpu, cuda, torch"),
+        (["--router", "oracle"], "expected router_type"),
+        (["--num-experts", "1", "--top-k", "2"], "expected top_k <= num_experts = 1, got 2"),
+        (["--model", "no-such/model"], "'no-such/model' is no local folder"),
+        (["--context", "missing.txt", "--question", "Where?"], "missing.txt"),
+        (["--context", __file__], "expected a --question about --context"),
+        (["--model", "FOLDER", "--context-tokens", "10000000"], "--context-tokens, got 10000000"),
+        (["--model", "FOLDER", "--context-tokens", "5"], "have no fact to ask for"),
+    ],
+)
+def test_mistakes_are_explained_without_a_traceback(
+    arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", *(str(folder) if a == "FOLDER" else a for a in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("moekv demo: error: ")
+    assert message in error
+
+
+def test_demo_on_a_local_folder(
+    folder: Path, story: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(_demo(folder, story, "--ratio", "0.75", "--ratio", "0.5")) == 0
+    out = printed(capsys)
+    length = len(STORY.strip())
+    assert f"{length} tokens of context, 1 questions" in out
+    assert "Full cache ┃ 50 % removed ┃ 75 % removed" in out
+    # 2 layers, keys and values, 2 heads of 16 numbers of 4 bytes.
+    sizes = [length, length // 2, length // 4]
+    kibibytes = " │ ".join(f"{2 * 2 * 2 * 16 * 4 * n / 2**10:.1f} KiB" for n in sizes)
+    assert f"KV cache │ {kibibytes}" in out
+    shares = " │ ".join(f"{100 * n / length:.1f} %" for n in sizes)
+    assert f"of the full cache's bytes │ {shares}" in out
+    assert re.search(r"of it in the press │ - │ \d\.\d{3} s", out)
+    assert re.search(r"Cache +\d+\.\d KiB -> \d+\.\d KiB, 2[45]\.\d % of the full one", out)
+    assert re.search(r"Press +\d+\.\d % of the prefill's time", out)
+    assert re.search(r"Answers [01] of 1 word for word as with the full cache", out)
+
+
+def test_demo_fails_where_the_press_does_nothing(
+    folder: Path,
+    story: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(moekv.MoERouterPress, "__call__", lambda self, model: nullcontext())
+    assert main(_demo(folder, story)) == 2
+    assert "the press did nothing: 50 % removed was asked for" in capsys.readouterr().err
+
+
+def test_cache_bytes_counts_each_storage_once() -> None:
+    cache = DynamicCache()
+    both = torch.zeros(2, 1, 2, 10, 16)
+    cache.update(both[0], both[1], 0)
+    cache.layers[0].keys, cache.layers[0].values = both[0], both[1]
+    assert trial.cache_bytes(cache) == both.nbytes
+    # A view of a part still holds the whole.
+    cache.layers[0].keys = both[0, :, :, :1]
+    assert trial.cache_bytes(cache) == both.nbytes
+
+
+def _demo(folder: Path, story: Path, *more: str) -> list[str]:
+    arguments = ["demo", "--model", str(folder), "--context", str(story), "--question", "When?"]
+    return [*arguments, "--dtype", "float32", "--max-new-tokens", "3", *more]

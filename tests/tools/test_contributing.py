@@ -1,12 +1,18 @@
 """The examples of CONTRIBUTING.md, and what it and docs/design.md say of files."""
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
+
+from moekv.cli.main import app
+from moekv.experts.registry import build_experts, expert_names
+from moekv.routing.registry import ROUTERS
 
 PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
 ROOM = PAGE.parent / "moekv"
@@ -35,12 +41,30 @@ def test_a_package_names_its_files(folder: Path) -> None:
     assert "import" in said, "what it may import"
 
 
+NAMES = {
+    "an expert": {Path(inspect.getfile(type(each))).stem for each in build_experts(expert_names())},
+    "a router": set(ROUTERS),
+    "a command": {each.callback.__name__ for each in app.registered_commands if each.callback},
+    "an op": {path.stem for path in ROOM.glob("ops/api/*.py")} - {"__init__"},
+}
+NAMES["its kernels"] = NAMES["an op"]
+
+
 def test_the_paths_of_its_table_are_there() -> None:
-    rows = "\n".join(line for line in PAGE.read_text().splitlines() if line.startswith("|"))
-    paths = re.findall(r"`((?:moekv|tests|csrc)/[\w./-]+)`", rows)
-    assert len(paths) > 5
-    for path in paths:
-        assert (PAGE.parent / path).exists(), path
+    """Paths with braces in all their forms, those with <name> or <op> for all that there are."""
+    checked = 0
+    for row in re.findall(r"^\| .*\|$", PAGE.read_text(), re.MULTILINE):
+        what = re.split("[:,|]", row)[1].strip()
+        for path in re.findall(r"`((?:moekv|tests|csrc)/[^`]+)`", row):
+            names = NAMES[what] if "<" in path else {""}
+            if path.startswith("csrc/cuda/"):
+                names = names - {"quantize_pairs"}  # as the page says
+            choices = re.findall(r"\{(.+)\}", path)
+            for name, choice in product(names, choices[0].split(",") if choices else [""]):
+                whole = re.sub(r"\{.+\}", choice, re.sub("<.+>", name, path))
+                assert (PAGE.parent / whole).exists(), f"{whole}, of the row of {what}"
+                checked += 1
+    assert checked > 60
 
 
 def test_the_parts_of_the_press_import_what_the_page_says() -> None:

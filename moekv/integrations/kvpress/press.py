@@ -240,7 +240,7 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
     # --- One layer by itself ----------------------------------------------------------------------
 
     def _options_inside(self, wrapper: BasePress | None) -> Options:
-        """Options as they are, if a wrapper leaves it to them what they say."""
+        """Return the options; raise if one is set that the wrapper overrides."""
         known = {field.name: field.default for field in fields(self)}
         unserved = dict(_UNSERVED)
         if isinstance(wrapper, DMSPress):

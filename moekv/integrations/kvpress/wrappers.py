@@ -1,7 +1,7 @@
-"""What kvpress's wrappers and a press owe each other.
+"""The contract between kvpress's wrappers and a press.
 
 A wrapper calls ``score``, or ``compress``, in a hook of an attention layer and acts on that layer
-at once. It says neither that it is there nor what it has done; both are read here.
+at once. It announces neither itself nor what it evicts; both are detected here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def wrapper_hook(module: nn.Module, press: BasePress) -> Any:
 
 
 def as_attention(scores: Tensor, expected: Tensor | None, start: Tensor | None = None) -> Tensor:
-    """Give pairs that are in some order the attention that pairs of that order can expect.
+    """Map scores to the expected attention of pairs in the same order.
 
     Wrappers add, average and multiply scores and compare those of heads, as if they were attention
     weights. So the best pair of a head gets the largest attention that a pair of this head can
@@ -75,7 +75,7 @@ def as_attention(scores: Tensor, expected: Tensor | None, start: Tensor | None =
 
 @dataclass
 class _Pending:
-    """A layer that has been rated, and on which a wrapper is about to act."""
+    """A layer that has been scored, and on which a wrapper is about to act."""
 
     module: nn.Module
     cache: Cache
@@ -85,11 +85,11 @@ class _Pending:
 
 
 class Outcomes:
-    """Counts what wrappers leave of the layers that a press has rated for them.
+    """Counts the pairs that wrappers leave in the layers that a press has scored for them.
 
     It is read off the cache before anything else can happen to it: when the layer is called again,
-    when the wrapper's block ends, or when somebody asks. Every pair counts once, however often its
-    layer is rated.
+    when the wrapper's block ends, or when statistics are read. Every pair counts once, however
+    often its layer is scored.
     """
 
     def __init__(self) -> None:

@@ -1,23 +1,22 @@
 """moekv inside vLLM: prompts are compressed, and their blocks freed.
 
-``plugin``     what vLLM calls in each of its processes
-``worker``     what the layers of one engine share in a process
-``options``    what is asked for, and which blocks of a prompt stay
-``refusals``   what cannot be served, said before anything runs
-``manager``    the scheduler's side: blocks are given back
-``scheduler``  its steps end where prompts end
-``requests``   what a worker knows of each request
-``metrics``    what compression did, for people to see
-``backend``    the worker's side: which classes vLLM takes
-``builder``    what a step means for each request: rated, compressed, or read where it is compressed
-``attention``  a layer's part in that
-``rating``     what the pairs of a prompt are worth
+``plugin``     the entry point that vLLM calls in each of its processes
+``worker``     state that the layers of one engine share in a process
+``options``    the options, and which blocks of a prompt are retained
+``refusals``   configurations that are refused, before anything runs
+``manager``    the scheduler's side: blocks are freed
+``scheduler``  a scheduler whose steps end where prompts end
+``requests``   prompt length and ratio of each request, in the workers
+``metrics``    counters of what compression freed
+``backend``    the worker's side: the classes that vLLM uses
+``builder``    metadata of a step: which requests are scored, compressed, or read compressed
+``attention``  one layer's attention in such a step
+``rating``     scores of a prompt's pairs
 ``pages``      reads and writes pairs in vLLM's blocks
-``compaction`` moves the pairs that stay together
+``compaction`` moves the retained pairs together
 ``heads``      attention where heads hold different numbers of blocks
 ``serve``      vLLM's own server with the plug-in on
 
-May import everything but ``moekv.contexts`` and ``moekv.cli``. The only room that may import vLLM,
-which need not be installed for anything else. All that vLLM offers is used as it offers it: nothing
-of it is patched. See docs/serving.md.
+May import everything but ``moekv.contexts`` and ``moekv.cli``. Nothing else may import vLLM, which
+is optional. Only extension points of vLLM are used: nothing of it is patched. See docs/serving.md.
 """

@@ -1,4 +1,4 @@
-"""A layer's part: vLLM's attention, and what moekv does before or behind it."""
+"""vLLM's attention of one layer, with scoring and compression before or after it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class CompressingAttention(CPUAttentionBackendImpl):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """Attend, and rate the prompts of the step; the last of it compresses them."""
+        """Attend, and score the prompts of the step; its last layer compresses them."""
         step = getattr(attn_metadata, "step", None)
         if step is None or not step.only_heads:
             super().forward(

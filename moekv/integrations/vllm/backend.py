@@ -1,4 +1,4 @@
-"""The worker's side: which classes vLLM takes, its own unless moekv was asked for."""
+"""The worker's side: the classes that vLLM uses, its own unless moekv is configured."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class Backend(CPUAttentionBackend):
 
     @staticmethod
     def get_builder_cls() -> Any:
-        """Return the class of what makes a step's metadata; it looks for the option itself."""
+        """Return the class that builds a step's metadata; it reads the option itself."""
         from moekv.integrations.vllm.builder import CompressingBuilder
 
         return CompressingBuilder
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        """Give the spec whose manager gives blocks back."""
+        """Return the spec whose manager frees blocks."""
         if Backend.options is None or type(spec) is not FullAttentionSpec:
             return spec
         return CompressedSpec.of(spec, Backend.options)

@@ -1,4 +1,4 @@
-"""What a step means for each request: rated, compressed, or read where it is compressed."""
+"""Metadata of a step: which requests are scored, compressed, or read compressed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moekv.integrations.vllm.worker import Prompt, Step, StepMetadata, Worker
 
 
 class CompressingBuilder(CPUAttentionMetadataBuilder):
-    """vLLM's, which looks for requests whose prompts are to be compressed, or have been."""
+    """vLLM's builder, which finds requests whose prompts are to be compressed, or have been."""
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any
@@ -38,7 +38,7 @@ class CompressingBuilder(CPUAttentionMetadataBuilder):
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> Any:
-        """Make the metadata of a step, in which compressed requests look as short as they are."""
+        """Build the metadata of a step, with the compressed length of compressed requests."""
         given = common_attn_metadata
         if self.worker is None:
             return super().build(common_prefix_len, given, fast_build)
@@ -99,14 +99,14 @@ class CompressingBuilder(CPUAttentionMetadataBuilder):
         return prompts, compressed
 
     def _request(self, row: int) -> Request:
-        """Say what is known of a row's request."""
+        """Return what is known of a row's request."""
         request = self.requests.rows.get(row)
         if request is None:
             raise RuntimeError("moekv: expected vLLM to tell the tokens of each prompt, got none")
         return request
 
     def _attention(self) -> dict[str, Any]:
-        """Say what vLLM's plan of an attention depends on."""
+        """Return what vLLM's plan of an attention depends on."""
         return {
             "group": self.num_heads // self.num_kv_heads,
             "head_dim": self.head_dim,

@@ -1,4 +1,4 @@
-"""Moves the pairs of a prompt that stay together, to pages that stay."""
+"""Moves the retained pairs of a prompt together, to pages that are retained."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def page_counts(scores: Tensor, kept: int, block_size: int, *, sinks: int, windo
 def choose(
     scores: Tensor, gap: Gap, block_size: int, rest: int, options: ServingOptions
 ) -> tuple[Tensor, Tensor]:
-    """Choose the pairs of a prompt that stay.
+    """Choose the pairs of a prompt to retain.
 
     Parameters
     ----------
     scores : Tensor [R, T], float32
-        Of R heads, of which the first ``gap.full`` blocks are looked at.
+        Of R heads; those of the first ``gap.full`` blocks are used.
     gap : Gap
     block_size : int
     rest : int
@@ -93,7 +93,7 @@ def choose(
 
 
 def compact(pages: Pages, blocks: Tensor, gap: Gap, indices: Tensor, counts: Tensor) -> Kept:
-    """Move the pairs that stay to pages of the blocks that stay.
+    """Move the retained pairs to pages of the retained blocks.
 
     Those are the last of the whole blocks, which are nobody else's. A head's pairs go to pages of
     its own as far as these reach, and then to those that other heads leave free. All pairs are read

@@ -1,4 +1,4 @@
-"""The scheduler's side: blocks of a prompt are given back once it has been computed."""
+"""The scheduler's side: blocks of a prompt are freed once it has been computed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moekv.integrations.vllm.options import Gap, ServingOptions, own_ratio
 
 
 class CompressingManager(FullAttentionManager):
-    """Gives the beginning of a prompt back, see ``ServingOptions.gap``.
+    """Frees the first blocks of a prompt, see ``ServingOptions.gap``.
 
     Called with each allocation for a request. Tokens keep their places in the block table, in which
     null blocks stand for those that have left. These stay in the prefix cache until they are taken;
@@ -30,7 +30,7 @@ class CompressingManager(FullAttentionManager):
         self._metrics = Metrics.of()
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Take note of a request that has been given blocks, and have some of them found again."""
+        """Record a request that has been given blocks, and cache those that others may reuse."""
         prompt, name = request.num_prompt_tokens, request.request_id
         if name not in self._gaps:
             asked = request.sampling_params and request.sampling_params.extra_args
@@ -97,6 +97,6 @@ class CompressedSpec(FullAttentionSpec):
 
 
 def register() -> None:
-    """Tell vLLM which manager such a spec has; again does no harm."""
+    """Register the manager of such a spec with vLLM. Idempotent."""
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(CompressedSpec, CompressingManager, FullAttentionSpec)

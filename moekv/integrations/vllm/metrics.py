@@ -1,4 +1,4 @@
-"""What compression did, beside vLLM's own metrics, and a line in its log."""
+"""Counters of what compression freed, beside vLLM's own metrics, and a line in its log."""
 
 from __future__ import annotations
 

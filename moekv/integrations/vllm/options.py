@@ -1,4 +1,4 @@
-"""What is asked for, and which blocks of a prompt stay."""
+"""The options, and which blocks of a prompt are retained."""
 
 from __future__ import annotations
 
@@ -86,9 +86,10 @@ class ServingOptions:
         return cls(**values)
 
     def gap(self, prompt: int, block_size: int, ratio: float | None = None) -> Gap | None:
-        """Say which blocks of a prompt leave once all of it has been computed.
+        """Return the blocks of a prompt that are freed once all of it has been computed.
 
-        A function of what scheduler and workers both know of a request: they agree without a word.
+        It depends only on what scheduler and workers both know of a request, so they agree without
+        communication.
 
         Parameters
         ----------

@@ -17,9 +17,9 @@ from vllm import _custom_ops as vllm_ops
 
 @lru_cache
 def page_layout(isa: str, block_size: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Find out where vLLM's kernels put each number of a page.
+    """Determine where vLLM's kernels put each number of a page.
 
-    They are let write pages of numbers that say where they come from, as many as it takes for the
+    The kernels write pages of numbers that encode their origin, as many pages as it takes for the
     dtype to hold these exactly.
 
     Parameters

@@ -1,4 +1,4 @@
-"""What vLLM calls in each of its processes, by the entry point ``vllm.general_plugins``."""
+"""The entry point ``vllm.general_plugins``, which vLLM calls in each of its processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ logger = getLogger("vllm.moekv")
 
 
 def is_tested(version: str) -> bool:
-    """Say whether a version of vLLM is one whose hooks are known."""
+    """Return whether a version of vLLM is one whose hooks are known."""
     return version.split(".")[:2] == TESTED.split(".")
 
 
@@ -28,10 +28,10 @@ def check_version() -> None:
 
 
 def register() -> None:
-    """Name the classes that vLLM takes; without moekv's option they are vLLM's own.
+    """Register the classes that vLLM uses; without moekv's option they are vLLM's own.
 
-    What can be had of neither this platform nor this version of vLLM is left alone, with a warning:
-    moekv may be there without being asked for.
+    On an unsupported platform or version of vLLM nothing is registered, with a warning: moekv may
+    be installed without being used.
     """
     import vllm
     from vllm.platforms import current_platform

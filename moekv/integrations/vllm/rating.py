@@ -1,4 +1,4 @@
-"""What the pairs of prompts are worth: moekv's expert ``expected``, as the prompts come."""
+"""Scores of prompts' pairs by moekv's expert ``expected``, part by part as prompts arrive."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moekv.models.queries import rotate
 
 
 class Rotation:
-    """Turns queries on to other positions.
+    """Rotates queries to other positions.
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ class Rotation:
         self._step = LlamaRotaryEmbedding(config).inv_freq.float()
 
     def turn(self, queries: Tensor, by: Tensor) -> Tensor:
-        """Turn queries [N, Hq, D] by numbers of positions [N]: [Hq, N, D]."""
+        """Rotate queries [N, Hq, D] by numbers of positions [N]: [Hq, N, D]."""
         angle = (by[:, None].float() * self._step).repeat(1, 2)
         cos, sin = angle.cos(), angle.sin()
         return rotate(queries.transpose(0, 1)[None], cos[None], sin[None])[0]
@@ -35,7 +35,7 @@ class Rotation:
 
 @dataclass
 class LastQueries:
-    """The last queries of a part of a prompt, which look at pairs that are still to come.
+    """The last queries of a part of a prompt, which attend to pairs of the next part.
 
     Attributes
     ----------
@@ -60,17 +60,17 @@ def rate(
     scaling: float,
     softcap: float,
 ) -> Tensor:
-    """Rate the pairs of a prompt, or of a part of it.
+    """Score the pairs of a prompt, or of a part of it.
 
-    Every query stands behind the prompt's last token, whatever the number of parts; what it looks
-    at are the keys that have come so far.
+    Every query is rotated to the position after the prompt's last token, whatever the number of
+    parts; it attends to the keys that have come so far.
 
     Parameters
     ----------
     queries : Tensor [N, Hq, D]
         Of the part's tokens, rotated to their positions.
     before : Tensor [n, Hq, D] or None
-        The last ones of the tokens before them. None: the part is rated like a text's beginning.
+        The last ones of the tokens before them. None: the part is scored like a text's beginning.
     keys, values : Tensor [H, T, D]
         Of all tokens that have come, the last N of which are these.
     length : int
@@ -128,6 +128,6 @@ class Scores:
         return found.transpose(1, 2).flatten(2).flatten(0, 1)
 
     def before(self, block: int, begin: int) -> dict[int, Tensor]:
-        """Give the last queries before a part of a prompt by layer, none if they are not known."""
+        """Return the last queries before a part of a prompt by layer; empty if not known."""
         last = self.last.get(block)
         return last.queries if last is not None and last.end == begin else {}

@@ -1,4 +1,4 @@
-"""What cannot be served, said before anything runs."""
+"""Configurations that are refused, before anything runs."""
 
 from __future__ import annotations
 

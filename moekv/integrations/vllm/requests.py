@@ -1,4 +1,4 @@
-"""What a worker knows of each request: vLLM tells its logits processors, of which this is one.
+"""Prompt length and ratio of each request, which vLLM gives to logits processors as this one.
 
 It changes no logits. The scheduler has the same of the requests themselves.
 """
@@ -16,7 +16,7 @@ from moekv.integrations.vllm.plugin import logger
 
 
 class Request(NamedTuple):
-    """Tokens of a request's prompt, and the ratio that it asks for itself."""
+    """Tokens of a request's prompt, and its own ratio."""
 
     prompt: int
     ratio: float | None
@@ -40,7 +40,7 @@ class Requests(LogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Refuse wrong ratios when a request comes.
+        """Refuse invalid ratios when a request arrives.
 
         One with a ratio of its own is computed from its beginning: how much of a cached prefix can
         be read follows from the engine's ratio.
@@ -49,7 +49,7 @@ class Requests(LogitsProcessor):
             sampling_params.skip_reading_prefix_cache = True
 
     def update_state(self, batch_update: Any) -> None:
-        """Follow requests that come, go, or move to other rows."""
+        """Track requests that arrive, leave, or move to other rows."""
         process_dict_updates(self.rows, batch_update, self._read)
 
     def _read(self, params: Any, prompt: list[int] | None, answer: list[int]) -> Request | None:
@@ -65,7 +65,7 @@ class Requests(LogitsProcessor):
         return None if prompt is None else Request(len(prompt), ratio)
 
     def is_argmax_invariant(self) -> bool:
-        """Yes: no logits are changed."""
+        """Return True: no logits are changed."""
         return True
 
     def apply(self, logits: Tensor) -> Tensor:

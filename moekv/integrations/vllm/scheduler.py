@@ -17,7 +17,7 @@ from moekv.integrations.vllm.refusals import ARCHITECTURES
 
 
 class CompressingScheduler(Scheduler):
-    """vLLM's, which computes what a preempted request had generated in a step of its own."""
+    """vLLM's scheduler, which recomputes a preempted request's answer in a step of its own."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -30,11 +30,11 @@ class CompressingScheduler(Scheduler):
 
 
 class SchedulerChoice(VerifyAndUpdateConfig):
-    """Names the scheduler in vLLM's configuration, which asks by a model's architecture."""
+    """Sets the scheduler in vLLM's configuration, through its hook for model architectures."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Name it if moekv was asked for.
+        """Set it if moekv is configured.
 
         Raises
         ------
@@ -52,6 +52,6 @@ class SchedulerChoice(VerifyAndUpdateConfig):
 
 
 def register() -> None:
-    """Have vLLM ask for the models that can be served; again does no harm."""
+    """Register the hook for the models that can be served. Idempotent."""
     for name in ARCHITECTURES:
         MODELS_CONFIG_MAP.setdefault(name, SchedulerChoice)

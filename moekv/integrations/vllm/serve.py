@@ -14,7 +14,7 @@ from moekv.integrations.vllm.plugin import TESTED, check_version
 
 
 def parse(model: str, options: dict[str, Any], arguments: Sequence[str]) -> tuple[Any, Namespace]:
-    """Read what vLLM's server is to do.
+    """Parse the arguments of vLLM's server.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ _metrics: TemporaryDirectory[str] | None = None
 
 
 def _share_metrics() -> None:
-    """Have Prometheus collect over vLLM's processes; it reads this when it is imported."""
+    """Make Prometheus collect over vLLM's processes; it reads this when it is imported."""
     global _metrics
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         _metrics = TemporaryDirectory()  # goes with the process

@@ -1,4 +1,4 @@
-"""What the layers of one engine share in a process, and what a step asks of them."""
+"""State that the layers of one engine share in a process, and their work in a step."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Prompt:
     blocks : Tensor [n]
         Of the request, up to there.
     gap : Gap or None
-        None: the request stays as it is, and is rated for others that may find its blocks.
+        None: the request is not compressed, but scored for others that may reuse its blocks.
     before : dict of Tensor [n, Hq, D]
         By layer, the last queries of the part before this one.
     after : LastQueries
@@ -53,13 +53,13 @@ class Prompt:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all of it has come."""
+        """Whether the whole prompt has been computed."""
         return self.end == self.length
 
 
 @dataclass(frozen=True)
 class Step:
-    """What there is to do beside vLLM's own attention, or instead.
+    """Work beside vLLM's own attention, or in place of it.
 
     Attributes
     ----------
@@ -77,7 +77,7 @@ class Step:
 
 @dataclass
 class StepMetadata(CPUAttentionMetadata):
-    """vLLM's own metadata, and what moekv does in the step."""
+    """vLLM's own metadata, and moekv's work in the step."""
 
     step: Step | None = None
     worker: Worker | None = None
@@ -85,7 +85,7 @@ class StepMetadata(CPUAttentionMetadata):
 
 @dataclass
 class Worker:
-    """What the layers of one engine share.
+    """State that the layers of one engine share.
 
     Attributes
     ----------
@@ -98,7 +98,7 @@ class Worker:
         Of vLLM's attention.
     kept : dict of Kept
         What heads hold that hold different numbers of blocks, by the last whole block of their
-        requests' prompts, which is theirs alone as long as they live.
+        requests' prompts, which no other request shares.
     """
 
     options: ServingOptions
@@ -112,7 +112,7 @@ class Worker:
     def of(
         cls, config: Any, options: ServingOptions, names: list[str], block_size: int, isa: str
     ) -> Worker:
-        """Make that of an engine, from the names of its layers."""
+        """Make the state of an engine, from the names of its layers."""
         context = config.compilation_config.static_forward_context
         modules = [context[name] for name in sorted(names, key=extract_layer_index)]
         return cls(options, Rotation(config.model_config.hf_text_config), modules, block_size, isa)
@@ -137,13 +137,13 @@ class Worker:
         return Scores((len(self.modules), blocks, heads, size))
 
     def forget(self, blocks: list[int]) -> None:
-        """Let go of what is known of blocks that a step writes anew."""
+        """Drop what is recorded of blocks that a step overwrites."""
         for block in blocks:
             self.scores.last.pop(block, None)
             self.kept.pop(block, None)
 
     def rate(self, prompt: Prompt, layer: Any, queries: Tensor) -> None:
-        """Rate a layer's pairs.
+        """Score a layer's pairs.
 
         Parameters
         ----------
@@ -173,7 +173,7 @@ class Worker:
             prompt.after.queries[index] = seen[-REACH:].clone()
 
     def compress(self, prompt: Prompt, layer: Any) -> None:
-        """Move the pairs that stay, once all have been rated: a layer's, or at the last, all."""
+        """Move the retained pairs once they are scored: a layer's, or at the last layer all."""
         index = self.layers[layer.layer_name]
         together = self.options.budget == "model"
         gap = prompt.gap
@@ -188,5 +188,5 @@ class Worker:
             self.kept[int(prompt.blocks[gap.full - 1])] = kept
 
     def _pages_of(self, layer: int) -> tuple[Pages, int]:
-        """Give the pages in which a layer's are, and which of theirs they are."""
+        """Return the pages that hold a layer's, and the layer's index in them."""
         return (self.pages[0], layer) if self.options.budget == "model" else (self.pages[layer], 0)

@@ -1,1 +1,1 @@
-"""The ops as they are called: one file per op, with its fake implementation and its gradient."""
+"""The public functions: one file per op, with its fake implementation and its gradient."""

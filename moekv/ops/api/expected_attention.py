@@ -17,19 +17,19 @@ def expected_attention(
     softcap: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Rate pairs by what the queries of their own tokens, and of those before, would look at.
+    """Score pairs by the attention expected when their tokens are repeated after the text.
 
-    What follows a text quotes it and goes on from it. A token that comes again asks as it did the
-    first time: its query, as if it stood behind the last token, looks at the pair of the token
-    itself and at the 4 behind it, which say what came next. KVzip [1]_ reads the context again to
-    see these looks; expected attention [2]_ takes the distribution of the queries for the queries
-    themselves.
+    Continuations and answers repeat parts of a text. A repeated token has about the same query,
+    rotated to a position after the text; it attends to the pair of its first occurrence and to the
+    4 pairs that follow. This op computes that attention from the queries of the prefill. KVzip [1]_
+    measures it by reading the text twice; expected attention [2]_ estimates it from the
+    distribution of queries.
 
     With ``a`` the attention of a query: ``score[t]`` is the log of the root of the sum, over the
     tokens t - 4 ... t of the row, of the mean over the group's heads of ``a[t]`` squared, where the
     sum is at least 1e-36. Of the softmax's sum over all keys the first 4 keys are terms of their
-    own, 60 more stand for equal parts of the others (``sample_places`` of the reference), and the
-    keys that are asked about come on top; up to 64 keys it is the sum itself. A row with padding
+    own, 60 more represent equal parts of the others (``sample_places`` of the reference), and the
+    keys being scored are added; up to 64 keys the sum is exact. A row with padding
     scores as it does alone. Memory beside the output is O(1) for each head.
 
     Parameters

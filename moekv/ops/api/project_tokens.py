@@ -24,7 +24,7 @@ exportable(ProjectTokens)
 def project_tokens(
     hidden_states: Tensor, weight: Tensor, mask: Tensor | None = None, *, backend: str = "auto"
 ) -> ProjectTokens:
-    """Project hidden states, and say how much each token stands out from the others of its row.
+    """Project hidden states, and measure how much each token stands out from its row.
 
     What stands out: the cosine distance of the hidden state from the mean direction of the row's
     real tokens, standardised over them (mean 0, standard deviation 1; 1e-4 is added to the

@@ -92,7 +92,7 @@ def dequantize_pairs(
     Raises
     ------
     RuntimeError
-        ``pairs`` is no quantised format, or a tensor has not the shape or dtype that it says.
+        ``pairs`` is no quantised format, or a tensor has another shape or dtype than it has.
     """
     return reference.dequantize_pairs(
         key_codes,

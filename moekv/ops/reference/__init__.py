@@ -1,8 +1,8 @@
-"""What every op of moekv computes, in plain PyTorch: one file per op.
+"""References of the ops in plain PyTorch: one file per op.
 
 Same argument order as the schemas of ``torch.ops.moekv``, any device, nothing that synchronises
 with the host. Arithmetic is fp32, or fp64 on fp64 inputs: so the tests get a reference in higher
-precision. ``docs/design.md`` says in words what stands here in code.
+precision. ``docs/design.md`` specifies each in words.
 """
 
 from moekv.ops.reference.expected_attention import expected_attention, sample_places

@@ -1,4 +1,4 @@
-"""What the references share."""
+"""Helpers of the references."""
 
 import torch
 from torch import Tensor

@@ -20,11 +20,11 @@ _LEAST_SQUARE = 1e-36  # its root is a normal number
 
 
 def sample_places(length: Tensor) -> tuple[Tensor, Tensor]:
-    """Places of the keys that stand for all of a row, and how many each stands for.
+    """Positions of the keys that represent a row, and the number of keys each represents.
 
     Short rows are taken whole. Longer ones have one place in each of ``SAMPLES`` equal parts,
-    which repeats nowhere (the fractions of multiples of the golden ratio), so that no rhythm of the
-    text is in step with it.
+    at an irregular offset (fractions of multiples of the golden ratio), so that no period of the
+    text coincides with the sampling.
 
     Parameters
     ----------

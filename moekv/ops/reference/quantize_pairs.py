@@ -28,7 +28,7 @@ def dequantize_pairs(
     value_dim: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values as their codes say, in fp32 (fp64 where that is asked for), then rounded."""
+    """Decode keys and values in fp32 (fp64 where that is asked for), then round."""
     row_checks.dequantize_pairs(key_codes, value_codes, scales, pairs, head_dim, value_dim)
     layout = pair_layout(pairs, head_dim, value_dim)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
