@@ -239,6 +239,24 @@ class _Sums:
         self.values += (summed.to("cpu", torch.float64) * own).sum(0)
         self._size += rows.numel()
 
+    def add_vectors(self, vectors: list[Tensor | None]) -> None:
+        """Add vectors [N] of any lengths, as so many pieces: those of a length at once."""
+        first, self._pieces = self._pieces + 1, self._pieces + len(vectors)
+        own = _signs_of_pieces(first, len(vectors), len(self.values))
+        by_length: dict[int, list[int]] = {}
+        for index, vector in enumerate(vectors):
+            by_length.setdefault(-1 if vector is None else len(vector), []).append(index)
+        if -1 in by_length:
+            self.values.fill_(float("nan"))
+            return
+        for length, indices in by_length.items():
+            rows = torch.stack([x for i in indices if (x := vectors[i]) is not None])
+            if not bool(rows.isfinite().all()):
+                self.values += float("inf")
+                continue
+            self.values += ((rows @ _signs(length, len(self.values), 0)) * own[indices]).sum(0)
+            self._size += rows.numel()
+
     def result(self) -> Tensor:
         """Scaled so that their number does not matter: [count]; NaN where there was nothing."""
         return self.values / max(self._size, 1) ** 0.5 if self._pieces else self.values / 0
@@ -268,8 +286,7 @@ def _sketch(decoder: nn.Module, mesh: Any) -> Any:
             if _has_bias(leaf):
                 vectors.append(read_weight(leaf, "bias", mesh=mesh))
     for form, dtype in zip(_FORMS, (torch.float32, torch.bfloat16, torch.float16), strict=True):
-        for vector in vectors:
-            sums[form].add(None if vector is None else _evened(vector.to(dtype)))
+        sums[form].add_vectors([None if x is None else _evened(x.to(dtype)) for x in vectors])
     return torch.cat([sums[group].result() for group in _COUNTS]).numpy()
 
 
@@ -310,9 +327,19 @@ def _has_bias(leaf: Any) -> bool:
 def _signs(length: int, count: int, seed: int) -> Tensor:
     """Signs [length, count] that depend on their places alone, the same on every machine."""
     place = numpy.arange(length * count, dtype=numpy.uint64) + numpy.uint64(seed << 40)
+    return _signs_at(place).view(length, count)
+
+
+@lru_cache(maxsize=64)
+def _signs_of_pieces(first: int, number: int, count: int) -> Tensor:
+    """Signs [number, count]: ``_signs(1, count, seed)`` of the seeds from `first` on."""
+    seeds = numpy.arange(first, first + number, dtype=numpy.uint64) << numpy.uint64(40)
+    return _signs_at(seeds[:, None] + numpy.arange(count, dtype=numpy.uint64))
+
+
+def _signs_at(place: Any) -> Tensor:
     mixed = place
     with numpy.errstate(over="ignore"):  # the finaliser of SplitMix64
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             mixed = (mixed ^ (mixed >> numpy.uint64(shift))) * numpy.uint64(factor)
-    signs = (mixed >> numpy.uint64(63)).astype(numpy.float64) * 2 - 1
-    return torch.from_numpy(signs).view(length, count)
+    return torch.from_numpy((mixed >> numpy.uint64(63)).astype(numpy.float64) * 2 - 1)
