@@ -35,7 +35,7 @@ installed := $(VENV)/.installed
 demo := $(VENV)/.demo
 
 .PHONY: help demo test test-all test-fast test-latest test-vllm lint lint-npm format docs install wheel try-wheel clean FORCE
-.PHONY: fuzz-ops fuzz-presses bench bench-cpp instructions instructions-check
+.PHONY: fuzz-ops fuzz-presses sanitize bench bench-cpp instructions instructions-check
 .PHONY: cuda-build cuda-check cuda-resources cuda-link-check gpu-check
 
 help:  ## this list
@@ -77,6 +77,10 @@ test-vllm: $(installed) $(vllm_stamp)  ## moekv inside vLLM, on CPUs; ARGS="-m t
 
 fuzz-presses: $(installed)  ## a minute of random lives of caches, each beside the full one with masks
 	OMP_NUM_THREADS=1 $(python) tests/fuzz/press_fuzz.py --seconds 60 $(ARGS)
+
+sanitize: $(installed)  ## the CPU kernels under GCC's sanitizers: addresses, undefined behaviour, threads
+	$(python) tests/fuzz/sanitized.py thread
+	OMP_NUM_THREADS=1 $(python) tests/fuzz/sanitized.py address $(or $(ARGS),--cases 5000)
 
 lint: $(installed)  ## formatting, lint, types and which room imports which, all blocking
 	$(VENV)/bin/clang-format --dry-run --Werror $(cpp)
