@@ -32,7 +32,8 @@ _IGNORED = {"sdpa": frozenset({"softcap", "s_aux"})}
 def install() -> None:
     """Wrap every attention function of transformers to serve compressed layers. Idempotent.
 
-    Eager attention is not among these functions; it is only observed.
+    Eager attention, which is not among them, is shown to whoever watches. Where it has learned sinks,
+    for which models have no other attention, it serves compressed layers as well.
     """
     check_masks()
     for name, function in list(ALL_ATTENTION_FUNCTIONS.items()):
@@ -65,6 +66,9 @@ def _shown(function: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         report(module, query, key, value, kwargs)
         mask = args[0] if args else kwargs.get("attention_mask")
+        if isinstance(key, RaggedPairs) and kwargs.get("s_aux") is not None:
+            told = {name: x for name, x in kwargs.items() if name != "attention_mask"}
+            return attend(module, query, key, mask, **told), None
         # What fits a growing layer may be the model's own, with numbers for each head.
         fits = isinstance(mask, Tensor) and mask.shape[-1] == key.shape[2]
         fitted = mask if fits and isinstance(key, DensePairs) else _fitted(mask, key)
@@ -193,6 +197,7 @@ def attend(
     softcap: float | None = None,
     dropout: float = 0.0,
     s_aux: Tensor | None = None,
+    output_attentions: bool | None = None,
     **_: Any,
 ) -> Tensor:
     """Attention of the newest tokens over a compressed layer.
@@ -212,8 +217,10 @@ def attend(
         Factor of the scores (default ``D ** -0.5``) and their tanh cap (default none).
     dropout : float
         Must be 0.
-    s_aux : Tensor, optional
-        Learned attention sinks, which are not supported.
+    s_aux : Tensor [Hq], optional
+        Learned attention sinks: logits that no pair has.
+    output_attentions : bool, optional
+        Must be false.
 
     Returns
     -------
@@ -223,7 +230,7 @@ def attend(
     Raises
     ------
     NotImplementedError
-        On dropout or learned attention sinks.
+        On dropout, and on attention weights, which are not computed.
     ValueError
         If the mask does not cover all positions, hides some that may be stored, or adds numbers.
     """
@@ -232,14 +239,18 @@ def attend(
             f"compressed caches are for inference: expected dropout 0, got {dropout}; "
             "call model.eval()"
         )
-    if s_aux is not None:
-        raise NotImplementedError("compressed caches do not support learned attention sinks")
+    if output_attentions:
+        raise NotImplementedError(
+            "expected output_attentions=False with a compressed cache, whose attention has no "
+            "weights to return; a budget of 'uniform' or 'layer' keeps the model's own attention"
+        )
     layer = key.layer
     mask = tail_of(attention_mask, layer, layer.tail_length)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     softcap = softcap or 0.0
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, *key.tail)):
-        return _attend_with_gradients(query, key, mask, scaling, softcap)
+        return _attend_with_gradients(query, key, mask, scaling, softcap, s_aux)
+    sinks = None if s_aux is None else s_aux.detach().float()
     rows, (tail_keys, tail_values) = key.rows, key.tail
     if torch.is_autocast_enabled(query.device.type):  # as PyTorch's own attention
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -258,12 +269,18 @@ def attend(
         softcap=softcap,
         pairs=rows.pairs,
         scales=rows.scales,
+        sinks=sinks,
         backend=layer.backend,
     )
 
 
 def _attend_with_gradients(
-    query: Tensor, key: RaggedPairs, mask: Tensor | None, scaling: float, softcap: float
+    query: Tensor,
+    key: RaggedPairs,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float,
+    s_aux: Tensor | None,
 ) -> Tensor:
     """Attention in plain operations, over padded pairs: gradients reach queries and the tail."""
     layer = key.layer
@@ -282,7 +299,10 @@ def _attend_with_gradients(
         logits = softcap * torch.tanh(logits / softcap)
     # No infinity: a query that sees nothing would have gradients that are no numbers.
     logits = logits.masked_fill(~seen, torch.finfo(logits.dtype).min)
-    weights = logits.softmax(-1).masked_fill(~seen, 0).to(values.dtype)
+    if s_aux is not None:
+        sinks = s_aux.to(logits.dtype).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, sinks], -1)
+    weights = logits.softmax(-1)[..., :longest].masked_fill(~seen, 0).to(values.dtype)
     return (weights @ values).transpose(1, 2)
 
 

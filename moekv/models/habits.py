@@ -32,6 +32,8 @@ class Habits:
         latents from which keys and values are computed (DeepSeek V3), a mask (Doge).
     head_dim : int
         Of keys or values as attention gets them, whichever is larger; 0: not known.
+    has_sinks : bool
+        Whether logits that no pair has are learned beside those of the pairs (GPT-OSS).
     sizes : tuple of int, int, torch.dtype, or None
         Channels of a key and a value, and their dtype, where both were observed.
     """
@@ -40,6 +42,7 @@ class Habits:
     hands_over: bool
     mixes: bool
     head_dim: int = 0
+    has_sinks: bool = False
     sizes: tuple[int, int, torch.dtype] | None = None
 
 
@@ -92,8 +95,9 @@ def _try(layer: nn.Module, rotary: nn.Module | None) -> Habits:
     is_whole = asked.key is cache.pairs[0] and asked.value is cache.pairs[1]
     hands_over = is_whole and not cache.touched
     sizes = int(asked.key.shape[3]), int(asked.value.shape[3])
-    serves = hands_over and not asked.has_sinks
-    return Habits(True, serves, not hands_over, max(sizes), (*sizes, asked.key.dtype))
+    return Habits(
+        True, hands_over, not hands_over, max(sizes), asked.has_sinks, (*sizes, asked.key.dtype)
+    )
 
 
 def _hidden_size(layer: nn.Module) -> int | None:
@@ -106,8 +110,15 @@ def _hidden_size(layer: nn.Module) -> int | None:
 def reads_dense(layer: nn.Module, rotary: nn.Module | None = None) -> bool:
     """Return whether an attention layer can only read dense pairs."""
     habits = habits_of(layer, rotary)
-    is_wide = habits.head_dim > MAX_HEAD_DIM
-    return implementation_of(layer) == "eager" or is_wide or not habits.hands_over
+    if habits.head_dim > MAX_HEAD_DIM or not habits.hands_over:
+        return True
+    if habits.has_sinks:
+        return not _has_kernel_with_sinks(layer)
+    return implementation_of(layer) == "eager"
+
+
+def _has_kernel_with_sinks(layer: nn.Module) -> bool:
+    return device_of(layer).type == "cpu"
 
 
 def follows_masks(layer: nn.Module, rotary: nn.Module | None = None) -> bool:
@@ -137,17 +148,25 @@ def check_attention(layer: nn.Module, rotary: nn.Module | None, what: str) -> No
     ValueError
         It is in the model's own code, and cannot be replaced.
     """
+    if not reads_dense(layer, rotary):
+        return
+    habits = habits_of(layer, rotary)
+    if habits.has_sinks and habits.hands_over:
+        raise ValueError(
+            f"expected a model without learned attention sinks for {what}, got "
+            f"{type(layer).__name__} on {device_of(layer)}, whose kernels have none yet; use "
+            "budget='uniform' or 'layer' and rows without padding"
+        )
     if looks_up(layer) and implementation_of(layer) == "eager":
         raise ValueError(
             f"expected an attention implementation such as 'sdpa' for {what}, got 'eager', which "
             'reads dense caches only; load the model with attn_implementation="sdpa"'
         )
-    if reads_dense(layer, rotary):
-        raise ValueError(
-            f"expected a model whose attention can be replaced for {what}, got "
-            f"{type(layer).__name__}, which reads dense caches only, or whose heads have more than "
-            f"{MAX_HEAD_DIM} channels; use budget='uniform' and rows without padding"
-        )
+    raise ValueError(
+        f"expected a model whose attention can be replaced for {what}, got "
+        f"{type(layer).__name__}, which reads dense caches only, or whose heads have more than "
+        f"{MAX_HEAD_DIM} channels; use budget='uniform' and rows without padding"
+    )
 
 
 def rotary_of(rotary: nn.Module, layer: nn.Module, states: Any, positions: Any) -> Any:

@@ -39,17 +39,21 @@ def test_masks_of_every_kind_mean_the_same():
 
 @pytest.mark.parametrize("scaling", [None, 0.7])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_scaling_and_softcap_are_the_models(scaling, softcap):
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_scaling_softcap_and_sinks_are_the_models(scaling, softcap, sinks, gradients):
     """Over a ragged layer that has lost nothing, as over all pairs."""
     keys, values = torch.randn(2, 2, HEADS, 20, DIM)
     kept = Kept.from_mask(torch.ones(2, HEADS, 20, dtype=torch.bool))
     layer = RaggedLayer.compress(keys, values, kept)
     new = torch.randn(2, 2, HEADS, 1, DIM)
     pairs, _ = layer.update(*new)
-    query = torch.randn(2, HEADS * GROUP, 1, DIM)
+    query = torch.randn(2, HEADS * GROUP, 1, DIM, requires_grad=gradients)
+    s_aux = torch.randn(HEADS * GROUP) if sinks else None
     got = attention.attend(
-        nn.Identity(), query, pairs, None, scaling=scaling, softcap=softcap
+        nn.Identity(), query, pairs, None, scaling=scaling, softcap=softcap, s_aux=s_aux
     ).transpose(1, 2)
+    assert got.requires_grad == gradients
     keys, values = (
         torch.cat([old, last], 2).repeat_interleave(GROUP, 1)
         for old, last in zip((keys, values), new, strict=True)
@@ -57,7 +61,10 @@ def test_scaling_and_softcap_are_the_models(scaling, softcap):
     logits = query @ keys.mT * (DIM**-0.5 if scaling is None else scaling)
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    torch.testing.assert_close(got, logits.softmax(-1) @ values, atol=1e-5, rtol=1e-5)
+    if s_aux is not None:
+        logits = torch.cat([logits, s_aux.view(1, -1, 1, 1).expand(2, -1, 1, 1)], -1)
+    weights = logits.softmax(-1)[..., : keys.shape[2]]
+    torch.testing.assert_close(got, weights @ values, atol=1e-5, rtol=1e-5)
 
 
 def test_functions_of_transformers_are_wrapped_once_and_still_serve_dense_layers():

@@ -130,5 +130,5 @@ def test_other_misuse_is_named():
         attention.attend(nn.Identity(), query, pairs, torch.ones(2, 9))
     with pytest.raises(NotImplementedError, match="expected dropout 0, got 0.1"):
         attention.attend(nn.Identity(), query, pairs, None, dropout=0.1)
-    with pytest.raises(NotImplementedError, match="attention sinks"):
-        attention.attend(nn.Identity(), query, pairs, None, s_aux=torch.zeros(6))
+    with pytest.raises(NotImplementedError, match="output_attentions=False"):
+        attention.attend(nn.Identity(), query, pairs, None, output_attentions=True)

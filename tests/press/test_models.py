@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from model_sweep import try_press
 from tiny_models import TINY_MODELS, prefill, tiny_model, tokens
 from transformers import DynamicCache, PreTrainedModel
 
 from moekv import Expert, LayerView, MoERouterPress
+from moekv.models import habits
 from moekv.ops import ScoreKind
 
 LENGTH = 90
@@ -146,3 +148,26 @@ def test_rows_of_a_batch_keep_what_each_keeps_alone() -> None:
             torch.testing.assert_close(
                 together.layers[i].keys[row], alone.layers[i].keys[0], atol=1e-5, rtol=1e-5
             )
+
+
+def test_learned_sinks_in_ragged_layers() -> None:
+    """Eager attention is all that such a model has; it is served, as over masked pairs."""
+    model, press = tiny_model("gpt_oss"), MoERouterPress(0.5)
+    assert try_press(model) == "works: 1 of 2 layers"
+    cache = prefill_with(press, model, tokens(1, LENGTH))
+    assert press.get_stats()["budget"] == {"asked": "auto", "used": "model"}
+    with pytest.raises(NotImplementedError, match="output_attentions=False"), torch.no_grad():
+        model(tokens(1, 1), past_key_values=cache, output_attentions=True)
+
+
+def test_learned_sinks_have_no_cuda_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("gpt_oss")
+    monkeypatch.setattr(habits, "_has_kernel_with_sinks", lambda _: False)
+    with (
+        pytest.raises(ValueError, match="without learned attention sinks for budget 'model'"),
+        MoERouterPress(0.5, budget="model")(model),
+    ):
+        pass
+    press = MoERouterPress(0.5)
+    prefill_with(press, model, tokens(1, LENGTH))
+    assert press.get_stats()["budget"] == {"asked": "auto", "used": "layer"}
