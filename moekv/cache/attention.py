@@ -32,8 +32,8 @@ _IGNORED = {"sdpa": frozenset({"softcap", "s_aux"})}
 def install() -> None:
     """Wrap every attention function of transformers to serve compressed layers. Idempotent.
 
-    Eager attention, which is not among them, is shown to whoever watches. Where it has learned sinks,
-    for which models have no other attention, it serves compressed layers as well.
+    Eager attention, which is not among them, is shown to whoever watches. Where it has learned
+    sinks, whose models have no other attention, it serves compressed layers as well.
     """
     check_masks()
     for name, function in list(ALL_ATTENTION_FUNCTIONS.items()):

@@ -19,7 +19,10 @@ def no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ([], "expected vLLM 0.32.* beside moekv, got none: pip install vllm"),
         (["--budget", "head"], "expected budget among model, uniform, got 'head'"),
-        (["--compression-ratio", "1"], "compression_ratio in [0, 1), the share of bytes to remove, got 1.0"),
+        (
+            ["--compression-ratio", "1"],
+            "compression_ratio in [0, 1), the share of bytes to remove, got 1.0",
+        ),
     ],
 )
 def test_mistakes_come_before_vllm(
