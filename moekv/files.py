@@ -61,9 +61,9 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[str]:
     # Opened as any file is, and not by tempfile, so that the umask says who may read it.
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
-        if target.exists():
-            os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
+        mode = stat.S_IMODE((target if target.exists() else temporary).stat().st_mode)
         yield str(temporary)
+        os.chmod(temporary, mode)  # safetensors writes a file of its own, which it renames to this
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)

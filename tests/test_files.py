@@ -13,6 +13,12 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
+def current_umask() -> int:
+    before = os.umask(0)
+    os.umask(before)
+    return before
+
+
 def write(path: Path, text: str) -> None:
     with whole_file(path) as temporary:
         assert Path(temporary).parent == path.resolve().parent
@@ -30,6 +36,15 @@ def test_new_files_have_the_mode_of_any_other(tmp_path: Path, umask: int, expect
     os.chmod(tmp_path / "x", 0o640)
     write(tmp_path / "x", "b")
     assert mode(tmp_path / "x") == 0o640 and (tmp_path / "x").read_text() == "b"
+
+
+def test_a_writer_may_replace_the_file_by_one_of_its_own(tmp_path: Path) -> None:
+    """As safetensors does, whose files only their owner may read."""
+    with whole_file(tmp_path / "x") as temporary:
+        own = tmp_path / "own"
+        own.touch(0o600)
+        own.rename(temporary)
+    assert mode(tmp_path / "x") == 0o666 & ~current_umask()
 
 
 def test_links_stay_links(tmp_path: Path) -> None:

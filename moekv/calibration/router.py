@@ -22,6 +22,7 @@ import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 from safetensors import SafetensorError
+from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -29,6 +30,7 @@ from transformers import PreTrainedModel
 from moekv.calibration.model_card import TEMPLATE, facts
 from moekv.experts.learned import LearnedExpert
 from moekv.experts.registry import build_experts
+from moekv.files import whole_file
 from moekv.models.fingerprint import TOLERANCE, check_same, describe, distance, fingerprint, short
 from moekv.routing.base import BaseMoERouter
 
@@ -183,6 +185,11 @@ class CalibratedRouter(
     def _load_as_pickle(cls, *_: Any, **__: Any) -> Any:
         """Refuse pickles, which the mixin falls back to."""
         raise ValueError(f"expected {SAFETENSORS_SINGLE_FILE} in it, got a pickle of torch")
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write the tensors, with the mode that other files get."""
+        with whole_file(save_directory / SAFETENSORS_SINGLE_FILE) as temporary:
+            save_model(self, temporary)
 
     def generate_model_card(self, *args: Any, **options: Any) -> ModelCard:
         """Make the model card, for the hub and the saved folder."""

@@ -40,6 +40,9 @@ class Expert(ABC):
     needs_hidden_states: bool = False
     waits: bool = False
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     def can_rate(self, view: LayerView) -> bool:
         """Return whether a view has what the expert needs."""
         return view.aligned or not self.needs_hidden_states

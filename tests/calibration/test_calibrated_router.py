@@ -191,6 +191,8 @@ def test_saving_and_loading(tmp_path: Path) -> None:
     model = tiny_model()
     router = random_router(model)
     router.save_pretrained(tmp_path)
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1, "the tensors' file is as readable as the others"
     loaded = CalibratedRouter.from_pretrained(tmp_path)
     assert loaded.model == router.model
     assert loaded.recipe == router.recipe
