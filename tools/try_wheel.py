@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import moekv
+from moekv.cli.info import cuda_library
 
 LENGTH = 200
 
@@ -28,6 +29,9 @@ def main() -> None:
     capability = torch.backends.cpu.get_cpu_capability()
     if moekv.ops.cpu_capability() == "default" and capability != "DEFAULT":
         sys.exit(f"expected kernels for {capability}, got those without vector extensions")
+    cuda = cuda_library(installed.parent / "lib" / "libmoekv_cuda.so")
+    if "unknown" in cuda:
+        sys.exit(f"expected a CUDA library that names its architectures, got {cuda}")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=128,
@@ -52,7 +56,8 @@ def main() -> None:
             sys.exit(f"expected half of the pairs to leave, got {evicted:.1%} with {backend}")
     torch.testing.assert_close(logits["cpu"], logits["torch"], rtol=1e-4, atol=1e-4)
     python = ".".join(map(str, sys.version_info[:3]))
-    print(f"moekv {moekv.__version__} works: Python {python}, torch {torch.__version__}")
+    kernels = f"CPU kernels for {moekv.ops.cpu_capability()}, CUDA library {cuda}"
+    print(f"moekv {moekv.__version__} works: Python {python}, torch {torch.__version__}, {kernels}")
 
 
 if __name__ == "__main__":

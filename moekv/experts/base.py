@@ -41,6 +41,7 @@ class Expert(ABC):
     waits: bool = False
 
     def __repr__(self) -> str:
+        """Name the class."""
         return f"{type(self).__name__}()"
 
     def can_rate(self, view: LayerView) -> bool:
