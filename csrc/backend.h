@@ -20,6 +20,7 @@ using Stream = void*;
 // nothing, and the kernels neither read nor write what is out of range.
 void check_experts(const MixScoresParams& params);
 void check_indices(const KvCompactParams& params);
+void check_kept(const FoldPairsParams& params);
 void check_row_ranges(const RaggedAttentionParams& params);
 
 // Workspaces are allocated by the op as byte tensors and need no initialisation unless said so.
@@ -29,6 +30,7 @@ size_t expected_attention_workspace_bytes(const ExpectedAttentionParams& params)
 size_t project_tokens_workspace_bytes(const ProjectTokensParams& params);
 size_t select_kept_workspace_bytes(const SelectKeptParams& params);
 size_t kv_compact_workspace_bytes(const KvCompactParams& params);
+size_t fold_pairs_workspace_bytes(const FoldPairsParams& params);
 size_t ragged_attention_workspace_bytes(const RaggedAttentionParams& params);
 
 void gating_topk(const GatingTopkParams& params, Stream stream);
@@ -39,6 +41,7 @@ void mix_scores(const MixScoresParams& params, Stream stream);
 void select_kept(const SelectKeptParams& params, Stream stream);
 void kv_compact(const KvCompactParams& params, Stream stream);
 void quantize_pairs(const QuantizePairsParams& params, Stream stream);
+void fold_pairs(const FoldPairsParams& params, Stream stream);
 void ragged_attention(const RaggedAttentionParams& params, Stream stream);
 
 }  // namespace moekv::MOEKV_BACKEND

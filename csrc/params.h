@@ -135,12 +135,31 @@ struct QuantizePairsParams {
   DType dtype;
 };
 
+constexpr int64_t kMaxFoldQueries = 256;  // of a KV head
+
+struct FoldPairsParams {
+  const void* queries;     // [B, Hq, M, D], dtype; as they would ask behind the last key
+  const void* keys;        // [B, H, T, D], dtype
+  const void* values;      // [B, H, T, Dv], dtype
+  const int32_t* indices;  // [num_kept], positions, ascending in each row
+  const int32_t* offsets;  // [B * H + 1]
+  const int32_t* start;    // [B] or null, clamped to [0, T]
+  void* folded;            // [num_kept, Dv], dtype, dense
+  uint16_t* bias;          // [num_kept], fp16
+  int32_t* joined;         // [B, H, T]: which of the kept pairs an evicted one joined, or -1
+  void* workspace;         // fold_pairs_workspace_bytes()
+  int64_t batch, num_kv_heads, num_query_heads, num_queries, num_keys, num_kept, key_dim, value_dim;
+  int64_t query_stride[3], key_stride[3], value_stride[3];  // batch, head, position; dim is dense
+  float scaling, softcap, gate;
+  DType dtype;
+};
+
 struct RaggedAttentionParams {
   const void* query;        // [B, Hq, Q, D], dtype; the last Q positions
   const void* keys;         // [num_stored, D], dtype, or codes
   const void* values;       // [num_stored, Dv], dtype, or codes
   const uint16_t* scales;   // [num_stored, the scales of both], fp16, or null
-  const float* bias;        // [num_stored] or null, added to logits; -inf hides a row
+  const uint16_t* bias;     // [num_stored] fp16 or null, added to logits; -inf hides a row
   const float* sinks;       // [Hq] or null: logits of a key without a value
   const int32_t* begin;     // [B, H] first stored row of a head
   const int32_t* end;       // [B, H] one past its last
@@ -170,6 +189,7 @@ struct Kernels {
   void (*select_kept)(const SelectKeptParams&);
   void (*kv_compact)(const KvCompactParams&);
   void (*quantize_pairs)(const QuantizePairsParams&);
+  void (*fold_pairs)(const FoldPairsParams&);
   void (*ragged_attention)(const RaggedAttentionParams&);
 };
 

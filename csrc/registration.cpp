@@ -30,6 +30,10 @@ STABLE_TORCH_LIBRARY(moekv, m) {
       "quantize_pairs(Tensor keys, Tensor values, *, str pairs) "
       "-> (Tensor key_codes, Tensor value_codes, Tensor scales)");
   m.def(
+      "fold_pairs(Tensor queries, Tensor keys, Tensor values, Tensor indices, Tensor offsets, "
+      "Tensor? start=None, *, float scaling, float softcap=0.0, float gate=0.0) "
+      "-> (Tensor folded, Tensor bias, Tensor joined)");
+  m.def(
       "ragged_attention(Tensor query, Tensor keys, Tensor values, Tensor begin, Tensor end, "
       "Tensor? tail_keys=None, Tensor? tail_values=None, Tensor? mask=None, Tensor? scales=None, "
       "Tensor? bias=None, Tensor? sinks=None, *, float scaling, float softcap=0.0, "

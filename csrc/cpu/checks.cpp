@@ -21,6 +21,36 @@ template <typename... Parts>
   throw std::runtime_error(message);
 }
 
+// Kept positions of rows: offsets from 0 on, indices that ascend in each row. `num_each`: of every
+// row, where there are no offsets.
+void check_rows_of_indices(const char* op, const int32_t* indices, const int32_t* offsets,
+                           int64_t rows, int64_t num_each, int64_t num_indices, int64_t num_keys) {
+  for (int64_t row = 0; row < rows; ++row) {
+    int64_t begin = row * num_each, end = begin + num_each;
+    if (offsets) {
+      begin = offsets[row];
+      end = offsets[row + 1];
+      if (begin > end || end > num_indices || (row == 0 && begin != 0)) {
+        fail(op, ": expected offsets ascending from 0 to ", num_indices, ", got ", begin, " and ",
+             end, " for row ", row);
+      }
+    }
+    // Ascending: then the first and the last bound the others.
+    bool ascending = true;
+    for (int64_t i = begin + 1; i < end; ++i) ascending &= indices[i - 1] < indices[i];
+    if (begin < end && (!ascending || indices[begin] < 0 || indices[end - 1] >= num_keys)) {
+      int64_t bad = begin;
+      int32_t previous = -1;
+      while (indices[bad] > previous && indices[bad] < num_keys) previous = indices[bad++];
+      fail(op, ": expected indices ascending in each row, between 0 and ", num_keys - 1, ", got ",
+           indices[bad], bad > begin ? " after " + std::to_string(previous) : "", " in row ", row);
+    }
+  }
+  if (offsets && offsets[rows] != num_indices) {
+    fail(op, ": expected offsets to end at the ", num_indices, " indices, got ", offsets[rows]);
+  }
+}
+
 }  // namespace
 
 void check_experts(const MixScoresParams& p) {
@@ -50,33 +80,13 @@ void check_experts(const MixScoresParams& p) {
 }
 
 void check_indices(const KvCompactParams& p) {
-  const int64_t rows = p.batch * p.num_kv_heads;
-  for (int64_t row = 0; row < rows; ++row) {
-    int64_t begin = row * p.num_kept, end = begin + p.num_kept;
-    if (p.offsets) {
-      begin = p.offsets[row];
-      end = p.offsets[row + 1];
-      if (begin > end || end > p.num_indices || (row == 0 && begin != 0)) {
-        fail("kv_compact_: expected offsets ascending from 0 to ", p.num_indices, ", got ", begin,
-             " and ", end, " for row ", row);
-      }
-    }
-    // Ascending: then the first and the last bound the others.
-    bool ascending = true;
-    for (int64_t i = begin + 1; i < end; ++i) ascending &= p.indices[i - 1] < p.indices[i];
-    if (begin < end && (!ascending || p.indices[begin] < 0 || p.indices[end - 1] >= p.num_keys)) {
-      int64_t bad = begin;
-      int32_t previous = -1;
-      while (p.indices[bad] > previous && p.indices[bad] < p.num_keys) previous = p.indices[bad++];
-      fail("kv_compact_: expected indices ascending in each row, between 0 and ", p.num_keys - 1,
-           ", got ", p.indices[bad], bad > begin ? " after " + std::to_string(previous) : "",
-           " in row ", row);
-    }
-  }
-  if (p.offsets && p.offsets[rows] != p.num_indices) {
-    fail("kv_compact_: expected offsets to end at the ", p.num_indices, " indices, got ",
-         p.offsets[rows]);
-  }
+  check_rows_of_indices("kv_compact_", p.indices, p.offsets, p.batch * p.num_kv_heads, p.num_kept,
+                        p.num_indices, p.num_keys);
+}
+
+void check_kept(const FoldPairsParams& p) {
+  check_rows_of_indices("fold_pairs", p.indices, p.offsets, p.batch * p.num_kv_heads, 0, p.num_kept,
+                        p.num_keys);
 }
 
 void check_row_ranges(const RaggedAttentionParams& p) {

@@ -105,6 +105,7 @@ void mix_scores(const MixScoresParams& params, Stream) { kernels().mix_scores(pa
 void select_kept(const SelectKeptParams& params, Stream) { kernels().select_kept(params); }
 void kv_compact(const KvCompactParams& params, Stream) { kernels().kv_compact(params); }
 void quantize_pairs(const QuantizePairsParams& params, Stream) { kernels().quantize_pairs(params); }
+void fold_pairs(const FoldPairsParams& params, Stream) { kernels().fold_pairs(params); }
 void ragged_attention(const RaggedAttentionParams& params, Stream) {
   kernels().ragged_attention(params);
 }

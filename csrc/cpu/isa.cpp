@@ -1,6 +1,7 @@
 // All CPU kernels as one translation unit per instruction set; see kernels.h.
 #include "expected_attention.h"
 #include "expert_scores.h"
+#include "fold_pairs.h"
 #include "gating_topk.h"
 #include "kernels.h"
 #include "kv_compact.h"
@@ -21,6 +22,7 @@ extern const Kernels kernels{
     .select_kept = select_kept_kernel,
     .kv_compact = kv_compact_kernel,
     .quantize_pairs = quantize_pairs_kernel,
+    .fold_pairs = fold_pairs_kernel,
     .ragged_attention = ragged_attention_kernel,
 };
 

@@ -131,13 +131,15 @@ inline void attend_tile(const RaggedAttentionParams& p, const float* query, int6
 // Attends to `count` rows: those of the tail that `tail` says, or stored ones with their bias.
 template <typename Rows>
 inline void attend_rows(const RaggedAttentionParams& p, const float* queries, int64_t num_queries,
-                        Rows& rows, int64_t count, TailView* tail, const float* bias,
+                        Rows& rows, int64_t count, TailView* tail, const uint16_t* bias,
                         float* partials) {
   const int64_t stride = ragged_partial_floats(p);
   for (int64_t first = 0; first < count; first += kTileKeys) {
     const int n = static_cast<int>(count - first < kTileKeys ? count - first : kTileKeys);
     auto tile = rows.tile(first, n, count - first - n);
-    const float* shift = bias ? bias + first : nullptr;
+    float biases[kTileKeys];
+    if (bias) halves_to_floats(bias + first, n, biases);
+    const float* shift = bias ? biases : nullptr;
     const bool hides = tail ? !tail->all_visible(n) : bias && hides_any(shift, n);
     for (int64_t m = 0; m < num_queries; m += kQueryRows) {
       const float* q = queries + m * rows.query_stride();
@@ -167,7 +169,7 @@ template <typename T>
 inline void attend_stored(const RaggedAttentionParams& p, const float* queries,
                           const float* coded_queries, int64_t num_queries, int64_t first,
                           int64_t count, float* partials) {
-  const float* bias = p.bias ? p.bias + first : nullptr;
+  const uint16_t* bias = p.bias ? p.bias + first : nullptr;
   const auto attend = [&](auto&& rows, const float* prepared) {
     attend_rows(p, prepared, num_queries, rows, count, nullptr, bias, partials);
   };

@@ -18,6 +18,7 @@ constexpr int kPanel = 2 * Vec::kLanes;
 
 // The logit of a key that the query does not see. What is subtracted from it is finite.
 constexpr float kHiddenLogit = -__builtin_inff();
+constexpr float kLeastPeak = -3.4028234663852886e38f;  // no logit that is seen is lower
 
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunknown-pragmas"

@@ -12,8 +12,6 @@
 namespace moekv::cpu::MOEKV_ISA {
 namespace {
 
-constexpr float kLeastPeak = -3.4028234663852886e38f;  // no logit is lower
-
 template <typename Products, typename T>
 class WindowAttention {
  public:

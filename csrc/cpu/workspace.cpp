@@ -2,6 +2,7 @@
 #include "../backend.h"
 #include "../sample_places.h"
 #include "expert_scores_layout.h"
+#include "fold_layout.h"
 #include "gating_plan.h"
 #include "ragged_plan.h"
 #include "select_plan.h"
@@ -33,6 +34,10 @@ size_t select_kept_workspace_bytes(const SelectKeptParams& params) {
 }
 
 size_t kv_compact_workspace_bytes(const KvCompactParams&) { return 0; }
+
+size_t fold_pairs_workspace_bytes(const FoldPairsParams& params) {
+  return fold_layout(params).bytes;
+}
 
 size_t ragged_attention_workspace_bytes(const RaggedAttentionParams& params) {
   const RaggedPlan plan = ragged_plan(params);

@@ -95,7 +95,7 @@ Tensor ragged_attention_op(const Tensor& query_in, const Tensor& keys_in, const 
   std::optional<Tensor> scales;
   if (scales_in) scales = with_dense_rows(kOp, *scales_in);
   const std::optional<Tensor> bias =
-      dense_vector(kOp, "bias", bias_in, ScalarType::Float, keys.size(0), query);
+      dense_vector(kOp, "bias", bias_in, ScalarType::Half, keys.size(0), query);
   const std::optional<Tensor> sinks =
       dense_vector(kOp, "sinks", sinks_in, ScalarType::Float, num_query_heads, query);
   const Tensor begin = contiguous(kOp, begin_in);
@@ -128,7 +128,7 @@ Tensor ragged_attention_op(const Tensor& query_in, const Tensor& keys_in, const 
     params.scales = static_cast<const uint16_t*>(scales->const_data_ptr());
     params.scale_stride = scales->stride(0);
   }
-  params.bias = data<float>(bias);
+  params.bias = data<uint16_t>(bias);
   params.sinks = data<float>(sinks);
   params.dtype = dtype;
 

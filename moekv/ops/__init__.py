@@ -11,6 +11,7 @@ May import nothing else of moekv.
 
 from moekv.ops.api.expected_attention import expected_attention
 from moekv.ops.api.expert_scores import ScoreKind, expert_scores
+from moekv.ops.api.fold_pairs import FoldPairs, fold_pairs
 from moekv.ops.api.gating_topk import GatingTopk, gating_topk
 from moekv.ops.api.kv_compact import kv_compact_
 from moekv.ops.api.mix_scores import mix_scores
@@ -25,12 +26,14 @@ from moekv.ops.backends import (
     check_backend,
     cpu_capability,
 )
-from moekv.ops.formats import PAIRS, PairLayout, pair_layout
+from moekv.ops.formats import MAX_FOLD_QUERIES, PAIRS, PairLayout, pair_layout
 
 __all__ = [
     "BACKENDS",
     "Backend",
+    "MAX_FOLD_QUERIES",
     "PAIRS",
+    "FoldPairs",
     "GatingTopk",
     "PairLayout",
     "ProjectTokens",
@@ -42,6 +45,7 @@ __all__ = [
     "dequantize_pairs",
     "expected_attention",
     "expert_scores",
+    "fold_pairs",
     "gating_topk",
     "kv_compact_",
     "mix_scores",

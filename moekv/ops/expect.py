@@ -50,7 +50,7 @@ class Expect:
 
     def dtype(self, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
         """Expect a dtype, or float64 where that of the first argument is."""
-        if dtype == torch.float32 and self.like.dtype == torch.float64:
+        if dtype in (torch.float32, torch.float16) and self.like.dtype == torch.float64:
             return  # in higher precision, what goes with it may have either
         if tensor.dtype != dtype:
             self(False, "{} of dtype {}, got {}", name, dtype_name(dtype), dtype_name(tensor.dtype))

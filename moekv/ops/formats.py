@@ -12,6 +12,10 @@ MAX_DIM = 1024
 """Channels of a quantised key or value, at most."""
 
 
+MAX_FOLD_QUERIES = 256
+"""Queries of a KV head by which evicted pairs are folded, at most."""
+
+
 class PairLayout(NamedTuple):
     """What one quantised pair takes: bytes of codes, float16 scales."""
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moekv.ops.expect import MOST, Expect, dtype_name
-from moekv.ops.formats import MAX_DIM, PAIRS, PairLayout, pair_layout
+from moekv.ops.formats import MAX_DIM, MAX_FOLD_QUERIES, PAIRS, PairLayout, pair_layout
 
 _MOST_ROWS = MOST - 65535
 """Stored rows and tail of ``ragged_attention``, whose kernels step beyond the last."""
@@ -50,6 +50,57 @@ def dequantize_pairs(
     num_pairs = key_codes.shape[0]
     expect.tensor("value_codes", value_codes, torch.uint8, [num_pairs, layout.value_codes])
     expect.tensor("scales", scales, torch.float16, [num_pairs, layout.num_scales])
+
+
+def fold_pairs(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    start: Tensor | None,
+    scaling: float,
+    softcap: float,
+    gate: float,
+) -> None:
+    """Check the arguments of ``fold_pairs``."""
+    expect = Expect("fold_pairs", queries)
+    expect.floating("queries", queries)
+    expect.rank("queries", queries, 4, "[batch, num_query_heads, num_queries, head_dim]")
+    expect.rank("keys", keys, 4, "[batch, num_kv_heads, num_keys, head_dim]")
+    expect.rank("values", values, 4, "[batch, num_kv_heads, num_keys, value_dim]")
+    batch, num_query_heads, num_queries, key_dim = queries.shape
+    _, num_kv_heads, num_keys, _ = keys.shape
+    value_dim = values.shape[3]
+    expect.tensor("keys", keys, queries.dtype, [batch, "num_kv_heads", "num_keys", key_dim])
+    expect.tensor("values", values, queries.dtype, [batch, num_kv_heads, num_keys, "value_dim"])
+    expect(
+        num_kv_heads >= 1 and num_query_heads >= 1 and num_query_heads % num_kv_heads == 0,
+        "num_query_heads to be a multiple of num_kv_heads = {}, got {}",
+        num_kv_heads,
+        num_query_heads,
+    )
+    expect(
+        1 <= key_dim <= MAX_DIM and 1 <= value_dim <= MAX_DIM,
+        "head dims of 1 to {}, got {} for keys and {} for values",
+        MAX_DIM,
+        key_dim,
+        value_dim,
+    )
+    asked = num_query_heads // num_kv_heads * num_queries
+    expect(
+        1 <= asked <= MAX_FOLD_QUERIES,
+        "1 to {} queries of each KV head, got {}",
+        MAX_FOLD_QUERIES,
+        asked,
+    )
+    expect.most("positions", num_keys)
+    expect.logits(scaling, softcap)
+    expect(0 <= gate <= 1, "a gate between 0 and 1, got {}", gate)
+    expect.rank("indices", indices, 1, "[num_kept]")
+    expect.tensor("indices", indices, torch.int32, ["num_kept"])
+    expect.tensor("offsets", offsets, torch.int32, [batch * num_kv_heads + 1])
+    expect.tensor("start", start, torch.int32, [batch])
 
 
 def _stored(
@@ -100,7 +151,7 @@ def ragged_attention(
     num_stored = keys.shape[0]
     num_kv_heads = begin.shape[1]
     value_dim = _stored(expect, query, keys, values, scales, pairs)
-    expect.tensor("bias", bias, torch.float32, [num_stored])
+    expect.tensor("bias", bias, torch.float16, [num_stored])
     expect.tensor("sinks", sinks, torch.float32, [num_query_heads])
     num_tail = tail_keys.shape[2] if tail_keys is not None and tail_keys.dim() == 4 else 0
     expect(

@@ -407,6 +407,37 @@ def quantize_pairs(f: Fields) -> Call:
     return tensors, options, lambda got: contracts.quantize_pairs(got, *tensors, **options)
 
 
+def draw_fold_pairs(r: random.Random) -> Fields:
+    drawn, sizes = draw_expert_scores(r), heads(r)
+    return {
+        **common(r),
+        **sizes,
+        **{name: drawn[name] for name in ("scaling", "softcap", "padding", "poison")},
+        "keys": length(r),
+        "value_dim": r.choice([1, 4, 15, 32, 65, 256]),
+        "queries": r.choice([1, 2, 5, 16, 36]),
+        "share": r.choice([0.0, 0.1, 0.5, 0.9, 1.0]),
+        "gate": r.choice([0.0, 0.0, 0.5, 1.0]),
+    }
+
+
+def fold_pairs(f: Fields) -> Call:
+    make = Inputs(f["seed"], f["values"], f["size"], f["layout"])
+    b, h, t = f["batch"], f["heads"], f["keys"]
+    queries = make.numbers(b, h * f["group"], f["queries"], f["dim"], dtype=f["dtype"])
+    keys, values = (
+        make.numbers(b, h, t, dim, dtype=f["dtype"]) for dim in (f["dim"], f["value_dim"])
+    )
+    start = start_of(make, f, b, t)
+    spoil_heads(f, make, b, h, keys, values, queries)
+    kept = make.booleans(f["share"], b * h, t)
+    offsets = torch.tensor([0, *kept.sum(1).tolist()]).cumsum(0).int()
+    given = (queries, keys, values, kept.nonzero()[:, 1].int(), offsets, start)
+    tensors = [x if x is None else make.laid(x) for x in given]
+    options = {name: f[name] for name in ("scaling", "softcap", "gate")}
+    return tensors, options, lambda got: contracts.fold_pairs(got, *tensors, **options)
+
+
 def coded_rows(make: Inputs, f: Fields) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of any codes, with scales as they come of numbers of the size; no sum leaves float16."""
     bits = int(f["pairs"][1]), int(f["pairs"][3])
@@ -456,7 +487,7 @@ def ragged_attention(f: Fields) -> Call:
     else:
         keys, values, scales = coded_rows(make, f)
     if f["bias"] != "none":
-        bias = make.numbers(n, size=3.0)
+        bias = make.numbers(n, dtype="float16", size=3.0)
         share = {"some": 0.0, "hiding": 0.5, "nothing": 1.0}[f["bias"]]
         bias[make.booleans(share, n)] = -math.inf
         bias = make.laid(bias)
@@ -507,6 +538,7 @@ BUILD: dict[str, Callable[[Fields], Call]] = {
     "select_kept": select_kept,
     "kv_compact_": kv_compact_,
     "quantize_pairs": quantize_pairs,
+    "fold_pairs": fold_pairs,
     "ragged_attention": ragged_attention,
 }
 DRAW = {name: globals()[f"draw_{name}"] for name in BUILD}

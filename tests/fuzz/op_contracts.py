@@ -7,13 +7,14 @@ the last place of the sum of their absolute terms, and what comes of that is bou
 """
 
 from pair_contracts import kv_compact_, ragged_attention, select_kept
-from row_contracts import quantize_pairs
+from row_contracts import fold_pairs, quantize_pairs
 from score_contracts import expected_attention, expert_scores
 from token_contracts import gating_topk, mix_scores, project_tokens
 
 __all__ = [
     "expected_attention",
     "expert_scores",
+    "fold_pairs",
     "gating_topk",
     "kv_compact_",
     "mix_scores",

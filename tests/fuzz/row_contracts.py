@@ -72,3 +72,45 @@ def quantize_pairs(got: Sequence[Tensor], keys: Tensor, values: Tensor, *, pairs
         away = np.abs(numbers(code[kept], scale[kept], bits, dim) - row[kept])
         allowed = half[kept] * (0.5 + 1e-5) + 16 * UNIT * size[kept].max(1, initial=0)[:, None]
         assert (away <= allowed).all(), f"{name}: {away.max()} away, allowed half a step"
+
+
+def fold_pairs(
+    got: Sequence[Tensor],
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    start: Tensor | None,
+    *,
+    scaling: float,
+    softcap: float,
+    gate: float,
+) -> None:
+    """Who may join whom, and that kept pairs become a mean of what has joined them."""
+    folded, bias, joined = got
+    batch, heads, length, dim = values.shape
+    assert [x.dtype for x in got] == [values.dtype, torch.float16, torch.int32]
+    assert folded.shape == (len(indices), dim) and joined.shape == (batch, heads, length)
+    bounds, rows, ends = offsets.tolist(), exact(values), exact(folded)
+    for row in range(batch * heads):
+        b, h = divmod(row, heads)
+        first = 0 if start is None else min(max(int(start[b]), 0), length)
+        mine = indices[bounds[row] : bounds[row + 1]].long()
+        to = joined[b, h]
+        assert (to[mine] == -1).all() and (to[:first] == -1).all(), "kept or padding has joined"
+        who = (to != -1).nonzero().flatten()
+        assert ((to[who] >= bounds[row]) & (to[who] < bounds[row + 1])).all(), "another head's pair"
+        assert values[b, h, who].isfinite().all(), "a value that is none has joined"
+        for i in range(bounds[row], bounds[row + 1]):
+            own = rows[b, h, int(indices[i])]
+            members = rows[b, h, (to == i).nonzero().flatten().numpy()]
+            if not len(members):
+                assert np.array_equal(ends[i], own, equal_nan=True) and float(bias[i]) == 0
+                continue
+            assert 0 <= float(bias[i]) <= np.log1p(len(members)) + 2e-3
+            every = np.concatenate([members, own[None]])
+            size = np.abs(every).max(0)
+            slack = (2.0**-7 if values.dtype != torch.float32 else 1e-5) * size + 1e-7
+            good = (ends[i] >= every.min(0) - slack) & (ends[i] <= every.max(0) + slack)
+            assert (good | ~np.isfinite(own)).all(), "no mean of its members"

@@ -94,7 +94,7 @@ def make_rows(pairs: str, dtype: torch.dtype, bias: bool, sinks: bool, **shape) 
     case = {name: x.to(dtype) if x.is_floating_point() else x for name, x in case.items()}
     if bias:
         drawn = torch.randn(len(case["keys"]), generator=generator)
-        case["bias"] = torch.where(drawn < -0.5, -math.inf, drawn)
+        case["bias"] = torch.where(drawn < -0.5, -math.inf, drawn).half()
     if sinks:
         drawn = torch.randn(case["query"].shape[1], generator=generator)
         case["sinks"] = torch.where(drawn < -1, -math.inf, drawn)

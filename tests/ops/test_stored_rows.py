@@ -124,7 +124,7 @@ def test_large_biases_and_keys(target):
         case = make_rows("16", torch.float32, True, True, dim=64, stored=200, tail=3)
         case["keys"] *= scale
         case["values"][:, 7] *= 1e4  # an outlier channel
-        case["bias"] = torch.where(torch.arange(200) % 3 == 0, 100.0, case["bias"])
+        case["bias"] = torch.where(torch.arange(200) % 3 == 0, 100.0, case["bias"]).half()
         case = quantised_again(case, pairs)
         want = expected(case, 64, scaling=0.125 / scale)
         got = run(target, case, scaling=0.125 / scale)
@@ -184,8 +184,8 @@ BAD = {
     "short codes": (lambda c: {"keys": c["keys"][:, 1:]}, r"keys \[num_stored, 16\]"),
     "rows": (lambda c: {"values": c["values"][1:]}, r"values \[700, 8\], got \[699, 8\]"),
     "16": (lambda c: {"pairs": "16"}, "scales only with quantised pairs"),
-    "bias": (lambda c: {"bias": torch.zeros(3)}, r"bias \[700\], got \[3\]"),
-    "half bias": (lambda c: {"bias": torch.zeros(700).half()}, "bias of dtype float32"),
+    "bias": (lambda c: {"bias": torch.zeros(3).half()}, r"bias \[700\], got \[3\]"),
+    "wide bias": (lambda c: {"bias": torch.zeros(700)}, "bias of dtype float16, got float32"),
     "sinks": (lambda c: {"sinks": torch.zeros(3)}, r"sinks \[8\], got \[3\]"),
 }
 

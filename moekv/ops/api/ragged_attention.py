@@ -48,7 +48,7 @@ def ragged_attention(
         True: the query may see the tail position.
     scales : Tensor [N, M], float16, optional
         What ``quantize_pairs`` gave beside the codes.
-    bias : Tensor [N], float32, optional
+    bias : Tensor [N], float16, optional
         Added to the logits of a stored row, behind the softcap. -inf hides the row.
     sinks : Tensor [Hq], float32, optional
         A logit for each query head that takes its share of the softmax and has no value [2]_.

@@ -7,6 +7,7 @@ precision. ``docs/design.md`` specifies each in words.
 
 from moekv.ops.reference.expected_attention import expected_attention, sample_places
 from moekv.ops.reference.expert_scores import ATTENTION, DIVERSITY, LAG, MASS, expert_scores
+from moekv.ops.reference.fold_pairs import fold_pairs
 from moekv.ops.reference.gating_topk import gate_probs, gating_topk, slot_counts
 from moekv.ops.reference.kv_compact import kv_compact_
 from moekv.ops.reference.mix_scores import mix_scores
@@ -23,6 +24,7 @@ __all__ = [
     "dequantize_pairs",
     "expected_attention",
     "expert_scores",
+    "fold_pairs",
     "gate_probs",
     "gating_topk",
     "kv_compact_",
