@@ -269,6 +269,7 @@ def attend(
         softcap=softcap,
         pairs=rows.pairs,
         scales=rows.scales,
+        bias=rows.bias,
         sinks=sinks,
         backend=layer.backend,
     )
@@ -284,19 +285,23 @@ def _attend_with_gradients(
 ) -> Tensor:
     """Attention in plain operations, over padded pairs: gradients reach queries and the tail."""
     layer = key.layer
-    keys, values, lengths = layer.to_dense()
+    keys, values, bias, lengths = layer.padded()
     num_queries, longest, tail_length = query.shape[2], keys.shape[2], layer.tail_length
     place = torch.arange(longest, device=query.device)
     latest = longest - num_queries + torch.arange(num_queries, device=query.device)
     seen = (place >= (longest - lengths)[..., None, None]) & (place <= latest[:, None])
     groups = query.shape[1] // keys.shape[1]
     keys, values, seen = (x.repeat_interleave(groups, 1) for x in (keys, values, seen))
+    if bias is not None:
+        bias = bias.repeat_interleave(groups, 1)[:, :, None]
     if mask is not None:
         stored = mask.new_ones(()).expand(*mask.shape[:-1], longest - tail_length)
         seen = seen & torch.cat([stored, mask], -1)
     logits = (query @ keys.mT).float() * scaling
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
+    if bias is not None:
+        logits = logits + bias
     # No infinity: a query that sees nothing would have gradients that are no numbers.
     logits = logits.masked_fill(~seen, torch.finfo(logits.dtype).min)
     if s_aux is not None:

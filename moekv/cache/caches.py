@@ -16,6 +16,7 @@ from transformers.cache_utils import (
 
 from moekv.budget import Kept
 from moekv.cache.buffers import size_of, storage_bytes
+from moekv.cache.folding import Folding
 from moekv.cache.growing import GrowingLayer
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.ragged import RaggedLayer
@@ -121,8 +122,8 @@ def held_bytes(layer: CacheLayerMixin) -> int:
 
 
 def bytes_by_kind(layers: Iterable[CacheLayerMixin]) -> dict[str, int]:
-    """Bytes of the storages of initialised layers: of pairs, scales, tails and notes."""
-    kinds = dict.fromkeys(("pairs", "scales", "tail", "notes"), 0)
+    """Bytes of the storages of initialised layers: of pairs, scales, biases, tails and notes."""
+    kinds = dict.fromkeys(("pairs", "scales", "biases", "tail", "notes"), 0)
     for layer in layers:
         kinds["pairs"] += held_bytes(layer)
         if not isinstance(layer, CompressedLayer):
@@ -149,11 +150,17 @@ def bits_per_number(layers: Iterable[CacheLayerMixin]) -> float | None:
 
 
 def compressed(
-    keys: Tensor, values: Tensor, kept: Kept, *, pairs: str = "16", backend: str = "auto"
+    keys: Tensor,
+    values: Tensor,
+    kept: Kept,
+    *,
+    pairs: str = "16",
+    folding: Folding | None = None,
+    backend: str = "auto",
 ) -> GrowingLayer | RaggedLayer:
     """Copy the chosen pairs of a dense layer, to a dense one if each head keeps as many.
 
-    Quantised pairs are stored in a ragged layer in any case.
+    Quantised or folded pairs are stored in a ragged layer in any case.
 
     Parameters
     ----------
@@ -163,6 +170,8 @@ def compressed(
         What stays of each head.
     pairs : str
         How it is stored: one of ``moekv.ops.PAIRS``.
+    folding : Folding, optional
+        Has the other pairs join these. None: they are lost.
     backend : str
         Which implementation of ``ragged_attention`` serves the layer.
 
@@ -170,13 +179,20 @@ def compressed(
     -------
     GrowingLayer or RaggedLayer
     """
-    if kept.per_head is None or pairs != "16":
-        return RaggedLayer.compress(keys, values, kept, pairs=pairs, backend=backend)
+    if kept.per_head is None or pairs != "16" or folding is not None:
+        how: dict[str, Any] = {"pairs": pairs, "folding": folding, "backend": backend}
+        return RaggedLayer.compress(keys, values, kept, **how)
     return GrowingLayer.compress(keys, values, kept, backend=backend)
 
 
 def evict(
-    cache: Cache, index: int, kept: Kept, *, pairs: str = "16", backend: str
+    cache: Cache,
+    index: int,
+    kept: Kept,
+    *,
+    pairs: str = "16",
+    folding: Folding | None = None,
+    backend: str,
 ) -> tuple[int, int]:
     """Leave only the kept pairs in a layer of a cache, and give the memory of the others back.
 
@@ -187,7 +203,8 @@ def evict(
     index : int
         Of the layer.
     kept : Kept
-    pairs, backend : str
+    pairs, folding, backend
+        As of :func:`compressed`.
 
     Returns
     -------
@@ -197,7 +214,7 @@ def evict(
     """
     before = cache.layers[index]
     layer = cache.layers[index] = compressed(
-        *cached_pairs(before), kept, pairs=pairs, backend=backend
+        *cached_pairs(before), kept, pairs=pairs, folding=folding, backend=backend
     )
     return held_bytes(before), layer.nbytes
 

@@ -192,8 +192,8 @@ def _check_notes(
     notes, within = description["notes"], f"{within}, notes"
     if not isinstance(notes, dict) or not _OPTIONAL.isdisjoint(notes):
         raise ValueError(f"{within}: expected notes without notes, got {notes!r:.99}")
-    quantised = description["kind"] == "quantised"
-    if notes.get("kind") != ("ragged" if quantised else description["kind"]):
+    kind = description["kind"].removesuffix(", biased")
+    if notes.get("kind") != ("ragged" if kind == "quantised" else kind):
         raise ValueError(f"{within}: expected those of their layer, got {notes!r:.99}")
     noted = check(notes, notes_of(found), within=within)
     if noted != (size["B"], size["H"], 1, 1, length):

@@ -28,9 +28,13 @@ _DENSE = {"keys": "BHND", "values": "BHNV"}
 _TAIL = {"begin": "BH", "end": "BH", "tail_keys": "BHND", "tail_values": "BHNV"}
 _RAGGED = {"stored_keys": "SD", "stored_values": "SV"} | _TAIL
 _QUANTISED = {"key_codes": "SK", "value_codes": "SW", "scales": "SG"} | _TAIL
+_BIASED: dict[str, dict[str, str]] = {"": {}, ", biased": {"bias": "S"}}
 TABLES = ("begin", "end")
 """Tensors that say which of the stored pairs are a head's."""
-DTYPES = {"begin": "I32", "end": "I32", "key_codes": "U8", "value_codes": "U8", "scales": "F16"}
+DTYPES = {
+    **{"begin": "I32", "end": "I32", "key_codes": "U8", "value_codes": "U8"},
+    **{"scales": "F16", "bias": "F16"},
+}
 """Dtypes, as safetensors calls them, of all but pairs, hidden states and queries."""
 
 
@@ -86,8 +90,9 @@ def take_apart(layer: Any, index: int) -> tuple[dict[str, Tensor], dict[str, Any
         It is empty.
     """
     name = next((name for name, kind in KINDS.items() if type(layer) is kind.layer), None)
-    if isinstance(layer, RaggedLayer) and layer.rows.scales is not None:
-        name = "quantised"
+    if isinstance(layer, RaggedLayer):
+        name = "ragged" if layer.rows.scales is None else "quantised"
+        name += ", biased" if layer.rows.bias is not None else ""
     if name is None:
         names = ", ".join(dict.fromkeys(kind.layer.__name__ for kind in KINDS.values()))
         raise TypeError(
@@ -136,8 +141,13 @@ def _filled_slots(layer: StaticLayer) -> dict[str, Tensor]:
 
 
 def _stored(layer: RaggedLayer) -> dict[str, Tensor]:
-    tensors = _RAGGED if layer.rows.scales is None else _QUANTISED
-    parts = dict(zip(tensors, layer.rows.tensors, strict=False))
+    rows = layer.rows
+    if rows.scales is None:
+        parts = {"stored_keys": rows.keys, "stored_values": rows.values}
+    else:
+        parts = {"key_codes": rows.keys, "value_codes": rows.values, "scales": rows.scales}
+    if rows.bias is not None:
+        parts["bias"] = rows.bias
     parts |= {part: getattr(layer, part) for part in _TAIL}
     # A file may not hold one memory under two names.
     return parts | {part: parts[part].clone() for part in TABLES}
@@ -227,7 +237,7 @@ def _growing(parts: Mapping[str, Tensor], description: Mapping[str, Any]) -> Gro
 
 
 def _ragged(parts: Mapping[str, Tensor], description: Mapping[str, Any]) -> RaggedLayer:
-    rows = Rows.of(parts["stored_keys"], parts["stored_values"])
+    rows = Rows.of(parts["stored_keys"], parts["stored_values"], bias=parts.get("bias"))
     return _with_tail(rows, parts, description)
 
 
@@ -236,7 +246,7 @@ def _quantised(parts: Mapping[str, Tensor], description: Mapping[str, Any]) -> R
     tail_keys, tail_values = parts["tail_keys"], parts["tail_values"]
     sizes = tail_keys.shape[3], tail_values.shape[3]
     dtype = torch.promote_types(tail_keys.dtype, tail_values.dtype)
-    rows = Rows(description["pairs"], keys, values, scales, *sizes, dtype)
+    rows = Rows(description["pairs"], keys, values, scales, *sizes, dtype, parts.get("bias"))
     return _with_tail(rows, parts, description)
 
 
@@ -319,22 +329,28 @@ KINDS = {
         _pairs_of,
         _growing,
     ),
-    "ragged": Kind(
-        RaggedLayer,
-        _RAGGED,
-        (),
-        lambda numbers, size: numbers["context_length"] + size["N"],
-        _stored,
-        _ragged,
-    ),
-    "quantised": Kind(
-        RaggedLayer,
-        _QUANTISED,
-        ("pairs",),
-        lambda numbers, size: numbers["context_length"] + size["N"],
-        _stored,
-        _quantised,
-    ),
+    **{
+        f"ragged{suffix}": Kind(
+            RaggedLayer,
+            _RAGGED | more,
+            (),
+            lambda numbers, size: numbers["context_length"] + size["N"],
+            _stored,
+            _ragged,
+        )
+        for suffix, more in _BIASED.items()
+    },
+    **{
+        f"quantised{suffix}": Kind(
+            RaggedLayer,
+            _QUANTISED | more,
+            ("pairs",),
+            lambda numbers, size: numbers["context_length"] + size["N"],
+            _stored,
+            _quantised,
+        )
+        for suffix, more in _BIASED.items()
+    },
     "static": Kind(
         StaticLayer, _DENSE, ("slots",), lambda _, size: size["N"], _filled_slots, _static
     ),

@@ -5,16 +5,19 @@ were; the pairs themselves are handed to attention as ``RaggedPairs``, which
 ``moekv.cache.attention`` understands.
 """
 
+import warnings
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from moekv.budget import Kept
 from moekv.cache.attention import install
 from moekv.cache.buffers import first_kept, gather_rows, storage_bytes
+from moekv.cache.folding import Folding
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.masks import offset_of
 from moekv.cache.pairs import NOT_DENSE, RaggedPairs
@@ -39,6 +42,10 @@ class RaggedLayer(CompressedLayer):
     backend : str
         Which implementation of ``ragged_attention`` serves this layer.
 
+    Attributes
+    ----------
+    num_joined : Tensor, int64, or None
+        Evicted pairs that joined others when the layer was made of a dense one; None: none could.
     """
 
     is_ragged = True
@@ -55,6 +62,7 @@ class RaggedLayer(CompressedLayer):
         self.rows = rows
         self.begin = begin
         self.end = end
+        self.num_joined: Tensor | None = None
         self._stored_pairs: list[int] | None = None
         self._tail = self._new_tail()
         super().__init__(backend=backend)
@@ -78,6 +86,7 @@ class RaggedLayer(CompressedLayer):
         kept: Kept,
         *,
         pairs: str = "16",
+        folding: Folding | None = None,
         backend: str = "auto",
     ) -> "RaggedLayer":
         """Copy the chosen pairs of a dense layer.
@@ -90,6 +99,8 @@ class RaggedLayer(CompressedLayer):
             What stays of each head.
         pairs : str
             How it is stored: one of ``moekv.ops.PAIRS``.
+        folding : Folding, optional
+            Has the other pairs join these. None: they are lost.
         backend : str
             Which implementation of ``ragged_attention`` to use.
 
@@ -100,14 +111,20 @@ class RaggedLayer(CompressedLayer):
         """
         rows = kept.rows()
         batch, num_kv_heads, length = kept.shape
+        stay, bias, num_joined = gather_rows(keys, rows), None, None
+        if folding is None:
+            values = gather_rows(values, rows)
+        else:
+            values, bias, num_joined = folding.fold(keys, values, kept, backend=backend)
         layer = cls(
-            Rows.of(gather_rows(keys, rows), gather_rows(values, rows), pairs, backend=backend),
+            Rows.of(stay, values, pairs, bias=bias, backend=backend),
             kept.offsets[:-1].view(batch, num_kv_heads),
             kept.offsets[1:].view(batch, num_kv_heads),
             length=length,
             backend=backend,
         )
         layer.first = first_kept(kept)
+        layer.num_joined = num_joined
         return layer
 
     def recompress(self, kept: Kept, pairs: str = "16") -> None:
@@ -308,10 +325,11 @@ class RaggedLayer(CompressedLayer):
         return self.rows.bytes_per_pair
 
     def bytes_beside(self) -> dict[str, int]:
-        """Bytes of scales and of the tail, spare capacity included."""
-        scales = self.rows.scales
+        """Bytes of scales, of biases, and of the tail, spare capacity included."""
+        scales, bias = self.rows.scales, self.rows.bias
         return {
             "scales": 0 if scales is None else storage_bytes(scales),
+            "biases": 0 if bias is None else storage_bytes(bias),
             "tail": self.nbytes - storage_bytes(*self.rows.tensors),
         }
 
@@ -322,8 +340,9 @@ class RaggedLayer(CompressedLayer):
 
     def gain(self, pairs: str) -> Fraction:
         """Count the pairs that it will store in the bytes of one dense pair."""
-        own = self.rows.pairs
-        return gain(pairs if own == "16" else own, self.tail_keys, self.tail_values)
+        own, biased = self.rows.pairs, self.rows.bias is not None
+        pairs = pairs if own == "16" else own
+        return gain(pairs, self.tail_keys, self.tail_values, biased=biased)
 
     def allowed_bytes(self, most: int) -> int:
         """Bytes of `most` pairs of each head, those that are to come as the model makes them."""
@@ -381,11 +400,13 @@ class RaggedLayer(CompressedLayer):
         return storage_bytes(*self.rows.tensors, *self._tail.buffers)
 
     def held_pairs(self) -> tuple[Tensor, Tensor]:
-        """Copy the pairs that are held."""
-        return self.to_dense()[:2]
+        """Copy the pairs that are held, without their biases."""
+        return self.padded()[:2]
 
     def to_dense(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Copy the pairs into padded tensors.
+        """Copy the pairs into padded tensors, with a warning if they have biases.
+
+        Attention over these tensors is not that of the layer then.
 
         Returns
         -------
@@ -395,6 +416,18 @@ class RaggedLayer(CompressedLayer):
         lengths : Tensor
             [B, H] int64, pairs of each head.
         """
+        if self.rows.bias is not None:
+            warnings.warn(
+                "keys and values alone are not all that the layer holds: evicted pairs have joined "
+                "some, whose logits have biases (layer.rows.bias), and no dense tensor has them; "
+                "compress with fold=False for a layer without",
+                stacklevel=2,
+            )
+        keys, values, _, lengths = self.padded()
+        return keys, values, lengths
+
+    def padded(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Copy the pairs into padded tensors, as :meth:`to_dense`, and their biases [B, H, L]."""
         kept = (self.end - self.begin).long()
         longest = int(kept.max())
         column = torch.arange(longest, device=self.device) - (longest - kept)[..., None]
@@ -403,4 +436,7 @@ class RaggedLayer(CompressedLayer):
         for stored, tail in zip(self.rows.dense(), (self.tail_keys, self.tail_values), strict=True):
             pairs = stored[row].masked_fill((column < 0)[..., None], 0)
             dense.append(torch.cat([pairs, tail], dim=2))
-        return dense[0], dense[1], kept + self.tail_length
+        bias = self.rows.bias
+        if bias is not None:
+            bias = functional.pad(bias[row].masked_fill(column < 0, 0), (0, self.tail_length))
+        return dense[0], dense[1], bias, kept + self.tail_length

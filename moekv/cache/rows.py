@@ -8,6 +8,7 @@ they are wherever rows move, so that a pair is rounded once, however often its l
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -36,6 +37,9 @@ class Rows:
         D and Dv.
     dtype : torch.dtype
         Of the pairs as they are read.
+    bias : Tensor [N], float16, or None
+        What is added to a row's logit, where evicted pairs have joined some: see
+        ``moekv.ops.fold_pairs``. None: nothing.
     """
 
     pairs: str
@@ -45,9 +49,18 @@ class Rows:
     key_dim: int
     value_dim: int
     dtype: torch.dtype
+    bias: Tensor | None = None
 
     @classmethod
-    def of(cls, keys: Tensor, values: Tensor, pairs: str = "16", *, backend: str = "auto") -> Rows:
+    def of(
+        cls,
+        keys: Tensor,
+        values: Tensor,
+        pairs: str = "16",
+        *,
+        bias: Tensor | None = None,
+        backend: str = "auto",
+    ) -> Rows:
         """Take pairs over, or quantise them.
 
         Parameters
@@ -56,6 +69,8 @@ class Rows:
             [N, D] and [N, Dv].
         pairs : str
             One of ``moekv.ops.PAIRS``.
+        bias : Tensor [N], float16, optional
+            As of the attribute.
         backend : str
             Of ``quantize_pairs``.
 
@@ -64,7 +79,7 @@ class Rows:
         Rows
             In 16 bits, with a warning, if a pair cannot be stored in the format asked for.
         """
-        wide = cls("16", keys, values, None, keys.shape[1], values.shape[1], keys.dtype)
+        wide = cls("16", keys, values, None, keys.shape[1], values.shape[1], keys.dtype, bias)
         rows = wide.in_format(pairs, backend=backend)
         return rows if rows.readable else wide.kept_wide(pairs)
 
@@ -75,7 +90,7 @@ class Rows:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All that they consist of."""
-        parts = self.keys, self.values, self.scales
+        parts = self.keys, self.values, self.scales, self.bias
         return tuple(part for part in parts if part is not None)
 
     @property
@@ -85,13 +100,20 @@ class Rows:
 
     @property
     def bytes_per_pair(self) -> int:
-        """Bytes of a row, scales included."""
-        return sum(part.shape[1] * part.itemsize for part in self.tensors)
+        """Bytes of a row, scales and bias included."""
+        return sum(math.prod(part.shape[1:]) * part.itemsize for part in self.tensors)
 
-    def _each(self, function: Callable[[Tensor], Tensor]) -> Rows:
-        keys, values = function(self.keys), function(self.values)
-        scales = None if self.scales is None else function(self.scales)
-        return replace(self, keys=keys, values=values, scales=scales)
+    def _each(self, function: Callable[..., Tensor], *others: Rows) -> Rows:
+        """Apply a function to each tensor, and to those of other rows in the same format."""
+        parts = (
+            [getattr(rows, name) for rows in (self, *others)]
+            for name in ("keys", "values", "scales", "bias")
+        )
+        keys, values, scales, bias = (
+            None if own is None else function(own, *more) for own, *more in parts
+        )
+        assert keys is not None and values is not None
+        return replace(self, keys=keys, values=values, scales=scales, bias=bias)
 
     def select(self, rows: Tensor) -> Rows:
         """Copy some rows, as they are."""
@@ -120,11 +142,10 @@ class Rows:
         """Give the rows with further pairs [n, D] and [n, Dv] behind them, in their format."""
         if not len(keys):
             return self
-        more = Rows("16", keys, values, None, self.key_dim, self.value_dim, keys.dtype)
+        bias = None if self.bias is None else self.bias.new_zeros(len(keys))
+        more = Rows("16", keys, values, None, self.key_dim, self.value_dim, keys.dtype, bias)
         more = more.in_format(self.pairs, backend=backend)
-        both = zip(self.tensors, more.tensors, strict=True)
-        keys, values, *scales = (torch.cat(parts) for parts in both)
-        return replace(self, keys=keys, values=values, scales=scales[0] if scales else None)
+        return self._each(lambda *parts: torch.cat(parts), more)
 
     def in_format(self, pairs: str, *, backend: str = "auto") -> Rows:
         """Quantise rows that are not; others keep the format that they have."""
@@ -132,7 +153,7 @@ class Rows:
             return self
         keys, values = self.keys.detach(), self.values.detach()
         parts = ops.quantize_pairs(keys, values, pairs=pairs, backend=backend)
-        return Rows(pairs, *parts, self.key_dim, self.value_dim, self.dtype)
+        return Rows(pairs, *parts, self.key_dim, self.value_dim, self.dtype, self.bias)
 
     def kept_wide(self, pairs: str) -> Rows:
         """Return the rows in 16 bits, and log that another format was asked for."""
@@ -141,10 +162,11 @@ class Rows:
             "large for scales of float16): its pairs stay in 16 bits, in more bytes",
             pairs,
         )
-        return Rows("16", *self.dense(), None, self.key_dim, self.value_dim, self.dtype)
+        dims = self.key_dim, self.value_dim
+        return Rows("16", *self.dense(), None, *dims, self.dtype, self.bias)
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        """Read the pairs: [N, D] and [N, Dv]. Those that are not quantised are not copied."""
+        """Read the pairs [N, D] and [N, Dv], without biases. In 16 bits nothing is copied."""
         if self.scales is None:
             return self.keys, self.values
         keys, values = ops.dequantize_pairs(
@@ -188,7 +210,7 @@ def check_pairs(
     Rows.of(keys, values, pairs, backend=backend)
 
 
-def gain(pairs: str, keys: Tensor, values: Tensor) -> Fraction:
+def gain(pairs: str, keys: Tensor, values: Tensor, *, biased: bool = False) -> Fraction:
     """Count the stored pairs that take the bytes of one dense pair of a layer.
 
     Parameters
@@ -197,12 +219,14 @@ def gain(pairs: str, keys: Tensor, values: Tensor) -> Fraction:
         How they are stored.
     keys, values : Tensor [..., D] and [..., Dv]
         In the dtype of the dense layer.
+    biased : bool
+        Whether each has a bias.
     """
-    if pairs == "16":
-        return Fraction(1)
     key_dim, value_dim = keys.shape[-1], values.shape[-1]
-    dense = key_dim * keys.itemsize + value_dim * values.itemsize
-    return Fraction(dense, ops.pair_layout(pairs, key_dim, value_dim).num_bytes)
+    stored = dense = key_dim * keys.itemsize + value_dim * values.itemsize
+    if pairs != "16":
+        stored = ops.pair_layout(pairs, key_dim, value_dim).num_bytes
+    return Fraction(dense, stored + biased * torch.float16.itemsize)
 
 
 def storable(keys: Tensor, values: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ from moekv.models.fingerprint import check_same, fingerprint
 from moekv.models.hooks import find_layers, index_of
 from moekv.models.weights import device_of, language_model, shard_of
 
-_FORMAT = "moekv-cache-3"
-_READ = ("moekv-cache-2", _FORMAT)  # the second knew no quantised pairs
+_FORMAT = "moekv-cache-4"
+_READ = ("moekv-cache-2", "moekv-cache-3", _FORMAT)  # 2 knew no quantised pairs, 3 no biases
 _TOKENS = "input_ids"
 _KEYS = {"format", "model", "dtype", "shard", "layers", "sha256"}
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moekv import ops
-from moekv.models.queries import behind, logit_options, next_queries
+from moekv.models.queries import behind, logit_options, next_queries, tokens_at
 from moekv.ops import ScoreKind
 from moekv.ops.reference.expected_attention import REACH
 
@@ -242,6 +242,37 @@ class LayerView:
         if self.asked is None:
             return next_queries(*given)
         return behind(self.asked, *given, self.turned)
+
+    def sampled(self, count: int) -> Tensor:
+        """Return queries of some tokens, from all over the text, as if they stood behind it.
+
+        The view has to be ``aligned``.
+
+        Parameters
+        ----------
+        count : int
+            Tokens, M. Those of a shorter text come more than once: a row with padding is sampled as
+            it is alone.
+
+        Returns
+        -------
+        Tensor [B, Hq, M, D]
+
+        Raises
+        ------
+        NotImplementedError
+            The layer's queries can neither be observed nor computed.
+        """
+        num_keys = self.keys.shape[2]
+        length = torch.tensor(self.lengths, device=self.keys.device)[:, None]
+        part = torch.arange(count, device=self.keys.device)
+        # One in each of equal parts, at places that repeat nowhere, as in `expected_attention`.
+        places = (part * 65536 + part * 40503 % 65536) * length // (count * 65536)
+        places = (num_keys - length + places).clamp(max=num_keys - 1)
+        if self.asked is None:
+            return tokens_at(self._behind(), places)
+        given = self.module, self.hidden_states, self.kwargs, self.rotary
+        return behind(self.asked, *given, self.turned, places)
 
     @functools.cached_property
     def _expected(self) -> Tensor:

@@ -80,8 +80,9 @@ def behind(
     kwargs: Mapping[str, Any],
     rotary: nn.Module | None,
     shared: dict[Any, Any],
+    places: Tensor | None = None,
 ) -> Tensor:
-    """Rotate the queries of all tokens further, to the position after the last one.
+    """Rotate the queries of tokens further, to the position after the last one.
 
     Parameters
     ----------
@@ -92,14 +93,32 @@ def behind(
         As in :func:`window_queries`.
     shared : dict
         Of the forward: layers that share their rotations share the result.
+    places : Tensor [B, M], int64, optional
+        Of the tokens that are wanted; None: all.
+
+    Returns
+    -------
+    Tensor [B, Hq, N or M, D]
     """
+    if places is not None:
+        queries = tokens_at(queries, places)
     if not _turns.get(module):
         return queries
     turn = kwargs["position_embeddings"]
     key = id(turn[0])  # as long as the forward lasts
     if key not in shared:
         shared[key] = turn_by(turn, turns(module, hidden_states, kwargs, range(1, 2), rotary))
-    return rotate(queries, *shared[key])
+    cos, sin = shared[key]
+    if places is not None:
+        cos, sin = (x.expand(len(places), -1, -1) for x in (cos, sin))
+        cos, sin = (x.gather(1, places[..., None].expand(-1, -1, x.shape[2])) for x in (cos, sin))
+    return rotate(queries, cos, sin)
+
+
+def tokens_at(queries: Tensor, places: Tensor) -> Tensor:
+    """Copy the queries [B, Hq, M, D] of some tokens [B, M] of all [B, Hq, N, D]."""
+    _, heads, _, dim = queries.shape
+    return queries.gather(2, places[:, None, :, None].expand(-1, heads, -1, dim))
 
 
 def _first(kwargs: Mapping[str, Any]) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ from transformers import Cache
 from moekv import budget as budgets
 from moekv.budget import Kept, select, without_padding
 from moekv.cache.caches import empty_cache, evict, held_bytes, is_static
+from moekv.cache.folding import Folding
 from moekv.cache.layer import CompressedLayer
+from moekv.cache.ragged import RaggedLayer
 from moekv.cache.static import compact
 from moekv.press.forward import Plan
 from moekv.press.hits import kept_alone
@@ -99,7 +102,12 @@ def _choose_by_dominant(ratings: Sequence[Rating], plan: Plan) -> list[Kept | No
 
 
 def apply(
-    cache: Cache, index: int, kept: Kept | None, plan: Plan, run: int | None
+    cache: Cache,
+    index: int,
+    kept: Kept | None,
+    plan: Plan,
+    run: int | None,
+    folding: Folding | None = None,
 ) -> tuple[int, int]:
     """Compress a layer of a cache.
 
@@ -112,6 +120,8 @@ def apply(
     plan : Plan
     run : int or None
         Last positions that every head retains; None: all.
+    folding : Folding, optional
+        Has evicted pairs join those that stay.
 
     Returns
     -------
@@ -123,10 +133,13 @@ def apply(
         compact(cache, index, kept, backend=plan.options.backend)
     elif kept is not None:
         options = plan.options
-        before, after = evict(cache, index, kept, pairs=options.pairs, backend=options.backend)
+        how: dict[str, Any] = {"pairs": options.pairs, "backend": options.backend}
+        before, after = evict(cache, index, kept, folding=folding, **how)
         layer = cache.layers[index]
         assert isinstance(layer, CompressedLayer)
         layer.hold_run(run)
+        if isinstance(layer, RaggedLayer) and layer.num_joined is not None:
+            plan.statistics.join(layer.num_joined)
     return before, after
 
 

@@ -76,6 +76,7 @@ class Options:
     decoding: DecodingConfig | None
     streaming: bool
     pairs: str
+    fold: bool | str
 
     @classmethod
     def of(cls, given: Mapping[str, Any], known: Sequence[Routing] = ()) -> Options:
@@ -101,6 +102,8 @@ class Options:
             check_count(name, given[name], least)
         check_flag("streaming", given["streaming"])
         check_choice("pairs", given["pairs"], (*ops.PAIRS, "auto"))
+        if given["fold"] != "auto":
+            check_flag("fold", given["fold"])
         if given["cache_aware"] is not None:
             check_flag("cache_aware", given["cache_aware"])
         decoding = given["decoding"]
@@ -108,6 +111,8 @@ class Options:
             raise TypeError(f"expected decoding a moekv.DecodingConfig, got {decoding!r}")
         if given["policy"] == "dominant":
             _check_dominant(given)
+        if given["fold"] is True:
+            _check_fold(given)
         if given["streaming"] and given["budget"] == "layer":
             raise ValueError(
                 "expected a budget other than 'layer' with streaming: the length of a layer "
@@ -131,6 +136,11 @@ class Options:
         return self.pairs != "16"
 
     @property
+    def folds(self) -> bool:
+        """Whether evicted pairs join those that stay; where ``fold`` is "auto", it does not."""
+        return self.fold is True and self.quantises and self.evicts
+
+    @property
     def acts(self) -> bool:
         """Whether caches are changed."""
         return self.evicts or self.quantises
@@ -146,6 +156,12 @@ class Options:
         if self.pairs != "auto":
             return self
         return replace(self, pairs=_best_pairs(1 - self.compression_ratio, sizes, self.backend))
+
+    def folding(self, can: bool) -> Options:
+        """Return what ``fold="auto"`` stands for, where the queries that it needs are at hand."""
+        if self.fold != "auto":
+            return self
+        return replace(self, fold=can and not self.streaming and self.decoding is None)
 
 
 def _best_pairs(room: float, sizes: tuple[int, int, torch.dtype] | None, backend: str) -> str:
@@ -164,6 +180,19 @@ def _best_pairs(room: float, sizes: tuple[int, int, torch.dtype] | None, backend
             continue
         return pairs
     return "16"
+
+
+def _check_fold(given: Mapping[str, Any]) -> None:
+    if given["pairs"] == "16":
+        raise ValueError(
+            "expected quantised pairs (pairs 'auto', 'k8v8', 'k8v4' or 'k4v4') with fold, got '16'"
+        )
+    for name in ("streaming", "decoding"):
+        if given[name]:
+            raise ValueError(
+                f"expected fold or {name}, got both: pairs join others once, when the whole text "
+                "has been read"
+            )
 
 
 def _check_dominant(given: Mapping[str, Any]) -> None:

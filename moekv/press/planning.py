@@ -143,6 +143,7 @@ class Planner:
         dense = self._reads_dense or is_static(cache)
         sizes = None if dense else habits_of(self.layers[0], self._rotary).sizes
         options = options.in_format(sizes)
+        options = options.folding(self._rater(options).expects and self._context_length is None)
         if cache is not None and num_cached and self._goes_on(options):
             self._check_grown(options, cache)
         plan = self._plan(options, cache, wanted, num_tokens)

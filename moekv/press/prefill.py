@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import transformers
 from torch import Tensor
 from transformers import Cache
 
+from moekv import ops
 from moekv.budget import Kept
 from moekv.cache.caches import cached_pairs, check_cache, is_static
+from moekv.cache.folding import Folding
+from moekv.cache.layer import CompressedLayer
 from moekv.experts.builder import ViewBuilder
+from moekv.experts.view import LayerView
 from moekv.models.habits import check_attention, habits_of
 from moekv.models.hooks import index_of
 from moekv.press.adoption import adopt, last_states, read_of
 from moekv.press.commit import apply, choose, record, whole_or_empty
 from moekv.press.forward import Call, Plan, Strategy
+from moekv.press.options import Options
 from moekv.press.rating import Rating, Unrated
 from moekv.press.recording import recording_of
 
 TOGETHER = 8
 """Layers of a prefill that are rated at once: rating is many small operations for each layer."""
+
+FOLD_QUERIES = 64
+"""Tokens whose queries say which pairs are looked at alike."""
 
 
 @dataclass
@@ -35,6 +43,7 @@ class Rated:
     keys: weakref.ref[Tensor]
     recent: tuple[Tensor, Tensor] | None  # last inputs and queries, if it may be compressed again
     read: Tensor | None  # [B, H, T] fp32, what a calibrated router then notes
+    folding: Folding | None  # by which evicted pairs join others
     pending: Unrated | None
     rating: Rating | None = None
 
@@ -50,6 +59,25 @@ class Rated:
         """Its rating, which has to be there."""
         assert self.rating is not None
         return self.rating
+
+    @property
+    def num_pairs(self) -> int:
+        """Real pairs that the layer had."""
+        return self.num_heads * sum(self.done.lengths)
+
+    def counted(self, options: Options) -> Rating:
+        """Return its rating, for what the layer stores now: without biases if nothing has left."""
+        layer = self.cache.layers[self.index]
+        if not options.folds or not isinstance(layer, CompressedLayer):
+            return self.done
+        return replace(self.done, gain=layer.gain(options.pairs))
+
+
+def folding_of(view: LayerView) -> Folding:
+    """Take queries of a layer by which evicted pairs join others."""
+    group = view.queries.shape[1] // view.keys.shape[1]
+    queries = view.sampled(min(FOLD_QUERIES, max(ops.MAX_FOLD_QUERIES // group, 1)))
+    return Folding(queries, view.start, view.logits)
 
 
 class Prefill(Strategy):
@@ -116,13 +144,14 @@ class Prefill(Strategy):
                 kinds=plan.rater.kinds,
                 backend=plan.options.backend,
                 asked=call.asked,
-                expects=plan.rater.expects,
+                expects=plan.rater.expects or plan.options.folds,
             )
+            folding = folding_of(view) if plan.options.folds else None
         call.asked = None  # as large as a layer's pairs, and no longer needed
         recent = last_states(plan, call.hidden_states, view)
         pending = plan.rater.prepare(view)
         read = read_of(plan, call.index, pending.view.read)
-        return Rated(call.cache, call.index, held, recent, read, pending)
+        return Rated(call.cache, call.index, held, recent, read, folding, pending)
 
     def _rates_now(self, num_unrated: int, is_last: bool) -> bool:
         return is_last or num_unrated == TOGETHER
@@ -148,9 +177,13 @@ class Prefill(Strategy):
                 plan.layers[0], self.view.rotary, "heads or layers of different lengths"
             )
         run = self._run(ratings[0])
+        leaves = any(
+            k is not None and len(k.indices) < r.num_pairs for r, k in zip(rated, kept, strict=True)
+        )
         with whole_or_empty(rated[0].cache):
             for r, chosen in zip(rated, kept, strict=True):
-                num_bytes.append(apply(r.cache, r.index, chosen, plan, run))
+                folding, r.folding = r.folding if leaves else None, None
+                num_bytes.append(apply(r.cache, r.index, chosen, plan, run, folding))
                 adopt(r.cache, r.index, plan, r.done, chosen, r.recent, r.read)
         self._record(rated, kept, num_bytes)
 
@@ -161,7 +194,7 @@ class Prefill(Strategy):
         num_bytes: Sequence[tuple[int, int]],
     ) -> None:
         """Record the retained pairs of the rated layers, and their bytes before and after."""
-        plan, ratings = self.plan, [r.done for r in rated]
+        plan, ratings = self.plan, [r.counted(self.plan.options) for r in rated]
         record(ratings, kept, num_bytes, plan.rater, plan.statistics)
         plan.statistics.follow(rated[0].cache, plan.most)
         for r, rating, chosen in zip(rated, ratings, kept, strict=True):

@@ -126,6 +126,11 @@ class MoERouterPress:
         quantised before the next compression. A quantised layer keeps its format. With
         `compression_ratio` 0 nothing is evicted. ``"auto"``: the format that loses least at the
         ratio in bytes; ``"16"`` with ratio 0, and where the model cannot be served otherwise.
+    fold : bool or "auto"
+        Have evicted pairs join retained ones that queries of the text look at alike: these get a
+        mean of the values, and a bias of their logits (``moekv.ops.fold_pairs``), which takes two
+        bytes a pair. For quantised pairs, after a prefill in one forward. ``"auto"``: wherever that
+        is so, if an expert needs these queries as well (``expected``).
 
     Raises
     ------
@@ -174,6 +179,7 @@ class MoERouterPress:
     streaming: bool = False
     router: CalibratedRouter | str | None = "auto"
     pairs: str = "16"
+    fold: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         """Check every option before a model is at hand."""
@@ -386,16 +392,17 @@ class MoERouterPress:
             ``compression``: ``bytes_before``, ``bytes_after``, ``bytes_freed`` of the storages of
             the layers that the press compressed; ``ratio``, the exact share of the real pairs'
             bytes that was removed, and ``evicted``, the share of the pairs: smaller where they are
-            quantised, 0 where quantising alone was enough. Where a cache is compressed again, every
+            quantised, 0 where quantising alone was enough; ``folded``, the share of evicted pairs
+            that joined retained ones. Where a cache is compressed again, every
             pair counts once: in "before" from its first compression on, in "after" while it is
             retained. Room for later tokens does not count. (Inside a wrapper such as
             ``kvpress.DecodingPress`` each compression counts by itself.)
             ``cache``: the cache that was compressed last, as it is now, also while ``generate``
             runs: ``bytes_held`` by its storages (None: it is gone, or a wrapper's); split into
-            ``bytes_by_kind``: ``pairs`` and their ``scales``, the ``tail`` of later tokens, and
-            ``notes`` for the next compression; ``bits_per_number`` of the compressed pairs, scales
-            counted; ``bytes_allowed`` where `decoding` bounds the cache; and ``evictions``, the
-            number of pairs evicted so far.
+            ``bytes_by_kind``: ``pairs``, their ``scales`` and ``biases``, the ``tail`` of later
+            tokens, and ``notes`` for the next compression; ``bits_per_number`` of the compressed
+            pairs, scales and biases counted; ``bytes_allowed`` where `decoding` bounds the cache;
+            and ``evictions``, the number of pairs evicted so far.
             ``layer_stats``: for each layer index
 
             - ``kept_pairs``: pairs that each head retained at the last compression, summed over

@@ -257,7 +257,7 @@ class Rater:
         if options.quantises:
             able = together([storable(view.keys, view.values) for view in views])
             scores = scores.masked_fill(~able, torch.nan)
-        stored = gain(options.pairs, view.keys, view.values)
+        stored = gain(options.pairs, view.keys, view.values, biased=options.folds)
         totals = [
             alone or kept_alone(expert, view.lengths, options, stored) for expert in self.experts
         ]

@@ -67,6 +67,11 @@ def check_block(
             f"{type(layers[0]).__name__}, which reads those of all together"
         )
     if context_length is not None:
+        if options.fold is True:
+            raise ValueError(
+                "expected fold or context_length, got both: pairs join others once, when the "
+                "whole text has been read"
+            )
         if options.streaming:
             raise ValueError(
                 "expected streaming or context_length, got both: a prompt in chunks is "

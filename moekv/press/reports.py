@@ -48,13 +48,17 @@ class PairsReport(TypedDict):
 
 
 class Compression(TypedDict):
-    """Bytes of storages, and the exact shares removed: of the bytes, and of the pairs."""
+    """Bytes of storages, and the exact shares removed: of the bytes, and of the pairs.
+
+    ``folded``: the share of the evicted pairs that joined retained ones.
+    """
 
     bytes_before: int
     bytes_after: int
     bytes_freed: int
     ratio: float
     evicted: float
+    folded: float
 
 
 class HeldCache(TypedDict):

@@ -157,6 +157,7 @@ class Statistics:
         self.layers: dict[int, LayerStats] = {}
         self.bytes = [0, 0]
         self.pairs = [0, 0]
+        self._joined: Tensor | None = None  # evicted pairs that joined others
         self._worth = Fraction(0)  # evicted pairs, in bytes before quantising
         self.budget: str | None = None
         self.stored: str | None = None
@@ -220,6 +221,12 @@ class Statistics:
             for total, more in ((self.pairs, pairs), (self.bytes, num_bytes)):
                 total[0] += more[0]
                 total[1] += more[1]
+
+    def join(self, count: Tensor) -> None:
+        """Add evicted pairs that joined others, a scalar on the device."""
+        with self._lock:
+            before = self._joined
+            self._joined = count if before is None else before.to(count.device) + count
 
     def hold(self, index: int, counts: Tensor) -> None:
         """Note the pairs [B, H] that a layer's heads retained."""
@@ -305,6 +312,7 @@ class Statistics:
                 "bytes_freed": before - after,
                 "ratio": float(self._worth / max(pairs, 1)),
                 "evicted": (pairs - kept) / max(pairs, 1),
+                "folded": int(0 if self._joined is None else self._joined) / max(pairs - kept, 1),
             },
             "cache": self._held(),
             "layer_stats": {

@@ -9,6 +9,7 @@ cache never held more than the budget, a slack, and one whole layer.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -215,7 +216,7 @@ class StreamingBudget:
             )
         if self._pairs != "16":
             kept = replace(kept, per_head=None)
-        how = {"pairs": self._pairs, "backend": self._backend}
+        how: dict[str, Any] = {"pairs": self._pairs, "backend": self._backend}
         if trimmed.kept is None:
             evict(self._cache, trimmed.index, kept, **how)
         elif len(kept.indices) < trimmed.size:

@@ -3,7 +3,7 @@
 import copy
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -24,22 +24,24 @@ HEADS, DIM, VALUE_DIM = 2, 8, 6
 KINDS: dict[str, tuple[type[Any], str, bool]] = {
     "dense": (GrowingLayer, "16", True),
     **{f"ragged, {pairs}": (RaggedLayer, pairs, False) for pairs in ops.PAIRS},
+    **{f"biased, {pairs}": (RaggedLayer, pairs, False) for pairs in ops.PAIRS},
 }
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A key and a value, and whether they have been stored in the layer's format."""
+    """A key and a value, whether they have been stored in the layer's format, and a bias."""
 
     key: Tensor
     value: Tensor
     stored: bool = False
+    bias: float = 0.0
 
     def store(self, pairs: str) -> "Pair":
         if self.stored or pairs == "16":
             return self
         key, value = rounded(self.key[None], self.value[None], pairs)
-        return Pair(key[0], value[0], stored=True)
+        return Pair(key[0], value[0], stored=True, bias=self.bias)
 
 
 class Life:
@@ -54,8 +56,19 @@ class Life:
         keys, values = self.grow(self.length)
         more = {} if self.even else {"pairs": self.format}
         self.layer: CompressedLayer = layer.compress(keys, values, self.choose(), **more)
+        if kind.startswith("biased"):
+            self.weigh()
         self.context = self.length
         self.check()
+
+    def weigh(self) -> None:
+        """Give each stored pair a bias, as pairs have that others have joined."""
+        heads = [head for row in self.held for head in row]
+        biases = torch.rand(sum(map(len, heads))).half()
+        self.layer.rows = replace(self.layer.rows, bias=biases)
+        numbers = iter(biases.tolist())
+        for head in heads:
+            head[:] = [replace(pair, bias=next(numbers)) for pair in head]
 
     def grow(self, count: int) -> tuple[Tensor, Tensor]:
         """Give pairs of new tokens, [B, H, count, D] and [B, H, count, Dv], and note them."""
@@ -84,6 +97,8 @@ class Life:
     def check(self) -> None:
         """Compare all that a layer says of itself."""
         keys, values = self.layer.held_pairs()
+        bias = self.layer.padded()[2] if isinstance(self.layer, RaggedLayer) else None
+        assert (bias is not None) == self.kind.startswith("biased")
         lengths = [[len(head) for head in row] for row in self.held]
         assert self.layer.get_seq_length() == self.length
         assert self.layer.head_lengths([0] * len(lengths)) == lengths
@@ -96,6 +111,8 @@ class Life:
                     own = keys[b, h, -len(head) :], values[b, h, -len(head) :]
                     assert torch.equal(own[0], torch.stack([pair.key for pair in head]))
                     assert torch.equal(own[1], torch.stack([pair.value for pair in head]))
+                    if bias is not None:
+                        assert bias[b, h, -len(head) :].tolist() == [pair.bias for pair in head]
 
     # -- what may happen to a layer ----------------------------------------------------------------
 

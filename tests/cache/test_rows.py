@@ -1,6 +1,7 @@
 """Pairs in every format: what a layer holds of them, and how it is read."""
 
 import copy
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -23,9 +24,12 @@ def random_rows(count: int, dim: int, value_dim: int, pairs: str, seed: int = 0)
     return Rows.of(keys, values, pairs)
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("pairs", ops.PAIRS)
-def test_rows_move_as_they_are(pairs: str) -> None:
+def test_rows_move_as_they_are(pairs: str, biased: bool) -> None:
     rows = random_rows(9, 64, 48, pairs)
+    if biased:
+        rows = replace(rows, bias=torch.arange(9).half())
     index = torch.tensor([8, 0, 0, 3])
     some = rows.select(index)
     more = rows.join(*(torch.randn(2, n) for n in (64, 48)))
@@ -37,6 +41,10 @@ def test_rows_move_as_they_are(pairs: str) -> None:
     assert rows.bytes_per_pair * 9 == sum(x.nbytes for x in rows.tensors)
     again = rows.in_format("k4v4")
     assert again is rows if pairs != "16" else again.pairs == "k4v4"
+    for other in (again, rows.kept_wide("k4v4"), rows.move("cpu"), rows.read_as(*[torch.half] * 2)):
+        assert other.bias is rows.bias
+    if biased:
+        assert more.bias.tolist() == [*range(9), 0, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -49,6 +57,10 @@ def test_a_gain_is_the_ratio_of_real_bytes(
     rows = Rows.of(keys, values, pairs)
     stored = sum(x.nbytes for x in rows.tensors)
     assert gain(pairs, keys, values) == Fraction(keys.nbytes + values.nbytes, stored)
+    more = sum(x.nbytes for x in Rows.of(keys, values, pairs, bias=torch.zeros(5).half()).tensors)
+    assert more == stored + 10
+    biased = gain(pairs, keys, values, biased=True)
+    assert biased == Fraction(keys.nbytes + values.nbytes, more)
     assert [x.dtype for x in rows.dense()] == [dtype] * 2
     assert [tuple(x.shape) for x in rows.dense()] == [(5, n) for n in sizes]
 
@@ -79,7 +91,7 @@ def test_bytes_are_those_of_the_storages(pairs: str) -> None:
     layer, count = twin.layer, int(twin.kept.sum())
     assert layer.nbytes == count * layer.stored_bytes_per_pair
     kinds = bytes_by_kind([layer])
-    assert kinds["tail"] == kinds["notes"] == 0
+    assert kinds["tail"] == kinds["notes"] == kinds["biases"] == 0
     assert kinds["pairs"] + kinds["scales"] == layer.nbytes
     assert kinds["scales"] == layer.rows.scales.nbytes
     assert bits_per_number([layer]) == 8 * layer.stored_bytes_per_pair / (DIM + VALUE_DIM)

@@ -165,6 +165,15 @@ QUANTISED: dict[str, tuple[str, Change]] = {
 }
 
 
+BIASED: dict[str, tuple[str, Change]] = {
+    "no biases": ("expected tensors", lambda h, n, t: t.pop("0.bias")),
+    "fewer biases": ("expected bias", tensor("0.bias", lambda x: x[1:])),
+    "dtype of biases": ("bias in F16", tensor("0.bias", Tensor.float)),
+    "two of each": ("expected bias", tensor("0.bias", lambda x: x[:, None].repeat(1, 2))),
+    "another kind": ("expected tensors", number("kind", "quantised")),
+}
+
+
 @pytest.fixture(scope="module")
 def quantised(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A quantised cache with a tail and notes."""
@@ -186,6 +195,20 @@ def test_files_of_quantised_pairs_that_claim_more_than_they_hold(
     message, change = QUANTISED[name]
     with pytest.raises(ValueError, match=message):
         load_cache(changed(quantised, change), model)
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_files_of_folded_pairs_that_claim_more_than_they_hold(
+    model: PreTrainedModel, tmp_path: Path, name: str
+) -> None:
+    cache, path = DynamicCache(), tmp_path / "folded"
+    with torch.no_grad(), MoERouterPress(0.9, router=None, pairs="k8v4", fold=True)(model):
+        model(tokens(1, 40), past_key_values=cache)
+    save_cache(cache, path, model)
+    assert torch.equal(load_cache(path, model).layers[0].rows.bias, cache.layers[0].rows.bias)
+    message, change = BIASED[name]
+    with pytest.raises(ValueError, match=message):
+        load_cache(changed(path, change), model)
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -236,6 +236,7 @@ def draw(seed: int) -> tuple[str, str, tuple[int, ...], list[Step]]:
             else r.choice(["uniform", "layer", "head", "model"]),
             "experts": r.choice([EXPERTS, ["selective"], "uneven"]),
             "pairs": "16" if kind == "static" else r.choice(FORMATS),
+            "fold": False,  # a mask of the full cache does not fold
             "record": r.random() < 0.2,
             "top_k": 1,
             "sinks": r.randint(0, 3),

@@ -26,7 +26,7 @@ FOUND = {
         "plain",
         (25, 3),
         [
-            ("prefill", [29], OPTIONS | {"pairs": "k8v8"}),
+            ("prefill", [29], OPTIONS | {"pairs": "k8v8", "fold": False}),
             ("shorten", 9),
             ("file",),
             ("more", 2),

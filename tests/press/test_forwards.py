@@ -315,6 +315,7 @@ LATER: dict[str, Any] = {
     "streaming": True,
     "router": None,
     "pairs": "k8v4",
+    "fold": False,
 }
 
 
@@ -333,14 +334,16 @@ def outcome(press: MoERouterPress, model: Any) -> Any:
 def test_options_set_later_act(name: str) -> None:
     model = tiny_model()
     base: dict[str, Any] = {} if name in ("experts", "router") else {"num_experts": 6}
-    late = MoERouterPress(0.5, **base)
+    base |= {"pairs": "k8v8"} if name == "fold" else {}
+    ratio = 0.9 if name == "fold" else 0.5
+    late = MoERouterPress(ratio, **base)
     setattr(late, name, LATER[name])
-    at_once = MoERouterPress(**({"compression_ratio": 0.5} | base | {name: LATER[name]}))
+    at_once = MoERouterPress(**({"compression_ratio": ratio} | base | {name: LATER[name]}))
     assert late == at_once
     found = outcome(late, model)
     assert found == outcome(at_once, model)
     if name not in ("backend", "streaming", "router"):  # which give the same by another way
-        assert found != outcome(MoERouterPress(0.5, **base), model)
+        assert found != outcome(MoERouterPress(ratio, **base), model)
 
 
 def test_every_option_is_set_later() -> None:

@@ -54,7 +54,7 @@ def stored_pairs(cache: DynamicCache) -> int:
 @pytest.mark.parametrize("ratio", [0.1, 0.8, 0.93])
 def test_the_ratio_is_of_bytes_exact_to_one_pair(ratio: float, pairs: str, way: str) -> None:
     model = tiny_model()
-    press = MoERouterPress(ratio, router=None, pairs=pairs, **WAYS[way])
+    press = MoERouterPress(ratio, router=None, pairs=pairs, fold=False, **WAYS[way])
     cache = compressed(model, press, tokens(2, LENGTH))
     dense = 2 * LAYERS * HEADS * LENGTH * 2 * DIM * 4
     one = 2 * DIM * 4 if pairs == "16" else ops.pair_layout(pairs, DIM, DIM).num_bytes
@@ -127,7 +127,7 @@ def test_a_stream_ends_where_a_prefill_does(pairs: str, budget: str) -> None:
     model, ids = tiny_model(), tokens(2, LENGTH)
     mask = torch.ones_like(ids)
     mask[1, :9] = 0
-    options = {"router": None, "pairs": pairs, "budget": budget}
+    options = {"router": None, "pairs": pairs, "budget": budget, "fold": False}
     one = compressed(model, MoERouterPress(0.9, **options), ids, mask)
     other = compressed(model, MoERouterPress(0.9, streaming=True, **options), ids, mask)
     for a, b in zip(one.layers, other.layers, strict=True):
@@ -159,7 +159,7 @@ def test_the_record_is_of_the_pairs_that_are_held(pairs: str, budget: str, ratio
     """Padding included, and with as many bytes as there are."""
     model, ids, mask = tiny_model(), tokens(2, LENGTH), torch.ones(2, LENGTH, dtype=torch.long)
     mask[1, :9] = 0
-    press = MoERouterPress(ratio, router=None, pairs=pairs, budget=budget)
+    press = MoERouterPress(ratio, router=None, pairs=pairs, budget=budget, fold=False)
     inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     whole = prefill(model, ids, **inputs)
     with press(model, record=True):
