@@ -28,6 +28,7 @@ from .presses import (
     QUANTISED,
     ROUTED,
     STRONG,
+    UNFOLDED,
     add_routers,
 )
 from .report import write_report
@@ -40,6 +41,7 @@ SETS = {
     "anchors": ANCHORS,
     "ours": OURS,
     "quantised": QUANTISED,
+    "unfolded": UNFOLDED,
     "strong": STRONG,
     "lent": LENT,
     "experts": EXPERTS,

@@ -166,6 +166,12 @@ KNOBS: dict[str, Factory] = {
     for name, value in (("sinks", 0), ("recent", 0), ("window", 16), ("window", 256))
 }
 
+#: Evicted pairs lost, as they are in 16 bits.
+UNFOLDED: dict[str, Factory] = {
+    f"moekv pairs={pairs} fold=False": _scorer(MoERouterPress, pairs=pairs, fold=False)
+    for pairs in ("k8v8", "k8v4", "k4v4", "auto")
+}
+
 #: Pairs in fewer bits, in the bytes that pairs as the model makes them would take.
 QUANTISED: dict[str, Factory] = {
     f"moekv pairs={pairs}": _scorer(MoERouterPress, pairs=pairs)
@@ -195,7 +201,17 @@ ROUTED: dict[str, Factory] = {
 }
 
 METHODS: dict[str, Factory] = (
-    PEERS | ANCHORS | OURS | QUANTISED | LENT | LENT_KVZIP | EXPERTS | BUDGETS | KNOBS | ROUTED
+    PEERS
+    | ANCHORS
+    | OURS
+    | QUANTISED
+    | UNFOLDED
+    | LENT
+    | LENT_KVZIP
+    | EXPERTS
+    | BUDGETS
+    | KNOBS
+    | ROUTED
 )
 
 
