@@ -30,7 +30,7 @@ from moekv.press.recording import recording_of
 TOGETHER = 8
 """Layers of a prefill that are rated at once: rating is many small operations for each layer."""
 
-FOLD_QUERIES = 64
+FOLD_QUERIES = 32
 """Tokens whose queries say which pairs are looked at alike."""
 
 

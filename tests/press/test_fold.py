@@ -84,8 +84,8 @@ def test_who_has_joined_whom_is_what_the_op_says(monkeypatch: pytest.MonkeyPatch
         assert torch.equal(keys, full.layers[i].keys)
         assert torch.equal(values, full.layers[i].values)
         if i == 0:  # of later layers the inputs differ
-            distance = torch.cdist(folding.queries[0, 1], asked[0][0, 1])  # 64 samples of 60 tokens
-            assert distance.amin(1).max() < 0.01 and (distance.amin(0) < 0.01).sum() > 40
+            distance = torch.cdist(folding.queries[0, 1], asked[0][0, 1])  # samples of 60 tokens
+            assert distance.amin(1).max() < 0.01 and (distance.amin(0) < 0.01).sum() > 20
         rows = kept.indices, kept.offsets, None
         found = ops.fold_pairs(folding.queries, keys, values, *rows, **folding.logits)
         assert torch.equal(cache.layers[i].rows.bias, found.bias)
