@@ -20,6 +20,7 @@ from .presses import (
     ANCHORS,
     BUDGETS,
     EXPERTS,
+    FOLDED,
     KNOBS,
     LENT,
     METHODS,
@@ -28,7 +29,6 @@ from .presses import (
     QUANTISED,
     ROUTED,
     STRONG,
-    UNFOLDED,
     add_routers,
 )
 from .report import write_report
@@ -41,7 +41,7 @@ SETS = {
     "anchors": ANCHORS,
     "ours": OURS,
     "quantised": QUANTISED,
-    "unfolded": UNFOLDED,
+    "folded": FOLDED,
     "strong": STRONG,
     "lent": LENT,
     "experts": EXPERTS,

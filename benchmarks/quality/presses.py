@@ -166,9 +166,9 @@ KNOBS: dict[str, Factory] = {
     for name, value in (("sinks", 0), ("recent", 0), ("window", 16), ("window", 256))
 }
 
-#: Evicted pairs lost, as they are in 16 bits.
-UNFOLDED: dict[str, Factory] = {
-    f"moekv pairs={pairs} fold=False": _scorer(MoERouterPress, pairs=pairs, fold=False)
+#: Evicted pairs join retained ones.
+FOLDED: dict[str, Factory] = {
+    f"moekv pairs={pairs} fold": _scorer(MoERouterPress, pairs=pairs, fold=True)
     for pairs in ("k8v8", "k8v4", "k4v4", "auto")
 }
 
@@ -205,7 +205,7 @@ METHODS: dict[str, Factory] = (
     | ANCHORS
     | OURS
     | QUANTISED
-    | UNFOLDED
+    | FOLDED
     | LENT
     | LENT_KVZIP
     | EXPERTS

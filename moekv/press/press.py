@@ -179,7 +179,7 @@ class MoERouterPress:
     streaming: bool = False
     router: CalibratedRouter | str | None = "auto"
     pairs: str = "16"
-    fold: bool | Literal["auto"] = "auto"
+    fold: bool | Literal["auto"] = False
 
     def __post_init__(self) -> None:
         """Check every option before a model is at hand."""

@@ -315,7 +315,7 @@ LATER: dict[str, Any] = {
     "streaming": True,
     "router": None,
     "pairs": "k8v4",
-    "fold": False,
+    "fold": True,
 }
 
 
