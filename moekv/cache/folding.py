@@ -25,11 +25,14 @@ class Folding:
         Padding positions at the left of each row.
     logits : mapping
         ``scaling`` and ``softcap`` of the layer.
+    gate : float
+        A pair joins only one that is looked at this much alike, see ``fold_pairs``.
     """
 
     queries: Tensor
     start: Tensor | None
     logits: Mapping[str, float]
+    gate: float = 0.0
 
     def fold(
         self, keys: Tensor, values: Tensor, kept: Kept, *, backend: str
@@ -54,6 +57,6 @@ class Folding:
         """
         queries = self.queries.to(keys.dtype)
         rows = kept.indices, kept.offsets, self.start
-        how: dict[str, Any] = {**self.logits, "backend": backend}
+        how: dict[str, Any] = {**self.logits, "gate": self.gate, "backend": backend}
         found = ops.fold_pairs(queries, keys, values, *rows, **how)
         return found.values, found.bias, torch.count_nonzero(found.joined + 1)

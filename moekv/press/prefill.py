@@ -30,8 +30,11 @@ from moekv.press.recording import recording_of
 TOGETHER = 8
 """Layers of a prefill that are rated at once: rating is many small operations for each layer."""
 
-FOLD_QUERIES = 32
+FOLD_QUERIES = 64
 """Tokens whose queries say which pairs are looked at alike."""
+
+FOLD_GATE = 0.5
+"""How much alike: evicted pairs for which there is nothing like them are lost."""
 
 
 @dataclass
@@ -77,7 +80,7 @@ def folding_of(view: LayerView) -> Folding:
     """Take queries of a layer by which evicted pairs join others."""
     group = view.queries.shape[1] // view.keys.shape[1]
     queries = view.sampled(min(FOLD_QUERIES, max(ops.MAX_FOLD_QUERIES // group, 1)))
-    return Folding(queries, view.start, view.logits)
+    return Folding(queries, view.start, view.logits, FOLD_GATE)
 
 
 class Prefill(Strategy):

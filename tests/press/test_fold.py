@@ -53,7 +53,7 @@ def test_a_bias_is_part_of_the_bytes(ratio: float, budget: str, pairs: str) -> N
     kinds = stats["cache"]["bytes_by_kind"]
     assert kinds is not None and kinds["biases"] == 2 * per_head * heads
     assert sum(kinds.values()) == held
-    assert 0.9 < stats["compression"]["folded"] <= 1
+    assert 0.1 < stats["compression"]["folded"] <= 1
     joined = sum(int(layer.num_joined) for layer in cache.layers)
     assert joined == stats["compression"]["folded"] * stats["cache"]["evictions"]
 
@@ -87,7 +87,7 @@ def test_who_has_joined_whom_is_what_the_op_says(monkeypatch: pytest.MonkeyPatch
             distance = torch.cdist(folding.queries[0, 1], asked[0][0, 1])  # samples of 60 tokens
             assert distance.amin(1).max() < 0.01 and (distance.amin(0) < 0.01).sum() > 20
         rows = kept.indices, kept.offsets, None
-        found = ops.fold_pairs(folding.queries, keys, values, *rows, **folding.logits)
+        found = ops.fold_pairs(folding.queries, keys, values, *rows, **folding.logits, gate=0.5)
         assert torch.equal(cache.layers[i].rows.bias, found.bias)
         read = cache.layers[i].rows.dense()[1]
         assert (read - found.values).abs().max() < 0.02 * found.values.abs().max()
