@@ -240,6 +240,14 @@ def serve(
     budget: Annotated[
         str, typer.Option(metavar="KIND", help="Scope of the budget: uniform or model.")
     ] = "model",
+    interval: Annotated[
+        int | None,
+        typer.Option(
+            min=32,
+            metavar="N",
+            help="Compress after every N tokens, too; takes --no-enable-prefix-caching.",
+        ),
+    ] = None,
 ) -> None:
     """Serve a model with vLLM, and compress its prompts.
 
@@ -252,7 +260,13 @@ def serve(
     """
     from moekv.cli.serve import run
 
-    run(model=model, ratio=compression_ratio, budget=budget, arguments=context.args)
+    run(
+        model=model,
+        ratio=compression_ratio,
+        budget=budget,
+        interval=interval,
+        arguments=context.args,
+    )
 
 
 @app.command(

@@ -8,7 +8,9 @@ from moekv.cli.common import CommandError
 from moekv.integrations.vllm import serve
 
 
-def run(*, model: str, ratio: float, budget: str, arguments: Sequence[str]) -> None:
+def run(
+    *, model: str, ratio: float, budget: str, interval: int | None, arguments: Sequence[str]
+) -> None:
     """Serve until interrupted.
 
     Raises
@@ -16,7 +18,7 @@ def run(*, model: str, ratio: float, budget: str, arguments: Sequence[str]) -> N
     CommandError
         There is no vLLM to serve with, or an option is wrong.
     """
-    options = {"compression_ratio": ratio, "budget": budget}
+    options = {"compression_ratio": ratio, "budget": budget, "interval": interval}
     try:
         command, args = serve.parse(model, options, arguments)
     except (ImportError, RuntimeError, ValueError, TypeError) as error:

@@ -185,6 +185,7 @@ def watch_choices(monkeypatch: pytest.MonkeyPatch) -> Chosen:
     def spy(scores: Tensor, gap: Any, *rest: Any) -> tuple[Tensor, Tensor]:
         indices, counts = choose(scores, gap, *rest)
         seen.append({"scores": scores, "gap": gap, "indices": indices, "counts": counts})
+        seen[-1]["start"] = rest[3]
         return indices, counts
 
     monkeypatch.setattr(worker, "choose", spy)

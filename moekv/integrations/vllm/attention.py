@@ -52,8 +52,8 @@ class CompressingAttention(CPUAttentionBackendImpl):
         worker = attn_metadata.worker
         if step.heads is not None:
             step.heads.attend(worker.layers[layer.layer_name], layer, query, output)
-        for prompt in step.prompts:
-            worker.rate(prompt, layer, query)
-        for prompt in step.prompts:  # when all have been rated: some share blocks
-            worker.compress(prompt, layer)
+        for part in step.parts:
+            worker.rate(part, layer, query)
+        for part in step.parts:  # when all have been rated: some share blocks
+            worker.compress(part, layer)
         return output

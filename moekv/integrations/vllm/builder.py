@@ -12,7 +12,7 @@ from moekv.integrations.vllm.options import Gap, ServingOptions
 from moekv.integrations.vllm.rating import LastQueries
 from moekv.integrations.vllm.refusals import say
 from moekv.integrations.vllm.requests import Request, Requests
-from moekv.integrations.vllm.worker import Prompt, Step, StepMetadata, Worker
+from moekv.integrations.vllm.worker import Part, Step, StepMetadata, Worker
 
 
 class CompressingBuilder(CPUAttentionMetadataBuilder):
@@ -42,7 +42,7 @@ class CompressingBuilder(CPUAttentionMetadataBuilder):
         given = common_attn_metadata
         if self.worker is None:
             return super().build(common_prefix_len, given, fast_build)
-        prompts, compressed = self._sort(self.worker, given)
+        parts, compressed = self._sort(self.worker, given)
         seq_lens, table = given.seq_lens.clone(), given.block_table_tensor.clone()
         heads = None
         if compressed and self.worker.options.budget == "model":
@@ -58,45 +58,59 @@ class CompressingBuilder(CPUAttentionMetadataBuilder):
             fast_build,
         )
         step = None
-        if prompts or heads is not None:
-            step = Step(prompts, heads, only_heads=len(compressed) == given.num_reqs)
+        if parts or heads is not None:
+            only_heads = heads is not None and len(compressed) == given.num_reqs
+            step = Step(parts, heads, only_heads)
         return StepMetadata(**vars(made), step=step, worker=self.worker)
 
-    def _sort(self, worker: Worker, given: Any) -> tuple[list[Prompt], list[Compressed]]:
-        """Find the requests whose prompts are computed, and those in which they are compressed."""
-        size, table = self.block_size, given.block_table_tensor
+    def _sort(self, worker: Worker, given: Any) -> tuple[list[Part], list[Compressed]]:
+        """Find what is to be rated, and the requests that have been compressed."""
+        size, table, options = self.block_size, given.block_table_tensor, worker.options
         ends, starts = given.seq_lens.tolist(), given.query_start_loc.tolist()
-        parts = []
+        rows = []
         for row in range(given.num_reqs):
-            rows, end = slice(starts[row], starts[row + 1]), ends[row]
-            begin = end - (rows.stop - rows.start)
+            own, end = slice(starts[row], starts[row + 1]), ends[row]
+            begin = end - (own.stop - own.start)
             if begin == end:
                 continue
             blocks = table[row, : -(-end // size)]
             worker.forget(blocks[-(-begin // size) :].tolist())
-            parts.append((row, rows, begin, end, blocks))
-        prompts, compressed = [], []
-        for row, rows, begin, end, blocks in parts:
+            rows.append((row, own, begin, end, blocks))
+        parts, compressed = [], []
+        for row, own, begin, end, blocks in rows:
             length, ratio = self._request(row)
-            gap = worker.options.gap(length, size, ratio)
-            if begin >= length:
-                if gap is not None:
-                    kept = worker.kept.get(int(blocks[gap.full - 1]))
-                    compressed.append(Compressed(row, rows, end, blocks, gap, kept))
-            elif gap is not None or self.caches_prefixes:
-                if end > length:
-                    raise RuntimeError(
-                        f"moekv: expected a step that ends with a prompt of {length} tokens, got "
-                        f"one up to {end}: vLLM did not take moekv's scheduler"
-                    )
-                blocks = blocks.clone()
-                before = worker.scores.before(int(blocks[(begin - 1) // size]), begin)
+            if (point := options.last_point(length, end)) > begin and point != end:
+                raise RuntimeError(
+                    f"moekv: expected a step that ends after {point} tokens of a request, as its "
+                    f"prompt of {length} does or an interval, got one up to {end}: vLLM did not "
+                    "take moekv's scheduler"
+                )
+            held = None
+            if (gap := options.gap(length, size, ratio, begin)) is not None:
+                kept = worker.kept.get(int(blocks[gap.full - 1]))
+                held = Compressed(row, own, end, blocks, gap, kept)
+                compressed.append(held)
+            leaves = options.gap(length, size, ratio, end) if point == end else None
+            if options.interval is not None:
+                is_rated = (options.compression_ratio if ratio is None else ratio) > 0
+            else:
+                gap = options.gap(length, size, ratio)
+                is_rated = begin < length and (gap is not None or self.caches_prefixes)
+            if not is_rated:
+                continue
+            blocks = blocks.clone()
+            before = worker.before(int(blocks[(begin - 1) // size]), begin)
+            after = None
+            if options.next_point(length, end) is not None:
                 after = LastQueries(end)
-                prompts.append(Prompt(rows, end, length, blocks, gap, before, after))
-        for prompt in prompts:
-            if not prompt.is_whole:
-                worker.scores.last[int(prompt.blocks[-1])] = prompt.after
-        return prompts, compressed
+                if begin >= length and point != end:
+                    after.unrated = before.unrated + end - begin
+            ahead = max(0, length - end)
+            parts.append(Part(own, end, ahead, blocks, leaves, held, before, after))
+        for part in parts:
+            if part.after is not None:
+                worker.last[int(part.blocks[-1])] = part.after
+        return parts, compressed
 
     def _request(self, row: int) -> Request:
         """Return what is known of a row's request."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from moekv import ops
 from moekv.integrations.vllm.options import Gap, ServingOptions
 from moekv.integrations.vllm.pages import Pages
+from moekv.integrations.vllm.rating import Scores
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,34 @@ class Kept:
     pages: Tensor
     counts: Tensor
 
+    def before(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Put these pages before those of later blocks [L, H, n].
 
-def page_counts(scores: Tensor, kept: int, block_size: int, *, sinks: int, window: int) -> Tensor:
+        Returns
+        -------
+        pages : Tensor [L, H, W], int64
+            Ending together: what stands before a head's means nothing.
+        start : Tensor [L * H], int32
+            Where each head's begin.
+        """
+        most, later = self.pages.shape[2], blocks.shape[2]
+        table = blocks.new_zeros(*blocks.shape[:2], most + later)
+        column = torch.arange(most)
+        missing = most - self.counts[..., None]
+        table[..., :most][column >= missing] = self.pages[column < self.counts[..., None]]
+        table[..., most:] = blocks
+        return table, missing.flatten().int()
+
+
+def page_counts(
+    scores: Tensor,
+    kept: int,
+    block_size: int,
+    *,
+    sinks: int,
+    window: int,
+    start: Tensor | None = None,
+) -> Tensor:
     """Share pages among heads, by one threshold over all of them.
 
     Parameters
@@ -40,6 +67,8 @@ def page_counts(scores: Tensor, kept: int, block_size: int, *, sinks: int, windo
     block_size : int
     sinks, window : int
         First and last pairs that every head keeps.
+    start : Tensor [R], int32, optional
+        Where each head's pairs begin, if some have fewer.
 
     Returns
     -------
@@ -49,7 +78,12 @@ def page_counts(scores: Tensor, kept: int, block_size: int, *, sinks: int, windo
     """
     rows = len(scores)
     _, offsets = ops.select_kept(
-        scores[None], total=rows * kept * block_size, sinks=sinks, window=window, floor=block_size
+        scores[None],
+        None if start is None else start[None],
+        total=rows * kept * block_size,
+        sinks=sinks,
+        window=window,
+        floor=block_size,
     )
     pairs = offsets.diff().long()
     counts = pairs // block_size
@@ -60,40 +94,54 @@ def page_counts(scores: Tensor, kept: int, block_size: int, *, sinks: int, windo
 
 
 def choose(
-    scores: Tensor, gap: Gap, block_size: int, rest: int, options: ServingOptions
+    scores: Tensor,
+    gap: Gap,
+    block_size: int,
+    rest: int,
+    options: ServingOptions,
+    start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Choose the pairs of a prompt to retain.
+    """Choose the pairs that stay of those that a request holds.
 
     Parameters
     ----------
     scores : Tensor [R, T], float32
-        Of R heads; those of the first ``gap.full`` blocks are used.
+        Of R heads.
     gap : Gap
     block_size : int
     rest : int
-        Tokens of the prompt behind these blocks, which stay anyway.
+        Tokens behind these pairs, which stay anyway.
     options : ServingOptions
+    start : Tensor [R], int32, optional
+        Where each head's pairs begin, if some have fewer.
 
     Returns
     -------
     indices : Tensor [n], int64
-        Positions, ascending in each head, heads in order.
+        In rows of ``scores``, ascending in each head, heads in order.
     counts : Tensor [R], int64
         Pages of each head.
     """
-    scores = scores[:, : gap.full * block_size].contiguous()
     sinks, window = options.sinks, max(0, options.recent - rest)
     if options.budget == "model":
-        counts = page_counts(scores, gap.kept, block_size, sinks=sinks, window=window)
+        counts = page_counts(scores, gap.kept, block_size, sinks=sinks, window=window, start=start)
     else:
         counts = torch.full((len(scores),), gap.kept)
     totals = (counts * block_size).tolist()
-    indices, _ = ops.select_kept(scores[:, None], total=totals, sinks=sinks, window=window)
+    indices, _ = ops.select_kept(
+        scores[:, None],
+        None if start is None else start[:, None],
+        total=totals,
+        sinks=sinks,
+        window=window,
+    )
     return indices.long(), counts
 
 
-def compact(pages: Pages, blocks: Tensor, gap: Gap, indices: Tensor, counts: Tensor) -> Kept:
-    """Move the retained pairs to pages of the retained blocks.
+def compact(
+    pages: Pages, scores: Scores, source: Tensor, own: Tensor, indices: Tensor, counts: Tensor
+) -> Kept:
+    """Move the pairs that stay to pages of the blocks that stay, with their scores.
 
     Those are the last of the whole blocks, which are nobody else's. A head's pairs go to pages of
     its own as far as these reach, and then to those that other heads leave free. All pairs are read
@@ -102,28 +150,30 @@ def compact(pages: Pages, blocks: Tensor, gap: Gap, indices: Tensor, counts: Ten
     Parameters
     ----------
     pages : Pages
-        Of L layers of H heads.
-    blocks : Tensor [gap.full or more]
-        Of the request.
-    gap : Gap
+    scores : Scores
+    source : Tensor [L, H, W], int64
+        Pages that the heads of L layers hold.
+    own : Tensor [L, H, k], int64
+        Pages of the blocks that stay.
     indices, counts : Tensor
-        See :func:`choose`, for the heads of all layers.
+        See :func:`choose`, for these heads.
 
     Returns
     -------
     Kept
     """
-    size = pages.block_size
-    source = pages.of(blocks[: gap.full]).flatten(0, 1)  # [R, full]
+    size, shape = pages.block_size, own.shape[:2]
+    source, own = source.flatten(0, 1), own.flatten(0, 1)
     heads = torch.arange(len(counts)).repeat_interleave(counts * size)
-    keys, values = pages.read(source[heads, indices // size], indices % size)
-    own = source[:, gap.start :]
-    column = torch.arange(max(gap.kept, int(counts.max())))
+    from_pages, places = source[heads, indices // size], indices % size
+    keys, values = pages.read(from_pages, places)
+    kept = own.shape[1]
+    column = torch.arange(max(kept, int(counts.max())))
     has = column < counts[:, None]  # [R, most]
     table = own.new_zeros(has.shape)
-    table[:, : gap.kept] = own
-    spare = own[~has[:, : gap.kept]]
-    table[has & (column >= gap.kept)] = spare
+    table[:, :kept] = own
+    spare = own[~has[:, :kept]]
+    table[has & (column >= kept)] = spare
+    scores.move(from_pages, places, table[has])
     pages.write(table[has], keys, values)
-    shape = len(pages.first), pages.num_heads
     return Kept(table.view(*shape, -1), counts.view(shape))

@@ -10,7 +10,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from moekv.integrations.vllm.metrics import Metrics
-from moekv.integrations.vllm.options import Gap, ServingOptions, own_ratio
+from moekv.integrations.vllm.options import ServingOptions, own_ratio
 
 
 class CompressingManager(FullAttentionManager):
@@ -26,22 +26,23 @@ class CompressingManager(FullAttentionManager):
         super().__init__(*args, **kwargs)
         self._caches: bool = kwargs["enable_caching"]
         self.enable_caching = True  # so that vLLM shows the requests
-        self._gaps: dict[str, Gap | None] = {}
+        self._ratios: dict[str, float | None] = {}
+        self._freed: dict[str, int] = {}
+        self._whole: set[str] = set()
         self._metrics = Metrics.of()
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Record a request that has been given blocks, and cache those that others may reuse."""
         prompt, name = request.num_prompt_tokens, request.request_id
-        if name not in self._gaps:
+        if name not in self._ratios:
             asked = request.sampling_params and request.sampling_params.extra_args
-            options = self.kv_cache_spec.options
-            self._gaps[name] = options.gap(prompt, self.block_size, own_ratio(asked))
+            self._ratios[name] = own_ratio(asked)
         if num_tokens >= prompt:
             # Preempted from here on, it comes back with a part of its answer, and is computed anew:
             # vLLM would look for both in the cache.
             request.skip_reading_prefix_cache = True
         if self._caches:
-            gap = self._gaps[name]
+            gap = self.kv_cache_spec.options.gap(prompt, self.block_size, self._ratios[name])
             end = prompt // self.block_size if gap is None else gap.start
             super().cache_blocks(request, min(num_tokens, end * self.block_size), *args, **kwargs)
 
@@ -56,24 +57,50 @@ class CompressingManager(FullAttentionManager):
             max_length = min(max_length, gap.start * spec.block_size)
         return super().find_longest_cache_hit(block_hashes, max_length, *args, **kwargs)
 
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        *args: Any,
+        apply_admission_cap: bool = False,
+        **kwargs: Any,
+    ) -> int:
+        """Ask of a request that is to be admitted no more than it will hold at once."""
+        options = self.kv_cache_spec.options
+        gap = options.gap(num_tokens, self.block_size)
+        if apply_admission_cap and options.interval is not None and gap is not None:
+            most = gap.kept * self.block_size + options.interval
+            num_tokens = min(num_tokens, most + 2 * self.block_size)  # filled in part
+        blocks: int = super().get_num_blocks_to_allocate(request_id, num_tokens, *args, **kwargs)
+        return blocks
+
     def remove_skipped_blocks(
         self,
         request_id: str,
         processed_computed_tokens: int,
         num_prompt_tokens: int | None = None,
     ) -> None:
-        """Free the gap if the whole prompt has been computed, and so compressed."""
-        if num_prompt_tokens is None or processed_computed_tokens < num_prompt_tokens:
+        """Free the gap of what has been computed, and so compressed."""
+        if num_prompt_tokens is None or request_id not in self._ratios:
             return
-        gap = self._gaps[request_id]
-        if gap is None or self.req_to_blocks[request_id][0].is_null:
-            return
-        self._remove_blocks_in_range(request_id, 0, gap.start)
-        self._metrics.compressed(num_prompt_tokens, gap, self.block_size)
+        options, own = self.kv_cache_spec.options, self._ratios[request_id]
+        prompt, computed = num_prompt_tokens, processed_computed_tokens
+        gap = options.gap(prompt, self.block_size, own, computed)
+        before = self._freed.get(request_id, 0)
+        if gap is not None and gap.start > before:
+            self._remove_blocks_in_range(request_id, before, gap.start)
+            self._freed[request_id] = gap.start
+            self._metrics.freed(gap.start - before)
+        if computed >= prompt and request_id not in self._whole:
+            self._whole.add(request_id)
+            if (gap := options.gap(prompt, self.block_size, own)) is not None:
+                self._metrics.compressed(prompt, prompt - gap.start * self.block_size)
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
         """Forget a request that has ended, or was preempted."""
-        self._gaps.pop(request_id, None)
+        self._ratios.pop(request_id, None)
+        self._freed.pop(request_id, None)
+        self._whole.discard(request_id)
         blocks: list[Any] = super().pop_blocks_for_free(request_id)
         return blocks
 

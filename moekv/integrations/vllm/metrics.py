@@ -8,7 +8,6 @@ from functools import cache
 from prometheus_client import Counter
 from vllm import envs
 
-from moekv.integrations.vllm.options import Gap
 from moekv.integrations.vllm.plugin import logger
 
 
@@ -36,17 +35,21 @@ class Metrics:
         """Those of this process: Prometheus takes a name once."""
         return Metrics()
 
-    def compressed(self, prompt: int, gap: Gap, block_size: int) -> None:
-        """Count a prompt of so many tokens whose blocks have been given back."""
-        new = {
-            "prompts_compressed": 1,
-            "blocks_freed": gap.start,
-            "pairs_computed": prompt,
-            "pairs_kept": prompt - gap.start * block_size,
-        }
-        for name, number in new.items():
+    def freed(self, blocks: int) -> None:
+        """Count blocks that have been given back."""
+        self._count(blocks_freed=blocks)
+
+    def compressed(self, prompt: int, kept: int) -> None:
+        """Count a prompt of so many tokens, as many pairs of which stayed."""
+        self._count(prompts_compressed=1, pairs_computed=prompt, pairs_kept=kept)
+        self._say()
+
+    def _count(self, **numbers: int) -> None:
+        for name, number in numbers.items():
             self._counters[name].inc(number)
             self._since[name] += number
+
+    def _say(self) -> None:
         if time.monotonic() - self._said < envs.VLLM_LOG_STATS_INTERVAL:
             return
         logger.info(
@@ -54,4 +57,4 @@ class Metrics:
             *(self._since[x] for x in ("prompts_compressed", "blocks_freed", "pairs_kept")),
             self._since["pairs_computed"],
         )
-        self._said, self._since = time.monotonic(), dict.fromkeys(new, 0)
+        self._said, self._since = time.monotonic(), dict.fromkeys(self._since, 0)

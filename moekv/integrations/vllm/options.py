@@ -22,7 +22,7 @@ class Gap(NamedTuple):
 
     @property
     def kept(self) -> int:
-        """Number of the prompt's whole blocks that stay."""
+        """Number of the whole blocks that stay."""
         return self.full - self.start
 
 
@@ -39,6 +39,9 @@ class ServingOptions:
         many.
     sinks, recent : int
         First and last positions of a prompt that every head keeps.
+    interval : int, optional
+        Compress after every so many tokens of a prompt, and of an answer, too. None: once, when the
+        whole prompt has been computed.
 
     Raises
     ------
@@ -50,6 +53,7 @@ class ServingOptions:
     budget: str = "model"
     sinks: int = 4
     recent: int = 16
+    interval: int | None = None
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -60,6 +64,9 @@ class ServingOptions:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 16:
                 raise ValueError(f"expected {name} an integer from 0 to 16, got {value!r}")
+        every = self.interval
+        if every is not None and (not isinstance(every, int) or every < 32):
+            raise ValueError(f"expected interval None or an integer from 32 on, got {every!r}")
 
     @classmethod
     def read(cls, additional_config: object) -> ServingOptions | None:
@@ -85,28 +92,51 @@ class ServingOptions:
         values: dict[str, Any] = dict(given)
         return cls(**values)
 
-    def gap(self, prompt: int, block_size: int, ratio: float | None = None) -> Gap | None:
-        """Return the blocks of a prompt that are freed once all of it has been computed.
+    def last_point(self, prompt: int, computed: int) -> int:
+        """Say after how many of its computed tokens a request was compressed last, 0 if never."""
+        if computed < prompt:
+            return 0 if self.interval is None else computed // self.interval * self.interval
+        behind = computed - prompt
+        return computed - (behind if self.interval is None else behind % self.interval)
 
-        It depends only on what scheduler and workers both know of a request, so they agree without
-        communication.
+    def next_point(self, prompt: int, computed: int) -> int | None:
+        """Say after how many tokens it is compressed next, None if never."""
+        if computed >= prompt:
+            return (
+                None if self.interval is None else self.last_point(prompt, computed) + self.interval
+            )
+        if self.interval is None:
+            return prompt
+        return min(self.last_point(prompt, computed) + self.interval, prompt)
+
+    def gap(
+        self, prompt: int, block_size: int, ratio: float | None = None, computed: int | None = None
+    ) -> Gap | None:
+        """Say which blocks of a request have left.
+
+        A function of what scheduler and workers both know of it: they agree without a word.
 
         Parameters
         ----------
         prompt : int
-            Tokens.
+            Tokens of its prompt.
         block_size : int
             Tokens of a block.
         ratio : float, optional
             The request's own ``compression_ratio``.
+        computed : int, optional
+            Tokens that have been computed; by default all of the prompt. Until then as many pairs
+            are held as will stay of it, later the ratio's share of all.
 
         Returns
         -------
         Gap or None
-            The block that the prompt fills in part stays as it is. None: nothing leaves.
+            The block that is filled in part stays as it is. None: nothing has left.
         """
-        full, rest = divmod(prompt, block_size)
-        wanted = kept_pairs(prompt, self.compression_ratio if ratio is None else ratio) - rest
+        point = self.last_point(prompt, prompt if computed is None else computed)
+        full, rest = divmod(point, block_size)
+        ratio = self.compression_ratio if ratio is None else ratio
+        wanted = kept_pairs(max(point, prompt), ratio) - rest
         kept = max(1, -(-wanted // block_size))
         return Gap(full - kept, full) if kept < full else None
 

@@ -59,6 +59,17 @@ def page_layout(isa: str, block_size: int, head_dim: int, dtype: torch.dtype) ->
     return places[0], places[1]
 
 
+def share_storage(caches: Sequence[Tensor]) -> bool:
+    """Say whether caches are whole pages of one storage."""
+    storage = caches[0].untyped_storage().data_ptr()
+    return all(
+        cache.untyped_storage().data_ptr() == storage
+        and cache.is_contiguous()
+        and cache.storage_offset() % (cache.shape[2] * cache.shape[3]) == 0
+        for cache in caches
+    )
+
+
 class Pages:
     """The pages of some layers.
 
@@ -81,21 +92,16 @@ class Pages:
     """
 
     def __init__(self, caches: Sequence[Tensor], isa: str) -> None:
+        if not share_storage(caches):
+            raise ValueError(
+                "moekv: expected one storage for the KV caches of all layers, got several: "
+                "budget 'uniform' does without"
+            )
         first = caches[0]
         _, self.num_heads, self.block_size, twice = first.shape
         self.isa, self.head_dim = isa, twice // 2
         size = self.block_size * twice
         storage = first.untyped_storage()
-        if any(
-            x.untyped_storage().data_ptr() != storage.data_ptr()
-            or not x.is_contiguous()
-            or x.storage_offset() % size
-            for x in caches
-        ):
-            raise ValueError(
-                "moekv: expected one storage for the KV caches of all layers, got several: "
-                "budget 'uniform' does without"
-            )
         flat = torch.empty(0, dtype=first.dtype).set_(storage)
         flat = flat[: len(flat) // size * size]
         self._pages = flat.view(-1, size)

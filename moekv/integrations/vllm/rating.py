@@ -41,40 +41,44 @@ class LastQueries:
     ----------
     end : int
         Tokens up to there.
-    queries : dict of Tensor [n, Hq, D]
+    unrated : int
+        The last of them whose pairs are still to be rated.
+    queries : dict of list of Tensor [n, Hq, D]
         By layer, rotated to their positions.
     """
 
     end: int
-    queries: dict[int, Tensor] = field(default_factory=dict)
+    unrated: int = 0
+    queries: dict[int, list[Tensor]] = field(default_factory=dict)
 
 
 def rate(
     queries: Tensor,
-    before: Tensor | None,
+    count: int,
     keys: Tensor,
     values: Tensor,
-    length: int,
+    ahead: int,
     rotation: Rotation,
     *,
     scaling: float,
     softcap: float,
 ) -> Tensor:
-    """Score the pairs of a prompt, or of a part of it.
+    """Rate the last pairs that have come.
 
-    Every query is rotated to the position after the prompt's last token, whatever the number of
-    parts; it attends to the keys that have come so far.
+    Every query stands behind the prompt's last token, whatever the number of parts; what it looks
+    at are the keys that are held so far.
 
     Parameters
     ----------
-    queries : Tensor [N, Hq, D]
-        Of the part's tokens, rotated to their positions.
-    before : Tensor [n, Hq, D] or None
-        The last ones of the tokens before them. None: the part is scored like a text's beginning.
+    queries : Tensor [n, Hq, D]
+        Of the last tokens, rotated to their positions: of those that are rated, and some before
+        them, if there are any.
+    count : int
+        N, how many are rated.
     keys, values : Tensor [H, T, D]
-        Of all tokens that have come, the last N of which are these.
-    length : int
-        Tokens of the prompt.
+        Of all pairs that are held, the last N of which are these.
+    ahead : int
+        Tokens of the prompt that are still to come.
     rotation : Rotation
     scaling, softcap : float
         Of the layer's logits.
@@ -83,12 +87,10 @@ def rate(
     -------
     Tensor [H, N], float32
     """
-    count, num_keys = queries.shape[0], keys.shape[1]
-    asking = queries if before is None else torch.cat([before, queries])
-    positions = torch.arange(num_keys - len(asking), num_keys)
-    asked = rotation.turn(asking, length - positions)
-    if len(asking) < num_keys:
-        nobody = asked.new_zeros(asked.shape[0], num_keys - len(asking), asked.shape[2])
+    num_asking, num_keys = len(queries), keys.shape[1]
+    asked = rotation.turn(queries, ahead + torch.arange(num_asking, 0, -1))
+    if num_asking < num_keys:
+        nobody = asked.new_zeros(asked.shape[0], num_keys - num_asking, asked.shape[2])
         asked = torch.cat([nobody, asked], 1)
     expected = ops.expected_attention(
         asked[None].contiguous(), keys[None].contiguous(), scaling=scaling, softcap=softcap
@@ -97,37 +99,28 @@ def rate(
 
 
 class Scores:
-    """Scores of the pairs in vLLM's blocks, which lie beside them.
+    """Scores of the pairs in vLLM's pages, which lie beside them.
 
     What one request computes, others may find in the prefix cache, with its scores.
 
     Parameters
     ----------
-    shape : tuple of int
-        Layers, blocks, KV heads, tokens of a block.
-
-    Attributes
-    ----------
-    last : dict of LastQueries
-        By the block in which a part of a prompt ends.
+    num_pages, block_size : int
     """
 
-    def __init__(self, shape: tuple[int, int, int, int]) -> None:
-        self._pages = torch.empty(shape, dtype=torch.float32)
-        self.last: dict[int, LastQueries] = {}
+    def __init__(self, num_pages: int, block_size: int) -> None:
+        self._pages = torch.empty(num_pages, block_size, dtype=torch.float32)
 
-    def write(self, layer: int, blocks: Tensor, begin: int, scores: Tensor) -> None:
-        """Keep scores [H, N] of a layer's pairs, from the ``begin``-th of a request on."""
+    def write(self, pages: Tensor, begin: int, scores: Tensor) -> None:
+        """Keep scores [H, N] of the pairs from the ``begin``-th on in pages [H, n] of a request."""
         places = torch.arange(begin, begin + scores.shape[1])
-        size = self._pages.shape[3]
-        self._pages[layer][blocks[places // size].long(), :, places % size] = scores.T
+        size = self._pages.shape[1]
+        self._pages[pages[:, places // size], places % size] = scores
 
-    def read(self, layers: slice, blocks: Tensor) -> Tensor:
-        """Give the scores of some layers' pairs in blocks [n]: [L * H, n * block_size]."""
-        found = self._pages[layers, blocks.long()]  # [L, n, H, block_size]
-        return found.transpose(1, 2).flatten(2).flatten(0, 1)
+    def read(self, pages: Tensor) -> Tensor:
+        """Give the scores of the pairs in pages [R, n]: [R, n * block_size]."""
+        return self._pages[pages].flatten(1)
 
-    def before(self, block: int, begin: int) -> dict[int, Tensor]:
-        """Return the last queries before a part of a prompt by layer; empty if not known."""
-        last = self.last.get(block)
-        return last.queries if last is not None and last.end == begin else {}
+    def move(self, pages: Tensor, places: Tensor, to: Tensor) -> None:
+        """Fill pages ``to`` [n] with the scores of pairs [n * block_size], each of a page."""
+        self._pages[to] = self._pages[pages, places].view(len(to), -1)

@@ -47,6 +47,11 @@ def check_engine(config: Any, options: ServingOptions) -> None:
         raise ValueError("moekv: expected no speculative decoding, got a speculative_config")
     if config.kv_transfer_config is not None:
         raise ValueError("moekv: expected no KV connector, got a kv_transfer_config")
+    if options.interval is not None and config.cache_config.enable_prefix_caching:
+        raise ValueError(
+            "moekv: expected enable_prefix_caching=False with interval, got True: what later parts "
+            "of a prompt compute has seen fewer pairs"
+        )
     if config.model_config.enable_prompt_embeds:
         raise ValueError("moekv: expected prompts of tokens, got enable_prompt_embeds")
     if config.use_v2_model_runner:

@@ -1,8 +1,8 @@
-"""The scheduler: no step continues past the end of a request's prompt.
+"""The scheduler: no step continues past where a request is compressed, as at its prompt's end.
 
-A prompt is compressed when all layers have computed it, so tokens that are computed in the same
-step attend to all of its pairs. Those that a preempted request had generated would: vLLM recomputes
-them with the prompt.
+It is compressed when all layers have computed that far, so tokens that are computed in the same
+step attend to all pairs. Those that a preempted request had generated would: vLLM recomputes them
+with the prompt.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ class CompressingScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        options = ServingOptions.read(self.vllm_config.additional_config)
+        assert options is not None
+        self._options = options
         # vLLM's one place where a request's part of a step is cut, which it asks if this is set.
         self.need_mamba_block_aligned_split = True
 
     def _mamba_block_aligned_split(self, request: Any, num_new_tokens: int, *found: int) -> int:
-        left: int = request.num_prompt_tokens - request.num_computed_tokens - sum(found)
-        return min(num_new_tokens, left) if left > 0 else num_new_tokens
+        computed: int = request.num_computed_tokens + sum(found)
+        point = self._options.next_point(request.num_prompt_tokens, computed)
+        return num_new_tokens if point is None else min(num_new_tokens, point - computed)
 
 
 class SchedulerChoice(VerifyAndUpdateConfig):

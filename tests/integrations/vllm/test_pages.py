@@ -10,6 +10,7 @@ from vllm_engine import BLOCK
 from moekv.integrations.vllm.compaction import choose, compact, page_counts
 from moekv.integrations.vllm.options import Gap, ServingOptions
 from moekv.integrations.vllm.pages import Pages, page_layout
+from moekv.integrations.vllm.rating import Scores
 
 LAYERS, HEADS, BLOCKS, DIM = 3, 2, 24, 32
 needs_amx = pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="no AMX tiles")
@@ -100,14 +101,17 @@ def test_what_stays_is_what_was_chosen(budget: str) -> None:
     pages = Pages(caches, "vec")
     generator = torch.Generator().manual_seed(1)
     blocks = torch.randperm(BLOCKS, generator=generator)[:9]
-    scores = torch.randn(LAYERS * HEADS, 9 * BLOCK, generator=generator)
+    scores = torch.randn(LAYERS * HEADS, 8 * BLOCK, generator=generator)
     scores += 2 * torch.randn(LAYERS * HEADS, 1, generator=generator)
     gap = Gap(5, 8)
     indices, counts = choose(scores, gap, BLOCK, 20, ServingOptions(budget=budget))
     assert (len(set(counts.tolist())) > 1) == (budget == "model")
     others = sorted(set(range(BLOCKS)) - set(blocks[5:8].tolist()))
     before = [cache[others].clone() for cache in caches]
-    kept = compact(pages, blocks, gap, indices, counts)
+    beside = Scores(len(pages.all), BLOCK)
+    own = pages.of(blocks)
+    beside.write(own.flatten(0, 1), 0, torch.cat([scores, scores[:, :BLOCK]], 1))
+    kept = compact(pages, beside, own[..., :8], own[..., 5:8], indices, counts)
     assert torch.equal(kept.counts.flatten(), counts)
     used = []
     begin = 0
@@ -122,6 +126,8 @@ def test_what_stays_is_what_was_chosen(budget: str) -> None:
         got_keys, got_values = pages.read_all(kept.pages[layer, head, :count], count * BLOCK)
         assert torch.equal(got_keys, keys[layer, slots, head])
         assert torch.equal(got_values, values[layer, slots, head])
+        moved = beside.read(kept.pages[layer, head, None, :count])[0]
+        assert torch.equal(moved, scores[row, places])
     assert sorted(used) == sorted(pages.of(blocks[5:8]).flatten().tolist())
     for cache, held in zip(caches, before, strict=True):
         assert torch.equal(cache[others], held)

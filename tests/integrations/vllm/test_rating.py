@@ -53,29 +53,29 @@ def test_prompts_are_rated_as_they_come(steps: tuple[int, ...]) -> None:
     length, scaling = 60, 0.3
     queries = torch.randn(length, 4, 32, generator=generator)
     keys, values = torch.randn(2, 2, length, 32, generator=generator)
-    rotation, scores = Rotation(config()), Scores((2, 4, 2, 20))
-    blocks, before = torch.tensor([3, 0, 2]), None
+    rotation, scores = Rotation(config()), Scores(8, 20)
+    pages, before = torch.tensor([[3, 0, 2], [5, 7, 1]]), 0
     begin = 0
     expected = torch.empty(2, length)
     behind = rotation.turn(queries, length - torch.arange(length))
     for count in steps:
         end = begin + count
         new = rate(
-            queries[begin:end],
-            before,
+            queries[before:end],
+            count,
             keys[:, :end],
             values[:, :end],
-            length,
+            length - end,
             rotation,
             scaling=scaling,
             softcap=0.0,
         )
-        scores.write(1, blocks, begin, new)
-        before = queries[max(end - REACH, 0) : end]
+        scores.write(pages, begin, new)
+        before = max(end - REACH, 0)
         grouped = behind[:, :end].view(2, 2, end, 32).double()
         looks = (scaling * grouped @ keys[:, None, :end].double().mT).softmax(-1).square().mean(1)
         for t in range(begin, end):
             attention = looks[:, max(t - 4, 0) : t + 1, t].sum(-1).log() / 2
             expected[:, t] = attention + values[:, t].double().norm(dim=-1).log() / 2
         begin = end
-    torch.testing.assert_close(scores.read(slice(1, 2), blocks), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(scores.read(pages), expected, atol=1e-4, rtol=1e-4)

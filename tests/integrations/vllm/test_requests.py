@@ -21,7 +21,7 @@ from vllm_engine import (
 )
 
 from moekv.integrations.vllm.metrics import Metrics
-from moekv.integrations.vllm.options import Gap, own_ratio
+from moekv.integrations.vllm.options import own_ratio
 from moekv.integrations.vllm.plugin import logger
 from moekv.integrations.vllm.requests import Request, Requests
 
@@ -119,14 +119,15 @@ def test_an_engine_refuses_them_and_goes_on(tmp_path: Path, caplog: Any) -> None
 def test_a_line_in_the_log_from_time_to_time(caplog: pytest.LogCaptureFixture) -> None:
     logger.parent.propagate = True
     caplog.set_level(logging.INFO, logger=logger.name)
-    metrics, gap = Metrics.of(), Gap(6, 9)
+    metrics = Metrics.of()
     before = counted()
     metrics._said, metrics._since = float("-inf"), dict.fromkeys(NAMES, 0)
     try:
-        for _ in range(3):
-            metrics.compressed(300, gap, BLOCK)
-        metrics._said = float("-inf")
-        metrics.compressed(300, gap, BLOCK)
+        for i in range(4):
+            if i == 3:
+                metrics._said = float("-inf")
+            metrics.freed(6)
+            metrics.compressed(300, 300 - 6 * BLOCK)
     finally:
         logger.parent.propagate = False
     said = dict.fromkeys(record.getMessage() for record in caplog.records)  # by several handlers

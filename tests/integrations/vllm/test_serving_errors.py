@@ -32,6 +32,7 @@ from moekv.integrations.vllm.scheduler import CompressingScheduler, SchedulerCho
         ({"sinks": -1}, ValueError, "sinks an integer from 0 to 16, got -1"),
         ({"recent": True}, ValueError, "recent an integer from 0 to 16, got True"),
         ({"ratio": 0.5, "pairs": 8}, ValueError, "options among .*budget.*, got ratio, pairs"),
+        ({"interval": 8}, ValueError, "interval None or an integer from 32 on, got 8"),
         (0.5, TypeError, "a mapping of options, got 0.5"),
     ],
 )
@@ -60,7 +61,9 @@ def an_engine(**changes: Any) -> Any:
             enable_prompt_embeds=changes.pop("embeds", False),
         ),
         "use_v2_model_runner": changes.pop("v2", False),
-        "cache_config": SimpleNamespace(cache_dtype=changes.pop("pairs", "auto")),
+        "cache_config": SimpleNamespace(
+            cache_dtype=changes.pop("pairs", "auto"), enable_prefix_caching=True
+        ),
         "speculative_config": changes.pop("speculative", None),
         "kv_transfer_config": changes.pop("connector", None),
         "parallel_config": SimpleNamespace(**changes),
@@ -88,6 +91,8 @@ def test_engines_that_cannot_be_served(change: dict[str, Any], message: str) -> 
     check_engine(an_engine(data_parallel_size=2, tensor_parallel_size=2), ServingOptions())
     with pytest.raises(ValueError, match=f"^moekv: expected.*{message.removeprefix('expected ')}"):
         check_engine(an_engine(**change), ServingOptions())
+    with pytest.raises(ValueError, match="^moekv: expected enable_prefix_caching=False with inter"):
+        check_engine(an_engine(), ServingOptions(interval=64))
 
 
 @pytest.mark.parametrize("name", ["mistral_windows"])
@@ -143,7 +148,9 @@ def test_another_scheduler() -> None:
     with pytest.raises(ValueError, match="^moekv: expected vLLM's own scheduler, got .*Compr"):
         SchedulerChoice.verify_and_update_config(config)
     # As another one would do it.
-    with pytest.raises(RuntimeError, match="a step that ends with a prompt of 120 tokens, .* 150"):
+    with pytest.raises(
+        RuntimeError, match="a step that ends after 120 tokens .* got one up to 150"
+    ):
         sort_tokens_100_to_150({0: Request(120, None)})
 
 
