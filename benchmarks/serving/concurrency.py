@@ -1,6 +1,6 @@
 """The same blocks, plain and compressed: how many requests run at once, and what it costs.
 
-Eight prompts of about 1,970 tokens, the story and a question each, wait for a pool of 160 blocks of
+Eight prompts of about 1,990 tokens, the story and a question each, wait for a pool of 160 blocks of
 32 tokens; each is answered with 64 tokens. Runs in an environment with vLLM (`make test-vllm` makes
 one), each case in a process of its own, in which one thread does everything: all times but the last
 are of that thread, so that what else the machine does is not in them. What a prompt costs, and a

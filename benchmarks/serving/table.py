@@ -29,7 +29,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     plain, *compressed = rows
     assert plain["options"] is None
     lines = [
-        "| | requests at once | steps | tokens/s | first token, s | two prompts | a step of two | "
+        "| | requests at once | steps | tokens/s | first token, s | two prompts | two decode | "
         "right | same likeliest |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
@@ -37,7 +37,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
         times = ["", ""]
         if row["options"] is not None:
             names = ("two_prompts_step_s", "decode_step_of_two_s")
-            times = [f"{100 * overhead(row, name):+.0f} %" for name in names]
+            times = [f"{round(100 * overhead(row, name)):+d} %" for name in names]
         lines.append(
             f"| {_name(row)} | {row['most_running']} | {row['steps']} | "
             f"{row['tokens_per_second']:.1f} | {row['first_token_s'][1]:.1f} | {times[0]} | "
@@ -59,7 +59,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
         ("A step of two requests that decode takes {} % more", "decode_step_of_two_s", 0.0),
     ):
         found = [overhead(row, name) for row in compressed]
-        percents = _span([100 * x for x in found], "{:+.0f}")
+        percents = _span([round(100 * x) for x in found], "{:+d}")
         bound = f"{100 * most:g} % at most" if most else "no more"
         lines.append(what.format(percents) + _said(max(found) <= most, bound) + ".")
     return lines
