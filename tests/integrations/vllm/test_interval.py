@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, strategies
+from hypothesis import given, settings, strategies
 from masked_reference import show
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -138,6 +138,7 @@ def test_requests_are_admitted_by_what_they_hold(folder: Path) -> None:
     assert most[64] > most[None], most
 
 
+@settings(max_examples=30)
 @given(
     prompt=strategies.integers(1, 900),
     interval=strategies.sampled_from([None, 32, 50, 256]),
