@@ -101,7 +101,7 @@ def choose(
     options: ServingOptions,
     start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Choose the pairs that stay of those that a request holds.
+    """Choose the pairs to retain of those that a request holds.
 
     Parameters
     ----------
@@ -110,7 +110,7 @@ def choose(
     gap : Gap
     block_size : int
     rest : int
-        Tokens behind these pairs, which stay anyway.
+        Tokens behind these pairs, which are retained anyway.
     options : ServingOptions
     start : Tensor [R], int32, optional
         Where each head's pairs begin, if some have fewer.
@@ -141,7 +141,7 @@ def choose(
 def compact(
     pages: Pages, scores: Scores, source: Tensor, own: Tensor, indices: Tensor, counts: Tensor
 ) -> Kept:
-    """Move the pairs that stay to pages of the blocks that stay, with their scores.
+    """Move the retained pairs to pages of the retained blocks, with their scores.
 
     Those are the last of the whole blocks, which are nobody else's. A head's pairs go to pages of
     its own as far as these reach, and then to those that other heads leave free. All pairs are read
@@ -154,7 +154,7 @@ def compact(
     source : Tensor [L, H, W], int64
         Pages that the heads of L layers hold.
     own : Tensor [L, H, k], int64
-        Pages of the blocks that stay.
+        Pages of the retained blocks.
     indices, counts : Tensor
         See :func:`choose`, for these heads.
 

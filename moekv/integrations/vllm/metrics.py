@@ -40,7 +40,7 @@ class Metrics:
         self._count(blocks_freed=blocks)
 
     def compressed(self, prompt: int, kept: int) -> None:
-        """Count a prompt of so many tokens, as many pairs of which stayed."""
+        """Count a prompt of so many tokens, as many pairs of which were retained."""
         self._count(prompts_compressed=1, pairs_computed=prompt, pairs_kept=kept)
         self._say()
 

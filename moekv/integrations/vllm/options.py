@@ -22,7 +22,7 @@ class Gap(NamedTuple):
 
     @property
     def kept(self) -> int:
-        """Number of the whole blocks that stay."""
+        """Number of whole blocks that are retained."""
         return self.full - self.start
 
 
@@ -93,14 +93,14 @@ class ServingOptions:
         return cls(**values)
 
     def last_point(self, prompt: int, computed: int) -> int:
-        """Say after how many of its computed tokens a request was compressed last, 0 if never."""
+        """Return after how many computed tokens a request was last compressed, 0 if never."""
         if computed < prompt:
             return 0 if self.interval is None else computed // self.interval * self.interval
         behind = computed - prompt
         return computed - (behind if self.interval is None else behind % self.interval)
 
     def next_point(self, prompt: int, computed: int) -> int | None:
-        """Say after how many tokens it is compressed next, None if never."""
+        """Return after how many tokens it is compressed next, None if never."""
         if computed >= prompt:
             return (
                 None if self.interval is None else self.last_point(prompt, computed) + self.interval
@@ -112,9 +112,10 @@ class ServingOptions:
     def gap(
         self, prompt: int, block_size: int, ratio: float | None = None, computed: int | None = None
     ) -> Gap | None:
-        """Say which blocks of a request have left.
+        """Return the blocks of a request that have been freed.
 
-        A function of what scheduler and workers both know of it: they agree without a word.
+        It depends only on what scheduler and workers both know of a request, so they agree without
+        communication.
 
         Parameters
         ----------
@@ -126,12 +127,12 @@ class ServingOptions:
             The request's own ``compression_ratio``.
         computed : int, optional
             Tokens that have been computed; by default all of the prompt. Until then as many pairs
-            are held as will stay of it, later the ratio's share of all.
+            are retained as will be of it, later the ratio's share of all.
 
         Returns
         -------
         Gap or None
-            The block that is filled in part stays as it is. None: nothing has left.
+            The block that is filled in part stays as it is. None: none has been.
         """
         point = self.last_point(prompt, prompt if computed is None else computed)
         full, rest = divmod(point, block_size)

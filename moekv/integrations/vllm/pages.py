@@ -60,7 +60,7 @@ def page_layout(isa: str, block_size: int, head_dim: int, dtype: torch.dtype) ->
 
 
 def share_storage(caches: Sequence[Tensor]) -> bool:
-    """Say whether caches are whole pages of one storage."""
+    """Return whether caches are whole pages of one storage."""
     storage = caches[0].untyped_storage().data_ptr()
     return all(
         cache.untyped_storage().data_ptr() == storage

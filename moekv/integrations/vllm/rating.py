@@ -65,8 +65,8 @@ def rate(
 ) -> Tensor:
     """Rate the last pairs that have come.
 
-    Every query stands behind the prompt's last token, whatever the number of parts; what it looks
-    at are the keys that are held so far.
+    Every query is rotated to the position after the prompt's last token, whatever the number of
+    parts; it attends to the keys that are held so far.
 
     Parameters
     ----------
@@ -118,7 +118,7 @@ class Scores:
         self._pages[pages[:, places // size], places % size] = scores
 
     def read(self, pages: Tensor) -> Tensor:
-        """Give the scores of the pairs in pages [R, n]: [R, n * block_size]."""
+        """Return the scores of the pairs in pages [R, n]: [R, n * block_size]."""
         return self._pages[pages].flatten(1)
 
     def move(self, pages: Tensor, places: Tensor, to: Tensor) -> None:

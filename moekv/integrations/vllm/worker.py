@@ -144,7 +144,7 @@ class Worker:
             self.kept.pop(block, None)
 
     def before(self, block: int, begin: int) -> LastQueries:
-        """Give the last queries before a part of a request, none if they are not known."""
+        """Return the last queries before a part of a request, none if they are not known."""
         last = self.last.get(block)
         if last is None or last.end != begin:
             return LastQueries(begin)
@@ -193,7 +193,7 @@ class Worker:
     def _held(
         self, part: Part, row: int, tables: Tensor, num_queries: int
     ) -> Iterator[tuple[slice, tuple[Tensor, int]]]:
-        """Give pages and number of the pairs that heads hold, and which queries ask for them."""
+        """Yield pages and number of the pairs that heads hold, and which queries ask for them."""
         every = slice(0, num_queries)
         if part.held is None:
             yield every, (tables, part.end)
@@ -209,7 +209,7 @@ class Worker:
             yield slice(head * group, (head + 1) * group), (pages, length)
 
     def compress(self, part: Part, layer: Any) -> None:
-        """Move the pairs that stay, once all have been rated: a layer's, or at the last, all."""
+        """Move the retained pairs, once all have been rated: a layer's, or at the last, all."""
         index = self.layers[layer.layer_name]
         together = self.options.budget == "model"
         gap = part.gap
@@ -233,5 +233,5 @@ class Worker:
             self.kept[int(part.blocks[gap.full - 1])] = kept
 
     def _pages_of(self, layer: int) -> tuple[int, int]:
-        """Say in which of the pages a layer's are, and which of theirs they are."""
+        """Return in which of the pages a layer's are, and which of theirs they are."""
         return (0, layer) if len(self.pages) == 1 else (layer, 0)
