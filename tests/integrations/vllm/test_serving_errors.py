@@ -91,6 +91,9 @@ def test_engines_that_cannot_be_served(change: dict[str, Any], message: str) -> 
     check_engine(an_engine(data_parallel_size=2, tensor_parallel_size=2), ServingOptions())
     with pytest.raises(ValueError, match=f"^moekv: expected.*{message.removeprefix('expected ')}"):
         check_engine(an_engine(**change), ServingOptions())
+
+
+def test_intervals_with_prefix_caching() -> None:
     with pytest.raises(ValueError, match="^moekv: expected enable_prefix_caching=False with inter"):
         check_engine(an_engine(), ServingOptions(interval=64))
 
