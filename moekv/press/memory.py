@@ -15,29 +15,52 @@ from moekv.routing.base import BaseMoERouter
 
 
 class Routers:
-    """One router for each layer of a model, made when it is first rated: it has a history."""
+    """One router for each layer of a model, made when it is first rated: it has a history.
+
+    Other threads than the one that began a block have routers of their own in it, whose histories
+    go on from the block's beginning: what one thread generates must not depend on when another one
+    runs. Only the history of the thread that began the block outlives it.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._known: dict[int, tuple[weakref.ref[nn.Module] | None, BaseMoERouter]] = {}
+        self._clear()
+
+    def _clear(self) -> None:
+        self._lock = threading.Lock()
+        self._begun: dict[int, dict[str, Tensor]] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a block in this thread."""
+        with self._lock:
+            self._home, self._others = threading.get_ident(), threading.local()
+            self._begun = {i: dict(r.named_buffers()) for i, (_, r) in self._known.items()}
 
     def __bool__(self) -> bool:
         """Whether any layer has been rated."""
         return bool(self._known)
 
     def __getitem__(self, index: int) -> BaseMoERouter:
-        """Return a layer's router."""
-        return self._known[index][1]
+        """Return a layer's router in this thread."""
+        router = self._known[index][1]
+        if threading.get_ident() == self._home:
+            return router
+        own: dict[int, BaseMoERouter] = self._others.__dict__.setdefault("routers", {})
+        if index not in own:
+            own[index] = copy.deepcopy(router)
+            own[index].load_state_dict(self._begun[index], strict=False)
+        return own[index]
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the routers without the model's modules, which another process does not have."""
         with self._lock:
-            return {"_known": {i: (None, copy.deepcopy(r)) for i, (_, r) in self._known.items()}}
+            return {"_known": {i: (None, copy.deepcopy(self[i])) for i in self._known}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore saved routers."""
         self.__dict__ |= state
-        self._lock = threading.Lock()
+        self._clear()
 
     def check(self, modules: Iterable[nn.Module]) -> None:
         """Raise ``RuntimeError`` if the routers belong to another model."""
@@ -58,24 +81,25 @@ class Routers:
         index = index_of(module)
         with self._lock:
             if index not in self._known:
-                self._known[index] = weakref.ref(module), make()
+                self._known[index] = weakref.ref(module), (router := make())
+                self._begun[index] = dict(router.named_buffers())
             owner, router = self._known[index]
             if owner is None:  # of a copied press, which belongs to the first model it is used on
                 self._known[index] = weakref.ref(module), router
-            return router
+            return self[index]
 
     def take_in(self, index: int, hit_rates: Tensor) -> None:
         """Update a layer's router with measured hit rates [E]."""
         with self._lock:
-            self._known[index][1].update_history(hit_rates)
+            self[index].update_history(hit_rates)
 
     def take_in_later(self, index: int, hit_rates: Tensor) -> None:
         """Update a layer's router with hit rates [E] of queries after a compression."""
         with self._lock:
-            self._known[index][1].update_later(hit_rates)
+            self[index].update_later(hit_rates)
 
     def biases(self) -> dict[int, Tensor]:
         """Return selection biases [E] by layer, of the routers that have a history."""
         with self._lock:
-            found = {i: router.history for i, (_, router) in self._known.items()}
+            found = {i: self[i].history for i in self._known}
         return {i: bias for i, bias in sorted(found.items()) if bias is not None}

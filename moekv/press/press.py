@@ -159,7 +159,9 @@ class MoERouterPress:
     Options may be set later and act from the next forward on. Experts, routers and `backend` can be
     set until a layer has been scored, and again after :meth:`reset_stats`.
 
-    Threads may share a block, each with its own caches, if all of them end before the block does.
+    Threads may share a block, each with its own caches, if all of them end before the block does. A
+    thread's history begins as it was at the block's beginning and follows its own prompts alone;
+    that of the thread which opened the block is the one that stays.
     """
 
     compression_ratio: float = 0.5
@@ -281,6 +283,7 @@ class MoERouterPress:
             self._rater_for(options)
         else:
             self._rater = self._make_rater(options, model)
+        self._rater.routers.begin()
 
     # --- The block --------------------------------------------------------------------------------
 

@@ -298,7 +298,11 @@ class BaseMoERouter(nn.Module):
         return self
 
     def update_history(self, hit_rates: Tensor) -> None:
-        """Update the history with measured hit rates `[E]` in [0, 1]; this router has none."""
+        """Update the history with measured hit rates `[E]` in [0, 1]; this router has none.
+
+        A history is held in buffers. They are replaced, not written to: other threads begin with
+        the tensors that were there when a block began.
+        """
 
     def update_later(self, hit_rates: Tensor) -> None:
         """Update the history with hit rates `[E]` of later queries; this router has none."""

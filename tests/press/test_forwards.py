@@ -18,7 +18,7 @@ from tiny_models import prefill, tiny_model, tokens
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
-from moekv import DecodingConfig, MoERouterPress
+from moekv import DecodingConfig, MoERouterPress, PiKVMoERouter
 from moekv.press.forward import Forward
 from moekv.press.prefill import Rated
 
