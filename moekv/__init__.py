@@ -1,7 +1,7 @@
 """Mixture-of-experts compression of KV caches.
 
-The packages, each of which imports only from those below it (``cache`` and ``experts`` are on one
-level):
+The packages, each of which imports only from those below it (on one level are ``cache`` and
+``experts``, ``routing`` and ``budget``, ``report`` and ``models``):
 
 ``contexts``     documents that are compressed once, for any number of questions
 ``press``        ``MoERouterPress``: compresses the caches of a model in a ``with`` block
@@ -11,11 +11,11 @@ level):
 ``routing``      routes tokens to experts, and mixes the experts' scores
 ``budget``       counts the pairs to retain, and selects them
 ``report``       a page that shows what was retained
-``models``       all that depends on the internals of transformers, with checks
+``models``       what is taken for granted of transformers' models, with checks
 ``ops``          the operators, and their kernels
 
 Above them are ``integrations`` (moekv inside other packages) and ``cli``; ``files`` writes files
-whole or not at all.
+whole or not at all, and ``units`` bytes as people read them.
 """
 
 from collections.abc import Callable

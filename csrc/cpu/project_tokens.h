@@ -94,8 +94,8 @@ inline void sum_token_directions(const ProjectTokensParams& p, int64_t batch, in
                                  float* inverse_norms, float* sum) {
   const int64_t channels = p.num_channels;
   float* projected = p.projected + batch * p.num_tokens * p.num_projections;
-  std::memset(projected + begin * p.num_projections, 0,
-              (end - begin) * p.num_projections * sizeof(float));
+  // Without projections there is no memory, which memset may not be given.
+  std::fill_n(projected + begin * p.num_projections, (end - begin) * p.num_projections, 0.0f);
   std::memset(sum, 0, plan.sum_floats * sizeof(float));
   std::memset(inverse_norms + begin, 0, (end - begin) * sizeof(float));
   for (int64_t first = begin; first < end; first += kTokenTile) {

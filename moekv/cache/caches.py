@@ -253,21 +253,23 @@ def recompress(
     """
     layer = cache.layers[index]
     assert isinstance(layer, CompressedLayer)
-    if isinstance(layer, GrowingLayer) and (kept.per_head is None or pairs != "16"):
+    if not layer.is_ragged and (kept.per_head is None or pairs != "16"):
         layer = cache.layers[index] = _to_ragged(layer, kept, pairs, backend=backend)
     else:
         layer.recompress(kept, pairs)
     return layer
 
 
-def _to_ragged(layer: GrowingLayer, kept: Kept, pairs: str, *, backend: str) -> RaggedLayer:
-    ragged = RaggedLayer.compress(*cached_pairs(layer), kept, pairs=pairs, backend=backend)
-    ragged.context_length += layer.evicted
-    if layer.evicted:  # places were no positions
+def _to_ragged(layer: CompressedLayer, kept: Kept, pairs: str, *, backend: str) -> RaggedLayer:
+    keys, values = cached_pairs(layer)
+    evicted = layer.get_seq_length() - keys.shape[2]
+    ragged = RaggedLayer.compress(keys, values, kept, pairs=pairs, backend=backend)
+    ragged.context_length += evicted
+    if evicted:  # places were no positions
         ragged.first = layer.first
     ragged.recent, ragged.counted = layer.recent, layer.counted
     notes = layer.whole_notes()
-    if isinstance(notes, GrowingLayer):
+    if notes is not None and not notes.is_ragged:
         ragged.notes = _to_ragged(notes, kept, "16", backend=backend)
         ragged.reader = layer.reader
     return ragged

@@ -164,7 +164,7 @@ class CompressedLayer(CacheLayerMixin):
         """Drop the last pairs of every head, which all of them have."""
 
     def hold_run(self, run: int | None) -> None:
-        """Return how many of the last positions no head lacks; None: all of them."""
+        """Set how many of the last positions no head lacks; None: all of them."""
         self.run = self.context_length if run is None else run
 
     # -- what transformers asks of every layer -----------------------------------------------------

@@ -133,7 +133,7 @@ class CompactStaticLayer(StaticLayer):
         return self._num_evicted
 
     def set_evicted(self, count: int) -> None:
-        """Return how many pairs have left each head of a layer whose slots are filled already."""
+        """Set how many pairs have left each head of a layer whose slots are filled already."""
         self._num_evicted = count
         self.evicted.fill_(count)
 

@@ -1,4 +1,4 @@
-"""The experts ``aggressive``, ``moderate`` and ``conservative``: by position alone."""
+"""Both ends of a row: what ``aggressive``, ``moderate`` and ``conservative`` have in common."""
 
 from typing import Any
 

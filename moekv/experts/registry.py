@@ -18,18 +18,20 @@ order  name             scores a pair by
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from moekv.experts.aggressive import AggressiveExpert
 from moekv.experts.base import Expert
+from moekv.experts.conservative import ConservativeExpert
 from moekv.experts.expected import ExpectedExpert
-from moekv.experts.position import PositionExpert
+from moekv.experts.moderate import ModerateExpert
 from moekv.experts.scorer import PressExpert
 from moekv.experts.selective import SelectiveExpert
 from moekv.experts.semantic import SemanticExpert
 from moekv.experts.temporal import TemporalExpert
 
 _REGISTRY: dict[str, Callable[[], Expert]] = {
-    "aggressive": lambda: PositionExpert("aggressive", 0.2, 0.1),
-    "moderate": lambda: PositionExpert("moderate", 0.3, 0.2),
-    "conservative": lambda: PositionExpert("conservative", 0.5, 0.3),
+    "aggressive": AggressiveExpert,
+    "moderate": ModerateExpert,
+    "conservative": ConservativeExpert,
     "selective": SelectiveExpert,
     "semantic": SemanticExpert,
     "temporal": TemporalExpert,

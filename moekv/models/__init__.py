@@ -1,4 +1,4 @@
-"""All that depends on the internals of transformers and its models, with checks.
+"""What is taken for granted of transformers' models, with checks.
 
 ``hooks``        finds a model's decoder and attention layers, and their arguments
 ``queries``      computes queries that were not observed
@@ -8,6 +8,8 @@
 ``weights``      reads weights that are quantised, offloaded or sharded
 ``chat``         the parts of a chat template around a text
 ``loading``      loads the models of the demo, the tests and the benchmarks
+
+Of transformers' caches, masks and attention functions, ``moekv.cache`` knows the rest.
 
 May import ``moekv.ops``.
 """

@@ -44,19 +44,23 @@ def address(arguments: list[str]) -> int:
         link = package / "moekv" / item.name
         if item.name != "lib" and not link.is_symlink():
             link.symlink_to(item)
-    found = subprocess.run(
-        ["gcc", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True
-    )
+    # Before anything else; and the library whose exceptions it watches, which Python does not load.
+    first = [_library(name) for name in ("libasan.so", "libstdc++.so")]
     environment = os.environ | {
         "PYTHONPATH": str(package),
         "PYTHONDONTWRITEBYTECODE": "1",
-        "LD_PRELOAD": found.stdout.strip(),
+        "LD_PRELOAD": " ".join(first),
         # Python's own memory is never given back.
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     fuzzer = [sys.executable, str(ROOT / "tests" / "fuzz" / "op_fuzz.py"), *arguments]
     return subprocess.run(fuzzer, env=environment, check=False).returncode
+
+
+def _library(name: str) -> str:
+    command = ["gcc", f"-print-file-name={name}"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def thread(arguments: list[str]) -> int:

@@ -97,6 +97,46 @@ def test_threads_share_a_block(name: str, one_thread: None) -> None:
         assert layer["total_tokens"] == rounds * sum(prompt.shape[1] for prompt in prompts)
 
 
+def test_threads_have_histories_of_their_own() -> None:
+    """Each begins as the block did; the press goes on with that of the thread that opened it."""
+    model, (one, other) = tiny_model(), (tokens(1, 64, seed=s) for s in (1, 2))
+
+    def make() -> MoERouterPress:
+        router = PiKVMoERouter(64, 4, 2, history_weight=30.0, cache_update_interval=1)
+        return MoERouterPress(0.5, num_experts=4, shared=None, router_type=router)
+
+    def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+        return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+    with make()(model):
+        alone = held(prefill(model, other))
+    with make()(model):
+        prefill(model, one)
+        behind = held(prefill(model, other))
+    assert not same(alone, behind)  # else there is nothing to see
+    press, got = make(), {}
+
+    def run(name: str, prompts: list[torch.Tensor]) -> None:
+        def work() -> None:
+            got[name] = [held(prefill(model, prompt)) for prompt in prompts][-1]
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
+    with press(model):
+        run("first", [one])
+        run("second", [other])
+        run("third", [one, other])
+        assert same(got["second"], alone) and same(got["third"], behind)
+        assert same(held(prefill(model, one)), got["first"])
+    with press(model):  # which begins with the history of that prompt
+        run("later", [other])
+        prefill(model, other)
+        run("after another", [other])
+    assert same(got["later"], behind) and same(got["after another"], behind)
+
+
 @pytest.mark.parametrize("name", ["default", "streaming"])
 def test_a_failing_forward_beside_one_that_begins_and_ends(name: str) -> None:
     """While torch calls the hooks of the first, which has to raise what it has raised."""
