@@ -3,6 +3,9 @@
 // states: projections and the sum of directions, then the cosines.
 #pragma once
 
+#include <algorithm>
+#include <cstring>
+
 #include "../params.h"
 #include "parallel.h"
 #include "token_plan.h"
