@@ -282,8 +282,8 @@ class MoERouterPress:
                 rater.distance = _check_again(rater.calibrated, model)
             self._rater_for(options)
         else:
-            self._rater = self._make_rater(options, model)
-        self._rater.routers.begin()
+            rater = self._rater = self._make_rater(options, model)
+        rater.routers.begin()
 
     # --- The block --------------------------------------------------------------------------------
 
