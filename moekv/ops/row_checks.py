@@ -99,6 +99,7 @@ def fold_pairs(
     expect(0 <= gate <= 1, "a gate between 0 and 1, got {}", gate)
     expect.rank("indices", indices, 1, "[num_kept]")
     expect.tensor("indices", indices, torch.int32, ["num_kept"])
+    expect.rank("offsets", offsets, 1, "[batch * num_kv_heads + 1]")
     expect.tensor("offsets", offsets, torch.int32, [batch * num_kv_heads + 1])
     expect.tensor("start", start, torch.int32, [batch])
 

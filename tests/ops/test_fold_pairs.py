@@ -123,6 +123,8 @@ SHAPES = {
     "nothing leaves": {"share": 1.1},
     "nothing stays": {"share": -1.0},
     "one position": {"length": 1, "share": 0.5},
+    "no position": {"length": 0},
+    "no row": {"batch": 0},
     "padding": {"start": [13, 0]},
     "a row of padding": {"start": [70, 69]},
     "start beyond": {"start": [99, -5]},

@@ -43,6 +43,9 @@ def fold_pairs(
     row = torch.full((batch * num_heads * num_keys,), -1, dtype=torch.int32, device=keys.device)
     row[place] = torch.arange(len(indices), dtype=torch.int32, device=keys.device)
     row = row.view(batch, num_heads, num_keys)
+    if row.numel() == 0:
+        folded = values.new_empty(len(indices), values.shape[3])
+        return folded, folded.new_empty(len(indices), dtype=torch.float16), row
 
     position = torch.arange(num_keys, device=keys.device)
     real = position >= (0 if start is None else start.clamp(0, num_keys).view(-1, 1, 1))
@@ -77,7 +80,8 @@ def fold_pairs(
 def _shares(queries: Tensor, keys: Tensor, real: Tensor, scaling: float, softcap: float) -> Tensor:
     """Give the attention [B, H, G * M, T] of every query over all real keys."""
     batch, num_heads, num_keys, dim = keys.shape
-    grouped = widened(queries).reshape(batch, num_heads, -1, dim)
+    asked = queries.shape[1] // num_heads * queries.shape[2]
+    grouped = widened(queries).reshape(batch, num_heads, asked, dim)
     products = grouped @ widened(keys).mT
     logits = scaling * products
     if softcap > 0:
