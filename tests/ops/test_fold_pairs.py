@@ -156,7 +156,8 @@ def test_matches_reference(target, name):
     case = make(target, **SHAPES[name])
     mine = run(target, case)
     other = [x.cpu() for x in reference.fold_pairs(**case, scaling=0.3)]
-    assert (mine[2] == other[2]).float().mean() > 0.97
+    same = mine[2] == other[2]
+    assert same.numel() == 0 or same.float().mean() > 0.97
     same = (mine[1] - other[1]).abs() < 1e-3
     assert len(same) == 0 or same.float().mean() > 0.9
 
