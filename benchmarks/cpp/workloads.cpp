@@ -9,6 +9,19 @@
 #include "../../csrc/backend.h"
 
 #ifndef MOEKV_CUDA
+#include "../../csrc/cpu/parallel.h"
+
+namespace moekv::cpu {
+
+// The kernels' own speed is measured: on one thread, without a pool.
+void parallel_for_impl(int64_t begin, int64_t end, int64_t, RangeFunction function, void* context) {
+  if (begin < end) function(begin, end, context);
+}
+
+int64_t num_threads() { return 1; }
+
+}  // namespace moekv::cpu
+
 namespace moekv::bench {
 
 void* allocate(size_t bytes) {
@@ -269,6 +282,40 @@ Workload quantize_pairs(const std::string& name, int64_t num_keys, int key_bits,
   return make(name, pairs * (2 * 2 * kDim + key_bytes + value_bytes + 2 * scales),
               &Kernels::quantize_pairs, p, memory);
 }
+
+// A quarter of the pairs stays.
+Workload fold_pairs(int64_t num_keys) {
+  Memory memory;
+  const int64_t pairs = kHeads * num_keys, queries = kMaxFoldQueries / (kQueryHeads / kHeads);
+  FoldPairsParams p{};
+  p.queries = memory.bfloats(kQueryHeads * queries * kDim);
+  p.keys = memory.bfloats(pairs * kDim);
+  p.values = memory.bfloats(pairs * kDim);
+  int32_t* indices = memory.take<int32_t>(pairs / 4);
+  int32_t* offsets = memory.take<int32_t>(kHeads + 1);
+  for (int64_t i = 0; i < pairs / 4; ++i) indices[i] = static_cast<int32_t>(4 * i % num_keys);
+  for (int64_t h = 0; h <= kHeads; ++h) offsets[h] = static_cast<int32_t>(h * num_keys / 4);
+  p.indices = indices;
+  p.offsets = offsets;
+  p.folded = memory.take<uint16_t>(pairs / 4 * kDim);
+  p.bias = memory.take<uint16_t>(pairs / 4);
+  p.joined = memory.take<int32_t>(pairs);
+  p.batch = 1;
+  p.num_kv_heads = kHeads;
+  p.num_query_heads = kQueryHeads;
+  p.num_queries = queries;
+  p.num_keys = num_keys;
+  p.num_kept = pairs / 4;
+  p.key_dim = p.value_dim = kDim;
+  set_strides(p.query_stride, kQueryHeads, queries, kDim);
+  set_strides(p.key_stride, kHeads, num_keys, kDim);
+  set_strides(p.value_stride, kHeads, num_keys, kDim);
+  p.scaling = 0.08838834764f;
+  p.dtype = DType::kBFloat16;
+  p.workspace = memory.take<char>(MOEKV_BACKEND::fold_pairs_workspace_bytes(p));
+  return make("fold_pairs", 2 * (2 * pairs * kDim + kQueryHeads * queries * kDim),
+              &Kernels::fold_pairs, p, memory);
+}
 #endif
 
 // Stored rows in bf16, or in codes that are anything, with scales of about 1 / 128.
@@ -338,6 +385,7 @@ std::vector<Workload> workloads(int64_t num_keys) {
 #ifndef MOEKV_CUDA
       quantize_pairs("quantize_pairs, k8v8", num_keys, 8, 8),
       quantize_pairs("quantize_pairs, k4v4", num_keys, 4, 4),
+      fold_pairs(num_keys),
       ragged_attention("ragged_attention, k8v8", num_keys, 8, 8),
       ragged_attention("ragged_attention, k8v4", num_keys, 8, 4),
       ragged_attention("ragged_attention, k4v4", num_keys, 4, 4),
