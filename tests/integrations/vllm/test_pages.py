@@ -16,7 +16,9 @@ LAYERS, HEADS, BLOCKS, DIM = 3, 2, 24, 32
 needs_amx = pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="no AMX tiles")
 
 
-def filled(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor, Tensor]:
+def filled(
+    dtype: torch.dtype = torch.float32, isa: str = "vec"
+) -> tuple[list[Tensor], Tensor, Tensor]:
     """Caches of some layers that share a storage, and the pairs that vLLM has written to them.
 
     Keys and values [L, B * block, H, D] by slot.
@@ -27,7 +29,7 @@ def filled(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor, Te
     for layer in range(LAYERS):
         both = whole[layer].view(BLOCKS, HEADS, 2 * BLOCK, DIM).chunk(2, dim=2)
         slots = torch.arange(BLOCKS * BLOCK)
-        vllm_ops.cpu_attn_reshape_and_cache(keys[layer], values[layer], *both, slots, "vec")
+        vllm_ops.cpu_attn_reshape_and_cache(keys[layer], values[layer], *both, slots, isa)
     return list(whole), keys, values
 
 
@@ -45,10 +47,18 @@ def test_layout_is_found(isa: str, dtype: torch.dtype, dim: int) -> None:
     assert torch.equal(places.sort().values, torch.arange(2 * BLOCK * dim))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pairs_are_read_and_written(dtype: torch.dtype) -> None:
-    caches, keys, values = filled(dtype)
-    pages = Pages(caches, "vec")
+@pytest.mark.parametrize(
+    ("dtype", "isa"),
+    [
+        (torch.float32, "vec"),
+        (torch.bfloat16, "vec"),
+        (torch.float16, "vec16"),
+        pytest.param(torch.bfloat16, "amx", marks=needs_amx),
+    ],
+)
+def test_pairs_are_read_and_written(dtype: torch.dtype, isa: str) -> None:
+    caches, keys, values = filled(dtype, isa)
+    pages = Pages(caches, isa)
     blocks = torch.tensor([7, 3, 11])
     own = pages.of(blocks)
     assert own.shape == (LAYERS, HEADS, 3)
