@@ -46,6 +46,5 @@ def test_further_options_are_vllms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "parse", parse)
     command = ["serve", "model", "--compression-ratio", "0.75", "--block-size", "32"]
     assert main(command) == 0
-    assert given == [
-        ("model", {"compression_ratio": 0.75, "budget": "model"}, ["--block-size", "32"])
-    ]
+    options = {"compression_ratio": 0.75, "budget": "model", "interval": None}
+    assert given == [("model", options, ["--block-size", "32"])]

@@ -180,6 +180,7 @@ def test_statistics_count_every_pair_once(budget: str) -> None:
         "bytes_freed": 60 * heads * pair,
         "ratio": 60 / 80,
         "evicted": 60 / 80,
+        "folded": 0,
     }
     assert stats["forward_count"] == 3
     for layer in stats["layer_stats"].values():
