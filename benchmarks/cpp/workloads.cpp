@@ -9,19 +9,6 @@
 #include "../../csrc/backend.h"
 
 #ifndef MOEKV_CUDA
-#include "../../csrc/cpu/parallel.h"
-
-namespace moekv::cpu {
-
-// The kernels' own speed is measured: on one thread, without a pool.
-void parallel_for_impl(int64_t begin, int64_t end, int64_t, RangeFunction function, void* context) {
-  if (begin < end) function(begin, end, context);
-}
-
-int64_t num_threads() { return 1; }
-
-}  // namespace moekv::cpu
-
 namespace moekv::bench {
 
 void* allocate(size_t bytes) {
