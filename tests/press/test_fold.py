@@ -186,7 +186,7 @@ def test_dense_tensors_have_no_biases_and_say_so() -> None:
         cache.layers[0].to_dense()
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_a_later_press_keeps_the_biases_of_what_it_keeps() -> None:
     model = tiny_model()
     cache, _ = compressed(model, tokens(1, LENGTH), compression_ratio=0.85, pairs="k8v4")
