@@ -66,11 +66,18 @@ def shares_of(
     low, high = (weights * np.exp(x - top) for x in (logits - error, logits + error))
     with np.errstate(invalid="ignore", divide="ignore"):
         share = np.nan_to_num(size / size.sum(-1, keepdims=True), nan=0.0)
-        least = low / (low + np.maximum(high.sum(-1, keepdims=True) - high, 0.0))
-        most = high / (high + np.maximum(low.sum(-1, keepdims=True) - low, 0.0))
+        least, most = low / (low + but_one(high)), high / (high + but_one(low))
     # 0 / 0: so far apart by rounding alone that anything may come.
     least, most = np.nan_to_num(least, nan=0.0), np.where(seen, np.nan_to_num(most, nan=1.0), 0.0)
     return share, least * (1 - RELATIVE), most * (1 + RELATIVE)
+
+
+def but_one(x: Array) -> Array:
+    """Sum all but each over the last dimension, however small they are beside it."""
+    sides = [(0, 0)] * (x.ndim - 1)
+    before = np.cumsum(x, -1)[..., :-1]
+    behind = np.cumsum(x[..., ::-1], -1)[..., -2::-1]
+    return np.pad(before, [*sides, (1, 0)]) + np.pad(behind, [*sides, (0, 1)])
 
 
 def starts(start: Tensor | None, rows: int, num_keys: int) -> Array:

@@ -4,7 +4,19 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from op_bounds import UNIT, Array, exact, logits_of, near, norm, same, shares_of, starts, within
+from op_bounds import (
+    UNIT,
+    Array,
+    but_one,
+    exact,
+    logits_of,
+    near,
+    norm,
+    same,
+    shares_of,
+    starts,
+    within,
+)
 from torch import Tensor
 
 
@@ -102,7 +114,10 @@ def _lag(key: Array, value: Array, lag: int) -> tuple[Array, Array]:
             low, high = there.min(0), there.max(0)
             scaled = (here - low) / (high - low + 1e-6)
             spread = scaled.std(-1, ddof=1) if x.shape[-1] > 1 else np.zeros(len(here))
-            error = 1e-6 * np.sqrt((scaled * scaled).sum(-1) / max(x.shape[-1] - 1, 1)) + 1e-9
+            # Distances are from the first channel: how far it is out is lost in precision.
+            far = ((scaled[:, 0] - scaled.mean(-1)) / np.maximum(spread, 1e-12)) ** 2
+            size = np.sqrt((scaled * scaled).sum(-1) / max(x.shape[-1] - 1, 1))
+            error = (1e-6 + UNIT * np.where(spread > 0, far, 0.0)) * size + 1e-9
             _, down, up = shares_of(spread, error.max() + 0 * error)
             least[begin : begin + lag], most[begin : begin + lag] = down, up
             least[begin : begin + lag] *= len(here)
@@ -159,15 +174,17 @@ def _expected(query: Array, key: Array, scaling: float, softcap: float) -> tuple
     top = top[..., None]
 
     def sizes(sign: int) -> tuple[Array, Array]:
+        """Of the neighbours, and of all that each is compared with."""
         close = np.exp(near_logits + sign * near_error - top)
-        total = (weight * np.exp(sampled + sign * sampled_error - top)).sum(-1, keepdims=True)
-        return close, total if short else total + close.sum(-1, keepdims=True)
+        others = weight * np.exp(sampled + sign * sampled_error - top)
+        if short:  # neighbours are samples
+            return close, np.take_along_axis(but_one(others), at, -1)
+        return close, others.sum(-1, keepdims=True) + but_one(close)
 
-    (low, low_sum), (high, high_sum) = sizes(-1), sizes(1)
+    (low, low_others), (high, high_others) = sizes(-1), sizes(1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        least = np.nan_to_num(low / (low + np.maximum(high_sum - high, 0.0)), nan=0.0)
-        most = high / (high + np.maximum(low_sum - low, 0.0))
-        most = np.where(there, np.nan_to_num(most, nan=1.0), 0.0)
+        least = np.nan_to_num(low / (low + high_others), nan=0.0)
+        most = np.where(there, np.nan_to_num(high / (high + low_others), nan=1.0), 0.0)
     bounds = []
     for share, slack in ((least, -1e-4), (most, 1e-4)):
         square = (share * share).mean(0)  # [T, 5]

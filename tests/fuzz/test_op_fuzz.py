@@ -46,6 +46,39 @@ def test_padding_of_a_row_that_is_not_finite_stands_out_by_0():
     )
 
 
+@torch.no_grad()
+def test_equal_logits_beside_which_rounding_is_large():
+    """Shares of a half, of whose bounds one is a number that the other swallows."""
+    check(
+        *("expected_attention",),
+        **{"seed": 1161913526, "backend": "cpu", "dtype": "float32", "values": "ties"},
+        **{"size": 1e4, "layout": "dense", "batch": 1, "heads": 1, "group": 1, "dim": 17},
+        **{"keys": 6, "scaling": 0.125, "softcap": 0.0, "padding": "none", "hidden": "value"},
+        poison="none",
+    )
+    check(
+        *("expert_scores",),
+        **{"seed": 1012919060, "backend": "cpu", "dtype": "float32", "values": "ties"},
+        **{"size": 1e4, "layout": "dense", "batch": 2, "heads": 2, "group": 1, "dim": 16},
+        **{"keys": 3, "window": 3, "value_dim": 2, "kinds": [0], "scaling": 0.125},
+        **{"softcap": 0.0, "pool": 1, "lag": 1, "padding": "none", "hidden": "value"},
+        poison="none",
+    )
+
+
+@torch.no_grad()
+def test_channels_whose_first_is_far_out():
+    """A spread is summed up from the first channel on: how far it is out is lost in precision."""
+    check(
+        *("expert_scores",),
+        **{"seed": 1061405020, "backend": "cpu", "dtype": "float32", "values": "spread"},
+        **{"size": 1.0, "layout": "dense", "batch": 1, "heads": 3, "group": 0, "dim": 32},
+        **{"keys": 12, "window": 0, "value_dim": 64, "kinds": [3], "scaling": 1.0},
+        **{"softcap": 1.0, "pool": 1, "lag": 2, "padding": "none", "hidden": "value"},
+        poison="none",
+    )
+
+
 def first_failure(op: str, cases: int = 200) -> int:
     for seed in range(cases):
         fields = draw(op, seed, "torch")
