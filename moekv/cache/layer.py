@@ -246,8 +246,11 @@ class CompressedLayer(CacheLayerMixin):
         self._select(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the batch rows that ``indices`` names, and give the memory of others back."""
-        self._select(indices)
+        """Keep the batch rows that ``indices`` names, and give the memory of others back.
+
+        As an index of tensors: integers, or a mask, in a tensor or a list.
+        """
+        self._select(torch.as_tensor(indices))
         self._give_back()
         if self.notes is not None:
             self.notes._give_back()

@@ -13,7 +13,7 @@ from torch import nn
 from moekv.models.hooks import implementation_of, looks_up, names, needed_by, takes
 from moekv.models.watching import HEAD_BY_HEAD, StandIn, ask
 from moekv.models.weights import device_of
-from moekv.ops.backends import MAX_HEAD_DIM
+from moekv.ops.formats import MAX_HEAD_DIM
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from moekv.ops import reference
+from moekv.ops.formats import MAX_HEAD_DIM
 
 Backend = Literal["auto", "cpu", "cuda", "torch"]
 BACKENDS = get_args(Backend)
-
-MAX_HEAD_DIM = 256
-"""Channels of a head, at most, for which there are kernels that rate pairs."""
 
 _LIB = Path(__file__).parents[1] / "lib"
 _CPU_LIBRARY = _LIB / "libmoekv_cpu.so"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moekv.ops.expect import Expect, dtype_name
+from moekv.ops.formats import MAX_HEAD_DIM
 
 _MAX_EXPERTS = 256
 _MAX_HEAD_DIM = 1024  # of the references
@@ -21,6 +22,14 @@ def native(op: str, name: str, tensor: Tensor) -> None:
     if tensor.dtype == torch.float64:
         expect = Expect(op, tensor)
         expect(False, "{} of dtype float32, float16 or bfloat16, got float64", name)
+
+
+def native_heads(op: str, *pairs: Tensor) -> None:
+    """Check that keys or values [..., D] are not of heads that only the references take."""
+    expect = Expect(op, pairs[0])
+    for tensor in pairs:
+        channels = tensor.shape[-1]
+        expect(channels <= MAX_HEAD_DIM, "head dims of 1 to {}, got {}", MAX_HEAD_DIM, channels)
 
 
 def native_rows(op: str, name: str, tensor: Tensor) -> None:

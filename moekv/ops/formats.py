@@ -8,6 +8,9 @@ PAIRS = ("16", "k8v8", "k8v4", "k4v4")
 GROUP = 32
 """Channels that share a lo and a step in 4 bits."""
 
+MAX_HEAD_DIM = 256
+"""Channels of a head, at most, for which there are kernels that rate pairs."""
+
 MAX_DIM = 1024
 """Channels of a quantised key or value, at most."""
 

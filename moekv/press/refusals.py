@@ -14,7 +14,7 @@ from moekv.experts.builder import read_starts
 from moekv.models.habits import check_attention, follows_masks, habits_of
 from moekv.models.hooks import implementation_of, index_of
 from moekv.models.weights import device_of
-from moekv.ops.backends import MAX_HEAD_DIM
+from moekv.ops.formats import MAX_HEAD_DIM
 from moekv.press.forward import Plan
 from moekv.press.options import Options
 from moekv.press.rater import Rater

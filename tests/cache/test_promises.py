@@ -146,6 +146,22 @@ def test_tokens_behind_a_compressed_context_get_their_gradients(
     assert not last.requires_grad
 
 
+# --- rows -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("rows", [[1, 0], [True, False], [-1]], ids=str)
+def test_rows_are_named_as_in_a_dynamic_cache(budget: str, rows: list[Any]) -> None:
+    """By lists as by tensors: integers from either end, or a mask."""
+    model = tiny_model()
+    cache = compressed(model, budget, batch=2)
+    other = copy.deepcopy(cache)
+    cache.batch_select_indices(rows)
+    other.batch_select_indices(torch.arange(2)[rows])
+    query = tokens(other.layers[0].batch_size, 1, 5)
+    assert torch.equal(feed(model, cache, query, LENGTH), feed(model, other, query, LENGTH))
+
+
 # --- memory ---------------------------------------------------------------------------------------
 
 

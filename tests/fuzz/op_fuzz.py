@@ -32,6 +32,8 @@ from torch import Tensor
 from moekv import ops
 from moekv.ops import reference
 
+WIDE = ("expert_scores", "expected_attention", "fold_pairs")
+"""Ops whose references take wider heads than their kernels."""
 ISAS = ("default", "avx2", "avx512", "amx")
 
 
@@ -132,11 +134,16 @@ def check_wrong(op: str, tensors: list[Any], options: Fields, r: random.Random) 
             # None for a tensor, or a float for an integer, is the dispatcher's to refuse.
             schema = any(x is None for x in tensors) or "but got" in text or "cast" in text
             said[who] = "refused" if named or schema else f"{type(error).__name__}: {text}"
+    if op in WIDE and any(x is not None and x.dim() and x.shape[-1] > 256 for x in tensors):
+        del said["reference"]  # which takes wider heads
     if any(
         "indices" in x or "offsets" in x or "begin" in x or "experts" in x for x in said.values()
     ):
         return
-    content = said["fake"] != "refused" and said["native"] == said["reference"] == "refused"
+    content = (
+        said["fake"] != "refused"
+        and said["native"] == said.get("reference", "refused") == "refused"
+    )
     data = op in ("kv_compact_", "mix_scores", "fold_pairs", "ragged_attention") and content
     assert data or len(set(said.values())) == 1, f"{changed}: {said}"
 

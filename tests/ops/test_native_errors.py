@@ -26,6 +26,24 @@ def inputs_of(name: str) -> tuple[list[Tensor | None], dict]:
     return CASES[name].inputs("cpu")
 
 
+@pytest.mark.parametrize("dims", [(257, 8), (8, 257), (1024, 1024)], ids=str)
+def test_fake_tensors_have_the_heads_of_real_ones(dims: tuple[int, int]) -> None:
+    """The references take wider ones than the kernels."""
+    for make in (torch.zeros, lambda shape: torch.zeros(shape, device="meta")):
+        keys, values = (make((1, 1, 3, dim)) for dim in dims)
+        place = integers(0, 2).to(keys.device)
+        calls = {
+            "expert_scores": ((keys, values, keys), {"kinds": [0], "pool": 1, "lag": 1}),
+            "fold_pairs": ((keys, keys, values, place, place), {}),
+            "expected_attention": ((keys, keys), {}),
+        }
+        for name, (tensors, options) in calls.items():
+            if name == "expected_attention" and dims[0] <= 256:
+                continue
+            with pytest.raises(RuntimeError, match=rf"moekv::{name}: expected .*head dim"):
+                getattr(torch.ops.moekv, name)(*tensors, scaling=0.3, **options)
+
+
 def first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 

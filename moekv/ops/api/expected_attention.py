@@ -82,6 +82,7 @@ def _fake(
 ) -> Tensor:
     checks.native("expected_attention", "queries", queries)
     checks.expected_attention(queries, keys, start, scaling, softcap)
+    checks.native_heads("expected_attention", keys)
     return keys.new_empty(keys.shape[:3], dtype=torch.float32)
 
 

@@ -121,6 +121,7 @@ def _fake(
 ) -> Tensor:
     checks.native("expert_scores", "keys", keys)
     checks.expert_scores(keys, values, queries, start, kinds, scaling, softcap, pool, lag)
+    checks.native_heads("expert_scores", keys, values)
     return keys.new_empty(len(kinds), *keys.shape[:3], dtype=torch.float32)
 
 

@@ -110,6 +110,7 @@ def _fake(
     checks.native("fold_pairs", "queries", queries)
     tensors = queries, keys, values, indices, offsets, start
     row_checks.fold_pairs(*tensors, scaling, softcap, gate)
+    checks.native_heads("fold_pairs", keys, values)
     return (
         values.new_empty(len(indices), values.shape[3]),
         values.new_empty(len(indices), dtype=torch.float16),
