@@ -165,6 +165,26 @@ def test_keys_move_and_describe(page: Path, pressed: tuple[MoERouterPress, Tenso
             assert (f"{name} ({count})" in said) == (count > 0)
 
 
+def test_the_focus_is_never_behind_the_bars(page: Path) -> None:
+    """On a low screen, each token that the keys reach lies between the slider and the line below."""
+    places = evaluate(
+        page,
+        """
+        const edge = (id) => byId(id).getBoundingClientRect();
+        result = [];
+        for (const step of [1, -1]) {
+          for (let i = step > 0 ? 0 : spans.length - 1; i >= 0 && i < spans.length; i += step) {
+            moveTo(i, true);
+            const here = spans[i].getClientRects()[0];
+            result.push([here.top - edge("choice").bottom, edge("detail").top - here.bottom]);
+          }
+        }
+        """,
+        "--window-size=700,420",
+    )
+    assert min(min(place) for place in places) >= 0
+
+
 @pytest.mark.parametrize("scheme", ["0", "1"], ids=["dark", "light"])
 def test_text_can_be_read_on_every_shade(page: Path, scheme: str) -> None:
     """Contrast of at least 4.5, as the guidelines for accessible content want it."""
