@@ -9,7 +9,7 @@ import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -52,8 +52,20 @@ SETS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Explains mistakes in one line, as moekv's other commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="moekv bench", description=__doc__)
+    parser = Parser(
+        prog="moekv bench",
+        description=__doc__,
+        epilog="Example: moekv bench run --tasks facts --ratios 0.75 --samples 1 --methods moekv "
+        "--out facts",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run", help="answer what the results file lacks, then report")
     runner.add_argument("--model", default=DEFAULT_MODEL, help="hub id or folder")
@@ -96,7 +108,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if unknown := [task for task in tasks if task not in names]:
             parser.error(f"expected tasks of {', '.join(names)}, got {', '.join(unknown)}")
         model, tokenizer = load_model(args.model)
-        _write_meta(results.with_suffix(".meta.json"), model, args)
+        try:
+            _write_meta(results.with_suffix(".meta.json"), model, args)
+        except ValueError as error:  # of another model or seed
+            parser.error(str(error))
         methods = list(dict.fromkeys(m for name in args.methods for m in SETS.get(name, [name])))
         if args.routers is not None:
             methods += add_routers(args.routers)
@@ -115,7 +130,7 @@ def _write_meta(path: Path, model: Any, args: argparse.Namespace) -> None:
 
     Raises
     ------
-    SystemExit
+    ValueError
         The results file is of another model or seed.
     """
     meta = environment() | {
@@ -130,7 +145,7 @@ def _write_meta(path: Path, model: Any, args: argparse.Namespace) -> None:
         before = json.loads(path.read_text())
         for key in ("model", "dtype", "seed", "suite"):
             if before[key] != meta[key]:
-                raise SystemExit(
+                raise ValueError(
                     f"{path} is of {key} {before[key]}, not {meta[key]}: choose another --out"
                 )
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -190,4 +190,5 @@ def _answer(
     for context, title in zip(contexts, ("", "full cache: "), strict=False):
         begin = time.perf_counter()
         answer = context.ask(question, max_new_tokens=max_new_tokens)
-        console.print(f"{title}{escape(answer)}  [dim]{time.perf_counter() - begin:.1f} s[/]")
+        shown = f"{title}{escape(answer)}  [dim]{time.perf_counter() - begin:.1f} s[/]"
+        console.print(shown, soft_wrap=not console.is_terminal)

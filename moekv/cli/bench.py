@@ -20,7 +20,8 @@ def run(arguments: Sequence[str]) -> None:
     Parameters
     ----------
     arguments : sequence of str
-        Those of the benchmark; options alone are those of a run.
+        Those of the benchmark; options alone are those of a run, none at all are answered with
+        help.
 
     Raises
     ------
@@ -28,7 +29,7 @@ def run(arguments: Sequence[str]) -> None:
         There is no source tree, or something that the benchmark needs is not installed or not to be
         had: a file, or the hub.
     """
-    given = list(arguments)
+    given = list(arguments) or ["--help"]
     if given[:1] not in (["run"], ["report"], ["-h"], ["--help"]):
         given.insert(0, "run")
     root = Path(__file__).parents[2]

@@ -28,6 +28,7 @@ from moekv.cli.options import (
     Router,
     TopK,
     Weights,
+    completing,
 )
 
 _HELP = {"help_option_names": ["-h", "--help"]}
@@ -146,7 +147,7 @@ def demo(
 def ask(
     files: Annotated[
         list[str] | None,
-        typer.Argument(metavar="FILE...", help="Text, Markdown, HTML or PDF; - is standard input."),
+        typer.Argument(metavar="FILE", help="Text, Markdown, HTML or PDF; - is standard input."),
     ] = None,
     question: Annotated[
         list[str] | None,
@@ -238,7 +239,12 @@ def serve(
         typer.Option(min=0, metavar="R", help="Share of each prompt's pairs to remove, in [0, 1)."),
     ] = 0.5,
     budget: Annotated[
-        str, typer.Option(metavar="KIND", help="Scope of the budget: uniform or model.")
+        str,
+        typer.Option(
+            metavar="KIND",
+            help="Scope of the budget: uniform or model.",
+            autocompletion=completing(("uniform", "model")),
+        ),
     ] = "model",
     interval: Annotated[
         int | None,
@@ -281,6 +287,10 @@ def bench(context: typer.Context) -> None:
     """Measure quality: `moekv bench run`, `moekv bench report`.
 
     The benchmark is part of the source tree; `moekv bench run --help` lists its options.
+
+    \b
+    Example:
+      moekv bench run --tasks facts --ratios 0.75 --samples 1 --methods moekv --out facts
     """
     from moekv.cli.bench import run
 
@@ -289,7 +299,7 @@ def bench(context: typer.Context) -> None:
 
 @app.command()
 def calibrate(
-    texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="Text files, one each.")],
+    texts: Annotated[list[Path], typer.Argument(metavar="TEXT", help="Text files, one each.")],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to save the router in.")],
     model: Model = None,
     length: Annotated[
@@ -314,9 +324,13 @@ def calibrate(
     ] = None,
     exponent: Annotated[
         float | None,
-        typer.Option(help="Of the power mean over the oracle's queries.", show_default="2.0"),
+        typer.Option(
+            metavar="X", help="Of the power mean over the oracle's queries.", show_default="2.0"
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Random seed.", show_default="0")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Random seed.", show_default="0")
+    ] = None,
     keep_checkpoint: Annotated[
         bool,
         typer.Option("--keep-checkpoint", help="Keep the checkpoint at the end, for ablations."),
@@ -380,7 +394,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = [argument for argument in given if argument != "--debug"]
     name = f"moekv {given[0]}" if given and not given[0].startswith("-") else "moekv"
     try:
-        return int(app(given, standalone_mode=False) or 0)
+        return int(app(given, prog_name="moekv", standalone_mode=False) or 0)
     except (KeyboardInterrupt, typer.Abort):
         print(file=sys.stderr)
         return 130

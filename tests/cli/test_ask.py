@@ -41,6 +41,18 @@ def test_questions_are_answered_from_the_compressed_cache(
         assert f"{question} {answer}" in out
 
 
+def test_a_long_answer_is_one_line_in_a_pipe(
+    folder: Path,
+    story: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    answer = "The tide covers it. " * 20
+    monkeypatch.setattr(moekv.CompressedContext, "ask", lambda *args, **kwargs: answer)
+    assert ask(folder, str(story), "-q", QUESTIONS[0]) == 0
+    assert answer in capsys.readouterr().out
+
+
 def test_several_files_are_one_document(
     folder: Path, story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

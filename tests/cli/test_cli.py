@@ -3,13 +3,17 @@
 import re
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import torch
 
 import moekv
-from moekv.cli import common, info
+from moekv.budget.size import Budget
+from moekv.cli import common, info, options
 from moekv.cli.main import main
+from moekv.ops.backends import Backend
+from moekv.routing.registry import RouterType
 
 
 def test_the_module_runs_as_a_command() -> None:
@@ -31,13 +35,61 @@ def test_help_and_version_wait_for_nothing() -> None:
     assert done.stdout.splitlines()[-1] == "[0, 0] []"
 
 
-@pytest.mark.parametrize("command", ["info", "demo", "ask", "serve", "calibrate"])
+# What a shell asks the command for; bash and zsh complete names of files where nothing comes back.
+COMPLETED = {
+    "moekv ": ["info", "demo", "ask", "serve", "bench", "calibrate"],
+    "moekv ca": ["calibrate"],
+    "moekv ask --pa": ["--pairs"],
+    "moekv ask --pairs k8": ["k8v8", "k8v4"],
+    "moekv demo --router p": ["pikv"],
+    "moekv demo --budget ": list(get_args(Budget)),
+    "moekv demo --backend c": ["cpu", "cuda"],
+    "moekv calibrate --dtype f": ["float16", "float32"],
+    "moekv serve --budget ": ["uniform", "model"],
+    "moekv ask rep": [],
+    "moekv ask --html ": [],
+}
+
+
+@pytest.mark.parametrize("line", COMPLETED)
+def test_completion(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = line.split(" ")
+    monkeypatch.setattr(sys, "argv", ["moekv"])
+    monkeypatch.setenv("_MOEKV_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    assert capsys.readouterr().out.split() == COMPLETED[line]
+
+
+def test_choices_are_those_of_the_press() -> None:
+    for ours, theirs in (
+        (options.ROUTERS, RouterType),
+        (options.BUDGETS, Budget),
+        (options.BACKENDS, Backend),
+    ):
+        assert ours == get_args(theirs)
+    for pairs in options.PAIRS:
+        assert moekv.MoERouterPress(pairs=pairs).pairs == pairs
+    with pytest.raises(ValueError, match=", ".join(options.PAIRS)):
+        moekv.MoERouterPress(pairs="k1v1")
+
+
+@pytest.mark.parametrize("command", ["info", "demo", "ask", "serve", "calibrate", "bench"])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([command, "--help"]) == 0
+    try:
+        status = main([command, "--help"])
+    except SystemExit as end:  # the benchmark has a parser of its own
+        status = end.code
+    assert status == 0
     out = capsys.readouterr().out
-    assert out.startswith("Usage: ")
-    assert re.search(rf"\n  Examples?:\n    moekv {command}", out)
-    assert "``" not in out
+    assert out.lower().startswith("usage: ")
+    assert re.search(rf"\n *Examples?:\s+moekv {command}", out)
+    assert "``" not in out and not re.search(r"<(str|float|int|list)", out.split("Options:")[-1])
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def test_keys_move_and_describe(page: Path, pressed: tuple[MoERouterPress, Tenso
 
 
 def test_the_focus_is_never_behind_the_bars(page: Path) -> None:
-    """On a low screen, each token that the keys reach lies between the slider and the line below."""
+    """On a low screen, each token that the keys reach is below the slider, above the last line."""
     places = evaluate(
         page,
         """
