@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers and values as people read them."""
 
 
 def size(nbytes: int) -> str:
@@ -7,3 +7,10 @@ def size(nbytes: int) -> str:
         if nbytes >= 1 << power:
             return f"{nbytes / (1 << power):,.1f} {unit}"
     return f"{nbytes / (1 << 10):,.1f} KiB"
+
+
+def kind(value: object) -> str:
+    """Name what came in the place of something else: its type, or the class that it is."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}, no instance of it"
+    return type(value).__name__

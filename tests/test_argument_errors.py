@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from character_tokenizer import character_tokenizer
 from peers import HAS_KVPRESS
 from tiny_models import tiny_model, tokens
 
 import moekv
-from moekv import BaseMoERouter, MoERouterPress, ops
+from moekv import BaseMoERouter, LayerView, MoERouterPress, ops
+from moekv.experts.semantic import SemanticExpert
 
 MODEL, TOKENIZER, PRESS = tiny_model(), character_tokenizer(), MoERouterPress()
 IDS = tokens(1, 40)
@@ -37,6 +39,32 @@ def test_swapped_arguments(call: Callable[[], Any], message: str) -> None:
         call()
 
 
+def scores_in_numpy(view: LayerView) -> Any:
+    return view.values.norm(dim=-1).numpy()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: PRESS(type(MODEL)).__enter__(), "a model of transformers"),
+        (lambda: moekv.compress(MODEL, type(TOKENIZER), "text"), "a tokenizer of transformers"),
+        (lambda: moekv.compress(MODEL, TOKENIZER, "text", press=type(PRESS)), "a MoERouterPress"),
+        (lambda: moekv.prefill_in_chunks(type(PRESS), MODEL, IDS, chunk_size=8), "MoERouterPress"),
+        (lambda: MoERouterPress(router=moekv.CalibratedRouter), "router a moekv.CalibratedRouter"),
+        (lambda: MoERouterPress(decoding=moekv.DecodingConfig), "decoding a moekv.DecodingConfig"),
+    ],
+)
+def test_classes_where_instances_are_wanted(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=rf"expected .*{message}.*got the class \w+, no instance"):
+        call()
+
+
+def test_ids_that_are_none() -> None:
+    for ids in (IDS[0], IDS.float()):
+        with pytest.raises(ValueError, match=r"expected input_ids \[B, T\] as integers, got"):
+            moekv.prefill_in_chunks(PRESS, MODEL, ids, chunk_size=8)
+
+
 def test_one_text_where_a_list_is_wanted() -> None:
     with pytest.raises(TypeError, match="expected a list of texts, got one str"):
         moekv.calibrate(MODEL, TOKENIZER, "one text")
@@ -51,9 +79,19 @@ def test_the_class_of_a_router() -> None:
 def test_counts_that_are_no_integers(size: Any) -> None:
     with pytest.raises(ValueError, match="expected chunk_size an integer >= 1, got"):
         moekv.prefill_in_chunks(PRESS, MODEL, IDS, chunk_size=size)
+    context = moekv.compress(MODEL, TOKENIZER, "text")
+    with pytest.raises(ValueError, match="expected max_new_tokens an integer >= 1, got"):
+        context.ask("Which?", max_new_tokens=size)
 
 
-def test_arrays_where_tensors_are_wanted() -> None:
+def test_arrays_where_tensors_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache: Any = None
+    with pytest.raises(TypeError, match=r"expected input_ids as a tensor \[1, T\], got ndarray"):
+        moekv.CompressedContext(MODEL, TOKENIZER, cache, IDS.numpy())  # type: ignore[arg-type]
+    press = MoERouterPress(experts=["semantic"])
+    monkeypatch.setattr(SemanticExpert, "scores", lambda self, view: scores_in_numpy(view))
+    with press(MODEL), pytest.raises(ValueError, match="from expert 'semantic', got ndarray"):
+        MODEL(IDS)
     with pytest.raises(TypeError, match=r"expected input_ids as a tensor \[B, T\], got ndarray"):
         moekv.prefill_in_chunks(PRESS, MODEL, IDS.numpy(), chunk_size=8)  # type: ignore[arg-type]
     scores: Any = np.zeros((1, 2, 8), dtype=np.float32)
@@ -72,3 +110,9 @@ def test_a_folder_that_is_missing(tmp_path: Path) -> None:
 def test_ragged_around_a_press_that_frees_by_itself() -> None:
     with pytest.raises(TypeError, match="got moekv's own, which frees it: use it as it is"):
         moekv.ragged(MoERouterPress())
+
+
+def test_a_total_that_is_no_count() -> None:
+    total: Any = 4.0
+    with pytest.raises(TypeError, match=r"select_kept: expected total as an int or ints, got 4\.0"):
+        ops.select_kept(IDS.new_zeros(1, 2, 8, dtype=torch.float32), total=total)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moekv.units import size
+from moekv.units import kind, size
 
 
 @pytest.mark.parametrize(
@@ -18,3 +18,8 @@ from moekv.units import size
 )
 def test_bytes(nbytes: int, text: str) -> None:
     assert size(nbytes) == text
+
+
+def test_kinds() -> None:
+    assert kind(3) == "int"
+    assert kind(int) == "the class int, no instance of it"

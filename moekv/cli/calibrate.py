@@ -10,6 +10,7 @@ from moekv.calibration.calibrate import calibrate
 from moekv.calibration.config import CalibrationConfig
 from moekv.calibration.needs import Needs
 from moekv.cli.common import CommandError, check_folder, load, make_console, reason
+from moekv.models.fingerprint import short
 from moekv.models.loading import DEFAULT_MODEL
 
 
@@ -66,4 +67,4 @@ def run(
         f"{len(texts)} texts; share of what should be kept that is missed on held-out texts: "
         f"{curve[0]:.4f} with even gates, {min(curve):.4f} trained"
     )
-    console.print(f"router for {router.model} in {out}")
+    console.print(f"router for {short(router.model)} in {out}")

@@ -18,11 +18,13 @@ from moekv.cache.storage import load_filled, save_cache
 from moekv.models.chat import check_tokenizer, user_turn
 from moekv.models.hooks import cache_argument, find_layers
 from moekv.models.weights import language_model
+from moekv.press.checks import check_count
 from moekv.press.chunks import prefill_in_chunks
 from moekv.press.press import MoERouterPress
 from moekv.press.reports import Stats
 from moekv.report.page import write_page
 from moekv.report.recording import Recording
+from moekv.units import kind
 
 MAX_NEW_TOKENS = 128
 """Tokens of an answer at most, by default."""
@@ -47,6 +49,8 @@ class CompressedContext:
 
     Raises
     ------
+    TypeError
+        `input_ids` are not a tensor.
     ValueError
         The cache has another length than the tokens, or more rows than one.
     """
@@ -60,6 +64,8 @@ class CompressedContext:
         stats: Stats | None = None,
         recording: Recording | None = None,
     ) -> None:
+        if not isinstance(input_ids, Tensor):
+            raise TypeError(f"expected input_ids as a tensor [1, T], got {kind(input_ids)}")
         if input_ids.dim() != 2 or input_ids.shape[0] != 1:
             raise ValueError(f"expected input_ids [1, T], got {list(input_ids.shape)}")
         if cache.get_seq_length() != input_ids.shape[1]:
@@ -121,12 +127,13 @@ class CompressedContext:
         TypeError
             `question` is not a str.
         ValueError
-            It is empty.
+            It is empty, or `max_new_tokens` not an integer above 0.
         """
         if not isinstance(question, str):
             raise TypeError(f"expected a question as str, got {type(question).__name__}")
         if not question.strip():
             raise ValueError("expected a question, got an empty one")
+        check_count("max_new_tokens", max_new_tokens, 1)
         _, after = turn(self.tokenizer)
         asked = encode(self.tokenizer, f"\n\n{question.strip()}{after}")
         ids = torch.cat([self.input_ids, asked], dim=1).to(self.model.device)
@@ -234,7 +241,7 @@ def compress(
     if press is None:
         press = MoERouterPress()
     if not isinstance(press, MoERouterPress):
-        raise TypeError(f"expected a MoERouterPress, got {press!r:.99}")
+        raise TypeError(f"expected a MoERouterPress, got {kind(press)}")
     if record and chunk_size is not None:
         raise ValueError(
             f"expected record or chunk_size, got record={record!r} and {chunk_size}: a record is "

@@ -8,6 +8,7 @@ from torch import Tensor
 from moekv.budget import finite_range, kept_pairs
 from moekv.experts.view import LayerView
 from moekv.ops import ScoreKind
+from moekv.units import kind
 
 
 class Expert(ABC):
@@ -100,12 +101,17 @@ def scores_by(expert: Expert, view: LayerView) -> Tensor:
     Raises
     ------
     ValueError
-        The expert's scores have another shape, dtype or device.
+        The expert's scores are no tensor, or have another shape, dtype or device.
     """
     shape, device = view.keys.shape[:3], view.keys.device
     if not expert.can_rate(view):
         return torch.zeros(shape, device=device)
     scores = expert.scores(view)
+    if not isinstance(scores, Tensor):
+        raise ValueError(
+            f"expected floating scores {list(shape)} on {device} from expert {expert.name!r}, "
+            f"got {kind(scores)}"
+        )
     if scores.shape != shape or scores.device != device or not scores.is_floating_point():
         raise ValueError(
             f"expected floating scores {list(shape)} on {device} from expert {expert.name!r}, "

@@ -2,6 +2,8 @@
 
 from transformers import PreTrainedTokenizerBase
 
+from moekv.units import kind
+
 _MARK = "\x00"
 
 
@@ -28,5 +30,6 @@ def user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
 
 def check_tokenizer(tokenizer: object) -> None:
     """Raise ``TypeError`` for anything but a tokenizer."""
-    if not callable(tokenizer) or not callable(getattr(tokenizer, "decode", None)):
-        raise TypeError(f"expected a tokenizer of transformers, got {type(tokenizer).__name__}")
+    instance = callable(tokenizer) and not isinstance(tokenizer, type)
+    if not instance or not callable(getattr(tokenizer, "decode", None)):
+        raise TypeError(f"expected a tokenizer of transformers, got {kind(tokenizer)}")

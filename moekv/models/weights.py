@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from moekv.units import kind
+
 _READERS = ("dequantize", "dequantize_weight")
 
 
@@ -21,7 +23,7 @@ def language_model(model: Any) -> Any:
         It is no model.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a model of transformers, got {type(model).__name__}")
+        raise TypeError(f"expected a model of transformers, got {kind(model)}")
     unwrap = getattr(model, "get_base_model", None)
     return unwrap() if callable(unwrap) else model
 

@@ -10,6 +10,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from moekv.models.hooks import cache_argument
 from moekv.press.checks import check_count
 from moekv.press.press import MoERouterPress
+from moekv.units import kind
 
 
 def prefill_in_chunks(
@@ -53,8 +54,8 @@ def prefill_in_chunks(
     Raises
     ------
     ValueError
-        `chunk_size` is less than 1, the cache is not empty, or the press streams or has a
-        dominant policy.
+        `input_ids` have another shape or are no integers, `chunk_size` is less than 1, the cache is
+        not empty, or the press streams or has a dominant policy.
     RuntimeError, TypeError
         As in a block of the press.
 
@@ -64,9 +65,13 @@ def prefill_in_chunks(
     >>> out = model.generate(ids, past_key_values=cache, max_new_tokens=100)
     """
     if not isinstance(press, MoERouterPress):
-        raise TypeError(f"expected a MoERouterPress, got {type(press).__name__}")
+        raise TypeError(f"expected a MoERouterPress, got {kind(press)}")
     if not isinstance(input_ids, Tensor):
         raise TypeError(f"expected input_ids as a tensor [B, T], got {type(input_ids).__name__}")
+    if input_ids.dim() != 2 or input_ids.is_floating_point():
+        raise ValueError(
+            f"expected input_ids [B, T] as integers, got {list(input_ids.shape)}, {input_ids.dtype}"
+        )
     check_count("chunk_size", chunk_size, 1)
     if press.streaming or press.policy != "mixture":
         raise ValueError(

@@ -13,6 +13,7 @@ from moekv.budget import BUDGETS, check_ratio
 from moekv.cache.rows import check_pairs, gain
 from moekv.press.checks import check_choice, check_count, check_flag
 from moekv.press.routing import Routing, check_able, routing_of
+from moekv.units import kind
 
 Policy = Literal["mixture", "dominant"]
 POLICIES = get_args(Policy)
@@ -108,7 +109,7 @@ class Options:
             check_flag("cache_aware", given["cache_aware"])
         decoding = given["decoding"]
         if decoding is not None and not isinstance(decoding, DecodingConfig):
-            raise TypeError(f"expected decoding a moekv.DecodingConfig, got {decoding!r}")
+            raise TypeError(f"expected decoding a moekv.DecodingConfig, got {kind(decoding)}")
         if given["policy"] == "dominant":
             _check_dominant(given)
         if given["fold"] is True:

@@ -12,6 +12,7 @@ from moekv.experts.registry import build_experts, expert_names
 from moekv.press.checks import check_choice, check_count
 from moekv.routing.base import BaseMoERouter
 from moekv.routing.registry import ROUTERS
+from moekv.units import kind
 
 SHARED_EXPERT, ROUTED_EXPERTS = "expected", ("selective", "semantic")
 """Experts of a press without options and without a calibrated router. ``expected`` scores after a
@@ -140,7 +141,7 @@ def _calibrated(given: Mapping[str, Any]) -> CalibratedRouter | str | None:
         if not isinstance(router, CalibratedRouter | str):
             raise TypeError(
                 'expected router a moekv.CalibratedRouter, a name, "auto" or None, got '
-                f"{type(router).__name__}"
+                f"{kind(router)}"
             )
         if given["policy"] == "dominant":
             raise ValueError(

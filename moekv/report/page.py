@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from moekv.files import whole_file
 from moekv.report.pieces import split_into_pieces
 from moekv.report.recording import LayerRecord, Recording
+from moekv.units import kind
 
 _PLACE = "/*data*/null"
 """Placeholder of the data in the template."""
@@ -48,8 +49,8 @@ def write_page(
     OSError
         The file cannot be written.
     """
-    if not callable(getattr(tokenizer, "decode", None)):
-        raise TypeError(f"expected a tokenizer, got {type(tokenizer).__name__}")
+    if isinstance(tokenizer, type) or not callable(getattr(tokenizer, "decode", None)):
+        raise TypeError(f"expected a tokenizer, got {kind(tokenizer)}")
     tokens = _tokens(input_ids, recording, row)
     data = _data(recording, tokenizer, tokens, row)
     # No text may end the script that contains it.

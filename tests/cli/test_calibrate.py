@@ -35,6 +35,7 @@ def test_calibrate_says_what_it_takes_and_writes_a_router(
     assert main(command) == 0
     out = printed(capsys)
     assert re.search(r"3 texts; takes up to [\d.]+ MiB beside the model; a checkpoint of", out)
+    assert re.search(r"router for llama-[0-9a-f]{16}-[0-9a-f]{8} in ", out)
     assert out.index("takes up to") < out.index("on held-out texts")
     assert sorted(path.name for path in (tmp_path / "router").iterdir()) == [
         "README.md",

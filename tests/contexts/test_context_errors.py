@@ -42,7 +42,7 @@ def test_tokens_that_are_not_of_the_cache_are_refused(
         (["a", "b"], None, TypeError, "expected the text of a document as str, got list"),
         (Path("a.txt"), None, TypeError, "read_document reads a file"),
         ("  \n", None, ValueError, "got an empty one"),
-        ("text", MoERouterPress, TypeError, "expected a MoERouterPress, got <class"),
+        ("text", MoERouterPress, TypeError, "expected a MoERouterPress, got the class"),
     ],
 )
 def test_wrong_documents_and_presses(

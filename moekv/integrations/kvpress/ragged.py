@@ -24,6 +24,7 @@ from moekv.cache.rows import check_pairs
 from moekv.models.hooks import cache_of, index_of
 from moekv.press.checks import check_choice
 from moekv.press.press import MoERouterPress
+from moekv.units import kind
 
 
 def ragged(press: BasePress, *, pairs: str = "16", backend: str = "auto") -> "RaggedPress":
@@ -76,7 +77,7 @@ class RaggedPress(BasePress):
     def __post_init__(self) -> None:
         """Check the arguments."""
         if not isinstance(self.press, BasePress):
-            raise TypeError(f"expected a kvpress press, got {type(self.press).__name__}")
+            raise TypeError(f"expected a kvpress press, got {kind(self.press)}")
         if isinstance(self.press, MoERouterPress):
             raise TypeError(
                 "expected a kvpress press that masks what it evicts, got moekv's own, which frees "

@@ -61,12 +61,16 @@ def select_kept(
 
     Raises
     ------
+    TypeError
+        ``total`` is a float.
     ValueError
         ``backend`` is unknown, or ``scores`` are elsewhere.
     RuntimeError
         The backend is not available, or an argument has a wrong shape, dtype, device or value.
     """
     op = implementation("select_kept", scores, backend)
+    if isinstance(total, float):
+        raise TypeError(f"moekv::select_kept: expected total as an int or ints, got {total!r}")
     totals = [total] * scores.shape[0] if isinstance(total, int) else list(total)
     return SelectKept(*op(scores, start, total=totals, sinks=sinks, window=window, floor=floor))
 
