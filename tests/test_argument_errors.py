@@ -97,6 +97,19 @@ def test_arrays_where_tensors_are_wanted(monkeypatch: pytest.MonkeyPatch) -> Non
     scores: Any = np.zeros((1, 2, 8), dtype=np.float32)
     with pytest.raises(TypeError, match=r"expected a tensor, got ndarray; torch\.from_numpy"):
         ops.select_kept(scores, total=4)
+    for no_tensor in (scores, [0.5], None, 0.5):
+        pairs: Any = no_tensor
+        for call in (
+            lambda x=pairs: ops.expected_attention(x, x, scaling=1.0),
+            lambda x=pairs: ops.expert_scores(x, x, x, kinds=[0], scaling=1.0),
+            lambda x=pairs: ops.fold_pairs(x, x, x, x, x, scaling=1.0),
+            lambda x=pairs: ops.quantize_pairs(x, x, pairs="k8v8"),
+            lambda x=pairs: ops.ragged_attention(x, x, x, x, x, scaling=1.0),
+        ):
+            with pytest.raises(TypeError, match="expected a tensor, got"):
+                call()
+    with pytest.raises(RuntimeError, match=r"expected queries \[.*\], got \[\]"):
+        ops.expected_attention(torch.tensor(1.0), torch.tensor(1.0), scaling=1.0)
 
 
 def test_a_folder_that_is_missing(tmp_path: Path) -> None:

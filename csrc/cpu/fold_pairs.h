@@ -175,6 +175,7 @@ class FoldHead {
       for (; next < end && count < Cosines::kTile; ++next) {
         if (joined_[start_ + next] != kNobody) places[count++] = next;
       }
+      if (count == 0) break;  // the rest are kept
       Cosines::stage([&](int64_t i) { return patterns_ + places[i] * lanes_; }, count, lanes_,
                      rows);
       for (int i = 0; i < count * kPanel; i += Vec::kLanes) {

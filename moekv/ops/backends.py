@@ -179,6 +179,24 @@ def implementation(op: str, tensor: Tensor, backend: str) -> Callable[..., Any]:
     return found
 
 
+def for_device(backend: str, tensor: Tensor) -> str:
+    """Choose PyTorch on a GPU, for what has no kernel there, where the backend is ``"auto"``.
+
+    Parameters
+    ----------
+    backend : str
+        One of ``BACKENDS``.
+    tensor : Tensor
+        Whatever was given for one; :func:`implementation` refuses what is none.
+
+    Returns
+    -------
+    str
+        One of ``BACKENDS``.
+    """
+    return "torch" if backend == "auto" and getattr(tensor, "is_cuda", False) else backend
+
+
 def for_heads(backend: str, *pairs: Tensor) -> str:
     """Choose PyTorch for heads too wide for the kernels, where the backend is ``"auto"``.
 
@@ -193,5 +211,5 @@ def for_heads(backend: str, *pairs: Tensor) -> str:
     str
         One of ``BACKENDS``.
     """
-    is_wide = any(x.shape[-1] > MAX_HEAD_DIM for x in pairs)
+    is_wide = any(isinstance(x, Tensor) and x.dim() and x.shape[-1] > MAX_HEAD_DIM for x in pairs)
     return "torch" if is_wide and backend == "auto" else backend

@@ -52,7 +52,8 @@ class Session:
     while forwards run, and not for decoding steps: dynamo guards compiled steps over a static cache
     by hooks of this kind, and would compile them again in every block. Where threads share a block,
     the hook stays until the block ends: when a forward fails, torch iterates over the decoder's
-    hooks, and no other thread may change them meanwhile.
+    hooks, and no other thread may change them meanwhile. It outlives the block while forwards of
+    other threads run: these raise, as what they have read has not been compressed.
 
     Parameters
     ----------
@@ -115,6 +116,8 @@ class Session:
         self._local = threading.local()
         self._lock = threading.Lock()
         self._threads: set[int] = set()  # that have run forwards in the block
+        self._busy: set[threading.Thread] = set()  # in whose forwards there is something to do
+        self._is_over = False
         self._dropping: Any = None  # handle of the hook that drops states
 
     # --- The block --------------------------------------------------------------------------------
@@ -141,10 +144,11 @@ class Session:
 
     def _close(self) -> None:
         """Abort forwards that were interrupted, for which no hook was called."""
+        self._is_over = True
         while self._stack:
             self._end(self._stack.pop())
-        if self._dropping is not None:
-            self._dropping.remove()
+        self._busy.discard(threading.current_thread())
+        self._take_down()
 
     # --- State of this thread ---------------------------------------------------------------------
 
@@ -195,8 +199,11 @@ class Session:
         finally:
             if not was_there and forward.strategy is None:
                 stack.pop()
-        if not was_there and forward.strategy is not None:
-            self._put_up()
+        if forward.strategy is not None:
+            with self._lock:
+                self._busy.add(threading.current_thread())
+            if not was_there:
+                self._put_up()
 
     def _after_attention(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
@@ -229,17 +236,24 @@ class Session:
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         """Drop a forward's state; ``output`` is None if it failed."""
+        # None: a step that began before the hook was there.
+        forward = self._stack.pop() if self._stack else None
         if not self._stack:
-            return  # a step that began before the hook was there
-        forward = self._stack.pop()
+            with self._lock:
+                self._busy.discard(threading.current_thread())
         if output is not None:
             self._take_down()
-        plan = None if forward.strategy is None else forward.strategy.plan
-        if not self._end(forward) and output is not None and plan is not None and plan.acts:
-            raise RuntimeError(
-                "MoERouterPress compressed nothing: the forward has ended, and not all attention "
-                f"layers that carry the hooks were called (transformers {transformers.__version__})"
+        plan = None if forward is None or forward.strategy is None else forward.strategy.plan
+        if forward is None or self._end(forward) or output is None or plan is None:
+            return
+        if plan.acts:
+            why = (
+                "the block has ended before this forward of another thread; have it wait"
+                if self._is_over
+                else "the forward has ended, and not all attention layers that carry the hooks "
+                f"were called (transformers {transformers.__version__})"
             )
+            raise RuntimeError(f"MoERouterPress compressed nothing: {why}")
 
     def _put_up(self) -> None:
         with self._lock:
@@ -253,7 +267,11 @@ class Session:
         if self._dropping is None or self._stack:
             return
         with self._lock:
-            if self._dropping is not None and len(self._threads) == 1:
+            if self._is_over:
+                others = any(thread.is_alive() for thread in self._busy)
+            else:
+                others = len(self._threads) > 1
+            if self._dropping is not None and not others:
                 self._dropping.remove()
                 self._dropping = None
 

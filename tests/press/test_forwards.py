@@ -97,6 +97,36 @@ def test_threads_share_a_block(name: str, one_thread: None) -> None:
         assert layer["total_tokens"] == rounds * sum(prompt.shape[1] for prompt in prompts)
 
 
+@pytest.mark.parametrize("name", ["default", "uniform", "streaming"])
+def test_a_block_that_ends_before_the_forward_of_a_thread(name: str) -> None:
+    """The forward raises, as its prompt is not compressed, and no hook stays."""
+    model, begun, over, raised = tiny_model(), threading.Event(), threading.Event(), []
+    cache = DynamicCache()
+
+    def wait(*_: Any) -> None:
+        begun.set()
+        over.wait(60)
+
+    def work() -> None:
+        try:
+            with torch.no_grad():
+                model(tokens(1, 30), past_key_values=cache)
+        except RuntimeError as error:
+            raised.append(str(error))
+
+    handle = model.model.layers[0].mlp.register_forward_pre_hook(wait)
+    with MoERouterPress(0.5, **PRESSES[name])(model):
+        thread = threading.Thread(target=work)
+        thread.start()
+        begun.wait(60)
+    over.set()
+    thread.join()
+    handle.remove()
+    assert len(raised) == 1 and "the block has ended before this forward" in raised[0]
+    assert not any(module._forward_hooks for module in model.modules()) and not states()
+    assert answer(model, tokens(1, 30)).shape == (1, 38)
+
+
 def test_threads_have_histories_of_their_own() -> None:
     """Each begins as the block did; the press goes on with that of the thread that opened it."""
     model, (one, other) = tiny_model(), (tokens(1, 64, seed=s) for s in (1, 2))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moekv.ops import checks, reference, row_checks
-from moekv.ops.backends import for_heads, implementation
+from moekv.ops.backends import for_device, for_heads, implementation
 from moekv.ops.registration import exportable, register, without_gradient
 
 _refusing = without_gradient("fold_pairs", reference.fold_pairs)
@@ -84,8 +84,7 @@ def fold_pairs(
     Columns of ``P`` are rounded to bfloat16 before their cosines are taken. Memory grows with
     ``T``, and with the queries.
     """
-    if backend == "auto" and queries.is_cuda:
-        backend = "torch"
+    backend = for_device(backend, queries)
     op = implementation("fold_pairs", queries, for_heads(backend, keys, values))
     tensors = queries, keys, values
     needs_gradient = any(tensor.requires_grad for tensor in tensors)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moekv.ops import checks, reference, row_checks
-from moekv.ops.backends import implementation
+from moekv.ops.backends import for_device, implementation
 from moekv.ops.formats import pair_layout
 from moekv.ops.registration import register, without_gradient
 
@@ -52,8 +52,7 @@ def quantize_pairs(
     ----------
     .. [1] Ashkboos et al., "QuaRot: Outlier-free 4-bit inference in rotated LLMs", 2024.
     """
-    if backend == "auto" and keys.is_cuda:
-        backend = "torch"
+    backend = for_device(backend, keys)
     op = implementation("quantize_pairs", keys, backend)
     needs_gradient = keys.requires_grad or values.requires_grad
     if op is reference.quantize_pairs and torch.is_grad_enabled() and needs_gradient:

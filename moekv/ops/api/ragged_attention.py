@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from moekv.ops import checks, row_checks
-from moekv.ops.backends import implementation
+from moekv.ops.backends import for_device, implementation
 from moekv.ops.registration import register
 
 
@@ -83,8 +83,8 @@ def ragged_attention(
     .. [2] OpenAI, "gpt-oss-120b & gpt-oss-20b model card", 2025.
     """
     is_plain = pairs == "16" and bias is None and sinks is None
-    if backend == "auto" and query.is_cuda and not is_plain:
-        backend = "torch"
+    if not is_plain:
+        backend = for_device(backend, query)
     op = implementation("ragged_attention", query, backend)
     output: Tensor = op(
         query,
