@@ -150,7 +150,7 @@ struct FoldPairsParams {
   void* workspace;         // fold_pairs_workspace_bytes()
   int64_t batch, num_kv_heads, num_query_heads, num_queries, num_keys, num_kept, key_dim, value_dim;
   int64_t query_stride[3], key_stride[3], value_stride[3];  // batch, head, position; dim is dense
-  float scaling, softcap, gate;
+  float scaling, softcap, gate, least;
   DType dtype;
 };
 

@@ -31,7 +31,7 @@ STABLE_TORCH_LIBRARY(moekv, m) {
       "-> (Tensor key_codes, Tensor value_codes, Tensor scales)");
   m.def(
       "fold_pairs(Tensor queries, Tensor keys, Tensor values, Tensor indices, Tensor offsets, "
-      "Tensor? start=None, *, float scaling, float softcap=0.0, float gate=0.0) "
+      "Tensor? start=None, *, float scaling, float softcap=0.0, float gate=0.0, float least=0.0) "
       "-> (Tensor folded, Tensor bias, Tensor joined)");
   m.def(
       "ragged_attention(Tensor query, Tensor keys, Tensor values, Tensor begin, Tensor end, "

@@ -164,6 +164,7 @@ class FoldHead {
 
   // Whom the evicted keys of [begin, end) join, and with which weights.
   void find_nearest(int64_t begin, int64_t end) const {
+    const float least = p_.least / static_cast<float>(length);
     [[maybe_unused]] const typename Cosines::Session session{};
     typename Cosines::Keys rows;
     // Of every lane of the panels: the largest cosine so far, and in which panel it was.
@@ -173,9 +174,15 @@ class FoldHead {
     for (int64_t next = begin; next < end;) {
       int count = 0;
       for (; next < end && count < Cosines::kTile; ++next) {
-        if (joined_[start_ + next] != kNobody) places[count++] = next;
+        int32_t& joined = joined_[start_ + next];
+        if (joined == kNobody) continue;
+        if (looks_[next] >= least) {
+          places[count++] = next;
+        } else {
+          joined = kNobody;
+        }
       }
-      if (count == 0) break;  // the rest are kept
+      if (count == 0) break;  // the rest are kept, or hardly looked at
       Cosines::stage([&](int64_t i) { return patterns_ + places[i] * lanes_; }, count, lanes_,
                      rows);
       for (int i = 0; i < count * kPanel; i += Vec::kLanes) {

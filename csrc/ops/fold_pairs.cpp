@@ -15,7 +15,8 @@ std::tuple<Tensor, Tensor, Tensor> fold_pairs_op(const Tensor& queries_in, const
                                                  const Tensor& values_in, const Tensor& indices_in,
                                                  const Tensor& offsets_in,
                                                  const std::optional<Tensor>& start_in,
-                                                 double scaling, double softcap, double gate) {
+                                                 double scaling, double softcap, double gate,
+                                                 double least) {
   const DType dtype = float_dtype(kOp, "queries", queries_in);
   check_rank(kOp, "queries", queries_in, 4, "[batch, num_query_heads, num_queries, head_dim]");
   check_rank(kOp, "keys", keys_in, 4, "[batch, num_kv_heads, num_keys, head_dim]");
@@ -47,6 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> fold_pairs_op(const Tensor& queries_in, const
   check_positions(kOp, num_keys);
   check_logits(kOp, scaling, softcap);
   MOEKV_CHECK(gate >= 0 && gate <= 1, kOp, "expected a gate between 0 and 1, got ", gate);
+  MOEKV_CHECK(least >= 0 && least <= 1, kOp, "expected least between 0 and 1, got ", least);
   check_rank(kOp, "indices", indices_in, 1, "[num_kept]");
   const int64_t num_kept = indices_in.size(0);
   const Tensor indices =
@@ -87,6 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> fold_pairs_op(const Tensor& queries_in, const
       .scaling = static_cast<float>(scaling),
       .softcap = static_cast<float>(softcap),
       .gate = static_cast<float>(gate),
+      .least = static_cast<float>(least),
       .dtype = dtype,
   };
   check_kept(params);

@@ -27,12 +27,15 @@ class Folding:
         ``scaling`` and ``softcap`` of the layer.
     gate : float
         A pair joins only one that is looked at this much alike, see ``fold_pairs``.
+    least : float
+        It joins none if it is looked at less than this times the mean.
     """
 
     queries: Tensor
     start: Tensor | None
     logits: Mapping[str, float]
     gate: float = 0.0
+    least: float = 0.0
 
     def fold(
         self, keys: Tensor, values: Tensor, kept: Kept, *, backend: str
@@ -57,6 +60,7 @@ class Folding:
         """
         queries = self.queries.to(keys.dtype)
         rows = kept.indices, kept.offsets, self.start
-        how: dict[str, Any] = {**self.logits, "gate": self.gate, "backend": backend}
+        how: dict[str, Any] = {"gate": self.gate, "least": self.least, "backend": backend}
+        how |= self.logits
         found = ops.fold_pairs(queries, keys, values, *rows, **how)
         return found.values, found.bias, torch.count_nonzero(found.joined + 1)

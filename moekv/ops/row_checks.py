@@ -62,6 +62,7 @@ def fold_pairs(
     scaling: float,
     softcap: float,
     gate: float,
+    least: float,
 ) -> None:
     """Check the arguments of ``fold_pairs``."""
     expect = Expect("fold_pairs", queries)
@@ -97,6 +98,7 @@ def fold_pairs(
     expect.most("positions", num_keys)
     expect.logits(scaling, softcap)
     expect(0 <= gate <= 1, "a gate between 0 and 1, got {}", gate)
+    expect(0 <= least <= 1, "least between 0 and 1, got {}", least)
     expect.rank("indices", indices, 1, "[num_kept]")
     expect.tensor("indices", indices, torch.int32, ["num_kept"])
     expect.rank("offsets", offsets, 1, "[batch * num_kv_heads + 1]")

@@ -36,6 +36,10 @@ FOLD_QUERIES = 64
 FOLD_GATE = 0.5
 """How much alike: evicted pairs for which there is nothing like them are lost."""
 
+FOLD_LEAST = 0.1
+"""How much they have to be looked at, in times of the mean: to join, and to spoil a value, is worse
+for the others than to be lost. Measured: docs/design.md."""
+
 
 @dataclass
 class Rated:
@@ -80,7 +84,7 @@ def folding_of(view: LayerView) -> Folding:
     """Take queries of a layer by which evicted pairs join others."""
     group = view.queries.shape[1] // view.keys.shape[1]
     queries = view.sampled(min(FOLD_QUERIES, max(ops.MAX_FOLD_QUERIES // group, 1)))
-    return Folding(queries, view.start, view.logits, FOLD_GATE)
+    return Folding(queries, view.start, view.logits, FOLD_GATE, FOLD_LEAST)
 
 
 class Prefill(Strategy):

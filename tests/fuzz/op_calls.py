@@ -418,6 +418,7 @@ def draw_fold_pairs(r: random.Random) -> Fields:
         "queries": r.choice([1, 2, 5, 16, 36]),
         "share": r.choice([0.0, 0.1, 0.5, 0.9, 1.0]),
         "gate": r.choice([0.0, 0.0, 0.5, 1.0]),
+        "least": r.choice([0.0, 0.0, 0.1, 1.0]),
     }
 
 
@@ -434,7 +435,7 @@ def fold_pairs(f: Fields) -> Call:
     offsets = torch.tensor([0, *kept.sum(1).tolist()]).cumsum(0).int()
     given = (queries, keys, values, kept.nonzero()[:, 1].int(), offsets, start)
     tensors = [x if x is None else make.laid(x) for x in given]
-    options = {name: f[name] for name in ("scaling", "softcap", "gate")}
+    options = {name: f[name] for name in ("scaling", "softcap", "gate", "least")}
     return tensors, options, lambda got: contracts.fold_pairs(got, *tensors, **options)
 
 

@@ -86,6 +86,7 @@ def fold_pairs(
     scaling: float,
     softcap: float,
     gate: float,
+    least: float,
 ) -> None:
     """Who may join whom, and that kept pairs become a mean of what has joined them."""
     folded, bias, joined = got

@@ -34,6 +34,7 @@ def fold_pairs(
     scaling: float,
     softcap: float = 0.0,
     gate: float = 0.0,
+    least: float = 0.0,
     backend: str = "auto",
 ) -> FoldPairs:
     """Let evicted pairs join kept ones, so that what attended to them finds them there.
@@ -41,9 +42,10 @@ def fold_pairs(
     Some queries stand for all that are to come. With ``P`` their attention over the real keys of a
     head, an evicted pair j joins the kept pair i whose column of ``P`` has the largest cosine with
     its own, if that is above ``gate``, with the weight ``w = min(1, u_j / u_i)``, where ``u`` is
-    the mean of a column. A kept pair's value becomes ``(v_i + sum(w v_j)) / (1 + sum(w))``, and
-    ``bias`` of ``ragged_attention`` adds ``log(1 + sum(w))`` to its logit: a query that looks at
-    all of them alike gets what it got from each. Kept keys stay as they are.
+    the mean of a column; one whose ``u_j`` is below ``least`` times the mean over all keys joins
+    none. A kept pair's value becomes ``(v_i + sum(w v_j)) / (1 + sum(w))``, and ``bias`` of
+    ``ragged_attention`` adds ``log(1 + sum(w))`` to its logit: a query that looks at all of them
+    alike gets what it got from each. Kept keys stay as they are.
 
     Parameters
     ----------
@@ -58,7 +60,7 @@ def fold_pairs(
         Padding positions at the left of each row. None: no padding.
     scaling, softcap : float
         As in ``ragged_attention``.
-    gate : float
+    gate, least : float
         Between 0 and 1.
     backend : str
         One of ``BACKENDS``; ``auto``: native kernels where they are, by the device of ``queries``,
@@ -90,7 +92,7 @@ def fold_pairs(
     needs_gradient = any(tensor.requires_grad for tensor in tensors)
     if op is reference.fold_pairs and torch.is_grad_enabled() and needs_gradient:
         op = _refusing
-    options = {"scaling": scaling, "softcap": softcap, "gate": gate}
+    options = {"scaling": scaling, "softcap": softcap, "gate": gate, "least": least}
     return FoldPairs(*op(*tensors, indices, offsets, start, **options))
 
 
@@ -105,10 +107,11 @@ def _fake(
     scaling: float,
     softcap: float = 0.0,
     gate: float = 0.0,
+    least: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     checks.native("fold_pairs", "queries", queries)
     tensors = queries, keys, values, indices, offsets, start
-    row_checks.fold_pairs(*tensors, scaling, softcap, gate)
+    row_checks.fold_pairs(*tensors, scaling, softcap, gate, least)
     checks.native_heads("fold_pairs", keys, values)
     return (
         values.new_empty(len(indices), values.shape[3]),

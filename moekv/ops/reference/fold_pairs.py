@@ -22,9 +22,11 @@ def fold_pairs(
     scaling: float,
     softcap: float = 0.0,
     gate: float = 0.0,
+    least: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Merge every pair that is not kept with the kept one that queries look at alike."""
-    row_checks.fold_pairs(queries, keys, values, indices, offsets, start, scaling, softcap, gate)
+    rows = indices, offsets, start
+    row_checks.fold_pairs(queries, keys, values, *rows, scaling, softcap, gate, least)
     batch, num_heads, num_keys = keys.shape[:3]
     counts = offsets.diff()
     assert_on_cpu(
@@ -63,7 +65,8 @@ def fold_pairs(
         )
     )
     wide = widened(values)
-    joins = (row < 0) & real & (best > gate) & (wide.abs() <= _MOST_VALUE).all(-1)
+    seen = looks >= least / real.sum(-1, keepdim=True).clamp(min=1)
+    joins = (row < 0) & real & seen & (best > gate) & (wide.abs() <= _MOST_VALUE).all(-1)
     weights = (looks / looks.gather(2, nearest)).clamp(max=1.0)
     weights = torch.where(joins & (weights > 0), weights, 0.0).to(wide.dtype)
     joined = torch.where(weights > 0, row.gather(2, nearest), -1)
