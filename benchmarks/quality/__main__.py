@@ -19,6 +19,7 @@ from moekv.models.loading import DEFAULT_MODEL, load_model
 from .presses import (
     ANCHORS,
     BUDGETS,
+    DEFAULT,
     EXPERTS,
     FOLDED,
     KNOBS,
@@ -40,6 +41,7 @@ SETS = {
     "peers": PEERS,
     "anchors": ANCHORS,
     "ours": OURS,
+    "default": DEFAULT,
     "quantised": QUANTISED,
     "folded": FOLDED,
     "strong": STRONG,

@@ -166,15 +166,18 @@ KNOBS: dict[str, Factory] = {
     for name, value in (("sinks", 0), ("recent", 0), ("window", 16), ("window", 256))
 }
 
+#: The press as it comes, with pairs in fewer bits: folded where many leave.
+DEFAULT: dict[str, Factory] = {"moekv pairs=auto fold=auto": _scorer(MoERouterPress, pairs="auto")}
+
 #: Evicted pairs join retained ones.
 FOLDED: dict[str, Factory] = {
     f"moekv pairs={pairs} fold": _scorer(MoERouterPress, pairs=pairs, fold=True)
     for pairs in ("k8v8", "k8v4", "k4v4", "auto")
 }
 
-#: Pairs in fewer bits, in the bytes that pairs as the model makes them would take.
+#: Pairs in fewer bits, in the bytes that pairs as the model makes them would take; nothing folded.
 QUANTISED: dict[str, Factory] = {
-    f"moekv pairs={pairs}": _scorer(MoERouterPress, pairs=pairs)
+    f"moekv pairs={pairs}": _scorer(MoERouterPress, pairs=pairs, fold=False)
     for pairs in ("k8v8", "k8v4", "k4v4", "auto")
 }
 
@@ -204,6 +207,7 @@ METHODS: dict[str, Factory] = (
     PEERS
     | ANCHORS
     | OURS
+    | DEFAULT
     | QUANTISED
     | FOLDED
     | LENT

@@ -35,7 +35,7 @@ def choose(ratings: Sequence[Rating], plan: Plan) -> list[Kept | None]:
     options = plan.options
     if not plan.acts:
         return [None] * len(ratings)
-    plan.statistics.budget, plan.statistics.stored = plan.budget, options.pairs
+    plan.name_used()
     if not plan.evicts:
         return _everything(ratings, plan)
     if options.policy == "dominant":

@@ -16,7 +16,7 @@ from moekv.experts.builder import ViewBuilder
 from moekv.models.hooks import index_of
 from moekv.models.watching import Asked
 from moekv.press.later import Later
-from moekv.press.options import Options
+from moekv.press.options import OFTEN, Options
 from moekv.press.rater import Rater
 from moekv.press.stats import Statistics
 from moekv.report.recording import Recording
@@ -44,6 +44,8 @@ class Plan:
         Takes the record of a prefill, with ``record=True``.
     later : Later
         Later hit rates of the block's caches.
+    unfolded : str or None
+        Why pairs that leave join no others; None: they do.
     """
 
     options: Options
@@ -55,6 +57,7 @@ class Plan:
     recent: int
     note: Callable[[Recording], None] | None = None
     later: Later = field(default_factory=Later)
+    unfolded: str | None = OFTEN
 
     @property
     def goes_on(self) -> bool:
@@ -76,6 +79,12 @@ class Plan:
         """The most pairs that a head may hold, on average; None: not bounded."""
         decoding = self.options.decoding
         return None if decoding is None else decoding.target + decoding.interval
+
+    def name_used(self) -> None:
+        """Note in the statistics what the options that are chosen automatically stand for."""
+        statistics = self.statistics
+        statistics.budget, statistics.stored = self.budget, self.options.pairs
+        statistics.unfolded = self.unfolded
 
     def keep(self, lengths: Sequence[int], num_tokens: int, gain: Fraction) -> list[int]:
         """Count the pairs of a head in each row to retain of a prompt, after so many of its tokens.

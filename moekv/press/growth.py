@@ -213,8 +213,7 @@ class Growth(Strategy):
 
     def _shrink(self, cache: Cache, shrinking: Shrinking) -> None:
         """Compress the rated layers."""
-        statistics = self.plan.statistics
-        statistics.budget, statistics.stored = self.plan.budget, self.plan.options.pairs
+        self.plan.name_used()
         kept: list[list[Kept]] = []  # of each group, of each layer
         for group, rows in enumerate(shrinking.groups):
             parts = [rated.parts[group] for rated in self._rated]

@@ -23,6 +23,14 @@ FEW_BITS = 1.12
 less than evicting more pairs. Measured with 4, 1.6, .8 and .3 bits (docs/results-bytes.md): 8-bit
 keys lose less with the first two, 4-bit keys with the last two."""
 
+OFTEN = "pairs leave more than once"
+"""Why they do not join others: who joins whom is known once, when the whole text has been read."""
+
+FOLD_FROM = 0.5
+"""Share of evicted pairs from which ``fold="auto"`` has them join retained ones. Measured with
+shares of .4, .5, .6, .75, .85 and more (docs/design.md): little to gain with the first, a quarter
+of the KL divergence with the second, half and more with the others."""
+
 
 @dataclass(frozen=True)
 class DecodingConfig:
@@ -158,21 +166,48 @@ class Options:
             return self
         return replace(self, pairs=_best_pairs(1 - self.compression_ratio, sizes, self.backend))
 
-    def folding(self, can: bool) -> Options:
-        """Return what ``fold="auto"`` stands for, where the queries that it needs are at hand."""
-        if self.fold != "auto":
-            return self
-        return replace(self, fold=can and not self.streaming and self.decoding is None)
+    def unfolded(
+        self,
+        sizes: tuple[int, int, torch.dtype] | None,
+        *,
+        expects: bool,
+        device: torch.device,
+    ) -> str | None:
+        """Say why no pair that leaves after a prefill in one forward joins another; None: they do.
+
+        Parameters
+        ----------
+        sizes : tuple of int, int, torch.dtype, or None
+            As of :meth:`in_format`, whose result these options have to be.
+        expects : bool
+            Whether an expert needs the queries that say who joins whom as well.
+        device : torch.device
+            Of the pairs.
+        """
+        if self.fold is False or not self.evicts:
+            return "fold is False" if self.evicts else "nothing is evicted"
+        if not self.quantises:
+            return "pairs are stored in 16 bits, without biases"
+        if self.fold is True:
+            return None
+        if self.streaming or self.decoding is not None:
+            return OFTEN
+        if not expects or sizes is None:
+            return "no expert asks the text's queries again, as 'expected' does"
+        if device.type != "cpu":
+            return f"fold_pairs has no kernel for {device.type}"
+        evicted = 1 - (1 - self.compression_ratio) * gain(self.pairs, *_empty(sizes), biased=True)
+        if evicted < FOLD_FROM:
+            return f"{evicted:.0%} of the pairs leave, less than {FOLD_FROM:.0%}"
+        return None
 
 
 def _best_pairs(room: float, sizes: tuple[int, int, torch.dtype] | None, backend: str) -> str:
     """Name the format that loses least where this share of the bytes is retained."""
     if sizes is None or room == 1:
         return "16"
-    key_dim, value_dim, dtype = sizes
-    keys, values = (torch.empty(0, dim, dtype=dtype) for dim in (key_dim, value_dim))
-    best = "k8v4" if 8 * dtype.itemsize * room >= FEW_BITS else "k4v4"
-    if room * gain("k8v8", keys, values) >= 1:  # all pairs stay
+    best = "k8v4" if 8 * sizes[2].itemsize * room >= FEW_BITS else "k4v4"
+    if room * gain("k8v8", *_empty(sizes)) >= 1:  # all pairs stay
         best = "k8v8"
     for pairs in (best, "k8v8"):
         try:
@@ -181,6 +216,12 @@ def _best_pairs(room: float, sizes: tuple[int, int, torch.dtype] | None, backend
             continue
         return pairs
     return "16"
+
+
+def _empty(sizes: tuple[int, int, torch.dtype]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make keys and values of these channels and dtype, without pairs."""
+    key_dim, value_dim, dtype = sizes
+    return torch.empty(0, key_dim, dtype=dtype), torch.empty(0, value_dim, dtype=dtype)
 
 
 def _check_fold(given: Mapping[str, Any]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Cache
 
@@ -17,6 +19,7 @@ from moekv.models.hooks import (
     cache_of,
     index_of,
 )
+from moekv.models.weights import device_of
 from moekv.press.checks import check_count
 from moekv.press.forward import Plan, Strategy
 from moekv.press.growth import Growth
@@ -143,7 +146,6 @@ class Planner:
         dense = self._reads_dense or is_static(cache)
         sizes = None if dense else habits_of(self.layers[0], self._rotary).sizes
         options = options.in_format(sizes)
-        options = options.folding(self._rater(options).expects and self._context_length is None)
         if cache is not None and num_cached and self._goes_on(options):
             self._check_grown(options, cache)
         plan = self._plan(options, cache, wanted, num_tokens)
@@ -156,6 +158,7 @@ class Planner:
             first = cache.layers[index_of(self.layers[0])]
             return Measuring(plan, view) if self._later.is_due(first) else None
         check_prefill(plan, self._rotary, cache, num_tokens, given)
+        plan = self._with_folding(plan, sizes)
         return Streaming(plan, view) if options.streaming else Prefill(plan, view)
 
     def _check_grown(self, options: Options, cache: Cache) -> None:
@@ -171,6 +174,14 @@ class Planner:
 
         if rater.calibrated is not None and not all(map(is_noted, layers)):
             rater.see_unknown_tokens()
+
+    def _with_folding(self, plan: Plan, sizes: tuple[int, int, torch.dtype] | None) -> Plan:
+        """Decide whether pairs that leave after this prefill join others."""
+        options, unfolded = plan.options, plan.unfolded
+        if plan.context_length is None:
+            expects, device = plan.rater.expects, device_of(self.layers[0])
+            unfolded = options.unfolded(sizes, expects=expects, device=device)
+        return replace(plan, options=replace(options, fold=unfolded is None), unfolded=unfolded)
 
     def _plan(self, options: Options, cache: Any, wanted: int, num_tokens: int) -> Plan:
         rater = self._rater(options)

@@ -187,6 +187,8 @@ class Prefill(Strategy):
         leaves = any(
             k is not None and len(k.indices) < r.num_pairs for r, k in zip(rated, kept, strict=True)
         )
+        if not leaves and plan.unfolded is None:
+            plan.statistics.unfolded = "all pairs are retained"
         with whole_or_empty(rated[0].cache):
             for r, chosen in zip(rated, kept, strict=True):
                 folding, r.folding = r.folding if leaves else None, None

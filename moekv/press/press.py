@@ -129,8 +129,8 @@ class MoERouterPress:
     fold : bool or "auto"
         Have evicted pairs join retained ones that queries of the text look at alike: these get a
         mean of the values, and a bias of their logits (``moekv.ops.fold_pairs``), which takes two
-        bytes a pair. For quantised pairs, after a prefill in one forward. ``"auto"``: wherever that
-        is so, if an expert needs these queries as well (``expected``).
+        bytes a pair. For quantised pairs, after a prefill in one forward. ``"auto"``: where half of
+        the pairs or more leave, on CPUs, if an expert needs these queries as well (``expected``).
 
     Raises
     ------
@@ -181,7 +181,7 @@ class MoERouterPress:
     streaming: bool = False
     router: CalibratedRouter | str | None = "auto"
     pairs: str = "16"
-    fold: bool | Literal["auto"] = False
+    fold: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         """Check every option before a model is at hand."""
@@ -388,8 +388,8 @@ class MoERouterPress:
             ``avg_aux_loss``: that per forward.
             ``router``: the router in use, the model it was calibrated for, and the distance of that
             model's weights from this one's, if they differ.
-            ``budget`` and ``pairs``: as ``asked`` for, and as ``used`` last (None: nothing has been
-            compressed).
+            ``budget``, ``pairs`` and ``fold``: as ``asked`` for, and as ``used`` last (None:
+            nothing has been compressed); ``why_not``: why evicted pairs joined no others.
             ``never_chosen``: experts that no token of any layer was routed to; the end of a block
             logs a warning for those that are routed.
             ``compression``: ``bytes_before``, ``bytes_after``, ``bytes_freed`` of the storages of
@@ -436,7 +436,8 @@ class MoERouterPress:
         distance = 0.0 if rater is None else rater.distance
         name = name_router(routing, calibrated, distance)
         history = {} if rater is None else rater.history()
-        return self._statistics.report(names, name, self.budget, self.pairs, history)
+        asked = self.budget, self.pairs, self.fold
+        return self._statistics.report(names, name, *asked, history)
 
     def summary(self) -> None:
         """Print the options and the main statistics in about ten lines."""

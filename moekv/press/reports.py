@@ -47,6 +47,17 @@ class PairsReport(TypedDict):
     used: str | None
 
 
+class FoldReport(TypedDict):
+    """The option to fold, and whether it was done last; None: nothing was compressed.
+
+    ``why_not``: why evicted pairs joined no others; None: they did, or nothing was compressed.
+    """
+
+    asked: bool | str
+    used: bool | None
+    why_not: str | None
+
+
 class Compression(TypedDict):
     """Bytes of storages, and the exact shares removed: of the bytes, and of the pairs.
 
@@ -80,6 +91,7 @@ class Stats(TypedDict):
     router: str
     budget: BudgetReport
     pairs: PairsReport
+    fold: FoldReport
     never_chosen: list[str]
     compression: Compression
     cache: HeldCache

@@ -146,6 +146,8 @@ class Statistics:
         Before and after compression.
     budget, stored : str or None
         The budget and the format that were used last; None: nothing has been compressed.
+    unfolded : str or None
+        Why pairs that left last joined no others.
     kept : dict
         By layer index: pairs [H] that its heads retained last, summed over rows.
     silent : Tensor [E], bool, or None
@@ -161,6 +163,7 @@ class Statistics:
         self._worth = Fraction(0)  # evicted pairs, in bytes before quantising
         self.budget: str | None = None
         self.stored: str | None = None
+        self.unfolded: str | None = None
         self.kept: dict[int, Tensor] = {}
         self.silent: Tensor | None = None
         self._cache: weakref.ref[Cache] | None = None
@@ -278,6 +281,7 @@ class Statistics:
         router: str,
         budget: str,
         stored: str,
+        fold: bool | str,
         history: Mapping[int, dict[str, float]],
     ) -> Stats:
         """Read everything, see ``MoERouterPress.get_stats``. Waits for the device.
@@ -288,7 +292,7 @@ class Statistics:
             Of the experts.
         router : str
             Name of the router in use.
-        budget, stored : str
+        budget, stored, fold : str or bool
             The options.
         history : mapping
             Of each layer whose router has one, see ``Rater.history``.
@@ -305,6 +309,11 @@ class Statistics:
             "router": router,
             "budget": {"asked": budget, "used": self.budget},
             "pairs": {"asked": stored, "used": self.stored},
+            "fold": {
+                "asked": fold,
+                "used": None if self.stored is None else self.unfolded is None,
+                "why_not": self.unfolded,
+            },
             "never_chosen": self.idle(names),
             "compression": {
                 "bytes_before": before,

@@ -259,7 +259,7 @@ class Streaming(Prefill):
         nothing_leaves = not plan.evicts or (rating.start is None and totals[0] == num_keys)
         if nothing_leaves and not plan.options.quantises:
             return None
-        plan.statistics.budget, plan.statistics.stored = plan.budget, plan.options.pairs
+        plan.name_used()
         return StreamingBudget(
             cache,
             budget=plan.budget,

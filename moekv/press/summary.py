@@ -48,6 +48,8 @@ def _lines(stats: Stats) -> dict[str, str]:
         removed = f"{compression['evicted']:.1%} of the pairs ({cache['evictions']:,})"
         if compression["folded"]:
             removed += f", {compression['folded']:.1%} of which joined others"
+        elif pairs["used"] != "16":
+            removed += f", which joined no others ({stats['fold']['why_not']})"
     if pairs["used"] not in (None, "16"):
         removed = f"{compression['ratio']:.1%} of the bytes, {removed}"
         lines["pairs"] = f"{pairs['used']} (asked for: {pairs['asked']})"

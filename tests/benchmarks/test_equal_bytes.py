@@ -29,7 +29,8 @@ def answers(index: int = 0, times: float = 1.0) -> list[dict[str, Any]]:
         rows.append(row(FULL, 0.0, task, 0.0, index, 1000))
         for ratio in RATIOS:
             rows.append(row("moekv", ratio, task, kl, index, 100))
-            for pairs in ("k8v8", "k8v4", "k4v4"):
+            rows.append(row(AUTO, ratio, task, kl / 4, index, 99))
+            for pairs in ("k8v8", "k8v4", "k4v4", "auto"):
                 rows.append(row(f"moekv pairs={pairs}", ratio, task, kl / 4, index, 99))
             rows.append(row(PEER, ratio, task, 2 * kl, index, 1000))
             rows.append(row("StreamingLLMPress", ratio, task, 3 * kl, index))
@@ -81,11 +82,10 @@ def test_the_page_says_what_is_lost_and_what_was_missed() -> None:
     assert "0.25 / 0.25 / 0.25 | **missed** at 75 %, 90 %, 95 % |" in text
     assert "| at 98 % ≤ 16-bit pairs at 90 % | 0.0500, there 0.2000 | met |" in text
     assert "| at 97 %" not in text  # was not measured
-    more = equal_bytes.page(
-        answers() + [row(auto(0.97), 0.97, t, 9.0) for t in ("one", "two")], meta
-    )
+    more = equal_bytes.page(answers() + [row(AUTO, 0.97, t, 9.0) for t in ("one", "two")], meta)
     assert "| at 97 % ≤ 16-bit pairs at 90 % | 9.0000, there 0.2000 | **missed** |" in more
-    assert "| one | **moekv**, pairs in 16 bits | 0.1000 |" in text
+    assert '| one | **moekv**, `pairs="auto"` | **0.0250** |' in text
+    assert "|  | **moekv**, pairs in 16 bits | 0.1000 |" in text
     assert "tiny" in text and "abc, 2026-01-01" in text
 
 
@@ -104,7 +104,11 @@ def test_auto_was_measured_as_the_format_that_it_stands_for() -> None:
     compared = [key for key in found if key[0] == "moekv pairs=auto" and key[1] in RATIOS]
     assert len(compared) == 24
     for _, ratio, task in compared:
-        assert found["moekv pairs=auto", ratio, task]["kl"] == found[auto(ratio), ratio, task]["kl"]
+        own, other = (found[name, ratio, task] for name in ("moekv pairs=auto", auto(ratio)))
+        # Not the KL divergence: the formats were measured on another machine.
+        assert (own["kept"], own["bytes"]) == (other["kept"], other["bytes"])
+        folded = found[AUTO, ratio, task]  # a bias is two bytes, of which nothing is seen at 75 %
+        assert folded["kept"] < own["kept"] if ratio > 0.75 else folded["kl"] == own["kl"]
 
 
 @pytest.mark.parametrize("name", [LENT_PEER, "StreamingLLMPress, k4v4"])

@@ -9,13 +9,14 @@ import torch
 from growth_cases import decode
 from tiny_models import prefill, tiny_model, tokens
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import moekv
 from moekv import DecodingConfig, MoERouterPress, ops
 from moekv.cache import attention
 from moekv.cache.ragged import RaggedLayer
 from moekv.press import prefill as prefills
+from moekv.press.options import FOLD_FROM
 
 LENGTH, LAYERS, HEADS, DIM = 60, 2, 2, 16  # of the tiny Llama
 QUANTISED = ops.PAIRS[1:]
@@ -222,6 +223,108 @@ def test_what_cannot_be_stored_spoils_nobody(caplog: pytest.LogCaptureFixture) -
     )
     assert made.rows.pairs == "k8v4" and not caplog.records
     assert int(made.num_joined) == 2 * 45 - 1
+
+
+# --- "auto" -------------------------------------------------------------------------------------
+
+
+def why_not(model: PreTrainedModel, cache: Any = None, **options: Any) -> str | None:
+    """Compress a prompt; say why pairs joined no others, and see that none have."""
+    options = {"compression_ratio": 0.9, "router": None, "pairs": "auto"} | options
+    press = MoERouterPress(**options)
+    with press(model):
+        if cache is None:
+            cache = prefill(model, tokens(1, LENGTH))
+        else:
+            model(tokens(1, LENGTH), past_key_values=cache)
+    stats = press.get_stats()
+    reason = stats["fold"]["why_not"]
+    biased = any(isinstance(x, RaggedLayer) and x.rows.bias is not None for x in cache.layers)
+    folded = stats["compression"]["folded"] > 0
+    assert stats["fold"]["used"] == biased == folded == (reason is None)
+    return reason
+
+
+@pytest.mark.parametrize("pairs", QUANTISED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_auto_goes_by_the_share_of_pairs_that_leave(dtype: torch.dtype, pairs: str) -> None:
+    """Whatever the format and the dtype are: in float32 the same bytes hold more pairs."""
+    model, number = tiny_model().to(dtype), 2 * DIM * dtype.itemsize
+    stored = ops.pair_layout(pairs, DIM, DIM).num_bytes + 2
+    for evicted, folds in ((FOLD_FROM - 0.02, False), (FOLD_FROM + 0.02, True)):
+        ratio = 1 - (1 - evicted) * stored / number
+        reason = why_not(model, compression_ratio=ratio, pairs=pairs)
+        assert folds == (reason is None), (ratio, reason)
+        if reason is not None:
+            assert reason == f"{evicted:.0%} of the pairs leave, less than {FOLD_FROM:.0%}"
+
+
+def test_auto_is_the_default_and_costs_no_pair_where_it_is_off() -> None:
+    assert MoERouterPress().fold == "auto"
+    default, _ = compressed(tiny_model(), tokens(1, LENGTH), pairs="k8v4", fold="auto")
+    folded, _ = compressed(tiny_model(), tokens(1, LENGTH), pairs="k8v4", fold=True)
+    for a, b in zip(default.layers, folded.layers, strict=True):
+        assert torch.equal(a.rows.bias, b.rows.bias)
+    few = {"pairs": "k8v4", "compression_ratio": 0.8}
+    default, _ = compressed(tiny_model(), tokens(1, LENGTH), fold="auto", **few)
+    plain, _ = compressed(tiny_model(), tokens(1, LENGTH), fold=False, **few)
+    assert [len(x.rows) for x in default.layers] == [len(x.rows) for x in plain.layers]
+
+
+SAID = {
+    "16 bits": ({"pairs": "16"}, "pairs are stored in 16 bits"),
+    "nothing leaves": ({"pairs": "k8v8", "compression_ratio": 0.0}, "nothing is evicted"),
+    "all fit": (
+        {"pairs": "k8v8", "compression_ratio": 0.5, "fold": True},
+        "all pairs are retained",
+    ),
+    "off": ({"pairs": "k8v4", "fold": False}, "fold is False"),
+    "a stream": ({"streaming": True}, "pairs leave more than once"),
+    "decoding": ({"decoding": DecodingConfig(8, 4)}, "pairs leave more than once"),
+    "no queries": ({"experts": ["selective"]}, "no expert asks the text's queries again"),
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_what_does_not_fold_says_why(case: str) -> None:
+    options, reason = SAID[case]
+    assert (why_not(tiny_model(), **options) or "").startswith(reason)
+
+
+@pytest.mark.parametrize("fold", ["auto", True])
+def test_attention_and_caches_that_read_no_biases(fold: bool | str) -> None:
+    """They leave pairs in 16 bits, with "auto", and say that nothing has joined."""
+    reason = "pairs are stored in 16 bits, without biases"
+    assert why_not(tiny_model(attention="eager"), fold=fold) == reason
+    model = tiny_model()
+    static = StaticCache(config=model.config, max_cache_len=LENGTH + 8)
+    assert why_not(model, cache=static, fold=fold) == reason
+
+
+def test_chunks_do_not_fold() -> None:
+    press = MoERouterPress(0.9, router=None, pairs="k8v4")
+    moekv.prefill_in_chunks(press, tiny_model(), tokens(1, LENGTH), chunk_size=20)
+    found = press.get_stats()["fold"]
+    assert found == {"asked": "auto", "used": False, "why_not": "pairs leave more than once"}
+
+
+def test_no_kernel_no_folding() -> None:
+    """Where PyTorch would have to do it, "auto" does not."""
+    options = MoERouterPress(0.9, pairs="k8v4")._options()
+    given = {"sizes": (DIM, DIM, torch.float32), "expects": True}
+    assert options.unfolded(**given, device=torch.device("cpu")) is None
+    reason = options.unfolded(**given, device=torch.device("cuda"))
+    assert reason == "fold_pairs has no kernel for cuda"
+
+
+def test_the_summary_says_how_much_has_joined(capsys: pytest.CaptureFixture[str]) -> None:
+    for options, text in (
+        ({"fold": "auto"}, "of which joined others"),
+        ({"fold": False}, "which joined no others (fold is False)"),
+    ):
+        _, press = compressed(tiny_model(), tokens(1, LENGTH), pairs="k8v4", **options)
+        press.summary()
+        assert text in " ".join(capsys.readouterr().out.split())
 
 
 # --- refusals -----------------------------------------------------------------------------------

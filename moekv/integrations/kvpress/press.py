@@ -42,6 +42,7 @@ from moekv.press.reports import Stats
 _UNSERVED = {
     "budget": "which acts on one layer at once, and says how many pairs its heads keep",
     "pairs": "which reads keys and values as the model makes them",
+    "fold": "which reads keys and values as the model makes them, without biases",
     "decoding": "which says itself when pairs leave",
     "streaming": "which acts on each layer as it arrives",
 }
@@ -247,6 +248,8 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
             unserved["recent"] = "whose sliding window says which last pairs stay"
         if self.pairs == "auto":
             del unserved["pairs"]
+        if self.fold is not True:
+            del unserved["fold"]
         for name, why in unserved.items():
             if (value := getattr(self, name)) != known[name]:
                 raise ValueError(

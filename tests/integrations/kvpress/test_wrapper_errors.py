@@ -63,6 +63,12 @@ def test_quantised_pairs_in_a_wrapper(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
+def test_folding_in_a_wrapper(name: str) -> None:
+    press = MoERouterPress(pairs="auto", fold=True)
+    refuse(name, press, f"expected fold='auto' inside {name}, .* without biases, got True")
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
 def test_streaming_in_a_wrapper(name: str) -> None:
     refuse(name, MoERouterPress(streaming=True), f"expected streaming=False inside {name}, .*True")
 
