@@ -70,6 +70,7 @@ def test_stats_of_two_prefills_and_a_reset() -> None:
         "router",
         "budget",
         "pairs",
+        "fold",
         "never_chosen",
         "compression",
         "cache",
