@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,14 @@ def run(
         )
     if STANDARD_INPUT in files and not questions and save is None and html is None:
         raise CommandError("expected a --question, as the document is standard input, got none")
+    if not all(question.strip() for question in questions):
+        raise CommandError("expected a --question, got an empty one")
     for output in (save, html):
         if output is not None:
             check_output(output)
     if load is not None and not load.is_file():
         raise CommandError(f"expected a saved context, got {load}, which is no file")
+    getLogger("pypdf").setLevel(ERROR)  # what it warns of, it reads
     try:
         presses = [MoERouterPress(compression_ratio=0.75 if ratio is None else ratio, **options)]
         document = "\n\n".join(map(_read, files))

@@ -10,6 +10,7 @@ from moekv.calibration.calibrate import calibrate
 from moekv.calibration.config import CalibrationConfig
 from moekv.calibration.needs import Needs
 from moekv.cli.common import CommandError, check_folder, load, make_console, reason
+from moekv.contexts.documents import read_document
 from moekv.models.fingerprint import short
 from moekv.models.loading import DEFAULT_MODEL
 
@@ -47,7 +48,7 @@ def run(
 
     try:
         config = CalibrationConfig(**settings)
-        read = [path.read_text(encoding="utf-8") for path in texts]
+        read = [read_document(path) for path in texts]
         loaded, tokenizer = load(model or DEFAULT_MODEL, dtype, device)
         router = calibrate(
             loaded,
@@ -59,7 +60,7 @@ def run(
             memory=int(memory * 2**30),
             announce=announce,
         )
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         raise CommandError(reason(error)) from error
     router.save_pretrained(out)
     curve = [row["ranking_loss"] for row in router.recipe["curve"]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,14 @@ class CommandError(Exception):
 
 
 def make_console() -> Console:
-    """Return where commands print to; not too narrow for tables where there is no terminal."""
+    """Return where commands print to; not too narrow for tables where there is no terminal.
+
+    Characters that its encoding lacks become question marks.
+    """
     from rich.console import Console
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 100)

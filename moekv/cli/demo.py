@@ -20,6 +20,7 @@ from moekv import MoERouterPress
 from moekv.cli.common import CommandError, load, make_console, make_progress, reason
 from moekv.cli.tables import answers_table, costs_table, outcome, run_title
 from moekv.cli.trial import Prompt, Question, Result, ask, read
+from moekv.contexts.documents import read_document
 from moekv.models.loading import DEFAULT_MODEL
 
 # On facts of data/lighthouse.txt, from its beginning to its end.
@@ -67,13 +68,13 @@ def run(
     try:
         if context is not None and not questions:
             raise ValueError("expected a --question about --context")
-        text = _story() if context is None else context.read_text(encoding="utf-8")
+        text = _story() if context is None else read_document(context)
         for ratio in ratios:
             make_press(ratio)  # a wrong option shows before the model is loaded
         with console.status(f"Loading {name}"):
             loaded, tokenizer = load(name, dtype, device)
         prompt = Prompt(tokenizer, text, context_tokens)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise CommandError(reason(error)) from error
     asked = [Question(question) for question in questions] or [
         question for question in QUESTIONS if question.facts[0] in prompt.text

@@ -299,7 +299,10 @@ def bench(context: typer.Context) -> None:
 
 @app.command()
 def calibrate(
-    texts: Annotated[list[Path], typer.Argument(metavar="TEXT", help="Text files, one each.")],
+    texts: Annotated[
+        list[Path],
+        typer.Argument(metavar="TEXT", help="Files of text (or HTML, PDF), one text each."),
+    ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to save the router in.")],
     model: Model = None,
     length: Annotated[

@@ -2,6 +2,7 @@
 
 import io
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,17 @@ def test_a_long_answer_is_one_line_in_a_pipe(
     monkeypatch.setattr(moekv.CompressedContext, "ask", lambda *args, **kwargs: answer)
     assert ask(folder, str(story), "-q", QUESTIONS[0]) == 0
     assert answer in capsys.readouterr().out
+
+
+def test_an_answer_beyond_ascii_where_the_terminal_has_no_more(
+    folder: Path, story: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moekv.CompressedContext, "ask", lambda *args, **kwargs: "At the caf\xe9.")
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert ask(folder, str(story), "-q", "O\xf9?") == 0
+    sys.stdout.flush()
+    assert b"O??" in written.getvalue() and b"At the caf?." in written.getvalue()
 
 
 def test_several_files_are_one_document(

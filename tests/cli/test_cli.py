@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -108,6 +109,7 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["ask", "--load", "x", "--pairs", "k8v4", "--budget", "head"], "with --budget, --pairs"),
         (["ask", "--load", "missing"], "got missing, which is no file"),
         (["ask", "-"], "expected a --question, as the document is standard input"),
+        (["ask", __file__, "-q", " "], "expected a --question, got an empty one"),
         (["ask", "missing.txt"], "missing.txt: No such file or directory"),
         (["ask", __file__, "--save", "/nowhere/at/all"], "in a folder that exists"),
         (["ask", __file__, "--device", "toaster"], "expected a --device that is there"),
@@ -162,3 +164,34 @@ def test_a_bug_shows_its_traceback_when_asked(
     assert capsys.readouterr().err == expected
     assert main(["info", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["ask"], ["calibrate", "--out", "out"], ["demo", "-q", "Who?", "--context"]]
+)
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [("latin.txt", b"\xe9t\xe9", "to be UTF-8"), ("empty.txt", b"", "expected text in")],
+)
+def test_a_file_that_is_no_text_is_named(
+    arguments: list[str],
+    name: str,
+    content: bytes,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    assert main([*arguments, str(file)]) == 2
+    error = capsys.readouterr().err
+    assert str(file) in error and message in error and error.count("\n") == 1
+
+
+def test_a_broken_pdf_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pypdf")
+    file = tmp_path / "broken.pdf"
+    file.write_bytes(b"%PDF-1.4\nbroken")
+    assert main(["ask", str(file), "-q", "Who?"]) == 2
+    error = capfd.readouterr().err
+    assert "expected a readable PDF" in error and error.count("\n") == 1
