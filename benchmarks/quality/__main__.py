@@ -30,6 +30,7 @@ from .presses import (
     QUANTISED,
     ROUTED,
     STRONG,
+    WRAPPED,
     add_routers,
 )
 from .report import write_report
@@ -49,6 +50,7 @@ SETS = {
     "experts": EXPERTS,
     "budgets": BUDGETS,
     "knobs": KNOBS,
+    "wrapped": WRAPPED,
     "routers": ROUTED,
     "all": METHODS,
 }

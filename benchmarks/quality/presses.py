@@ -198,6 +198,23 @@ LENT_KVZIP: dict[str, Factory] = {
     f"KVzipPress, {pairs}": _lent(ANCHORS["KVzipPress"], pairs) for pairs in ("k8v4", "k4v4")
 }
 
+#: moekv inside kvpress's wrappers that call ``score``, beside those of ``PEERS`` around SnapKV.
+WRAPPED: dict[str, Factory] = {
+    f"{name}({press})": _around(wrapper, _scorer(MoERouterPress, **options))
+    for press, options in (("moekv", {}), ("moekv training-free", {"router": None}))
+    for name, wrapper in {
+        "AdaKV": kvpress.AdaKVPress,
+        "CriticalKV": kvpress.CriticalKVPress,
+        "CriticalAdaKV": kvpress.CriticalAdaKVPress,
+        "Chunk": kvpress.ChunkPress,
+        "ChunkKV": kvpress.ChunkKVPress,
+        "Merging": kvpress.MergingPress,
+    }.items()
+}
+
+#: Methods that ask a layer for its queries once more, where a replay recalls other ones.
+LIVE = frozenset(WRAPPED)
+
 #: Every kind of router over the same experts.
 ROUTED: dict[str, Factory] = {
     f"moekv {name}": _scorer(MoERouterPress, router_type=name) for name in ROUTERS
@@ -215,6 +232,7 @@ METHODS: dict[str, Factory] = (
     | EXPERTS
     | BUDGETS
     | KNOBS
+    | WRAPPED
     | ROUTED
 )
 

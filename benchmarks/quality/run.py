@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .metrics import compare
-from .presses import EAGER, METHODS
+from .presses import EAGER, LIVE, METHODS
 from .replay import Recording, answer_logits, attending, footprint, prefill, record, replay
 from .tasks import Sample, encode, make_sample
 
@@ -168,7 +168,7 @@ class _Bench:
         try:
             press = None if cell.method == FULL else METHODS[cell.method](cell.ratio)
             begin = time.perf_counter()
-            cache = self._prefill(press, eager)
+            cache = self._prefill(press, eager, live=cell.method in LIVE)
             seconds = time.perf_counter() - begin
             size = footprint(self.model, cache, self.recording)
             quality = compare(self._answer(cache), self._full(eager), self.answer[0])
@@ -178,10 +178,10 @@ class _Bench:
             return {"error": f"{type(error).__name__}: {first}"}
         return asdict(quality) | asdict(size) | {"seconds": seconds}
 
-    def _prefill(self, press: BasePress | None, eager: bool) -> Cache:
+    def _prefill(self, press: BasePress | None, eager: bool, *, live: bool = False) -> Cache:
         own = self.model.config._attn_implementation
         with attending(self.model, "eager" if eager else own):
-            if self.live or eager:
+            if self.live or eager or live:
                 return prefill(self.model, self.context, press)
             return replay(self.model, self.recording, press)
 

@@ -40,7 +40,8 @@ NEED_DOWNLOADS = {
     "LUKVPress",
     "QFilterPress",
 }
-UNTRIED = NEED_DOWNLOADS | presses.EAGER | set(list(presses.LENT)[1:-1])  # one of each format
+UNTRIED = NEED_DOWNLOADS | presses.EAGER | presses.LIVE
+UNTRIED |= set(list(presses.LENT)[1:-1])  # one of each format
 LOCAL = [name for name in presses.METHODS if name not in UNTRIED]
 
 BOOK = " ".join(f"The {a} {b} went to town." for a in tasks.ADJECTIVES for b in tasks.NOUNS[:12])

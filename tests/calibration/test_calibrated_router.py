@@ -1,5 +1,6 @@
 """Calibrated routers: what a press does with one, and how it comes by it."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,23 @@ def test_saving_and_loading(tmp_path: Path) -> None:
             caches.append(prefill(model, tokens(1, 60)))
     for one, other in zip(*(cache.layers for cache in caches), strict=True):
         assert torch.equal(one.stored_keys, other.stored_keys)
+
+
+def test_stdout_is_left_alone_while_a_router_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the whole process's: what other threads print meanwhile is seen."""
+    random_router(tiny_model()).save_pretrained(tmp_path)
+    load, seen = CalibratedRouter._load_as_safetensor, []
+
+    def watch(*args: Any) -> Any:
+        seen.append(sys.stdout)
+        return load(*args)
+
+    monkeypatch.setattr(CalibratedRouter, "_load_as_safetensor", watch)
+    before = sys.stdout
+    CalibratedRouter.from_pretrained(tmp_path)
+    assert seen == [before] and capsys.readouterr().out == ""
 
 
 def test_pickles_are_not_read(tmp_path: Path) -> None:
