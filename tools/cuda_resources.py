@@ -2,7 +2,8 @@
 
 Reads registers, stack and shared memory of every kernel and architecture from the built library,
 and from its machine code whether memory is accessed in 16 bytes and as global memory, whether
-16-bit scoring runs on tensor cores, and that nothing spills to local memory::
+16-bit scoring runs on tensor cores, how many loads are in flight at once, and that nothing spills
+to local memory::
 
     python tools/cuda_resources.py            # writes the table
     python tools/cuda_resources.py --check    # compares with it
@@ -37,11 +38,18 @@ REGISTER_SLACK = 8  # more than recorded: another release of the compiler, not a
 WIDE = re.compile(
     r"gating_topk_kernel|attention_(rows|columns)_kernel|key_diversity_(sum|cosine)_kernel"
     r"|lag\w*_kernel|select_kept_(histogram|count|write)_kernel|kv_compact_kernel<uint4>"
-    r"|ragged_attention_kernel|expected_attention_kernel|token_(norms|distances)_kernel"
+    r"|ragged_attention_kernel|expected_attention_kernel|token_(norms|directions|distances)_kernel"
 )
+# Kernels that read rows of keys, values or tokens into registers, and must not wait for each load.
+STREAMING = re.compile(
+    r"key_diversity_(sum|cosine)_kernel|lag_kernel|ragged_attention_kernel"
+    r"|expected_attention_kernel|token_(norms|directions|distances)_kernel"
+)
+LEAST_IN_FLIGHT = 4
 TENSOR_CORES = re.compile(
     r"(attention_(rows|columns)|expected_attention)_kernel<__(half|nv_bfloat16)"
 )
+INSTRUCTION = re.compile(r"\s*/\*(\w+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);")
 
 
 @dataclasses.dataclass
@@ -52,10 +60,31 @@ class Kernel:
     stack: int = 0
     shared: int = 0
     wide_loads: int = 0
+    in_flight: int = 0
     wide_stores: int = 0
     tensor_core: int = 0
     generic: int = 0
     local: int = 0
+
+
+class Flight:
+    """Loads of 16 bytes to registers that have begun and whose result nothing has asked for.
+
+    Instructions count in the order in which they lie. An instruction that names a register of a
+    load waits for that load.
+    """
+
+    def __init__(self) -> None:
+        self.pending: dict[int, int] = {}  # register -> address of the load
+
+    def meet(self, instruction: str, operands: str, address: int) -> int:
+        """Note an instruction, and return how many loads are in flight after it."""
+        registers = [int(x) for x in re.findall(r"\bR(\d+)\b", operands)]
+        waited = {self.pending[x] for x in registers if x in self.pending}
+        self.pending = {x: load for x, load in self.pending.items() if load not in waited}
+        if re.match(r"LDG\b.*\.128\b", instruction) and registers:
+            self.pending |= {registers[0] + i: address for i in range(4)}
+        return len(set(self.pending.values()))
 
 
 Kernels = dict[str, dict[str, Kernel]]  # by name, then architecture
@@ -107,6 +136,7 @@ def collect(library: Path) -> Kernels:
     """Read all kernels of the library."""
     found: dict[tuple[str, str], Kernel] = defaultdict(Kernel)
     architecture = name = ""
+    flight = Flight()
     for line in dump(library, "-res-usage").splitlines():
         if match := re.match(r"arch = sm_(\w+)", line):
             architecture = match[1]
@@ -121,8 +151,11 @@ def collect(library: Path) -> Kernels:
             architecture = match[1]
         elif match := re.match(r"\s*Function : (\S+)", line):
             name = match[1]
-        elif match := re.match(r"\s*/\*\w+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line):
-            kernel, instruction = found[name, architecture], match[1]
+            flight = Flight()
+        elif match := INSTRUCTION.match(line):
+            kernel, instruction = found[name, architecture], match[2]
+            now = flight.meet(instruction, match[3], int(match[1], 16))
+            kernel.in_flight = max(kernel.in_flight, now)
             wide = bool(re.search(r"\.(128|256)\b", instruction))
             base = instruction.split(".")[0]
             kernel.wide_loads += wide and base in ("LDG", "LDGSTS")
@@ -162,11 +195,16 @@ def problems(kernels: Kernels, ptx: set[str]) -> list[str]:
                 )
             if WIDE.match(name) and not kernel.wide_loads:
                 wrong.append(f"{where}: expected loads of 16 bytes, got none")
+            if STREAMING.match(name) and kernel.in_flight < LEAST_IN_FLIGHT:
+                wrong.append(
+                    f"{where}: expected {LEAST_IN_FLIGHT} loads of 16 bytes in flight, "
+                    f"got {kernel.in_flight}"
+                )
             if name == "kv_compact_kernel<uint4>" and not kernel.wide_stores:
                 wrong.append(f"{where}: expected stores of 16 bytes, got none")
             if TENSOR_CORES.match(name) and not kernel.tensor_core:
                 wrong.append(f"{where}: expected tensor core instructions, got none")
-    for pattern in (WIDE, TENSOR_CORES):
+    for pattern in (WIDE, STREAMING, TENSOR_CORES):
         if not any(pattern.match(name) for name in kernels):
             wrong.append(f"no kernel matches {pattern.pattern}")
     return wrong
@@ -182,6 +220,8 @@ machine code holds:
 - shared: bytes of static shared memory of a block, beside what a launch asks for;
 - loads, stores: instructions on sm_90 that move 16 bytes from global memory (to registers or to
   shared memory) and to it;
+- in flight: the most loads of 16 bytes, on sm_90, that begin before the result of one is asked for;
+  one alone leaves a thread to wait for each;
 - HMMA: tensor core instructions on sm_90.
 
 No kernel uses local memory on any architecture (no stack, no spilled register), and none leaves it
@@ -198,6 +238,7 @@ def resources(versions: dict[str, Kernel]) -> Resources:
     h = versions["90"]
     counts = {
         "loads of 16 bytes": h.wide_loads,
+        "loads in flight": h.in_flight,
         "stores of 16 bytes": h.wide_stores,
         "tensor core instructions": h.tensor_core,
     }
@@ -208,8 +249,16 @@ def resources(versions: dict[str, Kernel]) -> Resources:
 def table(kernels: Kernels) -> str:
     """Return the page."""
     rows = [
-        ["kernel", *(f"sm_{a}" for a in ARCHITECTURES), "shared", "loads", "stores", "HMMA"],
-        ["---", *["---:"] * (len(ARCHITECTURES) + 4)],
+        [
+            "kernel",
+            *(f"sm_{a}" for a in ARCHITECTURES),
+            "shared",
+            "loads",
+            "in flight",
+            "stores",
+            "HMMA",
+        ],
+        ["---", *["---:"] * (len(ARCHITECTURES) + 5)],
     ]
     for name, versions in kernels.items():
         registers, shared, counts = resources(versions)

@@ -188,12 +188,21 @@ template <typename T>
 constexpr int kPackSize = 16 / sizeof(T);
 
 template <typename T>
-__device__ __forceinline__ void load_pack(const T* source, float (&pack)[kPackSize<T>]) {
-  const uint4 bits = *reinterpret_cast<const uint4*>(source);
+__device__ __forceinline__ uint4 load_bits(const T* source) {
+  return *reinterpret_cast<const uint4*>(source);
+}
+
+template <typename T>
+__device__ __forceinline__ void unpack(const uint4& bits, float (&pack)[kPackSize<T>]) {
   T elements[kPackSize<T>];
   memcpy(elements, &bits, sizeof bits);
 #pragma unroll
   for (int i = 0; i < kPackSize<T>; ++i) pack[i] = to_float(elements[i]);
+}
+
+template <typename T>
+__device__ __forceinline__ void load_pack(const T* source, float (&pack)[kPackSize<T>]) {
+  unpack<T>(load_bits(source), pack);
 }
 
 template <typename T>

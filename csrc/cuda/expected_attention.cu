@@ -27,11 +27,12 @@ static_assert(kPlaces % 8 == 0 && 16 + kReach <= 8 * kBandTiles);
 
 struct Arguments {
   ExpectedAttentionParams params;
-  bool vectorized_queries, vectorized_keys;  // may be read 16 bytes at a time
+  bool vectorized;  // queries and keys may be read 16 bytes at a time
 };
 
-// Rows of the queries of a head, or of its keys, counted from the first real one; null where there
-// is none.
+// Rows of the queries of a head, or of its keys, counted from the first real one. Positions that
+// are not there get the first or last row: what comes of them is left out later, and no load has to
+// ask.
 template <typename T>
 struct RealRows {
   const T* base;
@@ -39,7 +40,7 @@ struct RealRows {
   int length;
 
   __device__ __forceinline__ const T* operator()(int position) const {
-    return position >= 0 && position < length ? base + position * stride : nullptr;
+    return base + min(max(position, 0), length - 1) * stride;
   }
 };
 
@@ -53,64 +54,55 @@ __device__ __forceinline__ void multiply(const Arguments& arguments, const RealR
   const int g = static_cast<int>(threadIdx.x) % kWarpSize / 4;
   const int t = static_cast<int>(threadIdx.x) % 4;
   const int stride = tile_stride<T>(dim);
-  const T* const rows[2] = {queries(first + g), queries(first + g + 8)};
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) product[j][i] = 0.0f;
   }
   if constexpr (sizeof(T) == 2) {
-    const T* near[kBandTiles];
-#pragma unroll
-    for (int j = 0; j < kBandTiles; ++j) near[j] = keys(first + 8 * j + g);
+    const T* const rows[2 + kBandTiles] = {queries(first + g), queries(first + g + 8),
+                                           keys(first + g), keys(first + g + 8),
+                                           keys(first + g + 16)};
     for (int channel = 8 * t; channel < ceil_div(dim, 32) * 32; channel += 32) {
-      uint4 a[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        a[i] = load_16_bytes(rows[i], channel, dim, arguments.vectorized_queries);
-      }
+      uint4 x[2 + kBandTiles];
+      load_16_bytes(rows, channel, dim, arguments.vectorized, x);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
-        uint4 b;
-        if (j < kSampleTiles) {
-          b = *reinterpret_cast<const uint4*>(sample + (8 * j + g) * stride + channel * 2);
-        } else {
-          b = load_16_bytes(near[j - kSampleTiles], channel, dim, arguments.vectorized_keys);
-        }
-        mma_m16n8k16<T>(product[j], {a[0].x, a[1].x, a[0].y, a[1].y}, {b.x, b.y});
-        mma_m16n8k16<T>(product[j], {a[0].z, a[1].z, a[0].w, a[1].w}, {b.z, b.w});
+        const uint4 b =
+            j < kSampleTiles
+                ? *reinterpret_cast<const uint4*>(sample + (8 * j + g) * stride + channel * 2)
+                : x[2 + max(j - kSampleTiles, 0)];
+        mma_m16n8k16<T>(product[j], {x[0].x, x[1].x, x[0].y, x[1].y}, {b.x, b.y});
+        mma_m16n8k16<T>(product[j], {x[0].z, x[1].z, x[0].w, x[1].w}, {b.z, b.w});
       }
     }
   } else {
-    const auto load = [&](const T* row, int channel, bool vectorized) {
-      const uint4 bits = load_16_bytes(row, channel, dim, vectorized);
-      float4 x;
-      memcpy(&x, &bits, sizeof x);
-      return x;
-    };
-    const auto add_dot = [](float& sum, float4 a, float4 b) {
-      sum = fmaf(a.x, b.x, sum);
-      sum = fmaf(a.y, b.y, sum);
-      sum = fmaf(a.z, b.z, sum);
-      sum = fmaf(a.w, b.w, sum);
+    const T* rows[2 + 2 * kBandTiles] = {queries(first + g), queries(first + g + 8)};
+#pragma unroll
+    for (int j = 0; j < kBandTiles; ++j) {
+      rows[2 + 2 * j] = keys(first + 8 * j + 2 * t);
+      rows[3 + 2 * j] = keys(first + 8 * j + 2 * t + 1);
+    }
+    const auto dot = [](float& sum, const uint4& a, const uint4& b) {
+      float x[4], y[4];
+      unpack<float>(a, x);
+      unpack<float>(b, y);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum = fmaf(x[i], y[i], sum);
     };
     for (int channel = 0; channel < dim; channel += 4) {
-      const float4 a0 = load(rows[0], channel, arguments.vectorized_queries);
-      const float4 a1 = load(rows[1], channel, arguments.vectorized_queries);
+      uint4 x[2 + 2 * kBandTiles];
+      load_16_bytes(rows, channel, dim, arguments.vectorized, x);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          float4 b;
-          if (j < kSampleTiles) {
-            b = *reinterpret_cast<const float4*>(sample + (8 * j + 2 * t + i) * stride +
-                                                 channel * 4);
-          } else {
-            b = load(keys(first + 8 * (j - kSampleTiles) + 2 * t + i), channel,
-                     arguments.vectorized_keys);
-          }
-          add_dot(product[j][i], a0, b);
-          add_dot(product[j][2 + i], a1, b);
+          const uint4 b = j < kSampleTiles
+                              ? *reinterpret_cast<const uint4*>(
+                                    sample + (8 * j + 2 * t + i) * stride + channel * 4)
+                              : x[2 + max(2 * (j - kSampleTiles), 0) + i];
+          dot(product[j][i], x[0], b);
+          dot(product[j][2 + i], x[1], b);
         }
       }
     }
@@ -153,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, 2) expected_attention_kernel(Argumen
   for (int i = thread; i < kPlaces * pieces; i += kThreads) {
     const T* key = keys(static_cast<int>(sample_place(i / pieces, length)));
     *reinterpret_cast<uint4*>(sample + i * 16) =
-        load_16_bytes(key, i % pieces * kPackSize<T>, dim, arguments.vectorized_keys);
+        load_16_bytes(key, i % pieces * kPackSize<T>, dim, arguments.vectorized);
   }
   for (int i = thread; i < kPlaces; i += kThreads) weights[i] = sample_weight(i, length);
   for (int i = thread; i < (kReach + 1) * kQueries; i += kThreads) squares[i] = 0.0f;
@@ -240,9 +232,8 @@ void expected_attention(const ExpectedAttentionParams& params, Stream stream) {
   check_device("expected_attention");
   const Arguments arguments{
       .params = params,
-      .vectorized_queries =
-          is_vectorized(params.queries, params.query_stride, params.head_dim, params.dtype),
-      .vectorized_keys =
+      .vectorized =
+          is_vectorized(params.queries, params.query_stride, params.head_dim, params.dtype) &&
           is_vectorized(params.keys, params.key_stride, params.head_dim, params.dtype),
   };
   switch (params.dtype) {

@@ -61,25 +61,50 @@ inline Rows rows_of(const void* data, const int64_t (&stride)[3], int64_t dim, D
           .vectorized = is_vectorized(data, stride, dim, dtype)};
 }
 
-// The lane's channels of a position, zeros beyond the last.
-template <typename T>
-__device__ __forceinline__ void load_channels(const T* row, int first_channel, const Rows& rows,
-                                              float (&x)[kChannelsPerLane]) {
+// The lane's channels of `kCount` positions from `first` < end on, `step` apart; zeros for
+// positions from `end` on, and beyond the last channel. Nothing branches between the loads of 16
+// bytes, or the compiler would wait for each: positions and channels that are not there read others
+// instead.
+template <int kCount, typename T>
+__device__ __forceinline__ void load_positions(const T* base, const Rows& rows, int first, int step,
+                                               int end, int first_channel,
+                                               float (&x)[kCount][kChannelsPerLane]) {
+  constexpr int kPacks = kChannelsPerLane / kPackSize<T>;
   static_assert(kChannelsPerLane % kPackSize<T> == 0);
+  if (rows.vectorized) {
+    uint4 bits[kCount][kPacks];
 #pragma unroll
-  for (int i = 0; i < kChannelsPerLane; i += kPackSize<T>) {
-    const int channel = first_channel + i;
-    float pack[kPackSize<T>] = {};
-    if (rows.vectorized) {
-      if (channel < rows.dim) load_pack(row + channel, pack);
-    } else {
+    for (int i = 0; i < kCount; ++i) {
+      const T* row = base + min(first + i * step, end - 1) * rows.stride[2];
 #pragma unroll
-      for (int j = 0; j < kPackSize<T>; ++j) {
-        if (channel + j < rows.dim) pack[j] = to_float(row[channel + j]);
+      for (int j = 0; j < kPacks; ++j) {
+        const int channel = first_channel + j * kPackSize<T>;
+        bits[i][j] = load_bits(row + min(channel, rows.dim - kPackSize<T>));
       }
     }
 #pragma unroll
-    for (int j = 0; j < kPackSize<T>; ++j) x[i + j] = pack[j];
+    for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+      for (int j = 0; j < kPacks; ++j) {
+        float pack[kPackSize<T>];
+        unpack<T>(bits[i][j], pack);
+        const bool present = first + i * step < end && first_channel + j * kPackSize<T> < rows.dim;
+#pragma unroll
+        for (int k = 0; k < kPackSize<T>; ++k) {
+          x[i][j * kPackSize<T> + k] = present ? pack[k] : 0.0f;
+        }
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const T* row = base + (first + i * step) * rows.stride[2];
+#pragma unroll
+      for (int j = 0; j < kChannelsPerLane; ++j) {
+        const bool present = first + i * step < end && first_channel + j < rows.dim;
+        x[i][j] = present ? to_float(row[first_channel + j]) : 0.0f;
+      }
+    }
   }
 }
 

@@ -47,12 +47,8 @@ struct Run {
                     index / arguments.params.num_kv_heads * keys.stride[0] +
                     index % arguments.params.num_kv_heads * keys.stride[1];
     for (int first = max(begin, first_real); first < end; first += kBatch * num_slots) {
-      float x[kBatch][kChannelsPerLane] = {};
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int key = first + i * num_slots + slot;
-        if (key < end) load_channels(base + key * keys.stride[2], first_channel, keys, x[i]);
-      }
+      float x[kBatch][kChannelsPerLane];
+      load_positions(base, keys, first + slot, num_slots, end, first_channel, x);
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         float square = 0.0f;
@@ -126,7 +122,7 @@ __global__ void __launch_bounds__(kMeanThreads) key_diversity_mean_kernel(Argume
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) key_diversity_cosine_kernel(Arguments arguments) {
+__global__ void __launch_bounds__(kThreads, 3) key_diversity_cosine_kernel(Arguments arguments) {
   const Run run(arguments);
   float* scores = arguments.cosines.scores + run.index * arguments.params.num_keys;
   for (int key = run.begin + static_cast<int>(threadIdx.x); key < min(run.end, run.first_real);

@@ -32,14 +32,8 @@ __device__ __forceinline__ void for_each_position(const T* base, const Rows& row
   const int num_slots = kThreads / rows.lanes;
   const int first_channel = static_cast<int>(threadIdx.x) % rows.lanes * kChannelsPerLane;
   for (int first = begin; first < end; first += kBatch * num_slots) {
-    float x[kBatch][kChannelsPerLane] = {};
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int position = first + i * num_slots + slot;
-      if (position < end) {
-        load_channels(base + position * rows.stride[2], first_channel, rows, x[i]);
-      }
-    }
+    float x[kBatch][kChannelsPerLane];
+    load_positions(base, rows, first + slot, num_slots, end, first_channel, x);
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) use(first + i * num_slots + slot, x[i]);
   }
@@ -154,13 +148,17 @@ __global__ void __launch_bounds__(kThreads, 2) lag_kernel(Arguments arguments) {
   const int reference_begin = has_next ? end : max(num_keys - lag, first_real);
   const int reference_end = has_next ? end + lag : num_keys;
 
-  const auto base = [&](const Rows& rows) {
-    return static_cast<const T*>(rows.data) + batch * rows.stride[0] + head * rows.stride[1];
-  };
-  const float2 key_softmax = write_spread(base(arguments.keys), arguments.keys, begin, end,
-                                          reference_begin, reference_end, scores);
-  const float2 value_softmax = write_spread(base(arguments.values), arguments.values, begin, end,
-                                            reference_begin, reference_end, value_spread);
+  float2 key_softmax = make_float2(0.0f, 1.0f), value_softmax = key_softmax;
+  // Two copies of the loops would leave no registers for loads in flight.
+#pragma unroll 1
+  for (int i = 0; i < 2; ++i) {
+    const Rows& rows = i == 0 ? arguments.keys : arguments.values;
+    const T* base =
+        static_cast<const T*>(rows.data) + batch * rows.stride[0] + head * rows.stride[1];
+    value_softmax = write_spread(base, rows, begin, end, reference_begin, reference_end,
+                                 i == 0 ? scores : value_spread);
+    if (i == 0) key_softmax = value_softmax;
+  }
   const float half_size = 0.5f * static_cast<float>(end - begin);
   for (int position = begin + static_cast<int>(threadIdx.x); position < end; position += kThreads) {
     const float key_share = expf(scores[position] - key_softmax.x) / key_softmax.y;

@@ -1,12 +1,13 @@
 // Projections of the hidden states, and how much each token stands out: its cosine distance from
 // the mean direction of its row's tokens, standardised over the row. Three reads of the hidden
 // states: projections and norms, the sum of directions, and the cosines. Whole tokens are the work
-// of a warp; in the sum, a thread has a channel.
+// of a warp; in the sum, a thread has 16 bytes of channels.
 #include <algorithm>
 
 #include "../backend.h"
 #include "block.h"
 #include "device.h"
+#include "rows.h"
 
 namespace moekv::cuda {
 namespace {
@@ -14,6 +15,9 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kRowThreads = 1024;
+constexpr int kBatch = 4;        // loads of a thread from a token before it uses them
+constexpr int kTokens = 8;       // from as many tokens
+constexpr int kProjections = 4;  // for which a token is read once
 constexpr int64_t kMinTokensPerRun = 64;
 constexpr int64_t kMaxRuns = 256;  // of a row
 constexpr int64_t kMaxGridY = 65535;
@@ -26,7 +30,7 @@ struct Arguments {
   float* partial;  // [B, runs, C]: sums of directions
   float* mean;     // [B, C]: their direction
   int64_t runs, tokens_per_run;
-  bool vectorized;  // tokens may be read 16 bytes at a time
+  bool vectorized;  // all rows may be read 16 bytes at a time
 };
 
 __device__ __forceinline__ bool is_real(const ProjectTokensParams& params, int64_t token) {
@@ -40,23 +44,50 @@ __device__ __forceinline__ const T* row_of(const ProjectTokensParams& params, in
          token % params.num_tokens * params.stride[1];
 }
 
-// Calls use(channel, value) for the lane's channels of a token.
-template <typename T, typename Use>
-__device__ __forceinline__ void for_each_channel(const Arguments& arguments, const T* row, int lane,
-                                                 const Use& use) {
-  const int64_t channels = arguments.params.num_channels;
-  if (arguments.vectorized) {
-#pragma unroll 4
-    for (int64_t c = lane * kPackSize<T>; c < channels; c += kWarpSize * kPackSize<T>) {
-      float pack[kPackSize<T>];
-      load_pack(row + c, pack);
+// `kCount` packs of a thread, from `first` on, `step` apart, zeros beyond the last channel; of fp32
+// numbers as many as T has in 16 bytes. Nothing branches between the loads, or the compiler would
+// wait for each: channels that are not there read others instead.
+template <typename T, int kCount>
+struct Packs {
+  static constexpr int kPack = kPackSize<T>;
+  float x[kCount][kPack];
+
+  template <typename U>
+  __device__ __forceinline__ void load(const U* row, int64_t first, int64_t step, int64_t channels,
+                                       bool vectorized) {
+    if (vectorized) {
+      constexpr int kWords = kPack / kPackSize<U>;
+      uint4 bits[kCount][kWords];
 #pragma unroll
-      for (int i = 0; i < kPackSize<T>; ++i) use(c + i, pack[i]);
+      for (int i = 0; i < kCount; ++i) {
+        const U* source = row + min(first + i * step, channels - kPack);
+#pragma unroll
+        for (int j = 0; j < kWords; ++j) bits[i][j] = load_bits(source + j * kPackSize<U>);
+      }
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+        for (int j = 0; j < kWords; ++j) {
+          float word[kPackSize<U>];
+          unpack<U>(bits[i][j], word);
+#pragma unroll
+          for (int k = 0; k < kPackSize<U>; ++k) {
+            x[i][j * kPackSize<U> + k] = first + i * step < channels ? word[k] : 0.0f;
+          }
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+        for (int j = 0; j < kPack; ++j) {
+          const int64_t channel = first + i * step + j;
+          x[i][j] = channel < channels ? to_float(row[channel]) : 0.0f;
+        }
+      }
     }
-  } else {
-    for (int64_t c = lane; c < channels; c += kWarpSize) use(c, to_float(row[c]));
   }
-}
+};
 
 __device__ __forceinline__ float warp_sum(float value) {
   for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
@@ -67,54 +98,97 @@ __device__ __forceinline__ float warp_sum(float value) {
 
 // Projections, few beside the channels, and inverse norms; 0 at padding.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) token_norms_kernel(Arguments arguments) {
+__global__ void __launch_bounds__(kThreads, 2) token_norms_kernel(Arguments arguments) {
   const ProjectTokensParams& params = arguments.params;
+  constexpr int64_t kStep = kWarpSize * kPackSize<T>;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int64_t token =
       static_cast<int64_t>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarpSize;
   if (token >= params.batch * params.num_tokens) return;
+  const bool real = is_real(params, token);
+  const int64_t channels = real ? params.num_channels : 0;
+  const T* row = row_of<T>(params, token);
   float square = 0.0f;
-  if (is_real(params, token)) {
-    for_each_channel(arguments, row_of<T>(params, token), lane,
-                     [&](int64_t, float x) { square = fmaf(x, x, square); });
-  }
-  square = warp_sum(square);
-  for (int64_t i = 0; i < params.num_projections; ++i) {
-    const T* weight = static_cast<const T*>(params.weight) + i * params.weight_stride;
-    float product = 0.0f;
-    if (is_real(params, token)) {
-      for_each_channel(arguments, row_of<T>(params, token), lane, [&](int64_t c, float x) {
-        product = fmaf(x, to_float(weight[c]), product);
-      });
+  for (int64_t projection = 0; projection == 0 || projection < params.num_projections;
+       projection += kProjections) {
+    square = 0.0f;
+    float product[kProjections] = {};
+    for (int64_t begin = 0; begin < channels; begin += kBatch * kStep) {
+      const int64_t first = begin + lane * kPackSize<T>;
+      Packs<T, kBatch> tokens;
+      tokens.load(row, first, kStep, channels, arguments.vectorized);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        for (float x : tokens.x[i]) square = fmaf(x, x, square);
+      }
+#pragma unroll
+      for (int p = 0; p < kProjections; ++p) {
+        if (projection + p >= params.num_projections) break;
+        Packs<T, kBatch> weights;
+        weights.load(static_cast<const T*>(params.weight) + (projection + p) * params.weight_stride,
+                     first, kStep, channels, arguments.vectorized);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+#pragma unroll
+          for (int j = 0; j < kPackSize<T>; ++j) {
+            product[p] = fmaf(tokens.x[i][j], weights.x[i][j], product[p]);
+          }
+        }
+      }
     }
-    product = warp_sum(product);
-    if (lane == 0) params.projected[token * params.num_projections + i] = product;
+#pragma unroll
+    for (int p = 0; p < kProjections; ++p) {
+      const float sum = warp_sum(product[p]);
+      if (lane == 0 && projection + p < params.num_projections) {
+        params.projected[token * params.num_projections + projection + p] = sum;
+      }
+    }
   }
+  const float norm = sqrtf(warp_sum(square));
   if (lane == 0) {
-    const float norm = sqrtf(square);
-    params.standout[token] =
-        is_real(params, token) ? 1.0f / (norm < kLeastNorm ? kLeastNorm : norm) : 0.0f;
+    params.standout[token] = real ? 1.0f / (norm < kLeastNorm ? kLeastNorm : norm) : 0.0f;
   }
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 4) token_directions_kernel(Arguments arguments) {
+__global__ void __launch_bounds__(kThreads, 2) token_directions_kernel(Arguments arguments) {
   const ProjectTokensParams& params = arguments.params;
-  const int64_t channel = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int channel = static_cast<int>(blockIdx.x * kThreads + threadIdx.x) * kPackSize<T>;
   if (channel >= params.num_channels) return;
   for (int64_t i = blockIdx.y; i < params.batch * arguments.runs; i += gridDim.y) {
     const int64_t first = i / arguments.runs * params.num_tokens;  // of the row
     const int64_t begin = i % arguments.runs * arguments.tokens_per_run;
     const int64_t end = min(begin + arguments.tokens_per_run, params.num_tokens);
-    const T* x = row_of<T>(params, first) + channel;
-    float sum = 0.0f;
-#pragma unroll 8
-    for (int64_t token = begin; token < end; ++token) {
-      const float inverse_norm = params.standout[first + token];
-      if (inverse_norm == 0.0f) continue;  // padding is not read
-      sum = fmaf(to_float(__ldg(x + token * params.stride[1])), inverse_norm, sum);
+    const T* row = row_of<T>(params, first);
+    float sum[kPackSize<T>] = {};
+    for (int64_t token = begin; token < end; token += kTokens) {
+      const T* rows[kTokens];
+      float inverse_norm[kTokens];
+      uint4 bits[kTokens];
+#pragma unroll
+      for (int j = 0; j < kTokens; ++j) {
+        const int64_t place = min(token + j, end - 1);
+        inverse_norm[j] = token + j < end ? params.standout[first + place] : 0.0f;
+        rows[j] = row + place * params.stride[1];
+      }
+      load_16_bytes(rows, channel, static_cast<int>(params.num_channels), arguments.vectorized,
+                    bits);
+#pragma unroll
+      for (int j = 0; j < kTokens; ++j) {
+        float x[kPackSize<T>];
+        unpack<T>(bits[j], x);
+#pragma unroll
+        for (int k = 0; k < kPackSize<T>; ++k) {
+          // Whatever padding holds, it adds nothing.
+          sum[k] = inverse_norm[j] == 0.0f ? sum[k] : fmaf(x[k], inverse_norm[j], sum[k]);
+        }
+      }
     }
-    arguments.partial[i * params.num_channels + channel] = sum;
+    float* partial = arguments.partial + i * params.num_channels;
+#pragma unroll
+    for (int k = 0; k < kPackSize<T>; ++k) {
+      if (channel + k < params.num_channels) partial[channel + k] = sum[k];
+    }
   }
 }
 
@@ -144,9 +218,21 @@ __global__ void __launch_bounds__(kThreads) token_distances_kernel(Arguments arg
       static_cast<int64_t>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarpSize;
   if (token >= params.batch * params.num_tokens || !is_real(params, token)) return;
   const float* mean = arguments.mean + token / params.num_tokens * params.num_channels;
+  constexpr int64_t kStep = kWarpSize * kPackSize<T>;
   float product = 0.0f;
-  for_each_channel(arguments, row_of<T>(params, token), lane,
-                   [&](int64_t c, float x) { product = fmaf(x, __ldg(mean + c), product); });
+  for (int64_t begin = 0; begin < params.num_channels; begin += kBatch * kStep) {
+    const int64_t first = begin + lane * kPackSize<T>;
+    Packs<T, kBatch> tokens, means;
+    tokens.load(row_of<T>(params, token), first, kStep, params.num_channels, arguments.vectorized);
+    means.load(mean, first, kStep, params.num_channels, arguments.vectorized);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+#pragma unroll
+      for (int j = 0; j < kPackSize<T>; ++j) {
+        product = fmaf(tokens.x[i][j], means.x[i][j], product);
+      }
+    }
+  }
   product = warp_sum(product);
   if (lane == 0) params.standout[token] = 1.0f - product * params.standout[token];
 }
@@ -180,8 +266,10 @@ Arguments plan(const ProjectTokensParams& params) {
   const int64_t tokens_per_run = std::max(kMinTokensPerRun, ceil_div(params.num_tokens, kMaxRuns));
   const int64_t runs = ceil_div(params.num_tokens, tokens_per_run);
   const int64_t element = params.dtype == DType::kFloat ? 4 : 2;
-  const auto bits = static_cast<int64_t>(reinterpret_cast<uintptr_t>(params.hidden_states)) |
-                    (params.stride[0] | params.stride[1] | params.num_channels) * element;
+  const auto bits =
+      static_cast<int64_t>(reinterpret_cast<uintptr_t>(params.hidden_states)) |
+      static_cast<int64_t>(reinterpret_cast<uintptr_t>(params.weight)) |
+      (params.stride[0] | params.stride[1] | params.weight_stride | params.num_channels) * element;
   auto* const partial = static_cast<float*>(params.workspace);
   return {.params = params,
           .partial = partial,
@@ -197,8 +285,9 @@ void run(const Arguments& arguments, Stream stream) {
   const auto rows = static_cast<unsigned>(params.batch);
   const auto tokens =
       static_cast<unsigned>(ceil_div<int64_t>(params.batch * params.num_tokens, kWarps));
-  const dim3 sums(static_cast<unsigned>(ceil_div<int64_t>(params.num_channels, kThreads)),
-                  static_cast<unsigned>(std::min(params.batch * arguments.runs, kMaxGridY)));
+  const dim3 sums(
+      static_cast<unsigned>(ceil_div<int64_t>(params.num_channels, kThreads * kPackSize<T>)),
+      static_cast<unsigned>(std::min(params.batch * arguments.runs, kMaxGridY)));
   MOEKV_LAUNCH(token_norms_kernel<T>, tokens, kThreads, 0, stream, arguments);
   if (params.num_channels > 0) {
     MOEKV_LAUNCH(token_directions_kernel<T>, sums, kThreads, 0, stream, arguments);

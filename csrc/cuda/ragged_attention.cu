@@ -4,12 +4,14 @@
 // size for all heads, so that long heads get more blocks; the cut depends on lengths that only the
 // device knows, so every block works it out, and blocks too many leave. Within a block each warp,
 // or part of one, walks its own rows with its own running softmax: eight channels per lane, for
-// both keys and values, and up to eight queries, so that a head's group reads each row once. States
-// meet in a fixed order, in the block and then over the chunks of a head.
+// both keys and values, and up to eight queries, so that a head's group reads each row once. The
+// products of a batch of rows are summed over the lanes so that each lane ends with a few of them:
+// it alone takes their exponentials, and hands the weights round. States meet in a fixed order, in
+// the block and then over the chunks of a head.
 //
-// A row of 512 bytes meets a handful of queries: this is bound by memory, and fp32 FMAs keep up.
+// A row of 512 bytes meets a handful of queries: this is to be bound by memory, so what counts is
+// how few instructions a row takes.
 #include <algorithm>
-#include <bit>
 #include <stdexcept>
 #include <string>
 
@@ -17,6 +19,7 @@
 #include "block.h"
 #include "device.h"
 #include "logit.h"
+#include "rows.h"
 
 namespace moekv::cuda {
 namespace {
@@ -25,6 +28,7 @@ constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kChannels = 8;  // of a lane
 constexpr int64_t kMaxDim = 256;
+constexpr int kLeastLanes = 8;
 constexpr int64_t kTargetBlocks = 512;  // a few per SM
 constexpr int kUnit = 64;               // rows; chunks are multiples of it
 
@@ -33,8 +37,7 @@ struct Arguments {
   float* states;                  // [max_chunks, rows, value_dim + 2]: sums, maximum, total
   int rows;                       // queries of a KV head: G * Q
   int target_chunks, max_chunks;  // of all heads
-  int lanes;                      // of a key and its value, a power of two
-  bool vectorized_keys, vectorized_values, vectorized_query;  // may be read 16 bytes at a time
+  bool vectorized;                // keys, values and queries may be read 16 bytes at a time
 };
 
 // The rows of a head: those stored, then the tail.
@@ -111,36 +114,56 @@ struct RawChannels {
   static constexpr int kWords = kChannels / kPackSize<T>;
   uint4 words[kWords];
 
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) words[i] = make_uint4(0, 0, 0, 0);
-  }
-  // Zeros beyond the last channel.
+  // Channels beyond the last read others instead: no load depends on a condition, for which the
+  // compiler would wait.
   __device__ __forceinline__ void load(const T* row, int first, int dim, bool vectorized) {
-    clear();
     if (vectorized) {
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
-        const int channel = first + i * kPackSize<T>;
-        if (channel < dim) words[i] = *reinterpret_cast<const uint4*>(row + channel);
+        words[i] = load_bits(row + min(first + i * kPackSize<T>, dim - kPackSize<T>));
       }
     } else {
-      T elements[kChannels];
-      memcpy(elements, words, sizeof words);
 #pragma unroll
-      for (int i = 0; i < kChannels; ++i) {
-        if (first + i < dim) elements[i] = row[first + i];
+      for (int i = 0; i < kWords; ++i) {
+        words[i] = load_16_bytes(row, first + i * kPackSize<T>, dim, false);
       }
-      memcpy(words, elements, sizeof words);
     }
   }
-  __device__ __forceinline__ void unpack(float (&x)[kChannels]) const {
-    T elements[kChannels];
-    memcpy(elements, words, sizeof words);
+  // Zeros beyond the last channel.
+  __device__ __forceinline__ void unpack(int first, int dim, float (&x)[kChannels]) const {
 #pragma unroll
-    for (int i = 0; i < kChannels; ++i) x[i] = to_float(elements[i]);
+    for (int i = 0; i < kWords; ++i) {
+      const bool present = first + i * kPackSize<T> < dim;
+      float pack[kPackSize<T>];
+      cuda::unpack<T>(present ? words[i] : make_uint4(0, 0, 0, 0), pack);
+#pragma unroll
+      for (int j = 0; j < kPackSize<T>; ++j) x[i * kPackSize<T> + j] = pack[j];
+    }
   }
 };
+
+// Sums of kCount values over groups of kLanes lanes, dealt out to them: the lane's own come first
+// in x, kCount / kLanes of them, or one that kLanes / kCount lanes have.
+template <int kLanes, int kCount>
+__device__ __forceinline__ void deal_sums(float (&x)[kCount], int lane) {
+  int count = kCount;
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    if (count == 1) {
+      x[0] += __shfl_xor_sync(kFullWarp, x[0], distance);
+      continue;
+    }
+    count /= 2;
+    const bool upper = (lane & distance) != 0;
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      if (i >= count) continue;
+      const float kept = upper ? x[i + count] : x[i];
+      const float given = upper ? x[i] : x[i + count];
+      x[i] = kept + __shfl_xor_sync(kFullWarp, given, distance);
+    }
+  }
+}
 
 // Attention so far: the largest logit before it is scaled, the sum of 2^(scale * (logit -
 // highest)), and the values so weighted.
@@ -157,11 +180,18 @@ struct State {
   }
 };
 
-template <typename T, int kQueries>
+template <typename T, int kQueries, int kLanes>
 __global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
     ragged_attention_kernel(Arguments arguments) {
   // Rows that a thread loads before it uses them: 64 bytes of keys, and of values.
   constexpr int kBatch = 4 / RawChannels<T>::kWords;
+  constexpr int kSlots = kThreads / kLanes;
+  // Logits of a batch: number q * kBatch + b is that of row b and query q.
+  constexpr int kLogits = kQueries * kBatch;
+  constexpr int kOwn = kLogits > kLanes ? kLogits / kLanes : 1;     // a lane's
+  constexpr int kCopies = kLanes > kLogits ? kLanes / kLogits : 1;  // lanes that have the same one
+  constexpr int kQueryLanes = kBatch / kOwn * kCopies;              // that have those of a query
+  static_assert(kOwn <= kBatch);
   const RaggedAttentionParams& params = arguments.params;
   const Cut cut(arguments);
   const unsigned tiles = ceil_div(static_cast<unsigned>(arguments.rows), unsigned{kQueries});
@@ -175,9 +205,9 @@ __global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
   const int end = min(begin + cut.rows_per_chunk, rows.length);
 
   const int thread = static_cast<int>(threadIdx.x);
-  const int slot = thread / arguments.lanes;
-  const int num_slots = kThreads / arguments.lanes;
-  const int first_channel = thread % arguments.lanes * kChannels;
+  const int slot = thread / kLanes;
+  const int lane = thread % kLanes;
+  const int first_channel = lane * kChannels;
   const int key_dim = static_cast<int>(params.key_dim);
   const int value_dim = static_cast<int>(params.value_dim);
   const int first_query = static_cast<int>(blockIdx.x % tiles) * kQueries;
@@ -185,101 +215,132 @@ __global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
   const Logit logit(params.scaling, params.softcap);
 
   float query[kQueries][kChannels];
-  State state[kQueries];
 #pragma unroll
   for (int q = 0; q < kQueries; ++q) {
-    state[q] = {.highest = -INFINITY, .total = 0.0f, .sums = {}};
+    const int row = min(first_query + q, arguments.rows - 1);  // what is not there sees no row
     RawChannels<T> raw;
-    raw.clear();
-    if (first_query + q < arguments.rows) {
-      const int64_t query_head = head * group + (first_query + q) / num_queries;
-      raw.load(static_cast<const T*>(params.query) + batch * params.query_stride[0] +
-                   query_head * params.query_stride[1] +
-                   (first_query + q) % num_queries * params.query_stride[2],
-               first_channel, key_dim, arguments.vectorized_query);
-    }
-    raw.unpack(query[q]);
+    raw.load(static_cast<const T*>(params.query) + batch * params.query_stride[0] +
+                 (head * group + row / num_queries) * params.query_stride[1] +
+                 row % num_queries * params.query_stride[2],
+             first_channel, key_dim, arguments.vectorized);
+    raw.unpack(first_channel, key_dim, query[q]);
   }
 
-  for (int base = begin; base < end; base += kBatch * num_slots) {
-    RawChannels<T> keys[kBatch], values[kBatch];
+  const T* const keys = static_cast<const T*>(params.keys) + rows.begin * params.key_stride;
+  const T* const values = static_cast<const T*>(params.values) + rows.begin * params.value_stride;
+  const T* const tail_keys = static_cast<const T*>(params.tail_keys) +
+                             batch * params.tail_key_stride[0] + head * params.tail_key_stride[1];
+  const T* const tail_values = static_cast<const T*>(params.tail_values) +
+                               batch * params.tail_value_stride[0] +
+                               head * params.tail_value_stride[1];
+
+  const int own = lane / kCopies * kOwn;  // the first logit that is the lane's
+  const int own_query = first_query + own / kBatch;
+  // Whether the lane's query sees a row of the tail.
+  const auto sees = [&](int tail) {
+    const int i = own_query % num_queries;
+    if (tail > static_cast<int>(params.num_tail) - num_queries + i) return false;
+    const int64_t query_head = head * group + own_query / num_queries;
+    return !params.mask ||
+           params.mask[batch * params.mask_stride[0] + query_head * params.mask_stride[1] +
+                       i * params.mask_stride[2] + tail * params.mask_stride[3]];
+  };
+
+  float highest = -INFINITY, total = 0.0f;  // of the lane's query; total of the lane's own logits
+  float sums[kQueries][kChannels] = {};
+  for (int base = begin; base < end; base += kBatch * kSlots) {
+    RawChannels<T> raw_keys[kBatch], raw_values[kBatch];
+    const auto load = [&](bool vectorized) {
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int row = base + b * num_slots + slot;
-      keys[b].clear();
-      values[b].clear();
-      if (row >= end) continue;
-      const T *key, *value;
-      if (row < rows.num_stored) {
-        key = static_cast<const T*>(params.keys) + (rows.begin + row) * params.key_stride;
-        value = static_cast<const T*>(params.values) + (rows.begin + row) * params.value_stride;
-      } else {
+      for (int b = 0; b < kBatch; ++b) {
+        const int row = min(base + b * kSlots + slot, end - 1);
         const int tail = row - rows.num_stored;
-        key = static_cast<const T*>(params.tail_keys) + batch * params.tail_key_stride[0] +
-              head * params.tail_key_stride[1] + tail * params.tail_key_stride[2];
-        value = static_cast<const T*>(params.tail_values) + batch * params.tail_value_stride[0] +
-                head * params.tail_value_stride[1] + tail * params.tail_value_stride[2];
+        const T* key = tail < 0 ? keys + row * params.key_stride
+                                : tail_keys + tail * params.tail_key_stride[2];
+        const T* value = tail < 0 ? values + row * params.value_stride
+                                  : tail_values + tail * params.tail_value_stride[2];
+        raw_keys[b].load(key, first_channel, key_dim, vectorized);
+        raw_values[b].load(value, first_channel, value_dim, vectorized);
       }
-      keys[b].load(key, first_channel, key_dim, arguments.vectorized_keys);
-      values[b].load(value, first_channel, value_dim, arguments.vectorized_values);
+    };
+    if (arguments.vectorized) {
+      load(true);
+    } else {
+      load(false);
     }
 
-    float weights[kBatch][kQueries];
+    float logits[kLogits];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      const int row = base + b * num_slots + slot;
-      const int tail = row - rows.num_stored;
       float key[kChannels];
-      keys[b].unpack(key);
+      raw_keys[b].unpack(first_channel, key_dim, key);
 #pragma unroll
       for (int q = 0; q < kQueries; ++q) {
         float product = 0.0f;
 #pragma unroll
         for (int i = 0; i < kChannels; ++i) product = fmaf(query[q][i], key[i], product);
-        for (int distance = arguments.lanes / 2; distance > 0; distance /= 2) {
-          product += __shfl_xor_sync(kFullWarp, product, distance);
-        }
-        bool visible = row < end && first_query + q < arguments.rows;
-        if (visible && tail >= 0) {
-          const int64_t query_head = head * group + (first_query + q) / num_queries;
-          const int i = (first_query + q) % num_queries;
-          visible = tail <= static_cast<int>(params.num_tail) - num_queries + i;
-          if (visible && params.mask) {
-            visible =
-                params.mask[batch * params.mask_stride[0] + query_head * params.mask_stride[1] +
-                            i * params.mask_stride[2] + tail * params.mask_stride[3]];
-          }
-        }
-        weights[b][q] = visible ? logit.unscaled(product) : -INFINITY;
+        logits[q * kBatch + b] = product;
+      }
+    }
+    deal_sums<kLanes>(logits, lane);
+
+    const float before = highest;
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      const int row = base + (own % kBatch + j) * kSlots + slot;
+      bool visible = row < end && own_query < arguments.rows;
+      if (visible && row >= rows.num_stored) visible = sees(row - rows.num_stored);
+      logits[j] = visible ? logit.unscaled(logits[j]) : -INFINITY;
+      highest = fmaxf(highest, logits[j]);
+    }
+#pragma unroll
+    for (int distance = kCopies; distance < kQueryLanes; distance *= 2) {
+      highest = fmaxf(highest, __shfl_xor_sync(kFullWarp, highest, distance));
+    }
+    if (__any_sync(kFullWarp, highest != before)) {
+      const float factor = logit.weight(before, highest);
+      total *= factor;
+#pragma unroll
+      for (int q = 0; q < kQueries; ++q) {
+        const float its_factor = __shfl_sync(kFullWarp, factor, q * kQueryLanes, kLanes);
+#pragma unroll
+        for (int i = 0; i < kChannels; ++i) sums[q][i] *= its_factor;
       }
     }
 #pragma unroll
-    for (int q = 0; q < kQueries; ++q) {
-      float highest = state[q].highest;
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) highest = fmaxf(highest, weights[b][q]);
-      state[q].rescale(highest, logit);
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        weights[b][q] = logit.weight(weights[b][q], highest);
-        state[q].total += weights[b][q];
-      }
+    for (int j = 0; j < kOwn; ++j) {
+      logits[j] = logit.weight(logits[j], highest);
+      total += logits[j];
     }
+
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       float value[kChannels];
-      values[b].unpack(value);
+      raw_values[b].unpack(first_channel, value_dim, value);
 #pragma unroll
       for (int q = 0; q < kQueries; ++q) {
+        const int number_of_logit = q * kBatch + b;
+        const float weight = __shfl_sync(kFullWarp, logits[number_of_logit % kOwn],
+                                         number_of_logit / kOwn * kCopies, kLanes);
+        // A weight of 0 hides the value, whatever it is.
+        if (weight != 0.0f) {
 #pragma unroll
-        for (int i = 0; i < kChannels; ++i) {
-          // A weight of 0 hides the value, whatever it is.
-          if (weights[b][q] != 0.0f) {
-            state[q].sums[i] = fmaf(weights[b][q], value[i], state[q].sums[i]);
-          }
+          for (int i = 0; i < kChannels; ++i) sums[q][i] = fmaf(weight, value[i], sums[q][i]);
         }
       }
     }
+  }
+#pragma unroll
+  for (int distance = kCopies; distance < kQueryLanes; distance *= 2) {
+    total += __shfl_xor_sync(kFullWarp, total, distance);
+  }
+  State state[kQueries];
+#pragma unroll
+  for (int q = 0; q < kQueries; ++q) {
+    state[q].highest = __shfl_sync(kFullWarp, highest, q * kQueryLanes, kLanes);
+    state[q].total = __shfl_sync(kFullWarp, total, q * kQueryLanes, kLanes);
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) state[q].sums[i] = sums[q][i];
   }
 
   // The slots of a warp, then the warps.
@@ -289,7 +350,7 @@ __global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
   const int warp = thread / kWarpSize;
 #pragma unroll
   for (int q = 0; q < kQueries; ++q) {
-    for (int distance = arguments.lanes; distance < kWarpSize; distance *= 2) {
+    for (int distance = kLanes; distance < kWarpSize; distance *= 2) {
       const float other = __shfl_xor_sync(kFullWarp, state[q].highest, distance);
       state[q].rescale(fmaxf(state[q].highest, other), logit);
       state[q].total += __shfl_xor_sync(kFullWarp, state[q].total, distance);
@@ -298,7 +359,7 @@ __global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
         state[q].sums[i] += __shfl_xor_sync(kFullWarp, state[q].sums[i], distance);
       }
     }
-    if (thread % kWarpSize < arguments.lanes) {
+    if (thread % kWarpSize < kLanes) {
       if (first_channel == 0) {
         warp_highest[warp * kQueries + q] = state[q].highest;
         warp_total[warp * kQueries + q] = state[q].total;
@@ -390,8 +451,6 @@ bool vectorized(const void* data, const int64_t* stride, int strides, int64_t di
 
 Arguments arguments_of(const RaggedAttentionParams& params) {
   const int64_t heads = params.batch * params.num_kv_heads;
-  const auto lanes = std::bit_ceil(static_cast<uint64_t>(
-      ceil_div<int64_t>(std::max(params.key_dim, params.value_dim), kChannels)));
   const auto aligned = [&](const void* data, const int64_t* stride, int strides, int64_t dim) {
     return vectorized(data, stride, strides, dim, params.dtype);
   };
@@ -404,29 +463,35 @@ Arguments arguments_of(const RaggedAttentionParams& params) {
       .rows = static_cast<int>(rows),
       .target_chunks = static_cast<int>(target_chunks),
       .max_chunks = static_cast<int>(target_chunks + heads),
-      .lanes = static_cast<int>(lanes),
-      .vectorized_keys = aligned(params.keys, &params.key_stride, 1, params.key_dim) &&
-                         aligned(params.tail_keys, params.tail_key_stride, 3, params.key_dim),
-      .vectorized_values =
-          aligned(params.values, &params.value_stride, 1, params.value_dim) &&
-          aligned(params.tail_values, params.tail_value_stride, 3, params.value_dim),
-      .vectorized_query = aligned(params.query, params.query_stride, 3, params.key_dim),
+      .vectorized = aligned(params.keys, &params.key_stride, 1, params.key_dim) &&
+                    aligned(params.tail_keys, params.tail_key_stride, 3, params.key_dim) &&
+                    aligned(params.values, &params.value_stride, 1, params.value_dim) &&
+                    aligned(params.tail_values, params.tail_value_stride, 3, params.value_dim) &&
+                    aligned(params.query, params.query_stride, 3, params.key_dim),
   };
 }
 
-template <typename T>
+template <typename T, int kLanes>
 void run(const Arguments& arguments, Stream stream) {
   const RaggedAttentionParams& params = arguments.params;
   const auto chunks = static_cast<unsigned>(arguments.max_chunks);
   const auto rows = static_cast<unsigned>(arguments.rows);
   if (rows <= 4) {
-    MOEKV_LAUNCH((ragged_attention_kernel<T, 4>), chunks, kThreads, 0, stream, arguments);
+    MOEKV_LAUNCH((ragged_attention_kernel<T, 4, kLanes>), chunks, kThreads, 0, stream, arguments);
   } else {
-    MOEKV_LAUNCH((ragged_attention_kernel<T, 8>), chunks * ceil_div(rows, 8u), kThreads, 0, stream,
-                 arguments);
+    MOEKV_LAUNCH((ragged_attention_kernel<T, 8, kLanes>), chunks * ceil_div(rows, 8u), kThreads, 0,
+                 stream, arguments);
   }
   const auto heads = static_cast<unsigned>(params.batch * params.num_kv_heads);
   MOEKV_LAUNCH(ragged_attention_merge_kernel<T>, heads * rows, kThreads, 0, stream, arguments);
+}
+
+template <typename T>
+void run(const Arguments& arguments, Stream stream) {
+  const int64_t dim = std::max(arguments.params.key_dim, arguments.params.value_dim);
+  if (dim <= kLeastLanes * kChannels) return run<T, kLeastLanes>(arguments, stream);
+  if (dim <= 2 * kLeastLanes * kChannels) return run<T, 2 * kLeastLanes>(arguments, stream);
+  return run<T, kWarpSize>(arguments, stream);
 }
 
 }  // namespace
@@ -444,6 +509,14 @@ void ragged_attention(const RaggedAttentionParams& params, Stream stream) {
                              std::to_string(kMaxDim) + " on CUDA, got " +
                              std::to_string(params.key_dim) + " for keys and " +
                              std::to_string(params.value_dim) + " for values");
+  }
+  // The last batch of a chunk counts on beyond a head's rows.
+  constexpr int64_t kMaxRows = INT32_MAX - 4 * kThreads;
+  if (params.num_stored > kMaxRows || params.num_stored + params.num_tail > kMaxRows) {
+    throw std::runtime_error("moekv::ragged_attention: expected at most " +
+                             std::to_string(kMaxRows) + " rows on CUDA, got " +
+                             std::to_string(params.num_stored) + " stored and a tail of " +
+                             std::to_string(params.num_tail));
   }
   const Arguments arguments = arguments_of(params);
   switch (params.dtype) {

@@ -32,6 +32,25 @@ __device__ __forceinline__ uint4 load_16_bytes(const T* row, int channel, int di
   return bits;
 }
 
+// The same of several rows, none of them null. Nothing branches between the loads, or the compiler
+// would wait for each before it starts the next: channels beyond the end read others instead.
+template <int kCount, typename T>
+__device__ __forceinline__ void load_16_bytes(const T* const (&rows)[kCount], int channel, int dim,
+                                              bool vectorized, uint4 (&bits)[kCount]) {
+  if (vectorized) {
+    const int last = dim - kPackSize<T>;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) bits[i] = load_bits(rows[i] + min(channel, last));
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (channel > last) bits[i] = make_uint4(0, 0, 0, 0);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) bits[i] = load_16_bytes(rows[i], channel, dim, false);
+  }
+}
+
 // Bytes between the rows of a tile in shared memory: the eight lanes that are served at once touch
 // two rows of four lanes (16-bit types) or eight rows (fp32), in different banks.
 template <typename T>

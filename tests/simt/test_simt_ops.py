@@ -236,6 +236,14 @@ def test_head_dims_beyond_the_kernel(kernels: ModuleType, dims: dict[str, int]) 
         simulated.Device(kernels).ragged_attention(**case, scaling=0.1)
 
 
+def test_more_rows_than_are_counted(kernels: ModuleType) -> None:
+    case = ragged.make_case()
+    for name in ("tail_keys", "tail_values"):
+        case[name] = case[name][:, :, :1].expand(-1, -1, 2**31, -1)
+    with pytest.raises(RuntimeError, match="ragged_attention: expected at most 2147483135 rows"):
+        simulated.Device(kernels).ragged_attention(**case, scaling=0.1)
+
+
 def test_more_pairs_than_a_group_may_have(kernels: ModuleType) -> None:
     scores = torch.zeros(2**20).expand(1, 2**11, 2**20)
     with pytest.raises(RuntimeError, match="moekv::select_kept: expected fewer than 2.31 pairs in"):

@@ -18,13 +18,15 @@ def kernels() -> cuda_resources.Kernels:
     names = [
         "attention_rows_kernel<__nv_bfloat16, 4>",
         "kv_compact_kernel<uint4>",
+        "lag_kernel<float>",
         "mix_scores_kernel",
     ]
-    good = Kernel(registers=40, shared=512, wide_loads=2, wide_stores=2, tensor_core=8)
+    counts = {"wide_loads": 8, "in_flight": 4, "wide_stores": 2, "tensor_core": 8}
+    good = Kernel(registers=40, shared=512, **counts)
     return {name: {a: Kernel(**vars(good)) for a in ARCHITECTURES} for name in names}
 
 
-RECORDED = {name: [40] * len(ARCHITECTURES) + [512, 2, 2, 8] for name in kernels()}
+RECORDED = {name: [40] * len(ARCHITECTURES) + [512, 8, 4, 2, 8] for name in kernels()}
 
 
 def test_good_kernels_pass_and_the_table_holds_them() -> None:
@@ -42,6 +44,7 @@ def test_good_kernels_pass_and_the_table_holds_them() -> None:
         ("mix_scores_kernel", "local", 3, "expected no local memory, got 0 bytes and 3 accesses"),
         ("mix_scores_kernel", "generic", 2, "got 2 that do not"),
         ("kv_compact_kernel<uint4>", "wide_loads", 0, "expected loads of 16 bytes"),
+        ("lag_kernel<float>", "in_flight", 3, "expected 4 loads of 16 bytes in flight, got 3"),
         ("kv_compact_kernel<uint4>", "wide_stores", 0, "expected stores of 16 bytes"),
         ("attention_rows_kernel<__nv_bfloat16, 4>", "tensor_core", 0, "tensor core"),
     ],
@@ -51,6 +54,23 @@ def test_bad_kernels_are_told(name: str, field: str, value: int, message: str) -
     setattr(changed[name]["100"], field, value)
     (problem,) = cuda_resources.problems(changed, PTX)
     assert problem.startswith(f"{name} on sm_100: ") and message in problem
+
+
+def test_loads_in_flight() -> None:
+    lines = """
+        S2R R0, SR_TID.X
+        LDG.E.128 R4, desc[UR4][R2.64]
+        LDG.E.128.CONSTANT R8, desc[UR4][R2.64+0x10]
+        LDG.E R20, desc[UR4][R2.64+0x20]
+        FADD R21, R0, 1
+        FFMA R16, R6, R0, R0
+        LDG.E.128 R12, desc[UR4][R2.64]
+        LDG.E.128 R8, desc[UR4][R2.64]
+    """.strip().splitlines()
+    flight = cuda_resources.Flight()
+    seen = [flight.meet(*line.split(maxsplit=1), number) for number, line in enumerate(lines)]
+    # The sixth asks for a register of the first load; the last overwrites the second's.
+    assert seen == [0, 1, 2, 2, 2, 1, 2, 2]
 
 
 def test_missing_ptx_is_told() -> None:
@@ -85,7 +105,8 @@ def test_changes_against_the_record_are_told() -> None:
 @pytest.mark.parametrize(
     ("field", "what"),
     [
-        ("wide_loads", "2 loads of 16 bytes"),
+        ("wide_loads", "8 loads of 16 bytes"),
+        ("in_flight", "4 loads in flight"),
         ("wide_stores", "2 stores of 16 bytes"),
         ("tensor_core", "8 tensor core instructions"),
     ],
