@@ -11,6 +11,7 @@ import pytest
 import ragged_cases as ragged
 import simulated
 import simulated_kernels as built
+import torch
 from simulated_kernels import Edit
 
 
@@ -128,15 +129,27 @@ BUGS = {
         op_cases.MixScores((4, 1, 2, 50), 2),
         r"out of the bounds of global memory",
     ),
-    "standout, one channel too many": Bug(
-        Edit(
-            "project_tokens.cu",
-            "channel >= params.num_channels",
-            "channel >= params.num_channels + SEEDED",
-        ),
+    "standout, one token too many": Bug(
+        Edit("project_tokens.cu", "min(token + j, end - 1)", "min(token + j, end - 1 + SEEDED)"),
         "project_tokens",
         op_cases.ProjectTokens((1, 20, 50)),
         r"out of the bounds of global memory",
+    ),
+    "expected attention, a row behind the last": Bug(
+        Edit("expected_attention.cu", "length - 1) * stride", "length - 1 + SEEDED) * stride"),
+        "expected_attention",
+        EXPECTED,
+        r"out of the bounds of global memory",
+    ),
+    "ragged attention, another row's weight": Bug(
+        Edit(
+            "ragged_attention.cu",
+            "number_of_logit / kOwn * kCopies",
+            "(number_of_logit + SEEDED) / kOwn * kCopies",
+        ),
+        "ragged_attention",
+        RAGGED,
+        r"Tensor-likes are not close",
     ),
     # Masks and divergence.
     "gating, half a warp in the mask": Bug(
@@ -295,7 +308,10 @@ def run(op: str, case: Any, bug: int, seed: int, residents: int | None = None) -
             inputs, options = case.inputs()
             device.op(op)(*inputs, **options)
         elif op == "ragged_attention":
-            device.ragged_attention(**ragged.make_case(**ragged.CASES[case]), scaling=0.1)
+            inputs = ragged.make_case(**ragged.CASES[case])
+            got = device.ragged_attention(**inputs, scaling=0.1)
+            expected = ragged.oracle(**inputs, scaling=0.1)
+            torch.testing.assert_close(got.double(), expected, atol=4e-6, rtol=4e-6)
         else:
             op_cases.CHECKS[op][0](device.op(op), case)
     finally:
