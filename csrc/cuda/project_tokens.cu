@@ -44,47 +44,35 @@ __device__ __forceinline__ const T* row_of(const ProjectTokensParams& params, in
          token % params.num_tokens * params.stride[1];
 }
 
-// `kCount` packs of a thread, from `first` on, `step` apart, zeros beyond the last channel; of fp32
-// numbers as many as T has in 16 bytes. Nothing branches between the loads, or the compiler would
-// wait for each: channels that are not there read others instead.
-template <typename T, int kCount>
+// `kCount` packs of kPack channels of a thread, from `first` on, `step` apart, as they lie in
+// memory. Nothing branches between the loads, or the compiler would wait for each: channels that
+// are not there read others instead.
+template <typename T, int kCount, int kPack = kPackSize<T>>
 struct Packs {
-  static constexpr int kPack = kPackSize<T>;
-  float x[kCount][kPack];
+  static constexpr int kWords = kPack / kPackSize<T>;
+  uint4 bits[kCount][kWords];
 
-  template <typename U>
-  __device__ __forceinline__ void load(const U* row, int64_t first, int64_t step, int64_t channels,
+  __device__ __forceinline__ void load(const T* row, int first, int step, int channels,
                                        bool vectorized) {
-    if (vectorized) {
-      constexpr int kWords = kPack / kPackSize<U>;
-      uint4 bits[kCount][kWords];
+#pragma unroll
+    for (int j = 0; j < kWords; ++j) {
+      const int shift = j * kPackSize<T>;
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        const U* source = row + min(first + i * step, channels - kPack);
-#pragma unroll
-        for (int j = 0; j < kWords; ++j) bits[i][j] = load_bits(source + j * kPackSize<U>);
+        const int channel = first + i * step + shift;
+        bits[i][j] = vectorized ? load_bits(row + min(channel, channels - kPack + shift))
+                                : load_16_bytes(row, channel, channels, false);
       }
+    }
+  }
+  // The i-th; zeros if it is not there.
+  __device__ __forceinline__ void unpack(int i, bool present, float (&x)[kPack]) const {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
+    for (int j = 0; j < kWords; ++j) {
+      float word[kPackSize<T>];
+      cuda::unpack<T>(present ? bits[i][j] : make_uint4(0, 0, 0, 0), word);
 #pragma unroll
-        for (int j = 0; j < kWords; ++j) {
-          float word[kPackSize<U>];
-          unpack<U>(bits[i][j], word);
-#pragma unroll
-          for (int k = 0; k < kPackSize<U>; ++k) {
-            x[i][j * kPackSize<U> + k] = first + i * step < channels ? word[k] : 0.0f;
-          }
-        }
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-#pragma unroll
-        for (int j = 0; j < kPack; ++j) {
-          const int64_t channel = first + i * step + j;
-          x[i][j] = channel < channels ? to_float(row[channel]) : 0.0f;
-        }
-      }
+      for (int k = 0; k < kPackSize<T>; ++k) x[j * kPackSize<T> + k] = word[k];
     }
   }
 };
@@ -100,40 +88,52 @@ __device__ __forceinline__ float warp_sum(float value) {
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) token_norms_kernel(Arguments arguments) {
   const ProjectTokensParams& params = arguments.params;
-  constexpr int64_t kStep = kWarpSize * kPackSize<T>;
+  constexpr int kPack = kPackSize<T>, kStep = kWarpSize * kPack;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int64_t token =
       static_cast<int64_t>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarpSize;
   if (token >= params.batch * params.num_tokens) return;
   const bool real = is_real(params, token);
-  const int64_t channels = real ? params.num_channels : 0;
+  const int channels = real ? static_cast<int>(params.num_channels) : 0;
   const T* row = row_of<T>(params, token);
   float square = 0.0f;
   for (int64_t projection = 0; projection == 0 || projection < params.num_projections;
        projection += kProjections) {
     square = 0.0f;
     float product[kProjections] = {};
-    for (int64_t begin = 0; begin < channels; begin += kBatch * kStep) {
-      const int64_t first = begin + lane * kPackSize<T>;
-      Packs<T, kBatch> tokens;
-      tokens.load(row, first, kStep, channels, arguments.vectorized);
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        for (float x : tokens.x[i]) square = fmaf(x, x, square);
-      }
-#pragma unroll
-      for (int p = 0; p < kProjections; ++p) {
-        if (projection + p >= params.num_projections) break;
-        Packs<T, kBatch> weights;
-        weights.load(static_cast<const T*>(params.weight) + (projection + p) * params.weight_stride,
-                     first, kStep, channels, arguments.vectorized);
+    for (int begin = 0; begin < channels; begin += kBatch * kStep) {
+      const int first = begin + lane * kPack;
+      const auto add = [&](bool vectorized) {
+        Packs<T, kBatch> tokens;
+        tokens.load(row, first, kStep, channels, vectorized);
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
+          float x[kPack];
+          tokens.unpack(i, first + i * kStep < channels, x);
 #pragma unroll
-          for (int j = 0; j < kPackSize<T>; ++j) {
-            product[p] = fmaf(tokens.x[i][j], weights.x[i][j], product[p]);
+          for (int j = 0; j < kPack; ++j) square = fmaf(x[j], x[j], square);
+        }
+#pragma unroll
+        for (int p = 0; p < kProjections; ++p) {
+          if (projection + p >= params.num_projections) break;
+          Packs<T, kBatch> weights;
+          weights.load(
+              static_cast<const T*>(params.weight) + (projection + p) * params.weight_stride, first,
+              kStep, channels, vectorized);
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) {
+            float x[kPack], weight[kPack];
+            tokens.unpack(i, first + i * kStep < channels, x);
+            weights.unpack(i, first + i * kStep < channels, weight);
+#pragma unroll
+            for (int j = 0; j < kPack; ++j) product[p] = fmaf(x[j], weight[j], product[p]);
           }
         }
+      };
+      if (arguments.vectorized) {
+        add(true);
+      } else {
+        add(false);
       }
     }
 #pragma unroll
@@ -218,19 +218,27 @@ __global__ void __launch_bounds__(kThreads) token_distances_kernel(Arguments arg
       static_cast<int64_t>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarpSize;
   if (token >= params.batch * params.num_tokens || !is_real(params, token)) return;
   const float* mean = arguments.mean + token / params.num_tokens * params.num_channels;
-  constexpr int64_t kStep = kWarpSize * kPackSize<T>;
+  constexpr int kPack = kPackSize<T>, kStep = kWarpSize * kPack;
+  const int channels = static_cast<int>(params.num_channels);
   float product = 0.0f;
-  for (int64_t begin = 0; begin < params.num_channels; begin += kBatch * kStep) {
-    const int64_t first = begin + lane * kPackSize<T>;
-    Packs<T, kBatch> tokens, means;
-    tokens.load(row_of<T>(params, token), first, kStep, params.num_channels, arguments.vectorized);
-    means.load(mean, first, kStep, params.num_channels, arguments.vectorized);
+  for (int begin = 0; begin < channels; begin += kBatch * kStep) {
+    const int first = begin + lane * kPack;
+    Packs<T, kBatch> tokens;
+    Packs<float, kBatch, kPack> means;
+    if (arguments.vectorized) {
+      tokens.load(row_of<T>(params, token), first, kStep, channels, true);
+      means.load(mean, first, kStep, channels, true);
+    } else {
+      tokens.load(row_of<T>(params, token), first, kStep, channels, false);
+      means.load(mean, first, kStep, channels, false);
+    }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
+      float x[kPack], direction[kPack];
+      tokens.unpack(i, first + i * kStep < channels, x);
+      means.unpack(i, first + i * kStep < channels, direction);
 #pragma unroll
-      for (int j = 0; j < kPackSize<T>; ++j) {
-        product = fmaf(tokens.x[i][j], means.x[i][j], product);
-      }
+      for (int j = 0; j < kPack; ++j) product = fmaf(x[j], direction[j], product);
     }
   }
   product = warp_sum(product);
