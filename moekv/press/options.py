@@ -117,7 +117,8 @@ class Options:
             check_flag("cache_aware", given["cache_aware"])
         decoding = given["decoding"]
         if decoding is not None and not isinstance(decoding, DecodingConfig):
-            raise TypeError(f"expected decoding a moekv.DecodingConfig, got {kind(decoding)}")
+            came = kind(decoding) if isinstance(decoding, type) else repr(decoding)
+            raise TypeError(f"expected decoding a moekv.DecodingConfig, got {came}")
         if given["policy"] == "dominant":
             _check_dominant(given)
         if given["fold"] is True:
