@@ -60,12 +60,13 @@ test-fast: $(installed)  ## what answers in seconds: all but builds, compiled gr
 # moekv is not installed there: it is imported from here, with the library that is built already.
 latest := .venv-latest
 stamp := $(latest)/.stamp-$(shell echo '$(TORCH) $(LATEST)' | cksum | cut -d ' ' -f 1)
-# What people copy: pages' blocks and examples.
+# What people copy: pages' blocks and examples. The notebook's kernel looks for moekv by itself.
 copied := tests/examples tests/tools/test_contributing.py
 test-latest: $(installed) $(stamp)  ## the newest transformers, without kvpress: all that meets it
 	OMP_NUM_THREADS=1 $(latest)/bin/python -m pytest --dist loadgroup -n $(JOBS) \
 	    -m 'not slow' $(or $(ARGS),tests/cache tests/experts tests/models tests/press)
-	@$(if $(ARGS),:,OMP_NUM_THREADS=1 $(latest)/bin/python -m pytest --dist loadgroup -n $(JOBS) $(copied))
+	@$(if $(ARGS),:,OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)" $(latest)/bin/python -m pytest \
+	    --dist loadgroup -n $(JOBS) $(copied))
 
 fuzz-ops: $(installed)  ## ninety seconds of calls nobody would write, on each instruction set, against float64
 	OMP_NUM_THREADS=1 $(python) tests/fuzz/op_fuzz.py --seconds 90 $(ARGS)
