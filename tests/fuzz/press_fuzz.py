@@ -25,6 +25,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from growth_cases import EXPERTS, Uneven, assert_average  # noqa: E402
 from masked_reference import Lockstep  # noqa: E402
@@ -36,6 +37,7 @@ from moekv import DecodingConfig, MoERouterPress, load_cache, save_cache  # noqa
 from moekv.budget import kept_pairs  # noqa: E402
 from moekv.cache.ragged import RaggedLayer  # noqa: E402
 from moekv.cache.rows import gain  # noqa: E402
+from moekv.ops import pair_layout  # noqa: E402
 
 FORMATS = ("16", "16", "16", "k8v8", "k8v4", "k4v4")
 MODELS = ("llama", "llama_mha", "qwen3", "gemma3", "phi3")
@@ -52,9 +54,10 @@ class Life(Lockstep):
     def __init__(self, name: str, kind: str, padding: tuple[int, ...]) -> None:
         config = model_of(name, "sdpa").config
         static = StaticCache(config=config, max_cache_len=2 * MOST_TOKENS)
+        self.goes_on = kind == "calibrated"  # compression: only there a router's notes are taken
         super().__init__(name, padding, static if kind == "static" else None, model_of)
         self.serial = self.loose = 0
-        self.router = random_router(self.model) if kind == "calibrated" else None
+        self.router = random_router(self.model) if kind in ("calibrated", "once") else None
 
     def press(self, options: dict[str, Any], **more: Any) -> MoERouterPress:
         """Make a press, with the life's router if it has one."""
@@ -66,6 +69,34 @@ class Life(Lockstep):
         options.pop("record", None)
         return MoERouterPress(**options)
 
+    def without_folding(self, options: dict[str, Any], **more: Any) -> dict[str, Any]:
+        """See that ``fold=True`` is refused where pairs have no biases or leave more than once."""
+        given = options | more
+        if given.get("fold") is not True:
+            return options
+        if given["pairs"] != "16" and not given.get("streaming") and not given.get("decoding"):
+            return options
+        with pytest.raises(ValueError, match="expected (quantised pairs .* with fold|fold or )"):
+            self.press(options, **more)
+        return options | {"fold": "auto"}
+
+    def folds(self, options: dict[str, Any], whole: bool) -> bool:
+        """Say whether pairs that leave join others: docs/design.md, "Folding"."""
+        fold, pairs = options["fold"], options["pairs"]
+        if not fold or pairs == "16" or not options["compression_ratio"]:
+            return False
+        if fold is True:
+            return True
+        if not whole or options["streaming"] or self.goes_on:
+            return False
+        if self.router is None and "expected" not in options["experts"]:
+            return False
+        layer = self.cache.layers[self.whole[0]] if self.cache.layers else None
+        dim = self.model.config.get_text_config().head_dim
+        assert layer is None or layer.get_seq_length() == 0
+        stored = pair_layout(pairs, dim, dim).num_bytes + 2
+        return 1 - (1 - options["compression_ratio"]) * 2 * dim * 4 / stored >= 0.5
+
     def add(self, count: int) -> None:
         """Feed tokens."""
         self.serial += 1
@@ -76,30 +107,51 @@ class Life(Lockstep):
 
     def prefill(self, cuts: list[int], options: dict[str, Any]) -> None:
         """Compress after a prefill, or after each of its chunks."""
+        options = {"pairs": "16", "fold": "auto", "streaming": False} | options
         # Only where compression goes on is anything noted for a router.
-        more = {"decoding": FAR} if self.router is not None else {}
-        press, whole = self.press(options, **more), len(cuts) == 1
+        more = {"decoding": FAR} if self.goes_on else {}
+        options = self.without_folding(options, **more)
+        whole = len(cuts) == 1
+        if options["fold"] is True and not whole:
+            with (
+                pytest.raises(ValueError, match="fold or context_length, got both"),
+                self.press(options, **more)(self.model, context_length=sum(cuts)),
+            ):
+                raise AssertionError("not refused")
+            options["fold"] = "auto"
+        folds = self.folds(options, whole)
+        press = self.press(options, **more)
         records = {"record": True} if whole and options.get("record") else {}
         with press(self.model, context_length=None if whole else sum(cuts), **records):
             for count in cuts:
                 self.add(count)
         self.loose = 0
         real, ratio = self.length - self.padding, options["compression_ratio"]
-        layer, stored = self.full.layers[self.whole[0]], options.get("pairs", "16")
-        more_pairs = gain(stored, layer.keys, layer.values)
+        layer, stored = self.full.layers[self.whole[0]], options["pairs"]
+        more_pairs = gain(stored, layer.keys, layer.values, biased=folds)
         kept = torch.tensor([kept_pairs(n, ratio, more_pairs) for n in real.tolist()])
         assert_average(self.pairs(), kept, options["budget"])
         share = float(kept.sum() / real.sum())
-        compression = press.get_stats()["compression"]
+        if folds and share == 1:
+            folds, more_pairs = False, gain(stored, layer.keys, layer.values)
+        stats = press.get_stats()
+        compression = stats["compression"]
         assert abs(compression["evicted"] - (1 - share)) < 1e-6
         assert abs(compression["ratio"] - (1 - share / more_pairs)) < 1e-6
         held = [self.cache.layers[index] for index in self.whole]
         assert all(x.rows.pairs == stored for x in held if isinstance(x, RaggedLayer))
         assert stored == "16" or all(isinstance(x, RaggedLayer) for x in held)
+        assert [self.folded[index] for index in self.whole] == [folds] * len(held)
+        acts = ratio > 0 or stored != "16" or self.goes_on
+        assert stats["fold"]["used"] == (folds if acts else None)
+        assert not acts or folds == (stats["fold"]["why_not"] is None)
+        evicted = (1 - share) * int(real.sum()) * self.heads * len(held)
+        joined, least = compression["folded"] * evicted, self.joined[0]
+        assert least - 0.01 <= joined <= sum(self.joined) + 0.01, "other numbers of joined pairs"
 
     def more(self, count: int) -> None:
         """Feed tokens outside of blocks; a calibrated router has to see them."""
-        if self.router is None:
+        if not self.goes_on:
             self.add(count)
             return
         with self.press({"budget": "uniform"}, decoding=FAR)(self.model):
@@ -107,7 +159,8 @@ class Life(Lockstep):
 
     def grow(self, count: int, target: int, interval: int, options: dict[str, Any]) -> None:
         """Decode in a block in which compression goes on."""
-        press = self.press(options, decoding=DecodingConfig(target, interval))
+        more = {"decoding": DecodingConfig(target, interval)}
+        press = self.press(self.without_folding(options, **more), **more)
         with press(self.model):
             for _ in range(count):
                 pairs = self.pairs()
@@ -223,7 +276,7 @@ def draw(seed: int) -> tuple[str, str, tuple[int, ...], list[Step]]:
     """Draw a life."""
     r = random.Random(seed)
     length = r.randint(2, 50)
-    kind = r.choice(["plain"] * 4 + ["calibrated"] * 2 + ["static"])
+    kind = r.choice(["plain"] * 4 + ["calibrated"] * 2 + ["static", "once"])
     padded = kind != "static" and r.random() < 0.5
     batch = r.randint(1, 3)
     padding = tuple(r.randint(0, length - 1) * padded for _ in range(batch))
@@ -236,7 +289,7 @@ def draw(seed: int) -> tuple[str, str, tuple[int, ...], list[Step]]:
             else r.choice(["uniform", "layer", "head", "model"]),
             "experts": r.choice([EXPERTS, ["selective"], "uneven"]),
             "pairs": "16" if kind == "static" else r.choice(FORMATS),
-            "fold": False,  # a mask of the full cache does not fold
+            "fold": r.choice([False, "auto", True]),
             "record": r.random() < 0.2,
             "top_k": 1,
             "sinks": r.randint(0, 3),
@@ -252,13 +305,17 @@ def draw(seed: int) -> tuple[str, str, tuple[int, ...], list[Step]]:
     prefill = options(compression_ratio=ratio, streaming=streaming)
     if streaming and prefill["budget"] == "layer":  # which is refused
         prefill["budget"] = "uniform"
+    if r.random() < 0.3:  # whose queries "auto" needs to fold; alone where compression ends here
+        others = [] if len(cuts) == 1 and not streaming else ["selective"]
+        prefill["experts"] = ["expected", *others]
     steps: list[Step] = [("prefill", cuts, prefill)]
     kinds = ["more", "masked", "file"]
     if kind == "calibrated":  # which has to see all tokens, and these are fed outside of blocks
         kinds.remove("masked")
     if kind != "static":
-        kinds += ["more"] * 2 + ["grow"] * 4
-        kinds += ["shorten", "shorten", "rows", "times", "deepcopy", "fail"]
+        kinds += ["more"] * 2 + ["shorten", "shorten", "rows", "times", "deepcopy"]
+    if kind in ("plain", "calibrated"):  # which another press may go on with
+        kinds += ["grow"] * 4 + ["fail"]
     for _ in range(r.randint(1, 8)):
         step = r.choice(kinds)
         arguments: dict[str, Any] = {

@@ -1,10 +1,14 @@
 """The fuzzer of presses finds faults, makes them small, and finds none in a few lives."""
 
+from typing import Any
+
 import pytest
 from press_fuzz import draw, error_of, reduce
 from torch import Tensor
 
+from moekv.cache.folding import Folding
 from moekv.cache.ragged import RaggedLayer
+from moekv.press import prefill as prefills
 
 OPTIONS = {"compression_ratio": 0.5, "budget": "head", "experts": ["selective"], "top_k": 1}
 LIFE = [("prefill", [20], OPTIONS), ("more", 2), ("rows", [1, 0], "reorder_cache"), ("more", 2)]
@@ -55,3 +59,30 @@ def test_a_fault_is_found_and_made_small(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "AssertionError" in str(error_of("llama", "plain", (0, 3), LIFE))
     steps = reduce("llama", "plain", (0, 3), LIFE)[-1]
     assert [step[0] for step in steps] == ["prefill", "rows", "more"]
+
+
+FOLDS = {"compression_ratio": 0.9, "budget": "model", "pairs": "k8v8", "fold": True}
+FOLDED = [("prefill", [48], OPTIONS | FOLDS), ("more", 2), ("rows", [1, 0], "reorder_cache")]
+
+
+def test_a_fault_in_folding_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    fold = Folding.fold
+    lives = [(name, "plain", (0, 9), [*FOLDED, ("more", 2)]) for name in ("llama", "phi3")]
+    assert [error_of(*life) for life in lives] == [None, None]
+
+    def less_bias(self: Folding, *args: Any, **kwargs: Any) -> Any:
+        values, bias, num_joined = fold(self, *args, **kwargs)
+        return values, bias * 0.97, num_joined
+
+    def fewer(self: Folding, *args: Any, **kwargs: Any) -> Any:
+        values, bias, num_joined = fold(self, *args, **kwargs)
+        return values, bias, num_joined // 2
+
+    for faulty in (less_bias, fewer):
+        with monkeypatch.context() as patch:
+            patch.setattr(Folding, "fold", faulty)
+            assert all("AssertionError" in str(error_of(*life)) for life in lives)
+    for name, number in (("FOLD_GATE", 0.7), ("FOLD_LEAST", 0.4), ("FOLD_QUERIES", 32)):
+        with monkeypatch.context() as patch:
+            patch.setattr(prefills, name, number)
+            assert any("AssertionError" in str(error_of(*life)) for life in lives), name
