@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moekv import ops
 from moekv.cache.masks import as_seen, check_masks, held_of, shows_or_hides, slots_of, tail_of
-from moekv.cache.pairs import DensePairs, RaggedPairs
+from moekv.cache.pairs import DensePairs, RaggedPairs, keep_pairs_in_their_layers
 from moekv.models.watching import Asked, report, watched
 
 _NATIVE = ops.available_backends()["cpu"] is None
@@ -36,6 +36,7 @@ def install() -> None:
     sinks, whose models have no other attention, it serves compressed layers as well.
     """
     check_masks()
+    keep_pairs_in_their_layers()
     for name, function in list(ALL_ATTENTION_FUNCTIONS.items()):
         if not getattr(function, "serves_compressed_layers", False):
             ignored = _IGNORED.get(name, frozenset())

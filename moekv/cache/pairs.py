@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 if TYPE_CHECKING:
-    from moekv.cache.layer import CompressedLayer
+    from moekv.cache.growing import GrowingLayer
     from moekv.cache.ragged import RaggedLayer
 
 NOT_DENSE = (
@@ -56,7 +59,7 @@ class DensePairs(Tensor):
 
     Attributes
     ----------
-    layer : CompressedLayer
+    layer : GrowingLayer
     crop : int or None
         True positions that are left where this is such a slice.
     taken : tuple of int
@@ -64,12 +67,12 @@ class DensePairs(Tensor):
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    layer: CompressedLayer
+    layer: GrowingLayer
     crop: int | None
     taken: tuple[int, int]
 
     @classmethod
-    def of(cls, pairs: Tensor, layer: CompressedLayer, crop: int | None = None) -> DensePairs:
+    def of(cls, pairs: Tensor, layer: GrowingLayer, crop: int | None = None) -> DensePairs:
         """Make a view of a tensor that belongs to a layer."""
         view = pairs.as_subclass(cls)
         view.layer, view.crop, view.taken = layer, crop, layer.taken()
@@ -162,3 +165,37 @@ class RaggedPairs:
         raise TypeError(
             f"{getattr(function, '__name__', function)} needs dense tensors: {NOT_DENSE}"
         )
+
+
+def keep_pairs_in_their_layers() -> None:
+    """Have transformers' cache layers refuse the pairs of a compressed one. Idempotent.
+
+    Without their layer the pairs would stand for as many positions as there are pairs, and every
+    later token for a wrong one. ``DynamicCache(list(cache))`` is such a case.
+    """
+    for kind, name in (
+        (DynamicLayer, "lazy_initialization"),
+        (StaticLayer, "lazy_initialization"),
+        (DynamicLayer, "update"),  # whose pairs may have been assigned
+    ):
+        method = getattr(kind, name)
+        if not getattr(method, "keeps_pairs_in_their_layers", False):
+            setattr(kind, name, _refusing(method))
+
+
+def _refusing(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def take(self: Any, key_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        for keys in (key_states, self.keys):
+            if isinstance(keys, DensePairs) and keys.layer.evicted:
+                raise TypeError(
+                    f"expected keys of tokens for a {type(self).__name__}, got the "
+                    f"{keys.shape[2]} that a compressed layer retains of "
+                    f"{keys.layer.get_seq_length()} positions, which would be lost: "
+                    "copy.deepcopy(cache) copies a compressed cache, and other.layers = "
+                    "cache.layers hands its layers on"
+                )
+        return method(self, key_states, *args, **kwargs)
+
+    take.keeps_pairs_in_their_layers = True  # type: ignore[attr-defined]
+    return take

@@ -11,7 +11,7 @@ from quantized import quantized_cache
 from refusals import LENGTH, assert_same, compressed, held, padded, refuse
 from tiny_models import tiny_model, tokens
 from torch import Tensor
-from transformers import Cache, DynamicCache, GenerationConfig, StaticCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationConfig, StaticCache
 
 from moekv import DecodingConfig, MoERouterPress
 from moekv.cache.static import CompactStaticLayer
@@ -230,6 +230,50 @@ def test_ragged_cache_for_code_that_expects_dense_tensors() -> None:
             use()
     cache.crop(LENGTH)  # what the first layer got before eager attention gave up
     assert_same(cache, before)
+
+
+def begun_with(cache: DynamicCache) -> dict[str, Callable[[], Any]]:
+    """Make other caches of the pairs that a cache's layers show."""
+
+    def update(other: Cache) -> None:
+        for index, layer in enumerate(cache.layers):
+            other.update(layer.keys, layer.values, index)
+
+    def assign() -> None:
+        other = DynamicCache(config=tiny_model().config)
+        for new, old in zip(other.layers, cache.layers, strict=True):
+            new.lazy_initialization(*[torch.empty(1)] * 2)
+            new.keys, new.values = old.keys, old.values
+        tiny_model()(tokens(1, 1), past_key_values=other)
+
+    def longer() -> None:
+        other = DynamicCache()
+        tiny_model()(tokens(1, 5), past_key_values=other)
+        update(other)
+
+    return {
+        "iteration": lambda: DynamicCache(list(cache)),
+        "iteration, with a config": lambda: DynamicCache(list(cache), config=tiny_model().config),
+        "pairs of caches": lambda: EncoderDecoderCache(list(EncoderDecoderCache(cache, cache))),
+        "update": lambda: update(DynamicCache()),
+        "update, static": lambda: update(static_cache()),
+        "update behind others": longer,
+        "assignment": assign,
+    }
+
+
+@pytest.mark.parametrize("how", begun_with(DynamicCache()))
+def test_pairs_without_their_layer(how: str) -> None:
+    """They would be the first positions, of as many as there are pairs."""
+    model = tiny_model()
+    cache = compressed(model, "uniform")
+    before = held(cache)
+    with pytest.raises(TypeError, match=rf"compressed layer retains of {LENGTH} positions"):
+        begun_with(cache)[how]()
+    assert_same(cache, before)
+    with MoERouterPress(0.0, decoding=DecodingConfig(LENGTH, 1))(model):  # nothing has left
+        model(tokens(1, LENGTH), past_key_values=(whole := DynamicCache()))
+    assert DynamicCache(list(whole)).get_seq_length() == LENGTH
 
 
 @pytest.mark.parametrize("budget", COMPRESSED)
