@@ -53,6 +53,7 @@ SLOW_FILES = (
 # Not slow, but not for an answer at once.
 LESS_FAST_FILES = (
     *("test_forwards", "test_later", "test_length", "test_lists", "test_masks", "test_modes"),
+    "test_tensor_parallel",
     *("test_native_errors", "test_pairs", "test_promises", "test_queries", "test_storage"),
 )
 

@@ -67,6 +67,21 @@ class Kept:
         mask[self.rows()] = True
         return mask.view(self.shape)
 
+    def of_heads(self, own: slice) -> "Kept":
+        """Take some of each row's heads. Waits for the device if it takes not all."""
+        batch, num_heads, num_keys = self.shape
+        first, last, _ = own.indices(num_heads)
+        if (first, last) == (0, num_heads):
+            return self
+        bounds = self.offsets.tolist()
+        rows = range(0, batch * num_heads, num_heads)
+        indices = [self.indices[bounds[row + first] : bounds[row + last]] for row in rows]
+        ends = self.counts()[:, first:last].flatten().cumsum(0, dtype=torch.int32)
+        offsets = functional.pad(ends, (1, 0))
+        return replace(
+            self, indices=torch.cat(indices), offsets=offsets, shape=(batch, last - first, num_keys)
+        )
+
     def counts(self) -> Tensor:
         """Count the pairs of each head: [B, H]."""
         return self.offsets.diff().view(self.shape[:2])

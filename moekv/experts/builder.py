@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moekv.experts.view import LayerView
 from moekv.models.queries import learn_rotation, logit_options, window_queries
+from moekv.models.ranks import Ranks, ranks_of
 from moekv.models.watching import Asked
 from moekv.ops import ScoreKind
 
@@ -20,10 +21,12 @@ class ViewBuilder:
     ----------
     rotary : nn.Module, optional
         The decoder's rotary embedding, for layers that have none of their own.
+    mesh : DeviceMesh, optional
+        Processes over which the model is spread, see ``moekv.models.weights.mesh_of``.
     """
 
-    def __init__(self, rotary: nn.Module | None = None) -> None:
-        self.rotary = rotary
+    def __init__(self, rotary: nn.Module | None = None, mesh: Any = None) -> None:
+        self.rotary, self._mesh = rotary, mesh
         self._turned: dict[Any, Any] = {}
         self._mask: weakref.ref[Tensor] | None = None
         self._starts: tuple[int, ...] = ()
@@ -130,7 +133,12 @@ class ViewBuilder:
             rotary=self.rotary,
             turned=self._turned,
             logits=logit_options(module, asked, queries.shape[3]),
+            ranks=self.ranks(module, keys.shape[1]),
         )
+
+    def ranks(self, module: nn.Module, num_heads: int) -> Ranks:
+        """Find the processes that share out a layer's heads, of which this one has so many."""
+        return ranks_of(self._mesh, module, num_heads)
 
     def row_starts(self, mask: Any, batch: int) -> tuple[int, ...]:
         """Count each row's padding. The layers of a forward share their mask: one read for all."""

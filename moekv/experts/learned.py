@@ -83,7 +83,8 @@ class LearnedExpert(Expert):
         """Score the pairs from their hidden states, or from notes of these."""
         index: int = view.module.layer_idx  # type: ignore[assignment]
         place, novelty, _ = self.router.surrogate(index, view.keys.device)
-        novelty = novelty[view.heads] if view.folded > 1 else novelty  # a row has all heads
+        own = view.own_heads
+        novelty = novelty[view.heads] if view.folded > 1 else novelty[own]  # a row has all heads
         unlike = novelty[..., None] * view.scores_of(ScoreKind.DIVERSITY)
         if view.notes is not None:
             read, position = view.notes
@@ -91,5 +92,5 @@ class LearnedExpert(Expert):
             return read + torch.einsum("bhp,pbht->bht", place[view.heads], where) + unlike
         assert view.aligned and view.read is not None
         where = places(view.lengths, view.keys.shape[2], view.keys.device)
-        read = self.router.read(index, view.read)
-        return torch.baddbmm(read + unlike, place.expand(len(where), -1, -1), where)
+        read = self.router.read(index, view.read)[:, own]
+        return torch.baddbmm(read + unlike, place[own].expand(len(where), -1, -1), where)

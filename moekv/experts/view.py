@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moekv import ops
 from moekv.models.queries import behind, logit_options, next_queries, tokens_at
+from moekv.models.ranks import ALONE, Ranks
 from moekv.ops import ScoreKind
 from moekv.ops.reference.expected_attention import REACH
 
@@ -72,6 +73,10 @@ class LayerView:
         Shared by the views of a forward: the rotation of its queries to its end.
     logits : dict
         ``scaling`` and ``softcap`` of the products of queries and keys; by default the layer's.
+    ranks : Ranks
+        The processes that share out the layer's KV heads: the view has those of this one.
+    lengths_of_all : tuple of ints, or None
+        Real pairs in each row of the heads of all processes; None: the rows are the same.
     """
 
     module: nn.Module
@@ -93,6 +98,8 @@ class LayerView:
     rotary: nn.Module | None = None
     turned: dict[Any, Any] = field(default_factory=dict)
     logits: Mapping[str, float] = field(default_factory=dict)
+    ranks: Ranks = ALONE
+    lengths_of_all: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Read the logits' scaling from the layer, if it was not given."""
@@ -119,13 +126,19 @@ class LayerView:
     def heads(self) -> Tensor:
         """Which of the layer's KV heads each row and column holds: [B, H], int64."""
         batch, num_heads = self.keys.shape[:2]
-        heads = torch.arange(num_heads * self.folded, device=self.keys.device)
+        own = self.own_heads
+        heads = torch.arange(own.start, own.stop, device=self.keys.device)
         return heads.repeat(batch // self.folded).view(batch, num_heads)
+
+    @property
+    def own_heads(self) -> slice:
+        """Which of the heads of all processes the view has."""
+        return self.ranks.own(self.keys.shape[1] * self.folded)
 
     @property
     def aligned(self) -> bool:
         """Whether every cached pair has its hidden state (N = T)."""
-        return self.hidden_states.shape[1] == self.keys.shape[2] and self.folded == 1
+        return self.hidden_states.shape[1] == self.keys.shape[2] and not self._all_folded
 
     @property
     def real(self) -> Tensor:
@@ -173,6 +186,52 @@ class LayerView:
             ``ScoreKind.MASS`` of the last queries.
         """
         return self._all_scores[ScoreKind.MASS]
+
+    @property
+    def _all_folded(self) -> bool:
+        """Whether each head of all processes is a row of its own."""
+        return len(self.lengths_of_all or self.lengths) != len(self.hidden_states)
+
+    def gathered(self, scores: Tensor) -> Tensor:
+        """Join scores [..., B, H, T] with those of the heads of other processes.
+
+        They may be of several layers of equal sizes, layer after layer in the rows.
+        """
+        if self.ranks.size == 1:
+            return scores
+        lead, num_keys = scores.shape[:-3], scores.shape[-1]
+        heads = self.keys.shape[1] * self.folded
+        joined = self.ranks.gather(scores.reshape(-1, heads, num_keys), 1)
+        heads = 1 if self._all_folded else joined.shape[1]
+        return joined.view(*lead, -1, heads, num_keys)
+
+    def of_all_heads(self, observed: Tensor) -> "LayerView":
+        """Return this view with the heads of all processes: what is decided over them needs.
+
+        Parameters
+        ----------
+        observed : Tensor [B, H, T], float32
+            See :meth:`observed`, of all heads.
+
+        Returns
+        -------
+        LayerView
+            Its keys and values have the sizes, and no numbers to read.
+        """
+        if self.ranks.size == 1:
+            return self
+        view = copy.copy(self)
+        rows, heads, num_keys = observed.shape
+        view.keys = self.keys[:1, :1].expand(rows, heads, -1, -1)
+        view.values = self.values[:1, :1].expand(rows, heads, -1, -1)
+        if self.lengths_of_all is not None:
+            view.lengths = self.lengths_of_all
+        if self.start is not None:
+            real = torch.tensor(view.lengths, dtype=torch.int32, device=observed.device)
+            view.start = num_keys - real
+        view.ranks, view.lengths_of_all = ALONE, None
+        view.__dict__["_all_scores"] = {ScoreKind.MASS: observed}
+        return view
 
     @functools.cached_property
     def _all_scores(self) -> dict[ScoreKind, Tensor]:

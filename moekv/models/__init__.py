@@ -5,6 +5,7 @@
 ``habits``       tests how an attention layer rotates queries and uses pairs
 ``watching``     observes the queries of attention layers
 ``fingerprint``  identifies models
+``ranks``        the processes that share out a layer's heads
 ``weights``      reads weights that are quantised, offloaded or sharded
 ``chat``         the parts of a chat template around a text
 ``loading``      loads the models of the demo, the tests and the benchmarks

@@ -140,12 +140,31 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def mesh_of(model: Any) -> Any:
-    """Return the device mesh over which a model's tensors are spread; None: they are not."""
+    """Return the device mesh over which a model's tensors are spread; None: they are not.
+
+    Raises
+    ------
+    ValueError
+        It is a part of a model that is spread, and does not know over which processes.
+    """
     model = language_model(model)
     mesh, size = getattr(model, "_device_mesh", None), getattr(model, "_tp_size", None)
-    if mesh is None or not size or size == 1:
+    if mesh is None:
+        if any(getattr(x, "_hf_tp_plan", None) or _is_spread(x) for x in model.modules()):
+            raise ValueError(
+                "expected the whole model that was loaded with tensor parallelism, which knows its "
+                f"processes, got a part of it, {type(model).__name__}"
+            )
+        return None
+    if not size or size == 1:
         return None
     return mesh["tp"] if "tp" in (mesh.mesh_dim_names or ()) else mesh
+
+
+def _is_spread(module: Any) -> bool:
+    """Return whether a module holds a part of a tensor, and not all of it (``DTensor``)."""
+    own = module.parameters(recurse=False)
+    return any(hasattr(x, "placements") and x.to_local().shape != x.shape for x in own)
 
 
 def shard_of(model: Any) -> str:

@@ -14,6 +14,7 @@ from moekv.cache.layer import CompressedLayer
 from moekv.cache.notes import remember, take_notes
 from moekv.cache.rows import gain
 from moekv.experts.view import LayerView
+from moekv.models.hooks import index_of
 from moekv.press.forward import Plan
 from moekv.press.rating import Rating
 
@@ -63,16 +64,14 @@ def _newest(plan: Plan, lengths: Sequence[int], length: int, stored: Fraction) -
     ]
 
 
-def read_of(plan: Plan, index: int, projected: Tensor | None) -> Tensor | None:
+def read_of(plan: Plan, view: LayerView) -> Tensor | None:
     """Return what a calibrated router notes of new tokens.
 
     Parameters
     ----------
     plan : Plan
-    index : int
-        Of the layer.
-    projected : Tensor [B, N, H + E] or None
-        See ``CalibratedRouter.project``.
+    view : LayerView
+        Of a layer, with the router's projection of its hidden states if there is one.
 
     Returns
     -------
@@ -80,9 +79,9 @@ def read_of(plan: Plan, index: int, projected: Tensor | None) -> Tensor | None:
         None without a calibrated router, or where the cache is compressed once.
     """
     router = plan.rater.calibrated
-    if router is None or projected is None or not plan.goes_on:
+    if router is None or view.read is None or not plan.goes_on:
         return None
-    return router.read(index, projected)
+    return router.read(index_of(view.module), view.read)[:, view.own_heads]
 
 
 def adopt(
@@ -105,7 +104,7 @@ def adopt(
     rating : Rating
         Of the layer.
     kept : Kept or None
-        The pairs that it retains; None: all.
+        The pairs that its heads in this process retain; None: all.
     recent, read
         See :func:`last_states` and :func:`read_of`. Nothing is done if `recent` is None.
     """
@@ -123,7 +122,8 @@ def adopt(
     held = None if layer.is_ragged else rating.votes.shape[2] if kept is None else kept.per_head
     expect(layer, plan, layer.run, min(stay), held)
     padding = [rating.votes.shape[2] - n for n in rating.lengths]
-    layer.counted = (plan.statistics.epoch, sum(layer.count_pairs(padding)))
+    counted = rating.ranks.total(layer.count_pairs(padding))
+    layer.counted = (plan.statistics.epoch, sum(counted))
 
 
 def expect(

@@ -19,6 +19,7 @@ from moekv.cache.folding import Folding
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.ragged import RaggedLayer
 from moekv.cache.static import compact
+from moekv.models.ranks import ALONE, Ranks
 from moekv.press.forward import Plan
 from moekv.press.hits import kept_alone
 from moekv.press.rater import Rater
@@ -108,6 +109,7 @@ def apply(
     plan: Plan,
     run: int | None,
     folding: Folding | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[int, int]:
     """Compress a layer of a cache.
 
@@ -122,11 +124,13 @@ def apply(
         Last positions that every head retains; None: all.
     folding : Folding, optional
         Has evicted pairs join those that stay.
+    ranks : Ranks
+        The processes that share out the layer's heads; `kept` is of those of this one.
 
     Returns
     -------
     before, after : int
-        Bytes of the layer's storages.
+        Bytes of the layer's storages in this process.
     """
     before = after = held_bytes(cache.layers[index])
     if is_static(cache):
@@ -139,7 +143,7 @@ def apply(
         assert isinstance(layer, CompressedLayer)
         layer.hold_run(run)
         if isinstance(layer, RaggedLayer) and layer.num_joined is not None:
-            plan.statistics.join(layer.num_joined)
+            plan.statistics.join(ranks.gather(layer.num_joined.view(1), 0).sum())
     return before, after
 
 

@@ -42,6 +42,7 @@ from moekv.experts.builder import ViewBuilder
 from moekv.models.habits import check_attention
 from moekv.models.hooks import index_of
 from moekv.models.queries import window_queries
+from moekv.models.ranks import ALONE
 from moekv.press.adoption import expect, most_of
 from moekv.press.commit import observe
 from moekv.press.forward import Call, Plan, Strategy
@@ -104,11 +105,13 @@ class Growth(Strategy):
         self._shrinking: Shrinking | None = None
         self._rated: list[Rated] = []
         self._measures = False
+        self._ranks = ALONE  # that share out the heads of the layer
 
     def take(self, call: Call) -> None:
         """Note a layer's new tokens, rate it if it is time, and compress after the last layer."""
         plan, options = self.plan, self.plan.options
         layer = growing(call.cache, call.index, backend=options.backend)
+        self._ranks = self.view.ranks(call.module, layer.num_heads)
         call.asked = asked = call.asked or window_queries(
             call.module, call.hidden_states, call.kwargs, options.window, 0, self.view.rotary
         )
@@ -124,7 +127,8 @@ class Growth(Strategy):
         if calibrated is not None:
             with torch.no_grad():
                 projected = calibrated.project(call.index, call.hidden_states)
-                note(layer, calibrated.read(call.index, projected))
+                own = self._ranks.own(layer.num_heads)
+                note(layer, calibrated.read(call.index, projected)[:, own])
         if call.module is plan.layers[0]:
             fed = call.hidden_states.shape[1]
             self._shrinking = self._decide(call.cache, fed, call.kwargs.get("attention_mask"))
@@ -138,7 +142,7 @@ class Growth(Strategy):
 
     def _rate(self, call: Call, layer: CompressedLayer, shrinking: Shrinking) -> None:
         options, rater = self.plan.options, self.plan.rater
-        held = Held.of(layer, shrinking.padding)
+        held = Held.of(layer, shrinking.padding, self._ranks)
         assert layer.recent is not None
         rated = Rated(layer, call.index, held, [])
         for rows, window in zip(shrinking.groups, shrinking.windows, strict=True):
@@ -166,19 +170,21 @@ class Growth(Strategy):
             growing(cache, index_of(module), backend=plan.options.backend) for module in plan.layers
         ]
         seen, batch = layers[0].get_seq_length(), layers[0].batch_size
+        num_heads = layers[0].num_heads * self._ranks.size
         in_prompt = plan.context_length is not None and seen <= plan.context_length
         padding = [0] * batch
 
         def too_many(limit: Sequence[int]) -> list[int]:
             # Only the first layer has the new tokens so far.
             coming = [0, *[fed] * (len(layers) - 1)]
-            counts = [
-                [n + layer.num_heads * more for n in layer.count_pairs(padding)]
+            own = [
+                n + layer.num_heads * more
                 for layer, more in zip(layers, coming, strict=True)
+                for n in layer.count_pairs(padding)
             ]
-            return _exceeds(
-                counts, layers[0].num_heads, limit, over_model=plan.budget in budgets.OVER_MODEL
-            )
+            total = self._ranks.total(own)
+            counts = [total[i : i + batch] for i in range(0, len(total), batch)]
+            return _exceeds(counts, num_heads, limit, over_model=plan.budget in budgets.OVER_MODEL)
 
         if in_prompt:
             padding = list(self.view.row_starts(mask, batch))
@@ -197,7 +203,7 @@ class Growth(Strategy):
             return Shrinking(padding, keep, [], [], True) if stores else None
         assert layers[0].recent is not None
         counts = layers[0].recent.counts()
-        lengths = [layer.head_lengths(padding) for layer in layers]
+        lengths = self._ranks.lengths([layer.head_lengths(padding) for layer in layers])
         groups: dict[tuple[Any, ...], list[int]] = {}
         for b in rows:
             window = max(min(plan.options.window, counts[b], seen - padding[b]), 1)
@@ -216,11 +222,14 @@ class Growth(Strategy):
         self.plan.name_used()
         kept: list[list[Kept]] = []  # of each group, of each layer
         for group, rows in enumerate(shrinking.groups):
-            parts = [rated.parts[group] for rated in self._rated]
+            parts = [
+                (held.of_all_heads(), rating)
+                for held, rating in (rated.parts[group] for rated in self._rated)
+            ]
             keep = [shrinking.keep[b] for b in rows]
             kept.append(self._choose(parts, keep, dense=not shrinking.ragged))
         for rated, *chosen in zip(self._rated, *kept, strict=True):
-            whole = _merge(rated.held, shrinking.groups, chosen)
+            whole = _merge(rated.held.of_all_heads(), shrinking.groups, chosen)
             if shrinking.ragged:
                 whole = replace(whole, per_head=None)
             self._leave(cache, rated, whole, shrinking)
@@ -229,8 +238,13 @@ class Growth(Strategy):
             if list(map(len, shrinking.groups)) == [len(rated.held.lengths)]:  # all rows at once
                 wanted = rated.parts[0][1].wanted
                 wanted = None if wanted is None else wanted.view(whole.shape)
-                layer = cache.layers[rated.index]
-                self.plan.later.remember(layer, wanted, whole, self.plan.rater.names)
+                own = rated.held.ranks.own(rated.held.shape[1])
+                self.plan.later.remember(
+                    cache.layers[rated.index],
+                    None if wanted is None else wanted[:, own],
+                    whole.of_heads(own),
+                    self.plan.rater.names,
+                )
 
     def _choose(
         self, parts: Sequence[tuple[Held, Rating]], keep: Sequence[int], *, dense: bool
@@ -259,10 +273,10 @@ class Growth(Strategy):
         return budgets.choose(under, self.plan.budget, keep, lengths, alike=alike)
 
     def _leave(self, cache: Cache, rated: Rated, kept: Kept, shrinking: Shrinking) -> None:
-        """Compress one layer."""
+        """Compress one layer; `kept` are the pairs that the heads of all processes retain."""
         plan, before = self.plan, rated.layer
-        heads = before.num_heads
-        held = [sum(row) for row in rated.held.lengths]
+        heads = len(rated.held.everywhere[0])
+        held = [sum(row) for row in rated.held.everywhere]
         seen = before.get_seq_length()
         # The run without gaps that another block has left, and the tokens since.
         since = before.run + seen - before.context_length
@@ -283,7 +297,8 @@ class Growth(Strategy):
         # More room than that is given back.
         before.most = most_of(before, plan, least, kept.per_head)
         options, index = plan.options, rated.index
-        layer = recompress(cache, index, kept, pairs=options.pairs, backend=options.backend)
+        own = rated.held.own(kept)
+        layer = recompress(cache, index, own, pairs=options.pairs, backend=options.backend)
         expect(layer, plan, min(runs), least, kept.per_head)
         if layer.recent is not None:
             layer.recent.keep(newest)

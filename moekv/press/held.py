@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from moekv.budget import Kept
 from moekv.cache.layer import CompressedLayer
 from moekv.experts.view import LayerView
 from moekv.models.queries import logit_options
+from moekv.models.ranks import ALONE, Ranks
 from moekv.models.watching import Asked
 from moekv.ops import ScoreKind
 
@@ -19,6 +22,8 @@ from moekv.ops import ScoreKind
 @dataclass
 class Held:
     """The pairs of a layer, as dense tensors that are padded at the left.
+
+    Where processes share out the heads, the tensors are as long as the longest head of all.
 
     Attributes
     ----------
@@ -29,6 +34,10 @@ class Held:
         Real pairs of each head.
     notes : tuple of two Tensor [B, H, L], or None
         Of a calibrated router, see ``LayerView``.
+    ranks : Ranks
+        The processes that share out the layer's heads.
+    lengths_of_all : list of B lists of ints, or None
+        Real pairs of each head of all processes; None: `lengths` are.
     """
 
     keys: Tensor
@@ -36,9 +45,11 @@ class Held:
     start: Tensor | None
     lengths: list[list[int]]
     notes: tuple[Tensor, Tensor] | None = None
+    ranks: Ranks = ALONE
+    lengths_of_all: list[list[int]] | None = None
 
     @classmethod
-    def of(cls, layer: CompressedLayer, padding: Sequence[int]) -> Held:
+    def of(cls, layer: CompressedLayer, padding: Sequence[int], ranks: Ranks = ALONE) -> Held:
         """Read a layer.
 
         Parameters
@@ -47,22 +58,60 @@ class Held:
             Its pairs may be copied; may wait for the device.
         padding : sequence of B ints
             Padding at the left of each row, in positions of the mask.
+        ranks : Ranks
+            The processes that share out the layer's heads: all of them have to ask.
         """
-        held = cls._padded(*layer.held_pairs(), layer.head_lengths(padding))
+        keys, values = layer.held_pairs()
+        lengths = layer.head_lengths(padding)
+        (everywhere,) = ranks.lengths([lengths])
+        missing = max(max(map(max, everywhere)) - keys.shape[2], 0)
+        if missing:
+            keys, values = (functional.pad(x, (0, 0, missing, 0)) for x in (keys, values))
+        held = cls._padded(keys, values, lengths, ranks, everywhere)
         if (notes := layer.whole_notes()) is not None:
-            read, place = notes.held_pairs()
+            read, place = (functional.pad(x[..., 0], (missing, 0)) for x in notes.held_pairs())
             before = torch.tensor(padding, device=read.device)[:, None, None]
-            held.notes = read[..., 0], (place[..., 0] - before).clamp(min=0)
+            held.notes = read, (place - before).clamp(min=0)
         return held
 
     @classmethod
-    def _padded(cls, keys: Tensor, values: Tensor, lengths: list[list[int]]) -> Held:
+    def _padded(
+        cls,
+        keys: Tensor,
+        values: Tensor,
+        lengths: list[list[int]],
+        ranks: Ranks,
+        everywhere: list[list[int]],
+    ) -> Held:
         longest = keys.shape[2]
         start = None
-        if any(n < longest for row in lengths for n in row):
+        if any(n < longest for row in everywhere for n in row):
             counts = torch.tensor(lengths, dtype=torch.int32, device=keys.device)
             start = longest - counts
-        return cls(keys, values, start, lengths)
+        return cls(keys, values, start, lengths, None, ranks, everywhere)
+
+    @property
+    def everywhere(self) -> list[list[int]]:
+        """Real pairs of each head of all processes."""
+        return self.lengths if self.lengths_of_all is None else self.lengths_of_all
+
+    def of_all_heads(self) -> Held:
+        """Return this layer with the heads of all processes: sizes, and no numbers to read."""
+        if self.ranks.size == 1:
+            return self
+        keys, values = (
+            x[:, :1].expand(-1, len(self.everywhere[0]), -1, -1) for x in (self.keys, self.values)
+        )
+        return self._padded(keys, values, self.everywhere, ALONE, self.everywhere)
+
+    def own(self, kept: Kept) -> Kept:
+        """Take what this process's heads retain, by places in the layer that it holds."""
+        if self.ranks.size == 1:
+            return kept
+        own = kept.of_heads(self.ranks.own(self.shape[1]))
+        longest = max(map(max, self.lengths))
+        missing = own.shape[2] - longest
+        return replace(own, indices=own.indices - missing, shape=(*own.shape[:2], longest))
 
     def rows(self, rows: Sequence[int]) -> Held:
         """Select rows of the batch."""
@@ -70,12 +119,13 @@ class Held:
             return self
         index = torch.tensor(rows, device=self.keys.device)
         lengths = [self.lengths[b] for b in rows]
-        longest = max(n for row in lengths for n in row)
+        everywhere = [self.everywhere[b] for b in rows]
+        longest = max(n for row in everywhere for n in row)
 
         def part(pairs: Tensor) -> Tensor:
             return pairs[index, :, pairs.shape[2] - longest :]
 
-        held = self._padded(part(self.keys), part(self.values), lengths)
+        held = self._padded(part(self.keys), part(self.values), lengths, self.ranks, everywhere)
         if self.notes is not None:
             held.notes = part(self.notes[0]), part(self.notes[1])
         return held
@@ -83,7 +133,7 @@ class Held:
     @property
     def folded(self) -> bool:
         """Whether heads of a row hold different numbers of pairs."""
-        return any(len(set(row)) > 1 for row in self.lengths)
+        return any(len(set(row)) > 1 for row in self.everywhere)
 
     @property
     def real(self) -> Tensor:
@@ -133,12 +183,14 @@ class Held:
         states, queries = states[:, -longest:], queries[:, :, -longest:].to(self.keys.dtype)
         keys, values, start = self.keys, self.values, self.start
         lengths, notes = [row[0] for row in self.lengths], self.notes
+        everywhere = None
         if self.folded:
             assert start is not None
             keys, values = keys.flatten(0, 1)[:, None], values.flatten(0, 1)[:, None]
             queries = queries.reshape(len(keys), -1, *queries.shape[2:])
             start = start.flatten()
             lengths = [n for row in self.lengths for n in row]
+            everywhere = tuple(n for row in self.everywhere for n in row)
             if notes is not None:
                 read, position = (x.flatten(0, 1)[:, None] for x in notes)
                 notes = read, position
@@ -161,12 +213,17 @@ class Held:
             notes=notes,
             rotary=rotary,
             logits=logit_options(module, asked, queries.shape[3]),
+            ranks=self.ranks,
+            lengths_of_all=everywhere,
         )
 
     def alone(self, keep: Sequence[int]) -> list[int]:
-        """Pairs that an expert alone would retain in each row of the view, by the same share."""
+        """Pairs that an expert alone would retain in each row of the view, by the same share.
+
+        Of the view of all processes' heads.
+        """
         alone = []
-        for k, row in zip(keep, self.lengths, strict=True):
+        for k, row in zip(keep, self.everywhere, strict=True):
             before = max(sum(row), 1)
             after = min(before, k * len(row))
             alone += [max(n * after // before, 1) for n in (row if self.folded else row[:1])]

@@ -12,7 +12,6 @@ from moekv.budget import Kept, kept_pairs, select
 from moekv.experts.base import Expert
 from moekv.experts.view import LayerView
 from moekv.press.options import Options
-from moekv.routing.evidence import together
 
 
 def kept_alone(
@@ -28,6 +27,7 @@ def kept_alone(
 def hit_rates(
     views: Sequence[LayerView],
     scores: Tensor,
+    mass: Tensor,
     totals: Sequence[Sequence[int]],
     *,
     sinks: int,
@@ -41,6 +41,8 @@ def hit_rates(
     views : sequence of L LayerView
         Of layers of equal sizes.
     scores : Tensor [E, L * B, H, T], float32
+    mass : Tensor [L * B, H, T], float32
+        The observed attention.
     totals : sequence of E sequences of B ints
         Pairs that each expert alone would retain in each row.
     sinks, recent : int
@@ -64,7 +66,7 @@ def hit_rates(
         recent=recent,
         backend=backend,
     )
-    mass = together([view.observed() for view in views]).flatten()  # for all experts
+    mass = mass.flatten()  # for all experts
     if kept.per_head is not None:
         rows_of_all = num_layers * batch * num_heads
         begin = torch.arange(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moekv.budget import Kept
 from moekv.cache.layer import CompressedLayer
+from moekv.models.ranks import ALONE, Ranks
 from moekv.models.watching import Asked
 from moekv.ops import ScoreKind
 from moekv.press.held import Held
@@ -135,6 +136,7 @@ class Later:
         *,
         backend: str,
         rotary: nn.Module | None,
+        ranks: Ranks = ALONE,
     ) -> Tensor | None:
         """Measure the attention of a step's last query.
 
@@ -152,6 +154,8 @@ class Later:
             Of the current experts.
         backend, rotary
             As in ``moekv.experts.builder.ViewBuilder``.
+        ranks : Ranks
+            The processes that share out the layer's heads.
 
         Returns
         -------
@@ -181,5 +185,5 @@ class Later:
         since = layer.get_seq_length() - wanted.length
         end, bits = held.shape[2] - since, wanted.dense()
         mass = view.observed().view(held.shape)[:, :, end - bits.shape[2] : end]
-        hits = [(mass * (bits >> e & 1)).sum(-1).mean() for e in range(len(names))]
-        return torch.stack(hits).clamp(max=1)
+        hits = torch.stack([(mass * (bits >> e & 1)).sum(-1) for e in range(len(names))])
+        return ranks.gather(hits, 2).mean((1, 2)).clamp(max=1)

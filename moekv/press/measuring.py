@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from moekv.experts.builder import ViewBuilder
@@ -31,14 +33,16 @@ def measure(call: Call, plan: Plan, view: ViewBuilder) -> None:
     asked = call.asked or window_queries(
         call.module, call.hidden_states, call.kwargs, 1, 0, view.rotary
     )
+    layer: Any = call.cache.layers[call.index]
     rates = plan.later.measure(
-        call.cache.layers[call.index],
+        layer,
         call.module,
         asked,
         call.hidden_states,
         rater.names,
         backend=plan.options.backend,
         rotary=view.rotary,
+        ranks=view.ranks(call.module, layer.num_heads),
     )
     if rates is not None:
         plan.statistics.observe_later(call.index, rates)

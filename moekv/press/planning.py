@@ -66,6 +66,8 @@ class Planner:
         Length of a prompt in chunks, padding included.
     note : callable, optional
         Takes the record of every prefill.
+    mesh : DeviceMesh, optional
+        Processes over which the model is spread, see ``moekv.models.weights.mesh_of``.
 
     Raises
     ------
@@ -83,12 +85,13 @@ class Planner:
         statistics: Callable[[], Statistics],
         context_length: int | None,
         note: Callable[[Recording], None] | None = None,
+        mesh: Any = None,
     ) -> None:
         if context_length is not None:
             check_count("context_length", context_length, 1)
         self.layers = layers
         self._mark = _Mark()
-        self._rotary = rotary
+        self._rotary, self._mesh = rotary, mesh
         self._options, self._rater, self._statistics = options, rater, statistics
         self._context_length = context_length
         self._note = note
@@ -149,7 +152,7 @@ class Planner:
         if cache is not None and num_cached and self._goes_on(options):
             self._check_grown(options, cache)
         plan = self._plan(options, cache, wanted, num_tokens)
-        view = ViewBuilder(self._rotary)
+        view = ViewBuilder(self._rotary, self._mesh)
         if cache is not None and num_cached:
             is_own = self._has_seen(cache)
             check_more(plan, cache, is_own, num_cached, num_tokens, wanted, given)

@@ -20,6 +20,7 @@ from moekv.experts.builder import ViewBuilder
 from moekv.experts.view import LayerView
 from moekv.models.habits import check_attention, habits_of
 from moekv.models.hooks import index_of
+from moekv.models.ranks import Ranks
 from moekv.press.adoption import adopt, last_states, read_of
 from moekv.press.commit import apply, choose, record, whole_or_empty
 from moekv.press.forward import Call, Plan, Strategy
@@ -69,8 +70,8 @@ class Rated:
 
     @property
     def num_pairs(self) -> int:
-        """Real pairs that the layer had."""
-        return self.num_heads * sum(self.done.lengths)
+        """Real pairs that the layer had, in all processes."""
+        return self.num_heads * self.done.ranks.size * sum(self.done.lengths)
 
     def counted(self, options: Options) -> Rating:
         """Return its rating, for what the layer stores now: without biases if nothing has left."""
@@ -78,6 +79,12 @@ class Rated:
         if not options.folds or not isinstance(layer, CompressedLayer):
             return self.done
         return replace(self.done, gain=layer.gain(options.pairs))
+
+
+def _of_all(num_bytes: Sequence[tuple[int, int]], ranks: Ranks) -> list[tuple[int, int]]:
+    """Sum the bytes of layers over all processes."""
+    total = iter(ranks.total([n for pair in num_bytes for n in pair]))
+    return list(zip(total, total, strict=True))
 
 
 def folding_of(view: LayerView) -> Folding:
@@ -157,7 +164,7 @@ class Prefill(Strategy):
         call.asked = None  # as large as a layer's pairs, and no longer needed
         recent = last_states(plan, call.hidden_states, view)
         pending = plan.rater.prepare(view)
-        read = read_of(plan, call.index, pending.view.read)
+        read = read_of(plan, pending.view)
         return Rated(call.cache, call.index, held, recent, read, folding, pending)
 
     def _rates_now(self, num_unrated: int, is_last: bool) -> bool:
@@ -190,9 +197,10 @@ class Prefill(Strategy):
         if not leaves and plan.unfolded is None:
             plan.statistics.unfolded = "all pairs are retained"
         with whole_or_empty(rated[0].cache):
-            for r, chosen in zip(rated, kept, strict=True):
+            for r, all_heads in zip(rated, kept, strict=True):
+                chosen = None if all_heads is None else all_heads.of_heads(r.done.own_heads)
                 folding, r.folding = r.folding if leaves else None, None
-                num_bytes.append(apply(r.cache, r.index, chosen, plan, run, folding))
+                num_bytes.append(apply(r.cache, r.index, chosen, plan, run, folding, r.done.ranks))
                 adopt(r.cache, r.index, plan, r.done, chosen, r.recent, r.read)
         self._record(rated, kept, num_bytes)
 
@@ -204,11 +212,18 @@ class Prefill(Strategy):
     ) -> None:
         """Record the retained pairs of the rated layers, and their bytes before and after."""
         plan, ratings = self.plan, [r.counted(self.plan.options) for r in rated]
+        num_bytes = _of_all(num_bytes, ratings[0].ranks)
         record(ratings, kept, num_bytes, plan.rater, plan.statistics)
         plan.statistics.follow(rated[0].cache, plan.most)
         for r, rating, chosen in zip(rated, ratings, kept, strict=True):
             layer = r.cache.layers[r.index]
-            plan.later.remember(layer, rating.wanted, chosen, plan.rater.names)
+            own, wanted = rating.own_heads, rating.wanted
+            plan.later.remember(
+                layer,
+                None if wanted is None else wanted[:, own],
+                None if chosen is None else chosen.of_heads(own),
+                plan.rater.names,
+            )
         if plan.note is not None:
             plan.note(recording_of(ratings, kept, num_bytes, plan))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -257,13 +258,22 @@ class Rater:
         if options.quantises:
             able = together([storable(view.keys, view.values) for view in views])
             scores = scores.masked_fill(~able, torch.nan)
+        mass, ranks = together([view.observed() for view in views]), view.ranks
+        if ranks.size > 1:  # from here on every process decides for all heads, and so alike
+            joined = view.gathered(torch.cat([scores, mass[None]]))
+            scores, mass = joined[:-1], joined[-1]
+            parts = mass.chunk(num_layers)
+            views = [own.of_all_heads(part) for own, part in zip(views, parts, strict=True)]
+            view = views[0]
+            unrated = [replace(one, view=whole) for one, whole in zip(unrated, views, strict=True)]
+            batch, num_heads, num_keys = view.keys.shape[:3]
         stored = gain(options.pairs, view.keys, view.values, biased=options.folds)
         totals = [
             alone or kept_alone(expert, view.lengths, options, stored) for expert in self.experts
         ]
         sinks, recent = protected(view, options)
         rates, alone_kept = hit_rates(
-            views, scores, totals, sinks=sinks, recent=recent, backend=self.routing.backend
+            views, scores, mass, totals, sinks=sinks, recent=recent, backend=self.routing.backend
         )
         num_real = max(sum(view.lengths), 1)
         shares = [min(sum(rows) / num_real, 1.0) for rows in totals]
@@ -292,7 +302,7 @@ class Rater:
             wanted = wanted if bits is None else bits.chunk(num_layers)
         row = view.start, view.lengths, view.begins, view.ends, seen, stored
         return [
-            Rating(index_of(layer.view.module), each, number, *row, wants)
+            Rating(index_of(layer.view.module), each, number, *row, wants, ranks)
             for layer, each, number, wants in zip(unrated, votes, dominant, wanted, strict=True)
         ]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moekv.experts.view import LayerView
+from moekv.models.ranks import ALONE, Ranks
 from moekv.press.options import Options
 from moekv.press.stats import Observation
 from moekv.routing.base import BaseMoERouter
@@ -54,14 +55,24 @@ class Rating:
     seen: Observation  # of all layers that were rated with it
     gain: Fraction  # pairs that are stored in the bytes of one
     wanted: Tensor | None = None  # [B, H, T], which experts would retain a pair, see `later.packed`
+    ranks: Ranks = ALONE  # the heads are those of all of these processes
 
     def for_heads(self, num_heads: int, *, mixes: bool) -> Rating:
         """Return the rating for the heads of a cache: one order for all if the layer mixes them."""
         if not mixes:
             return self
+        ranks = self.ranks
+        if num_heads * ranks.size != self.votes.shape[1]:  # latents, which every process holds
+            ranks = ALONE
         together = self.votes.scores.mean(2, keepdim=True)
-        scores = together.expand(-1, -1, num_heads, -1).contiguous()
-        return replace(self, votes=replace(self.votes, scores=scores), wanted=None)
+        scores = together.expand(-1, -1, num_heads * ranks.size, -1).contiguous()
+        votes = replace(self.votes, scores=scores)
+        return replace(self, votes=votes, wanted=None, ranks=ranks)
+
+    @property
+    def own_heads(self) -> slice:
+        """Which of the heads this process has."""
+        return self.ranks.own(self.votes.shape[1] // self.ranks.size)
 
     @property
     def real(self) -> Tensor | None:

@@ -29,6 +29,7 @@ from moekv.models.hooks import (
     rotary_in,
 )
 from moekv.models.watching import Asked, watched
+from moekv.models.weights import mesh_of
 from moekv.press.forward import Call, Forward
 from moekv.press.options import Options
 from moekv.press.planning import Planner
@@ -111,6 +112,7 @@ class Session:
             statistics=statistics,
             context_length=context_length,
             note=note,
+            mesh=mesh_of(model),
         )
         self._depth = option(self.decoder.config, "num_hidden_layers")
         self._local = threading.local()

@@ -79,6 +79,8 @@ class StreamingBudget:
         First and last real positions that every head retains, as far as the total allows.
     pairs : str
         Storage format: one of ``moekv.ops.PAIRS``.
+    own_heads : slice
+        Which of the heads that are voted on the cache has.
     backend : str
         Of the ops.
     """
@@ -95,6 +97,7 @@ class StreamingBudget:
         sinks: int,
         recent: int,
         pairs: str = "16",
+        own_heads: slice = slice(None),
         backend: str,
     ) -> None:
         self.layers: list[Trimmed] = []
@@ -106,6 +109,7 @@ class StreamingBudget:
         self._start = start
         self._protected = {"sinks": sinks, "recent": recent}
         self._pairs = pairs
+        self._own_heads = own_heads
         self._backend = backend
         self._votes: list[Votes] = []
 
@@ -217,10 +221,12 @@ class StreamingBudget:
         if self._pairs != "16":
             kept = replace(kept, per_head=None)
         how: dict[str, Any] = {"pairs": self._pairs, "backend": self._backend}
+        own = kept.of_heads(self._own_heads)
         if trimmed.kept is None:
-            evict(self._cache, trimmed.index, kept, **how)
+            evict(self._cache, trimmed.index, own, **how)
         elif len(kept.indices) < trimmed.size:
-            recompress(self._cache, trimmed.index, kept.within(trimmed.kept), **how)
+            own = own.within(trimmed.kept.of_heads(self._own_heads))
+            recompress(self._cache, trimmed.index, own, **how)
         trimmed.layer = self._cache.layers[trimmed.index]
         trimmed.kept, trimmed.size = kept, len(kept.indices)
 
@@ -270,6 +276,7 @@ class Streaming(Prefill):
             sinks=plan.options.sinks,
             recent=plan.recent,
             pairs=plan.options.pairs,
+            own_heads=rating.own_heads,
             backend=plan.options.backend,
         )
 
@@ -279,7 +286,8 @@ class Streaming(Prefill):
         for r, trimmed in zip(rated, stream.layers, strict=True):
             if isinstance(trimmed.layer, CompressedLayer):
                 trimmed.layer.hold_run(run)
-            adopt(r.cache, r.index, self.plan, r.done, trimmed.kept, r.recent, r.read)
+            own = None if trimmed.kept is None else trimmed.kept.of_heads(r.done.own_heads)
+            adopt(r.cache, r.index, self.plan, r.done, own, r.recent, r.read)
         self._record(
             rated,
             [trimmed.kept for trimmed in stream.layers],

@@ -31,6 +31,8 @@ LENGTH, STEPS, WINDOW = 70, 3, 13
 SECONDS = 60
 KINDS = ("works", "refused", "left alone", "not tried")
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+BY_HAND = "\n## How models are run\n"
+"""Where the part of the page begins that nothing generates."""
 
 
 class WrongError(AssertionError):
@@ -303,7 +305,9 @@ def render(found: dict[str, str], version: str) -> str:
         "",
         "What `MoERouterPress(0.5)` does on a tiny random model of every architecture in the",
         f"auto-mappings of transformers {version}, on a CPU and with text alone.",
-        "`python tests/helpers/model_sweep.py` has written this; `make test-latest` tries all.",
+        "`python tests/helpers/model_sweep.py` has written the tables; `make test-latest` tries",
+        "all. [Below](#how-models-are-run): several processes and devices, and weights that are",
+        "stored in other ways.",
         "",
         "- *works*: at ratio 0 logits are those without a press; experts see the queries that the",
         "  model's own attention asks; behind a prompt half of whose pairs have left, decoding is",
@@ -325,7 +329,8 @@ def render(found: dict[str, str], version: str) -> str:
             *("", "| model | outcome |", "|---|---|"),
             *(f"| {name} | {result} |" for name, result in rows.items()),
         ]
-    return "\n".join(lines) + "\n"
+    _, title, by_hand = PAGE.read_text().partition(BY_HAND)
+    return "\n".join(lines) + "\n" + title + by_hand
 
 
 def read_page() -> tuple[dict[str, str], str]:

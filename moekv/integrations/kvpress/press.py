@@ -31,6 +31,7 @@ from moekv.models.hooks import (
     is_prefill,
     is_sliding,
 )
+from moekv.models.weights import mesh_of
 from moekv.press import press as core
 from moekv.press.commit import choose, observe, record
 from moekv.press.forward import Plan
@@ -139,7 +140,8 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
         sinks, recent = protected(rating, options)
         if isinstance(wrapper, DMSPress):
             recent = 0
-        scores = protect(rating.order(), rating.start, sinks=sinks, recent=recent)
+        order = rating.order()[:, rating.own_heads]
+        scores = protect(order, rating.start, sinks=sinks, recent=recent)
         return as_attention(scores, expected, rating.start)
 
     def compress(
@@ -176,14 +178,15 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
             _check_padding(view, wrapper)
         (rating,) = rater.rate([rater.prepare(view)], options)
         plan = Plan(options, rater, self._statistics, (module,), "uniform", None, options.recent)
-        (kept,) = choose([rating], plan)
+        (chosen,) = choose([rating], plan)
+        kept = None if chosen is None else chosen.of_heads(rating.own_heads)
         before = storage_bytes(keys, values)
         if kept is not None:
             assert kept.per_head is not None
             shape = (*kept.shape[:2], kept.per_head, -1)
             keys, values = (gather_rows(x, kept.rows()).view(shape) for x in (keys, values))
-        after = storage_bytes(keys, values)
-        record([rating], [kept], [(before, after)], rater, self._statistics)
+        before, after = rating.ranks.total([before, storage_bytes(keys, values)])
+        record([rating], [chosen], [(before, after)], rater, self._statistics)
         return keys, values
 
     def forward_hook(
@@ -298,7 +301,9 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
         shared = kwargs["position_embeddings"][0]
         seen: tuple[weakref.ref[Tensor], ViewBuilder] | None = getattr(self, "_seen", None)
         if seen is None or seen[0]() is not shared:
-            seen = self._seen = weakref.ref(shared, self._forget), ViewBuilder()
+            model = self._model()
+            builder = ViewBuilder(mesh=None if model is None else mesh_of(model))
+            seen = self._seen = weakref.ref(shared, self._forget), builder
         return seen[1]
 
     def _forget(self, ended: weakref.ref[Tensor]) -> None:
