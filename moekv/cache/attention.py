@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moekv import ops
-from moekv.cache.masks import as_seen, check_masks, held_of, shows_or_hides, slots_of, tail_of
+from moekv.cache.masks import (
+    as_seen,
+    check_masks,
+    held_of,
+    looks_ahead,
+    shows_or_hides,
+    slots_of,
+    tail_of,
+)
 from moekv.cache.pairs import DensePairs, RaggedPairs, keep_pairs_in_their_layers
 from moekv.models.watching import Asked, report, watched
 
@@ -249,8 +257,10 @@ def attend(
     mask = tail_of(attention_mask, layer, layer.tail_length)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     softcap = softcap or 0.0
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, *key.tail)):
-        return _attend_with_gradients(query, key, mask, scaling, softcap, s_aux)
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, *key.tail))
+    ahead = looks_ahead(attention_mask, query.shape[2])
+    if learns or ahead:
+        return _attend_plainly(query, key, mask, scaling, softcap, s_aux, causal=not ahead)
     sinks = None if s_aux is None else s_aux.detach().float()
     rows, (tail_keys, tail_values) = key.rows, key.tail
     if torch.is_autocast_enabled(query.device.type):  # as PyTorch's own attention
@@ -276,21 +286,28 @@ def attend(
     )
 
 
-def _attend_with_gradients(
+def _attend_plainly(
     query: Tensor,
     key: RaggedPairs,
     mask: Tensor | None,
     scaling: float,
     softcap: float,
     s_aux: Tensor | None,
+    *,
+    causal: bool,
 ) -> Tensor:
-    """Attention in plain operations, over padded pairs: gradients reach queries and the tail."""
+    """Attention in plain operations, over padded pairs.
+
+    Gradients reach queries and the tail, and tokens may see later ones where the mask says so.
+    """
     layer = key.layer
     keys, values, bias, lengths = layer.padded()
     num_queries, longest, tail_length = query.shape[2], keys.shape[2], layer.tail_length
     place = torch.arange(longest, device=query.device)
     latest = longest - num_queries + torch.arange(num_queries, device=query.device)
-    seen = (place >= (longest - lengths)[..., None, None]) & (place <= latest[:, None])
+    seen = (place >= (longest - lengths)[..., None, None]) & (
+        (place <= latest[:, None]) if causal else place.new_ones(num_queries, 1).bool()
+    )
     groups = query.shape[1] // keys.shape[1]
     keys, values, seen = (x.repeat_interleave(groups, 1) for x in (keys, values, seen))
     if bias is not None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from moekv.cache.static import CompactStaticLayer
 
 _seen_whole = WeakIdKeyDictionary()
-"""Masks that were made of such as have been checked."""
+"""Masks that were made of such as have been checked, and whether they look ahead, once known."""
 _static = WeakIdKeyDictionary()
 """Static layers, by what they hand to attention: the buffers of their keys."""
 
@@ -59,7 +59,7 @@ def _checking(function: Callable[..., Any]) -> Callable[..., Any]:
             check_context(given.bool(), offset.layer)
         made = function(*args, **kwargs)
         if isinstance(made, Tensor):
-            _seen_whole[made] = True
+            _seen_whole[made] = None
         return made
 
     make.checks_masks = True  # type: ignore[attr-defined]
@@ -114,6 +114,30 @@ def as_seen(mask: Tensor) -> Tensor:
             "numbers, which attention over a compressed layer leaves out"
         )
     return seen
+
+
+def looks_ahead(mask: Tensor | None, num_queries: int) -> bool:
+    """Return whether a mask shows new tokens to such as come before them.
+
+    As those of images and of prefixes do. Waits for the device, once for all layers if transformers
+    has made it.
+
+    Parameters
+    ----------
+    mask : Tensor, optional
+        As attention gets it, over all positions.
+    num_queries : int
+        New tokens, the last positions.
+    """
+    if mask is None or mask.dim() == 2 or num_queries == 1:
+        return False
+    if mask in _seen_whole and _seen_whole[mask] is not None:
+        return bool(_seen_whole[mask])
+    seen = as_seen(mask)[..., -num_queries:]
+    ahead = seen.shape[-2] == 1 or bool(seen.triu(1).any())
+    if mask in _seen_whole:
+        _seen_whole[mask] = ahead
+    return ahead
 
 
 def shows_or_hides(mask: Tensor | None) -> bool:
@@ -179,7 +203,7 @@ def _widened(mask: Tensor, width: int) -> Tensor:
     """Cut a mask at its left, or show what is before it."""
     shown = 0.0 if mask.is_floating_point() else 1
     mask = functional.pad(mask, (width - mask.shape[-1], 0), value=shown)
-    _seen_whole[mask] = True
+    _seen_whole[mask] = None
     return mask
 
 

@@ -1,5 +1,6 @@
 """Masks after a compression: their meaning is kept for all that is stored, or they are refused."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -217,3 +218,27 @@ def test_padding_in_masks_of_four_dimensions(fill: bool) -> None:
             prefill(model, tokens(2, LENGTH), attention_mask=given)
         counts.append(press.get_stats()["compression"])
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("kind", ["ragged", "uniform", "k8v8"])
+@pytest.mark.parametrize("form", ["bool", "additive", "one row for all"])
+def test_masks_that_show_tokens_to_earlier_ones(kind: str, form: str) -> None:
+    """As those of images and of prefixes do: in a ragged layer, too, it is the mask that says."""
+    model, logits = tiny_model(), []
+    mask = torch.ones(2, 1, 1 if form == "one row for all" else 4, LENGTH + 4).bool()
+    if form == "additive":
+        mask[:, :, :2, -1] = False
+    mask = mask.float().log() if form == "additive" else mask
+    if form == "additive":
+        mask = mask.clamp(min=torch.finfo(mask.dtype).min)
+    pairs = "16" if kind != "k8v8" else kind
+    with MoERouterPress(0.0, router=None, pairs=pairs)(model):
+        quantised = prefill(model, tokens(2, LENGTH))
+    full, cache = prefill(model, tokens(2, LENGTH)), quantised
+    if pairs == "16":
+        keep_all(cache, kind == "ragged")
+    for each in (full, cache):
+        logits.append([ask(model, each, mask, 4), ask(model, copy.deepcopy(full), None, 4)])
+    assert (logits[0][0] - logits[0][1]).abs().max() > 0.1, "the mask shows nothing new"
+    off, moved = ((logits[i][j] - logits[0][0]).norm() for i, j in ((1, 0), (0, 1)))
+    assert off < (1e-4 if pairs == "16" else 0.3) * moved
