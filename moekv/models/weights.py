@@ -82,7 +82,8 @@ def _stored(module: nn.Module, name: str) -> Tensor | None:
         if (four := getattr(stored, "quant_state", None)) is not None:
             whole = bitsandbytes.functional.dequantize_4bit(stored.data, four)
             return whole if isinstance(whole, Tensor) else None
-        for owner in (stored, getattr(module, "state", None)):
+        state = getattr(module, "state", None) if name == "weight" else None  # of the weight alone
+        for owner in (stored, state):
             rows, scales = getattr(owner, "CB", None), getattr(owner, "SCB", None)
             if isinstance(rows, Tensor) and isinstance(scales, Tensor):
                 return rows.float() * (scales.float() / 127)[:, None]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +177,31 @@ def test_dynamically_quantised_layers() -> None:
     quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     assert not isinstance(quantized.model.layers[0].self_attn.q_proj.weight, Tensor)
     assert 0 < distance(wanted, fingerprint(quantized)) < TOLERANCE
+
+
+class EightBits(nn.Module):
+    """A layer like those of bitsandbytes, which keeps rows and scales in its state once it ran."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        scales = linear.weight.data.abs().amax(1)
+        rows = (linear.weight.data / scales[:, None] * 127).round().char()
+        self.weight = nn.Parameter(rows, requires_grad=False)
+        self.state = types.SimpleNamespace(CB=rows, SCB=scales)
+        self.bias = linear.bias
+
+
+def test_layers_that_keep_their_numbers_in_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
+    model = trained("qwen2")  # whose projections have biases
+    wanted = fingerprint(model)
+    for module in list(model.model.layers.modules()):
+        for name, inner in list(module.named_children()):
+            if isinstance(inner, nn.Linear):
+                setattr(module, name, EightBits(inner))
+    layer = model.model.layers[0].self_attn.q_proj
+    assert read_weight(layer, "bias") is not None and read_weight(layer, "bias").dim() == 1
+    assert 0 < distance(wanted, fingerprint(model)) < TOLERANCE / 10
 
 
 def test_adapters_are_a_part_of_the_weights() -> None:
