@@ -19,6 +19,7 @@ from moekv.files import check_file, whole_file
 from moekv.models.fingerprint import check_same, fingerprint
 from moekv.models.hooks import find_layers, index_of
 from moekv.models.weights import device_of, language_model, shard_of
+from moekv.units import kind
 
 _FORMAT = "moekv-cache-4"
 _READ = ("moekv-cache-2", "moekv-cache-3", _FORMAT)  # 2 knew no quantised pairs, 3 no biases
@@ -54,10 +55,11 @@ def save_cache(
     Raises
     ------
     TypeError
-        If a layer is of another kind, such as transformers' quantised one.
+        If a layer is of another kind, such as transformers' quantised one, or `input_ids` are no
+        tensor.
     ValueError
         If the cache is empty or not that of the model, or the path a folder's; or `input_ids` are
-        not of its rows and length.
+        not of its rows and length, or no integers of 32 bits.
     OSError
         If the file cannot be written.
     """
@@ -72,7 +74,7 @@ def save_cache(
         tensors |= {f"{index}.{name}": _plain(part) for name, part in parts.items()}
         layers.append(description)
     if input_ids is not None:
-        tensors[_TOKENS] = _plain(input_ids).to(torch.int32)
+        tensors[_TOKENS] = _as_stored(input_ids)
     header = {
         "format": _FORMAT,
         "model": fingerprint(model),
@@ -181,6 +183,19 @@ _NAMES = {
 
 def _plain(part: Tensor) -> Tensor:
     return part.detach().contiguous()
+
+
+def _as_stored(input_ids: Tensor) -> Tensor:
+    """Write tokens in 32 bits, if they are what can be written so."""
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"expected input_ids as a tensor [B, T], got {kind(input_ids)}")
+    stored = _plain(input_ids).to(torch.int32)
+    whole = not (input_ids.is_floating_point() or input_ids.is_complex())
+    if not whole or input_ids.dtype == torch.bool or not torch.equal(stored, input_ids):
+        raise ValueError(
+            f"expected input_ids [B, T] as integers of at most 32 bits, got {input_ids.dtype}"
+        )
+    return stored
 
 
 def _check_header(

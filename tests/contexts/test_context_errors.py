@@ -30,6 +30,13 @@ def test_tokens_that_are_not_of_the_cache_are_refused(
     ids = context.input_ids[:, 1:]
     with pytest.raises(ValueError, match=r"expected input_ids I32 \[1, \d+\]"):
         moekv.save_cache(context.cache, tmp_path / "short", model, input_ids=ids)
+    whole = context.input_ids
+    for other in (whole + 2**32, whole.float(), whole > 5):  # which would be written as others
+        with pytest.raises(ValueError, match="as integers of at most 32 bits, got torch"):
+            moekv.save_cache(context.cache, tmp_path / "other", model, input_ids=other)
+    with pytest.raises(TypeError, match=r"expected input_ids as a tensor \[B, T\], got list"):
+        moekv.save_cache(context.cache, tmp_path / "other", model, input_ids=whole.tolist())
+    assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="expected a cache of"):
         CompressedContext(model, tokenizer, context.cache, ids)
     with pytest.raises(ValueError, match=r"expected input_ids \[1, T\]"):

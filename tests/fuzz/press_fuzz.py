@@ -91,9 +91,9 @@ class Life(Lockstep):
             return False
         if self.router is None and "expected" not in options["experts"]:
             return False
-        layer = self.cache.layers[self.whole[0]] if self.cache.layers else None
-        dim = self.model.config.get_text_config().head_dim
-        assert layer is None or layer.get_seq_length() == 0
+        config = self.model.config.get_text_config()
+        whole_dim = config.hidden_size // config.num_attention_heads
+        dim = getattr(config, "head_dim", whole_dim)
         stored = pair_layout(pairs, dim, dim).num_bytes + 2
         return 1 - (1 - options["compression_ratio"]) * 2 * dim * 4 / stored >= 0.5
 
