@@ -85,6 +85,12 @@ def is_static(cache: Any) -> bool:
     return isinstance(cache, Cache) and any(isinstance(x, StaticLayer) for x in cache.layers)
 
 
+def num_rows(cache: Cache) -> int:
+    """Count the rows of a cache that is not empty."""
+    layer: Any = next(x for x in cache.layers if x.get_seq_length())
+    return int(layer.batch_size if isinstance(layer, CompressedLayer) else len(layer.keys))
+
+
 def is_compressed(layer: CacheLayerMixin) -> bool:
     """Return whether a press has compressed a layer, or prepared it for that."""
     if isinstance(layer, CompressedLayer):

@@ -176,7 +176,7 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
         tuple of Tensor
             All keys and values that are held.
         """
-        self._branch()
+        self._expect(len(key_states))
         length = self._keys.shape[2]
         self._key_buffer = append(self._key_buffer, length, key_states, self.most)
         self._value_buffer = append(self._value_buffer, length, value_states, self.most)

@@ -280,8 +280,24 @@ class CompressedLayer(CacheLayerMixin):
         """Return when pairs are handed out, for :meth:`has_lost`."""
         return self.num_moves, self.num_branches
 
-    def _branch(self) -> None:
-        """Prepare for new tokens, which may replace cropped ones."""
+    def _expect(self, rows: int) -> None:
+        """Prepare for new tokens of some rows, which may replace cropped ones.
+
+        A single text may be continued in several rows (``num_return_sequences``): all read it.
+
+        Raises
+        ------
+        ValueError
+            The cache has other rows.
+        """
+        if rows > self.batch_size == 1:
+            self.batch_repeat_interleave(rows)
+        if rows > self.batch_size and rows % self.batch_size == 0:
+            raise ValueError(
+                f"expected new pairs of {self.batch_size} rows for this cache, got those of {rows}; "
+                f"cache.batch_repeat_interleave({rows // self.batch_size}) has each row continued "
+                "as often, as generate(num_return_sequences=...) does"
+            )
         if self._is_cropped:
             self.num_branches, self._is_cropped = self.num_branches + 1, False
 

@@ -240,7 +240,7 @@ class RaggedLayer(CompressedLayer):
         tuple of RaggedPairs
             All keys and values, for attention.
         """
-        self._branch()
+        self._expect(len(key_states))
         self._tail.append(key_states, value_states, self.most)
         keys, values = self._tail.buffers
         self.rows = self.rows.read_as(keys.dtype, values.dtype)

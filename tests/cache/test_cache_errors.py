@@ -112,24 +112,31 @@ def test_memory_that_runs_out_in_a_static_cache(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("budget", COMPRESSED)
 @pytest.mark.parametrize(
-    ("name", "dtype", "batch", "message"),
+    ("name", "dtype", "rows", "message"),
     [
-        ("llama", torch.float32, 2, r"new pairs \[1, 2, num_queries, 16\].*got \[2, 2, 1, 16\]"),
-        ("llama", torch.bfloat16, 1, "torch.float32 on cpu like the cache, got torch.bfloat16"),
-        ("llama_mha", torch.float32, 1, r"got \[1, 4, 1, 16\]"),
-        ("qwen3", torch.float32, 1, r"got \[1, 2, 1, 24\]"),
+        ("llama", torch.float32, 3, r"new pairs \[2, 2, num_queries, 16\].*got \[3, 2, 1, 16\]"),
+        (
+            "llama",
+            torch.float32,
+            4,
+            r"of 2 rows.*got those of 4; cache.batch_repeat_interleave\(2\)",
+        ),
+        ("llama", torch.bfloat16, 2, "torch.float32 on cpu like the cache, got torch.bfloat16"),
+        ("llama_mha", torch.float32, 2, r"got \[2, 4, 1, 16\]"),
+        ("qwen3", torch.float32, 2, r"got \[2, 2, 1, 24\]"),
     ],
 )
 def test_other_tokens_for_a_compressed_cache(
-    budget: str, name: str, dtype: torch.dtype, batch: int, message: str
+    budget: str, name: str, dtype: torch.dtype, rows: int, message: str
 ) -> None:
     cache = compressed(tiny_model(), budget, extra=1)
+    cache.batch_repeat_interleave(2)
     before = held(cache)
     other = tiny_model(name).to(dtype)
     where = torch.tensor([LENGTH + 1])
     with pytest.raises(ValueError, match=message), torch.no_grad():
         other(
-            tokens(batch, 1),
+            tokens(rows, 1),
             past_key_values=cache,
             cache_position=where,
             position_ids=where[None],

@@ -1,5 +1,6 @@
 """What a `DynamicCache` promises, a compressed one keeps: views, gradients, memory, softcaps."""
 
+import contextlib
 import copy
 from typing import Any
 
@@ -191,6 +192,40 @@ def test_rows_that_share_pairs_go_on_sharing_them() -> None:
     assert sum(layer.stored_keys.numel() for layer in cache.layers) <= shared * 0.5
     cache.batch_select_indices(torch.tensor([], dtype=torch.int64))
     assert sum(layer.stored_keys.numel() for layer in cache.layers) == 0
+
+
+# --- a text that is continued in several rows -----------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("grows", [False, True])
+def test_several_answers_from_one_filled_cache(budget: str, grows: bool) -> None:
+    """``generate(num_return_sequences=...)`` repeats the tokens, and not the cache."""
+    decoding = DecodingConfig(20, 4) if grows else None
+    said = []
+    for by_hand in (True, False):
+        model = tiny_model()
+        press = MoERouterPress(0.3, router=None, budget=budget, decoding=decoding)
+        with press(model):
+            cache = prefill(model, tokens(1, LENGTH))
+        if by_hand:
+            cache.batch_repeat_interleave(3)
+        prompt = torch.cat([tokens(1, LENGTH), tokens(1, 2, 7)], 1)
+        rows = prompt.repeat(3, 1) if by_hand else prompt
+        torch.manual_seed(0)
+        with press(model) if grows else contextlib.nullcontext():
+            said.append(
+                model.generate(
+                    rows,
+                    past_key_values=cache,
+                    do_sample=True,
+                    max_new_tokens=9,
+                    num_return_sequences=1 if by_hand else 3,
+                )
+            )
+        assert cache.layers[0].batch_size == 3
+    assert torch.equal(*said)
+    assert len({tuple(row.tolist()) for row in said[0]}) > 1
 
 
 # --- what an attention function leaves out --------------------------------------------------------
