@@ -29,6 +29,7 @@ def check_cache(
     indices: Collection[int] | None = None,
     grown: bool = False,
     static: str | None = None,
+    offloaded: str | None = "compression in several steps",
 ) -> None:
     """Raise unless pairs can be evicted from a cache.
 
@@ -41,6 +42,8 @@ def check_cache(
         Whether its layers may have been compressed before.
     static : str, optional
         What a static cache cannot serve; None where it can.
+    offloaded : str, optional
+        What an offloaded dynamic cache cannot serve; None where it can.
 
     Raises
     ------
@@ -56,10 +59,11 @@ def check_cache(
         )
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         _refuse(type(cache).__name__)
-    if cache.offloading:
+    if cache.offloading and (is_static(cache) or offloaded is not None):
         _refuse(
-            f"an offloaded {type(cache).__name__}, whose layers are not where they are rated",
-            "fill and compress a plain one, and give its layers to the offloaded one",
+            f"an offloaded {type(cache).__name__}, whose layers come and go"
+            + ("" if offloaded is None else f", for {offloaded}"),
+            "fill and compress a plain one, and give its layers to an offloaded DynamicCache",
         )
     layers = [x for i, x in enumerate(cache.layers) if indices is None or i in indices]
     kinds = {type(layer) for layer in layers}
@@ -83,6 +87,14 @@ def check_cache(
 def is_static(cache: Any) -> bool:
     """Return whether a cache has static layers."""
     return isinstance(cache, Cache) and any(isinstance(x, StaticLayer) for x in cache.layers)
+
+
+def bring_back(cache: Cache, index: int) -> None:
+    """Move an offloaded layer of a cache to the device that computes, in this stream."""
+    layer: Any = cache.layers[index]
+    if layer.device.type == "cuda":  # it may be on its way already
+        torch.cuda.current_stream(layer.device).wait_stream(cache.prefetch_stream)
+    layer.prefetch()
 
 
 def num_rows(cache: Cache) -> int:

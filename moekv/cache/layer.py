@@ -294,7 +294,7 @@ class CompressedLayer(CacheLayerMixin):
             self.batch_repeat_interleave(rows)
         if rows > self.batch_size and rows % self.batch_size == 0:
             raise ValueError(
-                f"expected new pairs of {self.batch_size} rows for this cache, got those of {rows}; "
+                f"expected new pairs of {self.batch_size} rows for this cache, got {rows}; "
                 f"cache.batch_repeat_interleave({rows // self.batch_size}) has each row continued "
                 "as often, as generate(num_return_sequences=...) does"
             )

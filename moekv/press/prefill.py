@@ -13,7 +13,7 @@ from transformers import Cache
 
 from moekv import ops
 from moekv.budget import Kept
-from moekv.cache.caches import cached_pairs, check_cache, is_static
+from moekv.cache.caches import bring_back, cached_pairs, check_cache, is_static
 from moekv.cache.folding import Folding
 from moekv.cache.layer import CompressedLayer
 from moekv.experts.builder import ViewBuilder
@@ -117,7 +117,8 @@ class Prefill(Strategy):
     def take(self, call: Call) -> None:
         """Rate a layer, or keep it until some can be rated at once."""
         if call.module is self.plan.layers[0] and not is_static(call.cache):
-            check_cache(call.cache, indices=[index_of(x) for x in self.plan.layers])
+            indices = [index_of(x) for x in self.plan.layers]
+            check_cache(call.cache, indices=indices, offloaded=None)
         self.rated.append(self._prepare(call))
         is_last = call.module is self.plan.layers[-1]
         unrated = [r for r in self.rated[-TOGETHER:] if r.rating is None]
@@ -133,7 +134,7 @@ class Prefill(Strategy):
     def _prepare(self, call: Call) -> Rated:
         plan, module = self.plan, call.module
         layer = call.cache.layers[call.index]
-        keys, values = cached_pairs(layer)
+        keys, values = (x.to(call.hidden_states.device) for x in cached_pairs(layer))
         assert layer.keys is not None
         held = weakref.ref(layer.keys)  # the tensors that are read may be copies
         kwargs = call.kwargs
@@ -179,7 +180,8 @@ class Prefill(Strategy):
 
     def _commit(self, rated: list[Rated]) -> None:
         """Compress rated layers; whatever is likely to fail comes before the first is changed."""
-        if any(r.cache.layers[r.index].keys is not r.keys() for r in rated):
+        offloaded = rated[0].cache.offloading  # tensors come and go
+        if not offloaded and any(r.cache.layers[r.index].keys is not r.keys() for r in rated):
             raise RuntimeError(
                 "expected the cache as it was when it was rated, got one that another hook has "
                 "changed; kvpress.ComposedPress chains presses"
@@ -200,8 +202,12 @@ class Prefill(Strategy):
             for r, all_heads in zip(rated, kept, strict=True):
                 chosen = None if all_heads is None else all_heads.of_heads(r.done.own_heads)
                 folding, r.folding = r.folding if leaves else None, None
+                if offloaded:
+                    bring_back(r.cache, r.index)
                 num_bytes.append(apply(r.cache, r.index, chosen, plan, run, folding, r.done.ranks))
                 adopt(r.cache, r.index, plan, r.done, chosen, r.recent, r.read)
+                if offloaded and r is not rated[0]:  # with which the next forward begins
+                    r.cache.layers[r.index].offload()  # type: ignore[no-untyped-call]
         self._record(rated, kept, num_bytes)
 
     def _record(
@@ -217,7 +223,8 @@ class Prefill(Strategy):
         plan.statistics.follow(rated[0].cache, plan.most)
         for r, rating, chosen in zip(rated, ratings, kept, strict=True):
             layer = r.cache.layers[r.index]
-            own, wanted = rating.own_heads, rating.wanted
+            own = rating.own_heads
+            wanted = None if r.cache.offloading else rating.wanted  # to be measured where it is
             plan.later.remember(
                 layer,
                 None if wanted is None else wanted[:, own],

@@ -28,7 +28,6 @@ def static_cache(**options: Any) -> StaticCache:
     ("make", "name"),
     [
         (quantized_cache, "IdentityLayer"),
-        (lambda: DynamicCache(offloading=True), "offloaded"),
         (lambda: static_cache(offloading=True), "offloaded"),
     ],
 )
@@ -36,6 +35,20 @@ def test_caches_that_cannot_be_served(make: Callable[[], Cache], name: str) -> N
     cache = make()
     message = f"StaticCache, got .*{name}"
     refuse(TypeError, message, tiny_model(), MoERouterPress(), cache)
+    assert not any(layer.is_initialized for layer in cache.layers)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"streaming": True}, "for streaming"),
+        ({"decoding": DecodingConfig(20, 4)}, "for repeated compression"),
+    ],
+)
+def test_offloaded_caches_and_several_steps(options: dict[str, Any], what: str) -> None:
+    cache = DynamicCache(offloading=True)
+    message = f"got an offloaded DynamicCache, whose layers come and go, {what}"
+    refuse(TypeError, message, tiny_model(), MoERouterPress(**options), cache)
     assert not any(layer.is_initialized for layer in cache.layers)
 
 
@@ -119,7 +132,7 @@ def test_memory_that_runs_out_in_a_static_cache(monkeypatch: pytest.MonkeyPatch)
             "llama",
             torch.float32,
             4,
-            r"of 2 rows.*got those of 4; cache.batch_repeat_interleave\(2\)",
+            r"of 2 rows.*got 4; cache.batch_repeat_interleave\(2\)",
         ),
         ("llama", torch.bfloat16, 2, "torch.float32 on cpu like the cache, got torch.bfloat16"),
         ("llama_mha", torch.float32, 2, r"got \[2, 4, 1, 16\]"),
