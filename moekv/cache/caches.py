@@ -21,6 +21,7 @@ from moekv.cache.growing import GrowingLayer
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.ragged import RaggedLayer
 from moekv.cache.static import CompactStaticLayer
+from moekv.models.hooks import sliding_layer
 
 
 def check_cache(
@@ -306,7 +307,7 @@ def empty_cache(cache: Cache) -> None:
         return
     for index, layer in enumerate(cache.layers):
         cache.layers[index] = (
-            DynamicSlidingWindowLayer(layer.sliding_window)
+            sliding_layer(layer.sliding_window)
             if isinstance(layer, DynamicSlidingWindowLayer)
             else DynamicLayer()  # type: ignore[no-untyped-call]
         )

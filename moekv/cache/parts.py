@@ -23,6 +23,7 @@ from moekv.cache.ragged import RaggedLayer
 from moekv.cache.recent import RecentStates
 from moekv.cache.rows import Rows
 from moekv.cache.static import CompactStaticLayer
+from moekv.models.hooks import sliding_layer
 
 _DENSE = {"keys": "BHND", "values": "BHNV"}
 _TAIL = {"begin": "BH", "end": "BH", "tail_keys": "BHND", "tail_values": "BHNV"}
@@ -222,7 +223,7 @@ def _dense(parts: Mapping[str, Tensor], _: Mapping[str, Any]) -> DynamicLayer:
 
 
 def _sliding(parts: Mapping[str, Tensor], description: Mapping[str, Any]) -> Any:
-    layer = DynamicSlidingWindowLayer(description["window"])
+    layer = sliding_layer(description["window"])
     layer.lazy_initialization(parts["keys"], parts["values"])
     layer.keys, layer.values = parts["keys"], parts["values"]
     layer.cumulative_length = description["seen"]

@@ -32,6 +32,8 @@ class Expert(ABC):
     waits : bool
         Whether :meth:`scores` reads neither hidden states nor queries nor ``kwargs`` of the view,
         so that several layers can be scored later, together (``LayerView.released``).
+    reads_choice : bool
+        Whether :meth:`scores` reads ``view.expert_choice``, so that it has to be observed.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Expert(ABC):
     finite: bool = False
     needs_hidden_states: bool = False
     waits: bool = False
+    reads_choice: bool = False
 
     def __repr__(self) -> str:
         """Name the class."""

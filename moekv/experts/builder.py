@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moekv.experts.view import LayerView
+from moekv.models.hooks import choice_of
 from moekv.models.queries import learn_rotation, logit_options, window_queries
 from moekv.models.ranks import Ranks, ranks_of
 from moekv.models.watching import Asked
@@ -46,6 +47,7 @@ class ViewBuilder:
         backend: str,
         asked: Asked | None = None,
         expects: bool = False,
+        choice: Any = None,
     ) -> LayerView:
         """Make the view of one layer.
 
@@ -66,6 +68,8 @@ class ViewBuilder:
             they are computed again.
         expects : bool
             Whether the queries of all tokens are needed, see ``LayerView.expected``.
+        choice : optional
+            What the model's own router returned for these tokens, see ``LayerView.expert_choice``.
 
         Returns
         -------
@@ -133,6 +137,7 @@ class ViewBuilder:
             rotary=self.rotary,
             turned=self._turned,
             logits=logit_options(module, asked, queries.shape[3]),
+            expert_choice=choice_of(choice, len(hidden_states)),
             ranks=self.ranks(module, keys.shape[1]),
         )
 

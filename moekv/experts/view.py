@@ -73,6 +73,11 @@ class LayerView:
         Shared by the views of a forward: the rotation of its queries to its end.
     logits : dict
         ``scaling`` and ``softcap`` of the products of queries and keys; by default the layer's.
+    expert_choice : Tensor [B, N, E], float32, or None
+        In models that are mixtures of E experts themselves: the weights by which the last router
+        before the layer, that of the block before, sent each token to experts, 0 where it did not.
+        None: there was none, no expert of the press reads it (``Expert.reads_choice``), or the
+        cache is compressed again.
     ranks : Ranks
         The processes that share out the layer's KV heads: the view has those of this one.
     lengths_of_all : tuple of ints, or None
@@ -98,6 +103,7 @@ class LayerView:
     rotary: nn.Module | None = None
     turned: dict[Any, Any] = field(default_factory=dict)
     logits: Mapping[str, float] = field(default_factory=dict)
+    expert_choice: Tensor | None = None
     ranks: Ranks = ALONE
     lengths_of_all: tuple[int, ...] | None = None
 
@@ -115,6 +121,7 @@ class LayerView:
         view.hidden_states = self.hidden_states.new_empty(*self.hidden_states.shape[:2], 0)
         view.queries = view.hidden_states
         view.attentions, view.asked, view.kwargs = None, None, {}
+        view.expert_choice = None
         return view
 
     @property

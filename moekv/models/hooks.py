@@ -15,7 +15,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+)
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -29,6 +34,12 @@ CROPS_BY_COUNT = "tokens_to_remove" in inspect.signature(DynamicLayer.crop).para
 
 STATIC_COUNTS_SLOTS = "cumulative_length" in vars(StaticLayer(1))
 """Whether static layers count their filled slots; otherwise every call passes its slots."""
+
+
+def sliding_layer(window: int) -> DynamicSlidingWindowLayer:
+    """Make an empty cache layer that holds a window: of other arguments in each version."""
+    return DynamicSlidingWindowLayer(sliding_window=window)
+
 
 _LAYER_METHODS = {
     "update": ({"key_states", "value_states"}, {"cache_kwargs", "args", "kwargs"}),
@@ -336,6 +347,37 @@ def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return kwargs
     named = dict(zip(_parameters(_kind(module)), args, strict=False)) | kwargs
     return {"hidden_states": args[0]} | named
+
+
+def routers_in(decoder: nn.Module) -> list[nn.Module]:
+    """Find the routers of a model that is a mixture of experts itself (Mixtral, GPT-OSS)."""
+    kinds = (type(module).__name__ for module in decoder.modules())
+    found = zip(decoder.modules(), kinds, strict=True)
+    return [module for module, name in found if name.lower().endswith("topkrouter")]
+
+
+def choice_of(output: Any, batch: int) -> Tensor | None:
+    """Read what such a router returns: logits, weights and experts of each token.
+
+    Parameters
+    ----------
+    output : Any
+        Of its forward.
+    batch : int
+        Rows.
+
+    Returns
+    -------
+    Tensor [B, N, E], float32, or None
+        Weight of each expert, 0 where it was not chosen. None: it returns something else.
+    """
+    if not isinstance(output, tuple) or len(output) != 3:
+        return None
+    logits, weights, experts = output
+    if experts.is_floating_point() or weights.shape != experts.shape:
+        return None
+    choice = torch.zeros(len(logits), logits.shape[-1], device=weights.device)
+    return choice.scatter_(1, experts, weights.float()).view(batch, -1, choice.shape[1])
 
 
 def hook_arguments(kwargs: Mapping[str, Any]) -> tuple[Tensor, Any]:

@@ -85,7 +85,8 @@ def ranks_of(mesh: Any, layer: nn.Module, num_heads: int) -> Ranks:
     """
     if mesh is None:
         return ALONE
-    size, total = mesh.size(), _heads_in_all(layer)
+    size = mesh.size()
+    total = _heads_in_all(layer, size)
     if total in (None, num_heads):
         return ALONE
     if total != num_heads * size:
@@ -96,12 +97,14 @@ def ranks_of(mesh: Any, layer: nn.Module, num_heads: int) -> Ranks:
     return Ranks(mesh, mesh.get_local_rank(), size)
 
 
-def _heads_in_all(layer: Any) -> int | None:
+def _heads_in_all(layer: Any, size: int) -> int | None:
     """Count the KV heads of a layer over all processes; None: not known."""
-    projected = getattr(getattr(layer, "k_proj", None), "out_features", None)
-    dim = getattr(layer, "head_dim", None)
-    if projected and dim:  # which remains that of the whole weight
-        return int(projected // dim)
+    key, dim = getattr(layer, "k_proj", None), getattr(layer, "head_dim", None)
+    projected = getattr(key, "out_features", None)
+    if key is not None and projected and dim:
+        # It stays that of the whole weight, or, in some versions, becomes that of the part.
+        is_part = getattr(key, "_hf_tp_plan", None) == "colwise" and len(key.weight) == projected
+        return int(projected // dim) * (size if is_part else 1)
     config = config_of(layer)
     names = ["num_attention_heads"]
     if not hasattr(layer, "kv_b_proj"):  # latents are spread to as many heads as there are queries

@@ -134,6 +134,8 @@ class Call:
         Attention weights, where the implementation returns them.
     asked : Asked or None
         Its queries, where they were observed.
+    choice : Any
+        What the model's own router returned last, where an expert reads it.
     """
 
     module: nn.Module
@@ -142,6 +144,7 @@ class Call:
     kwargs: dict[str, Any]
     attentions: Tensor | None
     asked: Asked | None
+    choice: Any = None
 
     @property
     def index(self) -> int:
@@ -187,7 +190,10 @@ class Forward:
         None: there is nothing to do, as in a decoding step.
     asked : dict
         Queries of each layer, until its hook takes them.
+    choice : Any
+        What the model's own router returned last, where an expert reads it.
     """
 
     strategy: Strategy | None
     asked: dict[nn.Module, Asked] = field(default_factory=dict)
+    choice: Any = None

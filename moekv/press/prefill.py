@@ -160,6 +160,7 @@ class Prefill(Strategy):
                 backend=plan.options.backend,
                 asked=call.asked,
                 expects=plan.rater.expects or plan.options.folds,
+                choice=call.choice,
             )
             folding = folding_of(view) if plan.options.folds else None
         call.asked = None  # as large as a layer's pairs, and no longer needed

@@ -123,6 +123,11 @@ class Rater:
         return any(isinstance(expert, ExpectedExpert) for expert in self.experts)
 
     @property
+    def reads_choice(self) -> bool:
+        """Whether an expert reads the choice of the model's own routers."""
+        return any(expert.reads_choice for expert in self.experts)
+
+    @property
     def borrows(self) -> bool:
         """Whether an expert is a kvpress scorer, which reads attributes of attention layers."""
         return any(isinstance(expert, PressExpert) for expert in self.experts)

@@ -27,6 +27,7 @@ from moekv.models.hooks import (
     lent_rotary,
     option,
     rotary_in,
+    routers_in,
 )
 from moekv.models.watching import Asked, watched
 from moekv.models.weights import mesh_of
@@ -139,6 +140,8 @@ class Session:
             hook(self.decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True))
             for layer in self.layers:
                 hook(layer.register_forward_hook(self._after_attention, with_kwargs=True))
+            for router in routers_in(self.decoder) if rater.reads_choice else ():
+                hook(router.register_forward_hook(self._after_router))
             if rater.borrows:
                 stack.enter_context(lent_rotary(self.decoder, self.all_layers))
             stack.enter_context(watched(self.layers, self._notice))
@@ -167,6 +170,10 @@ class Session:
         if stack and stack[-1].strategy is not None:
             forward = stack[-1]
             forward.asked[module] = asked
+
+    def _after_router(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._stack:
+            self._stack[-1].choice = output
 
     # --- Hooks ------------------------------------------------------------------------------------
 
@@ -231,6 +238,7 @@ class Session:
                 kwargs,
                 attentions_of(output),
                 forward.asked.pop(module, None),
+                forward.choice,
             )
         )
         if forward.strategy.is_done:

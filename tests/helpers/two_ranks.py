@@ -70,9 +70,9 @@ def _work(rank: int, folder: str, cases: Mapping[str, Any]) -> None:
         timeout=timedelta(seconds=60),
     )
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
-    assert model.model.layers[0].self_attn.k_proj(torch.ones(1, 64)).shape[-1] == (
-        model.model.layers[0].self_attn.k_proj.out_features // SIZE
-    )
+    attention, config = model.model.layers[0].self_attn, model.config
+    heads = attention.k_proj(torch.ones(1, 64)).shape[-1] // config.head_dim
+    assert heads * SIZE == config.num_key_value_heads
     with torch.no_grad():
         found = {name: generated(model, case) for name, case in cases.items()}
     torch.save(found, f"{folder}/{rank}.pt")

@@ -142,6 +142,14 @@ def test_which_heads_a_process_has() -> None:
     assert (ranks.rank, ranks.size, ranks.own(2)) == (1, 2, slice(2, 4))
 
 
+def test_projections_that_say_the_size_of_their_part() -> None:
+    layer = spread_model().model.layers[1].self_attn
+    key = layer.k_proj
+    key.weight, key.out_features = torch.nn.Parameter(key.weight[:16]), 16
+    key._hf_tp_plan = "colwise"  # as transformers 5.12 leaves it
+    assert ranks_of(Mesh(), layer, 2).size == 2
+
+
 def test_heads_that_are_shared_out_unevenly() -> None:
     layer = spread_model().model.layers[1].self_attn
     with pytest.raises(ValueError, match="4 KV heads shared out evenly among 2 processes.*got 1"):
