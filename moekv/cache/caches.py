@@ -21,7 +21,7 @@ from moekv.cache.growing import GrowingLayer
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.ragged import RaggedLayer
 from moekv.cache.static import CompactStaticLayer
-from moekv.models.hooks import sliding_layer
+from moekv.models.hooks import CACHE_NAMES, sliding_layer
 
 
 def check_cache(
@@ -111,7 +111,7 @@ def is_compressed(layer: CacheLayerMixin) -> bool:
     return isinstance(layer, CompactStaticLayer)
 
 
-_PLAIN = "pass past_key_values=DynamicCache(), or none and no cache_implementation"
+_PLAIN = f"pass {CACHE_NAMES[0]}=DynamicCache(), or none and no cache_implementation"
 
 
 def _refuse(what: str, instead: str = _PLAIN) -> None:
