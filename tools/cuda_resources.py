@@ -2,8 +2,9 @@
 
 Reads registers, stack and shared memory of every kernel and architecture from the built library,
 and from its machine code whether memory is accessed in 16 bytes and as global memory, whether
-16-bit scoring runs on tensor cores, how many loads are in flight at once, and that nothing spills
-to local memory::
+16-bit scoring runs on tensor cores, how many loads are in flight at once and how long the loop
+around them is, that warps are whole where tensor cores ask for it, and that nothing spills to
+local memory::
 
     python tools/cuda_resources.py            # writes the table
     python tools/cuda_resources.py --check    # compares with it
@@ -30,7 +31,9 @@ TABLE = ROOT / "docs" / "cuda-resources.md"
 TOOLS = ROOT / ".cache" / "cuda-tools"
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 PTX = {"80", "120"}  # for GPUs between these, and for those that come after
-REGISTER_SLACK = 8  # more than recorded: another release of the compiler, not another kernel
+# More than recorded: another release of the compiler, not another kernel.
+REGISTER_SLACK = 8
+LOOP_SLACK = 1.1
 
 # Kernels whose loops must move 16 bytes at a time, and those that must use tensor cores. Not here:
 # kernels that read a few numbers per row, and mix_scores, where neighbouring threads read
@@ -49,7 +52,7 @@ LEAST_IN_FLIGHT = 4
 TENSOR_CORES = re.compile(
     r"(attention_(rows|columns)|expected_attention)_kernel<__(half|nv_bfloat16)"
 )
-INSTRUCTION = re.compile(r"\s*/\*(\w+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);")
+INSTRUCTION = re.compile(r"\s*/\*(\w+)\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);")
 
 
 @dataclasses.dataclass
@@ -65,6 +68,63 @@ class Kernel:
     tensor_core: int = 0
     generic: int = 0
     local: int = 0
+    narrow_loads: int = 0
+    loop: int = 0
+    diverged: int = 0
+
+
+@dataclasses.dataclass
+class Instruction:
+    """One of machine code. ``name`` has its suffixes, ``address`` counts bytes."""
+
+    address: int
+    predicate: str
+    name: str
+    operands: str
+
+    @property
+    def target(self) -> int | None:
+        """Where it jumps to, or where threads that part here meet again."""
+        found = re.findall(r"\b0x([0-9a-f]+)$", self.operands.strip())
+        return int(found[-1], 16) if found else None
+
+
+def read_instruction(match: re.Match[str]) -> Instruction:
+    """Return what a line of cuobjdump says, as INSTRUCTION matches it."""
+    return Instruction(int(match[1], 16), match[2] or "", match[3], match[4])
+
+
+def is_wide(name: str) -> bool:
+    """Whether it moves 16 bytes of a thread or more."""
+    return bool(re.search(r"\.(128|256)\b", name))
+
+
+def loop_of(code: list[Instruction]) -> int:
+    """Return the instructions of the shortest loop around the most loads of 16 bytes; 0: none."""
+    best = (0, 0)
+    wide = [x.address for x in code if re.match(r"LDG(STS)?\b", x.name) and is_wide(x.name)]
+    for end in code:
+        if not re.match(r"BRA\b", end.name) or end.target is None or end.target > end.address:
+            continue
+        loads = sum(end.target <= x <= end.address for x in wide)
+        length = sum(end.target <= x.address <= end.address for x in code)
+        if loads:
+            best = max(best, (loads, -length))
+    return -best[1]
+
+
+def diverged_of(code: list[Instruction]) -> int:
+    """Return how many tensor core instructions lie where the threads of a warp may have parted.
+
+    The compiler marks where they may (BSSY) and where they meet again, its target; short branches
+    become predicates. PTX's ``mma.sync.aligned`` is for whole warps.
+    """
+    apart = [(x.address, x.target) for x in code if x.name.startswith("BSSY") and x.target]
+    return sum(
+        bool(x.predicate) or any(begin < x.address < end for begin, end in apart)
+        for x in code
+        if x.name.startswith("HMMA")
+    )
 
 
 class Flight:
@@ -137,6 +197,7 @@ def collect(library: Path) -> Kernels:
     found: dict[tuple[str, str], Kernel] = defaultdict(Kernel)
     architecture = name = ""
     flight = Flight()
+    codes: dict[tuple[str, str], list[Instruction]] = defaultdict(list)
     for line in dump(library, "-res-usage").splitlines():
         if match := re.match(r"arch = sm_(\w+)", line):
             architecture = match[1]
@@ -153,16 +214,21 @@ def collect(library: Path) -> Kernels:
             name = match[1]
             flight = Flight()
         elif match := INSTRUCTION.match(line):
-            kernel, instruction = found[name, architecture], match[2]
-            now = flight.meet(instruction, match[3], int(match[1], 16))
+            kernel, code = found[name, architecture], codes[name, architecture]
+            code.append(read_instruction(match))
+            instruction = code[-1].name
+            now = flight.meet(instruction, code[-1].operands, code[-1].address)
             kernel.in_flight = max(kernel.in_flight, now)
-            wide = bool(re.search(r"\.(128|256)\b", instruction))
+            wide = is_wide(instruction)
             base = instruction.split(".")[0]
             kernel.wide_loads += wide and base in ("LDG", "LDGSTS")
             kernel.wide_stores += wide and base == "STG"
             kernel.tensor_core += base == "HMMA"
             kernel.generic += base in ("LD", "ST", "ATOM")
             kernel.local += base in ("LDL", "STL")
+            kernel.narrow_loads += base == "LDG" and bool(re.search(r"\.[US]16\b", instruction))
+    for key, code in codes.items():
+        found[key].loop, found[key].diverged = loop_of(code), diverged_of(code)
     short = short_names({mangled for mangled, _ in found})
     kernels: Kernels = defaultdict(dict)
     for (mangled, architecture), kernel in sorted(found.items()):
@@ -204,6 +270,11 @@ def problems(kernels: Kernels, ptx: set[str]) -> list[str]:
                 wrong.append(f"{where}: expected stores of 16 bytes, got none")
             if TENSOR_CORES.match(name) and not kernel.tensor_core:
                 wrong.append(f"{where}: expected tensor core instructions, got none")
+            if kernel.diverged:
+                wrong.append(
+                    f"{where}: expected whole warps at tensor core instructions, got "
+                    f"{kernel.diverged} where threads may have parted"
+                )
     for pattern in (WIDE, STREAMING, TENSOR_CORES):
         if not any(pattern.match(name) for name in kernels):
             wrong.append(f"no kernel matches {pattern.pattern}")
@@ -222,7 +293,10 @@ machine code holds:
   shared memory) and to it;
 - in flight: the most loads of 16 bytes, on sm_90, that begin before the result of one is asked for;
   one alone leaves a thread to wait for each;
-- HMMA: tensor core instructions on sm_90.
+- HMMA: tensor core instructions on sm_90, all where no threads of a warp have parted;
+- loop: instructions on sm_90 of the shortest loop around the most loads of 16 bytes, its rare paths
+  included;
+- narrow: loads of 16 bits from global memory on sm_90, for rows that are not aligned.
 
 No kernel uses local memory on any architecture (no stack, no spilled register), and none leaves it
 to the hardware to find out whether an address is of global or of shared memory.
@@ -230,7 +304,8 @@ to the hardware to find out whether an address is of global or of shared memory.
 """
 
 
-Resources = tuple[list[int], int, dict[str, int]]  # registers, shared memory, instructions
+# Registers, shared memory, instructions of which more are better, and others.
+Resources = tuple[list[int], int, dict[str, int], dict[str, int]]
 
 
 def resources(versions: dict[str, Kernel]) -> Resources:
@@ -242,8 +317,10 @@ def resources(versions: dict[str, Kernel]) -> Resources:
         "stores of 16 bytes": h.wide_stores,
         "tensor core instructions": h.tensor_core,
     }
+    costs = {"instructions in the loop": h.loop, "loads of 16 bits": h.narrow_loads}
     # From sm_90 on the system takes 1 KiB of its own, which would count as shared.
-    return [versions[a].registers for a in ARCHITECTURES], versions["80"].shared, counts
+    registers = [versions[a].registers for a in ARCHITECTURES]
+    return registers, versions["80"].shared, counts, costs
 
 
 def table(kernels: Kernels) -> str:
@@ -257,12 +334,14 @@ def table(kernels: Kernels) -> str:
             "in flight",
             "stores",
             "HMMA",
+            "loop",
+            "narrow",
         ],
-        ["---", *["---:"] * (len(ARCHITECTURES) + 5)],
+        ["---", *["---:"] * (len(ARCHITECTURES) + 7)],
     ]
     for name, versions in kernels.items():
-        registers, shared, counts = resources(versions)
-        cells = [shared, *counts.values()]
+        registers, shared, counts, costs = resources(versions)
+        cells = [shared, *counts.values(), *costs.values()]
         rows.append([f"`{name}`", *map(str, registers), *(str(x or "") for x in cells)])
     return HEADER + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
@@ -278,17 +357,21 @@ def changes(kernels: Kernels, recorded: dict[str, list[int]]) -> list[str]:
     wrong = [f"{name}: not in the table" for name in kernels.keys() - recorded.keys()]
     wrong += [f"{name}: in the table alone" for name in recorded.keys() - kernels.keys()]
     for name in kernels.keys() & recorded.keys():
-        registers, shared, counts = resources(kernels[name])
+        registers, shared, counts, costs = resources(kernels[name])
         before = recorded[name]
         *registers_before, shared_before = before[: len(ARCHITECTURES) + 1]
         if shared != shared_before:
             wrong.append(
                 f"{name}: expected {shared_before} bytes of shared memory as recorded, got {shared}"
             )
-        counts_before = before[len(ARCHITECTURES) + 1 :]
-        for (what, now), at_least in zip(counts.items(), counts_before, strict=True):
+        instructions = before[len(ARCHITECTURES) + 1 :]
+        for (what, now), at_least in zip(counts.items(), instructions, strict=False):
             if now < at_least:
                 wrong.append(f"{name}: expected {at_least} {what} as recorded, got {now}")
+        for (what, now), at_most in zip(costs.items(), instructions[len(counts) :], strict=True):
+            slack = LOOP_SLACK if "loop" in what else 1
+            if now > slack * at_most:
+                wrong.append(f"{name}: expected {at_most} {what} as recorded, got {now}")
         for architecture, expected, now in zip(
             ARCHITECTURES, registers_before, registers, strict=True
         ):

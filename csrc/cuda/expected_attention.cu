@@ -83,12 +83,11 @@ __device__ __forceinline__ void multiply(const Arguments& arguments, const RealR
       rows[2 + 2 * j] = keys(first + 8 * j + 2 * t);
       rows[3 + 2 * j] = keys(first + 8 * j + 2 * t + 1);
     }
-    const auto dot = [](float& sum, const uint4& a, const uint4& b) {
+    const auto add = [](float& sum, const uint4& a, const uint4& b) {
       float x[4], y[4];
       unpack<float>(a, x);
       unpack<float>(b, y);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sum = fmaf(x[i], y[i], sum);
+      sum = dot(x, y, sum);
     };
     for (int channel = 0; channel < dim; channel += 4) {
       uint4 x[2 + 2 * kBandTiles];
@@ -101,8 +100,8 @@ __device__ __forceinline__ void multiply(const Arguments& arguments, const RealR
                               ? *reinterpret_cast<const uint4*>(
                                     sample + (8 * j + 2 * t + i) * stride + channel * 4)
                               : x[2 + max(2 * (j - kSampleTiles), 0) + i];
-          dot(product[j][i], x[0], b);
-          dot(product[j][2 + i], x[1], b);
+          add(product[j][i], x[0], b);
+          add(product[j][2 + i], x[1], b);
         }
       }
     }

@@ -62,49 +62,27 @@ inline Rows rows_of(const void* data, const int64_t (&stride)[3], int64_t dim, D
 }
 
 // The lane's channels of `kCount` positions from `first` < end on, `step` apart; zeros for
-// positions from `end` on, and beyond the last channel. Nothing branches between the loads of 16
-// bytes, or the compiler would wait for each: positions and channels that are not there read others
-// instead.
+// positions from `end` on, and beyond the last channel.
 template <int kCount, typename T>
 __device__ __forceinline__ void load_positions(const T* base, const Rows& rows, int first, int step,
                                                int end, int first_channel,
                                                float (&x)[kCount][kChannelsPerLane]) {
-  constexpr int kPacks = kChannelsPerLane / kPackSize<T>;
-  static_assert(kChannelsPerLane % kPackSize<T> == 0);
+  RawChannels<T, kChannelsPerLane> raw[kCount];
+  const auto load = [&](bool vectorized) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      raw[i].load(base + min(first + i * step, end - 1) * rows.stride[2], first_channel, rows.dim,
+                  vectorized);
+    }
+  };
   if (rows.vectorized) {
-    uint4 bits[kCount][kPacks];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const T* row = base + min(first + i * step, end - 1) * rows.stride[2];
-#pragma unroll
-      for (int j = 0; j < kPacks; ++j) {
-        const int channel = first_channel + j * kPackSize<T>;
-        bits[i][j] = load_bits(row + min(channel, rows.dim - kPackSize<T>));
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-#pragma unroll
-      for (int j = 0; j < kPacks; ++j) {
-        float pack[kPackSize<T>];
-        unpack<T>(bits[i][j], pack);
-        const bool present = first + i * step < end && first_channel + j * kPackSize<T> < rows.dim;
-#pragma unroll
-        for (int k = 0; k < kPackSize<T>; ++k) {
-          x[i][j * kPackSize<T> + k] = present ? pack[k] : 0.0f;
-        }
-      }
-    }
+    load(true);
   } else {
+    load(false);
+  }
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const T* row = base + (first + i * step) * rows.stride[2];
-#pragma unroll
-      for (int j = 0; j < kChannelsPerLane; ++j) {
-        const bool present = first + i * step < end && first_channel + j < rows.dim;
-        x[i][j] = present ? to_float(row[first_channel + j]) : 0.0f;
-      }
-    }
+  for (int i = 0; i < kCount; ++i) {
+    raw[i].unpack(first_channel, first + i * step < end ? rows.dim : 0, x[i]);
   }
 }
 

@@ -51,10 +51,7 @@ struct Run {
       load_positions(base, keys, first + slot, num_slots, end, first_channel, x);
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        float square = 0.0f;
-#pragma unroll
-        for (int j = 0; j < kChannelsPerLane; ++j) square = fmaf(x[i][j], x[i][j], square);
-        const float norm = sqrtf(sum_over_lanes(square, keys.lanes));
+        const float norm = sqrtf(sum_over_lanes(dot(x[i], x[i]), keys.lanes));
         use(first + i * num_slots + slot, x[i], 1.0f / fmaxf(norm, kLeastNorm));
       }
     }
@@ -138,11 +135,7 @@ __global__ void __launch_bounds__(kThreads, 3) key_diversity_cosine_kernel(Argum
   }
   run.for_each_key<T>(arguments,
                       [&](int key, const float (&x)[kChannelsPerLane], float inverse_norm) {
-                        float product = 0.0f;
-#pragma unroll
-                        for (int j = 0; j < kChannelsPerLane; ++j)
-                          product = fmaf(x[j], mean[j], product);
-                        product = sum_over_lanes(product, arguments.keys.lanes);
+                        const float product = sum_over_lanes(dot(x, mean), arguments.keys.lanes);
                         if (key < run.end && run.first_channel == 0)
                           scores[key] = -product * inverse_norm;
                       });

@@ -44,39 +44,6 @@ __device__ __forceinline__ const T* row_of(const ProjectTokensParams& params, in
          token % params.num_tokens * params.stride[1];
 }
 
-// `kCount` packs of kPack channels of a thread, from `first` on, `step` apart, as they lie in
-// memory. Nothing branches between the loads, or the compiler would wait for each: channels that
-// are not there read others instead.
-template <typename T, int kCount, int kPack = kPackSize<T>>
-struct Packs {
-  static constexpr int kWords = kPack / kPackSize<T>;
-  uint4 bits[kCount][kWords];
-
-  __device__ __forceinline__ void load(const T* row, int first, int step, int channels,
-                                       bool vectorized) {
-#pragma unroll
-    for (int j = 0; j < kWords; ++j) {
-      const int shift = j * kPackSize<T>;
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const int channel = first + i * step + shift;
-        bits[i][j] = vectorized ? load_bits(row + min(channel, channels - kPack + shift))
-                                : load_16_bytes(row, channel, channels, false);
-      }
-    }
-  }
-  // The i-th; zeros if it is not there.
-  __device__ __forceinline__ void unpack(int i, bool present, float (&x)[kPack]) const {
-#pragma unroll
-    for (int j = 0; j < kWords; ++j) {
-      float word[kPackSize<T>];
-      cuda::unpack<T>(present ? bits[i][j] : make_uint4(0, 0, 0, 0), word);
-#pragma unroll
-      for (int k = 0; k < kPackSize<T>; ++k) x[j * kPackSize<T> + k] = word[k];
-    }
-  }
-};
-
 __device__ __forceinline__ float warp_sum(float value) {
   for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
     value += __shfl_xor_sync(kFullWarp, value, distance);
@@ -104,29 +71,30 @@ __global__ void __launch_bounds__(kThreads, 2) token_norms_kernel(Arguments argu
     for (int begin = 0; begin < channels; begin += kBatch * kStep) {
       const int first = begin + lane * kPack;
       const auto add = [&](bool vectorized) {
-        Packs<T, kBatch> tokens;
-        tokens.load(row, first, kStep, channels, vectorized);
+        RawChannels<T> tokens[kBatch], weights[kBatch];
+        const auto load = [&](RawChannels<T>(&raw)[kBatch], const T* from) {
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) {
+            raw[i].load(from, first + i * kStep, channels, vectorized);
+          }
+        };
+        load(tokens, row);
+        float x[kPack], weight[kPack];
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-          float x[kPack];
-          tokens.unpack(i, first + i * kStep < channels, x);
-#pragma unroll
-          for (int j = 0; j < kPack; ++j) square = fmaf(x[j], x[j], square);
+          tokens[i].unpack(first + i * kStep, channels, x);
+          square = dot(x, x, square);
         }
 #pragma unroll
         for (int p = 0; p < kProjections; ++p) {
           if (projection + p >= params.num_projections) break;
-          Packs<T, kBatch> weights;
-          weights.load(
-              static_cast<const T*>(params.weight) + (projection + p) * params.weight_stride, first,
-              kStep, channels, vectorized);
+          load(weights,
+               static_cast<const T*>(params.weight) + (projection + p) * params.weight_stride);
 #pragma unroll
           for (int i = 0; i < kBatch; ++i) {
-            float x[kPack], weight[kPack];
-            tokens.unpack(i, first + i * kStep < channels, x);
-            weights.unpack(i, first + i * kStep < channels, weight);
-#pragma unroll
-            for (int j = 0; j < kPack; ++j) product[p] = fmaf(x[j], weight[j], product[p]);
+            tokens[i].unpack(first + i * kStep, channels, x);
+            weights[i].unpack(first + i * kStep, channels, weight);
+            product[p] = dot(x, weight, product[p]);
           }
         }
       };
@@ -209,36 +177,54 @@ __global__ void __launch_bounds__(kRowThreads) token_mean_kernel(Arguments argum
   for (int64_t c = threadIdx.x; c < channels; c += kRowThreads) mean[c] *= factor;
 }
 
+// Blocks on an SM: as many as there are registers for without a spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <typename T>
+constexpr int kResident = sizeof(T) == 2 ? 4 : 5;
+#else
+template <typename T>
+constexpr int kResident = sizeof(T) == 2 ? 3 : 4;
+#endif
+
 // Inverse norms become distances.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) token_distances_kernel(Arguments arguments) {
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    token_distances_kernel(Arguments arguments) {
   const ProjectTokensParams& params = arguments.params;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int64_t token =
       static_cast<int64_t>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarpSize;
   if (token >= params.batch * params.num_tokens || !is_real(params, token)) return;
+  const T* row = row_of<T>(params, token);
   const float* mean = arguments.mean + token / params.num_tokens * params.num_channels;
   constexpr int kPack = kPackSize<T>, kStep = kWarpSize * kPack;
   const int channels = static_cast<int>(params.num_channels);
   float product = 0.0f;
   for (int begin = 0; begin < channels; begin += kBatch * kStep) {
     const int first = begin + lane * kPack;
-    Packs<T, kBatch> tokens;
-    Packs<float, kBatch, kPack> means;
+    RawChannels<T> tokens[kBatch];
+    RawChannels<float, kPack> means[kBatch];
+    const auto load = [&](bool vectorized) {
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        tokens[i].load(row, first + i * kStep, channels, vectorized);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        means[i].load(mean, first + i * kStep, channels, vectorized);
+      }
+    };
     if (arguments.vectorized) {
-      tokens.load(row_of<T>(params, token), first, kStep, channels, true);
-      means.load(mean, first, kStep, channels, true);
+      load(true);
     } else {
-      tokens.load(row_of<T>(params, token), first, kStep, channels, false);
-      means.load(mean, first, kStep, channels, false);
+      load(false);
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       float x[kPack], direction[kPack];
-      tokens.unpack(i, first + i * kStep < channels, x);
-      means.unpack(i, first + i * kStep < channels, direction);
-#pragma unroll
-      for (int j = 0; j < kPack; ++j) product = fmaf(x[j], direction[j], product);
+      tokens[i].unpack(first + i * kStep, channels, x);
+      means[i].unpack(first + i * kStep, channels, direction);
+      product = dot(x, direction, product);
     }
   }
   product = warp_sum(product);

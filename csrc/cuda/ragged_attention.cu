@@ -108,40 +108,6 @@ struct Cut {
   }
 };
 
-// A lane's channels of a row, as they lie in memory.
-template <typename T>
-struct RawChannels {
-  static constexpr int kWords = kChannels / kPackSize<T>;
-  uint4 words[kWords];
-
-  // Channels beyond the last read others instead: no load depends on a condition, for which the
-  // compiler would wait.
-  __device__ __forceinline__ void load(const T* row, int first, int dim, bool vectorized) {
-    if (vectorized) {
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        words[i] = load_bits(row + min(first + i * kPackSize<T>, dim - kPackSize<T>));
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        words[i] = load_16_bytes(row, first + i * kPackSize<T>, dim, false);
-      }
-    }
-  }
-  // Zeros beyond the last channel.
-  __device__ __forceinline__ void unpack(int first, int dim, float (&x)[kChannels]) const {
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      const bool present = first + i * kPackSize<T> < dim;
-      float pack[kPackSize<T>];
-      cuda::unpack<T>(present ? words[i] : make_uint4(0, 0, 0, 0), pack);
-#pragma unroll
-      for (int j = 0; j < kPackSize<T>; ++j) x[i * kPackSize<T> + j] = pack[j];
-    }
-  }
-};
-
 // Sums of kCount values over groups of kLanes lanes, dealt out to them: the lane's own come first
 // in x, kCount / kLanes of them, or one that kLanes / kCount lanes have.
 template <int kLanes, int kCount>
@@ -184,7 +150,7 @@ template <typename T, int kQueries, int kLanes>
 __global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
     ragged_attention_kernel(Arguments arguments) {
   // Rows that a thread loads before it uses them: 64 bytes of keys, and of values.
-  constexpr int kBatch = 4 / RawChannels<T>::kWords;
+  constexpr int kBatch = 4 / RawChannels<T, kChannels>::kWords;
   constexpr int kSlots = kThreads / kLanes;
   // Logits of a batch: number q * kBatch + b is that of row b and query q.
   constexpr int kLogits = kQueries * kBatch;
@@ -218,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
 #pragma unroll
   for (int q = 0; q < kQueries; ++q) {
     const int row = min(first_query + q, arguments.rows - 1);  // what is not there sees no row
-    RawChannels<T> raw;
+    RawChannels<T, kChannels> raw;
     raw.load(static_cast<const T*>(params.query) + batch * params.query_stride[0] +
                  (head * group + row / num_queries) * params.query_stride[1] +
                  row % num_queries * params.query_stride[2],
@@ -249,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
   float highest = -INFINITY, total = 0.0f;  // of the lane's query; total of the lane's own logits
   float sums[kQueries][kChannels] = {};
   for (int base = begin; base < end; base += kBatch * kSlots) {
-    RawChannels<T> raw_keys[kBatch], raw_values[kBatch];
+    RawChannels<T, kChannels> raw_keys[kBatch], raw_values[kBatch];
     const auto load = [&](bool vectorized) {
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
@@ -276,10 +242,7 @@ __global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
       raw_keys[b].unpack(first_channel, key_dim, key);
 #pragma unroll
       for (int q = 0; q < kQueries; ++q) {
-        float product = 0.0f;
-#pragma unroll
-        for (int i = 0; i < kChannels; ++i) product = fmaf(query[q][i], key[i], product);
-        logits[q * kBatch + b] = product;
+        logits[q * kBatch + b] = dot(query[q], key);
       }
     }
     deal_sums<kLanes>(logits, lane);

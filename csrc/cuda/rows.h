@@ -32,23 +32,64 @@ __device__ __forceinline__ uint4 load_16_bytes(const T* row, int channel, int di
   return bits;
 }
 
-// The same of several rows, none of them null. Nothing branches between the loads, or the compiler
-// would wait for each before it starts the next: channels beyond the end read others instead.
+// kSize channels of a row, as they lie in memory. They are loaded first and cut off when they are
+// used, by selection: where a load depends on a condition, the compiler waits for the load before
+// it.
+template <typename T, int kSize = kPackSize<T>>
+struct RawChannels {
+  static constexpr int kWords = kSize / kPackSize<T>;
+  static_assert(kWords * kPackSize<T> == kSize);
+  uint4 words[kWords];
+
+  // From channel `first` on, of `dim` > 0; those that are not there read others instead. Called
+  // with a constant for `vectorized`, or there is a branch between this load and the next.
+  __device__ __forceinline__ void load(const T* row, int first, int dim, bool vectorized) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const int channel = first + i * kPackSize<T>;
+      words[i] = vectorized ? load_bits(row + min(channel, dim - kPackSize<T>))
+                            : load_16_bytes(row, channel, dim, false);
+    }
+  }
+  // The i-th 16 bytes; zeros beyond `dim`.
+  __device__ __forceinline__ uint4 word(int i, int first, int dim) const {
+    return first + i * kPackSize<T> < dim ? words[i] : make_uint4(0, 0, 0, 0);
+  }
+  __device__ __forceinline__ void unpack(int first, int dim, float (&x)[kSize]) const {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      float pack[kPackSize<T>];
+      cuda::unpack<T>(word(i, first, dim), pack);
+#pragma unroll
+      for (int j = 0; j < kPackSize<T>; ++j) x[i * kPackSize<T> + j] = pack[j];
+    }
+  }
+};
+
+// 16 bytes of each of several rows, zeros beyond their end.
 template <int kCount, typename T>
 __device__ __forceinline__ void load_16_bytes(const T* const (&rows)[kCount], int channel, int dim,
                                               bool vectorized, uint4 (&bits)[kCount]) {
+  RawChannels<T> raw[kCount];
+  const auto load = [&](bool aligned) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) raw[i].load(rows[i], channel, dim, aligned);
+  };
   if (vectorized) {
-    const int last = dim - kPackSize<T>;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) bits[i] = load_bits(rows[i] + min(channel, last));
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (channel > last) bits[i] = make_uint4(0, 0, 0, 0);
-    }
+    load(true);
   } else {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) bits[i] = load_16_bytes(rows[i], channel, dim, false);
+    load(false);
   }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) bits[i] = raw[i].word(0, channel, dim);
+}
+
+template <int kSize>
+__device__ __forceinline__ float dot(const float (&a)[kSize], const float (&b)[kSize],
+                                     float sum = 0.0f) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) sum = fmaf(a[i], b[i], sum);
+  return sum;
 }
 
 // Bytes between the rows of a tile in shared memory: the eight lanes that are served at once touch

@@ -6,7 +6,11 @@
 
 #include "../../csrc/backend.h"
 #include "machine.h"
+#ifdef MOEKV_SIMT_HOST
+#include "stub_cudart.h"
+#else
 #include "selftest.h"
+#endif
 
 namespace py = pybind11;
 using namespace moekv;
@@ -26,6 +30,10 @@ class Memory {
     if (bytes_ == 0) return;
     std::memcpy(data_, reinterpret_cast<const void*>(source), bytes_);
     simt::mark_written(data_, bytes_);
+  }
+  // After the host has written some of it by itself.
+  void mark_written(size_t offset, size_t bytes) {
+    simt::mark_written(static_cast<char*>(data_) + offset, bytes);
   }
   void read(uintptr_t target) const { std::memcpy(reinterpret_cast<void*>(target), data_, bytes_); }
 
@@ -103,15 +111,40 @@ PYBIND11_MODULE(simt_kernels, m) {
       .def(py::init<size_t>())
       .def_property_readonly("address", &Memory::address)
       .def("write", &Memory::write)
+      .def("mark_written", &Memory::mark_written)
       .def("read", &Memory::read);
+  m.def("count_traffic", &simt::count_traffic);
+  m.def("take_traffic", [] {
+    py::list list;
+    for (const auto& x : simt::take_traffic()) {
+      list.append(py::make_tuple(x.kernel, x.place, x.shared ? "shared" : "global",
+                                 x.write ? "write" : "read", x.bytes, x.units, x.least));
+    }
+    return list;
+  });
   m.def("seed", &simt::seed_bug);
   m.def("set_compute_capability", [](int times_10) { simt::compute_capability = times_10; });
   m.attr("RESIDENTS") = kResidents;
+#ifdef MOEKV_SIMT_HOST
+  m.def("set_limits", [](const std::string& kernel, uint64_t threads, size_t static_shared) {
+    simt::set_limits(kernel, {threads, static_shared});
+  });
+  m.def("take_launches", [] {
+    py::list list;
+    for (const auto& x : simt::take_launches()) {
+      list.append(py::make_tuple(x.kernel, x.threads, x.shared_bytes));
+    }
+    return list;
+  });
+  m.def("kernel_names", &simt::kernel_names);
+  m.def("fail_next_launch", &simt::fail_next_launch);
+#else
   m.def("selftest", [](const std::string& name, uintptr_t data, uint64_t seed) {
     simt::set_schedule(seed, kResidents, nullptr);
     simt::selftest(name, reinterpret_cast<void*>(data));
     simt::check_host();
   });
+#endif
 #ifndef MOEKV_SIMT_WITHOUT_OPS
   {
     using P = GatingTopkParams;

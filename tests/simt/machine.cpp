@@ -124,6 +124,7 @@ void enter(Thread& thread) {
 
 // Back to the scheduler.
 void leave() {
+  settle();
   Thread& thread = *machine.thread;
 #if SIMT_ASAN
   __sanitizer_start_switch_fiber(thread.state == State::kDone ? nullptr : &thread.fake_stack,
@@ -374,6 +375,13 @@ uint32_t reduce(const Thread* lanes, uint32_t mask, Collective kind) {
   return result;
 }
 
+// Tensor cores add up in fp32, and cut off instead of rounding.
+float add_cut_off(float sum, double term) {
+  const double exact = sum + term;
+  const auto nearest = static_cast<float>(exact);
+  return std::fabs(nearest) > std::fabs(exact) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
 // D += A B of mma.m16n8k16; device.h draws the fragments.
 void multiply(Thread* lanes) {
   float a[16][16], b[16][8];
@@ -397,9 +405,10 @@ void multiply(Thread* lanes) {
     const int g = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; ++i) {
       const int row = g + i / 2 * 8, column = 2 * t + i % 2;
-      double sum = lanes[lane].offer.d[i];
-      for (int k = 0; k < 16; ++k) sum += static_cast<double>(a[row][k]) * b[k][column];
-      lanes[lane].offer.d[i] = static_cast<float>(sum);
+      float& sum = lanes[lane].offer.d[i];
+      for (int k = 0; k < 16; ++k) {
+        sum = add_cut_off(sum, static_cast<double>(a[row][k]) * b[k][column]);
+      }
     }
   }
 }
@@ -536,6 +545,7 @@ void yield() {
 void pause() { yield(); }
 
 int barrier(Barrier kind, int predicate, Site site) {
+  settle();
   Block& block = *machine.block;
   Thread& thread = *machine.thread;
   thread.site = site;
@@ -578,7 +588,7 @@ int barrier(Barrier kind, int predicate, Site site) {
     for (Warp& warp : block.warps) warp.in_barrier = 0;
     for (Thread& other : block.threads) {
       other.result = static_cast<uint32_t>(block.barrier_value);
-      for (const Knowledge* knowledge : other.unacquired) block.unacquired.push_back(knowledge);
+      for (Shared& knowledge : other.unacquired) block.unacquired.push_back(std::move(knowledge));
       other.unacquired.clear();
       make_ready(block, other);
     }
@@ -589,6 +599,7 @@ int barrier(Barrier kind, int predicate, Site site) {
 }
 
 uint32_t collective(const Offer& offer, Site site) {
+  settle();
   Block& block = *machine.block;
   Thread& thread = *machine.thread;
   Warp& warp = block.warps[thread.warp];
@@ -656,14 +667,10 @@ void check_stream(const char* what, const void* stream) {
 
 // --- Launches -----------------------------------------------------------------------------------
 
-namespace {
-
-void check_launch(const Launch& launch) {
+void check_size(const char* kernel, const dim3& grid, const dim3& block, size_t shared_bytes) {
   const auto expect = [&](bool condition, const std::string& what) {
-    if (!condition) throw Error(std::string("launch of ") + launch.name + ": " + what);
+    if (!condition) throw Error(std::string("launch of ") + kernel + ": " + what);
   };
-  const dim3& grid = launch.grid;
-  const dim3& block = launch.block;
   expect(grid.x >= 1 && grid.x <= 0x7fffffffu && grid.y >= 1 && grid.y <= 65535 && grid.z >= 1 &&
              grid.z <= 65535,
          "expected a grid of 1 to 2^31 - 1, 65535 and 65535 blocks, got " +
@@ -671,10 +678,12 @@ void check_launch(const Launch& launch) {
   expect(block.x >= 1 && block.y >= 1 && block.z >= 1 && block.z <= 64 &&
              uint64_t{block.x} * block.y * block.z <= kMaxThreads,
          "expected 1 to 1024 threads in a block, got " + name_of(Index{block.x, block.y, block.z}));
-  expect(launch.shared_bytes <= kMaxShared, "expected at most " + std::to_string(kMaxShared) +
-                                                " bytes of dynamic shared memory, got " +
-                                                std::to_string(launch.shared_bytes));
+  expect(shared_bytes <= kMaxShared, "expected at most " + std::to_string(kMaxShared) +
+                                         " bytes of dynamic shared memory, got " +
+                                         std::to_string(shared_bytes));
 }
+
+namespace {
 
 void run_blocks() {
   if (max_residents == 0) return;
@@ -737,7 +746,7 @@ void run_blocks() {
 void launch(const Launch& launch) {
   check_host();
   check_stream(launch.name, launch.stream);
-  check_launch(launch);
+  check_size(launch.name, launch.grid, launch.block, launch.shared_bytes);
   machine.launch = &launch;
   machine.random = Random(schedule_seed * 1000 + launches_in_schedule++);
   machine.num_blocks = launch.grid.x * launch.grid.y * launch.grid.z;
@@ -748,6 +757,7 @@ void launch(const Launch& launch) {
   machine.error_pcs.clear();
   begin_launch_memory();
   run_blocks();
+  end_launch_memory();
   if (!machine.error.empty()) {
     std::string what = machine.error;
     for (const void* pc : machine.error_pcs) what += "\n  " + describe_code(pc);

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -51,6 +52,7 @@ struct Released {
 };
 constexpr uint32_t kAnyWarp = ~0u;
 using Knowledge = std::vector<Released>;  // by block number; empty: nothing
+using Shared = std::shared_ptr<const Knowledge>;
 
 struct AsyncCopy {
   void* target;
@@ -72,7 +74,7 @@ struct Thread {
   uint32_t result;
   // The memory model: fences, and atomics whose releases await an acquiring fence.
   uint32_t fence_barriers;  // barriers passed at the last fence, plus one; 0: no fence yet
-  std::vector<const Knowledge*> unacquired;
+  std::vector<Shared> unacquired;
   std::vector<AsyncCopy> copies;
   unsigned copy_groups;
   // The fiber.
@@ -120,7 +122,7 @@ struct Block {
   // A counter of events that order accesses, and its value at the last barrier.
   uint32_t seq = 1, barrier_seq = 0;
   Knowledge known;
-  std::vector<const Knowledge*> unacquired;
+  std::vector<Shared> unacquired;
   // Shared memory.
   std::vector<SharedArray> arrays;
   char* dynamic = nullptr;
@@ -159,7 +161,11 @@ inline void made_progress() { machine.steps_at_progress = machine.steps; }
 void begin_block_memory(Block& block, size_t dynamic_bytes);
 void end_block_memory(Block& block);
 void begin_launch_memory();
+void end_launch_memory();
 void finish_copies(Thread& thread);
+void settle();  // before anything else sees memory: a load that got an old value has been made
+// Throws if no GPU takes such a launch.
+void check_size(const char* kernel, const dim3& grid, const dim3& block, size_t shared_bytes);
 void check_host();  // throws what the launcher has done wrong since the last call
 std::string describe_code(const void* pc);
 
@@ -167,6 +173,16 @@ std::string describe_code(const void* pc);
 void* allocate(size_t bytes);
 void release(void* pointer);
 void mark_written(void* pointer, size_t bytes);
+
+// How well accesses of warps fit the units in which memory moves: of global memory sectors of 32
+// bytes, of shared memory passes over its 32 banks.
+struct Traffic {
+  std::string kernel, place;  // the line in the source
+  bool shared, write;
+  uint64_t bytes, units, least;  // least: units if all bytes lay side by side
+};
+void count_traffic(bool on);
+std::vector<Traffic> take_traffic();  // since it was switched on or last taken
 
 // Launches are scheduled as `seed` draws, with 1 to `residents` blocks at once, on this stream;
 // with 0 they are checked and not executed.

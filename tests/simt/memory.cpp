@@ -12,6 +12,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <map>
+#include <span>
+#include <tuple>
+#include <utility>
 
 #include "machine.h"
 
@@ -19,10 +22,6 @@ namespace simt {
 namespace {
 
 enum Kind : uint8_t { kRead = 0, kWrite = 1, kAtomic = 2, kConstant = 4 };  // bits
-
-#if !SIMT_ASAN
-constexpr size_t kGranule = 8;
-constexpr size_t kRecords = 4;
 
 struct Record {
   uint32_t uid;  // of the block; 0: no record
@@ -32,6 +31,11 @@ struct Record {
   uint8_t kind;
   uint32_t pc;  // from the beginning of this library
 };
+
+#if !SIMT_ASAN
+constexpr size_t kGranule = 8;
+constexpr size_t kRecords = 4;
+
 struct alignas(64) Shadow {
   Record records[kRecords];
 };
@@ -39,8 +43,10 @@ struct alignas(64) Shadow {
 // [shared memory of the resident blocks | global memory]
 constexpr size_t kSlotBytes = 256 << 10;
 constexpr size_t kSharedBytes = kMaxResident * kSlotBytes;
-constexpr size_t kArenaBytes = size_t{1} << 30;
-constexpr size_t kGap = 64;  // between two pieces of memory
+constexpr size_t kArenaBytes = size_t{1} << 36;
+constexpr size_t kSparse = size_t{256}
+                           << 20;  // pieces of more are touched only where they are used
+constexpr size_t kGap = 64;        // between two pieces of memory
 
 struct Arena {
   char* data;
@@ -83,8 +89,30 @@ size_t next_free = kSharedBytes;
 
 std::map<char*, size_t> allocations;
 std::string host_error;
-// By address of the atomic: what its last writers have released.
-std::unordered_map<uintptr_t, Knowledge> locations;
+
+// The allocation around an address, or null.
+const std::pair<char* const, size_t>* allocation_at(const char* address) {
+  auto it = allocations.upper_bound(const_cast<char*>(address));
+  if (it == allocations.begin()) return nullptr;
+  --it;
+  return address < it->first + it->second ? &*it : nullptr;
+}
+
+// What a location of global memory has held that atomics and `volatile` accesses meet at. A load
+// may still get an old value, as long as nothing tells its thread of a newer one: neither the write
+// nor somebody's read of that comes before it.
+struct Version {
+  uint64_t value;
+  Shared released;  // by whoever wrote it, and before
+  Record writer;
+  std::vector<Record> readers;
+};
+constexpr size_t kVersions = 4;
+struct Location {
+  size_t size = 0;
+  std::vector<Version> versions;  // the last is in memory
+};
+std::unordered_map<uintptr_t, Location> locations;
 
 // --- Code ---------------------------------------------------------------------------------------
 
@@ -217,6 +245,12 @@ void access_host(uintptr_t address, size_t size, uint8_t kind, const void* pc) {
   }
 }
 
+bool is_sparse(size_t begin, size_t size) {
+  const auto* found = allocation_at(arena.data + begin);
+  return found && found->second > kSparse &&
+         arena.data + begin + size <= found->first + found->second;
+}
+
 void access_watched(uintptr_t address, size_t size, uint8_t kind, const void* pc) {
   const Block& block = *machine.block;
   const auto data = reinterpret_cast<uintptr_t>(arena.data);
@@ -235,7 +269,7 @@ void access_watched(uintptr_t address, size_t size, uint8_t kind, const void* pc
     const size_t granule = at / kGranule, first = at % kGranule;
     const size_t count = std::min(kGranule - first, begin + size - at);
     const auto bytes = static_cast<uint8_t>(((1u << count) - 1) << first);
-    if (bytes & ~arena.valid[granule]) {
+    if ((bytes & ~arena.valid[granule]) && !is_sparse(begin, size)) {
       fail_access("out of the bounds of", memory, size, kind, address, pc);
     }
     if (!(kind & kWrite) || (kind & kAtomic)) {
@@ -250,6 +284,96 @@ void access_watched(uintptr_t address, size_t size, uint8_t kind, const void* pc
   if (kind & kWrite) made_progress();
 }
 
+// --- Traffic ------------------------------------------------------------------------------------
+
+// What one lane does in one execution of an instruction.
+struct LaneAccess {
+  uint32_t pc, uid, warp, nth;  // nth: of the lane's executions
+  bool shared, write;
+  uint16_t lane;
+  uint32_t size;
+  size_t begin;
+
+  auto instruction() const { return std::tie(pc, shared, write); }
+  // Lanes that do the same for the same time are taken to do it together.
+  auto execution() const { return std::tie(pc, shared, write, uid, warp, nth); }
+};
+bool counts_traffic = false;
+std::vector<LaneAccess> lane_accesses;  // of the launch
+std::unordered_map<uint64_t, uint32_t> executions;
+std::unordered_map<uint64_t, size_t> last_of_lane;  // in lane_accesses
+std::vector<Traffic> traffic;
+
+void note_traffic(uintptr_t address, size_t size, uint8_t kind, const void* pc) {
+  const Thread& thread = *machine.thread;
+  const size_t begin = address - reinterpret_cast<uintptr_t>(arena.data);
+  if (begin >= kArenaBytes) return;
+  LaneAccess access{.pc = offset_of(pc),
+                    .uid = machine.block->uid,
+                    .warp = thread.warp,
+                    .nth = 0,
+                    .shared = begin < kSharedBytes,
+                    .write = (kind & kWrite) != 0,
+                    .lane = thread.lane,
+                    .size = static_cast<uint32_t>(size),
+                    .begin = begin};
+  const uint64_t number = (uint64_t{access.uid - machine.first_uid} * kMaxThreads + thread.number);
+  // The compiler takes 16 bytes apart into words, each an instruction of its own.
+  if (const auto last = last_of_lane.find(number); last != last_of_lane.end()) {
+    LaneAccess& before = lane_accesses[last->second];
+    const bool goes_on = before.shared == access.shared && before.write == access.write &&
+                         before.pc != access.pc && before.begin + before.size == begin &&
+                         before.begin / 16 == begin / 16;
+    if (goes_on) {
+      before.size += access.size;
+      return;
+    }
+  }
+  last_of_lane[number] = lane_accesses.size();
+  access.nth = executions[(number << 32 | access.pc) * 4 + access.shared * 2 + access.write]++;
+  lane_accesses.push_back(access);
+}
+
+size_t count_distinct(std::vector<size_t>& numbers) {
+  std::ranges::sort(numbers);
+  return static_cast<size_t>(std::ranges::unique(numbers).begin() - numbers.begin());
+}
+
+// Sectors of global memory that lanes touch.
+void add_sectors(std::span<const LaneAccess> lanes, Traffic& sum) {
+  std::vector<size_t> sectors, bytes;
+  for (const LaneAccess& x : lanes) {
+    for (size_t i = x.begin; i < x.begin + x.size; ++i) {
+      sectors.push_back(i / 32);
+      bytes.push_back(i);
+    }
+  }
+  const size_t count = count_distinct(bytes);
+  sum.bytes += count;
+  sum.units += count_distinct(sectors);
+  sum.least += (count + 31) / 32;
+}
+
+// Passes over the banks of shared memory: 32 words of 4 bytes, each in its own bank. Lanes take
+// turns where they have more than a word each.
+void add_passes(std::span<const LaneAccess> lanes, Traffic& sum) {
+  const size_t at_once = lanes[0].size == 16 ? 8 : lanes[0].size == 8 ? 16 : 32;
+  for (size_t first = 0; first < kWarpSize; first += at_once) {
+    std::vector<size_t> words;
+    for (const LaneAccess& x : lanes) {
+      if (x.lane < first || x.lane >= first + at_once) continue;
+      for (size_t i = x.begin / 4; i < (x.begin + x.size + 3) / 4; ++i) words.push_back(i);
+    }
+    if (words.empty()) continue;
+    words.resize(count_distinct(words));
+    size_t banks[32] = {};
+    for (const size_t word : words) ++banks[word % 32];
+    sum.bytes += 4 * words.size();
+    sum.units += *std::ranges::max_element(banks);
+    sum.least += (words.size() + 31) / 32;
+  }
+}
+
 void switch_now() {
   machine.accesses_until_switch = 1 + machine.random.below(2 * machine.switch_interval);
   yield();
@@ -257,12 +381,14 @@ void switch_now() {
 
 // `volatile` accesses count as atomics that other threads may wait for.
 inline void access(const void* pointer, size_t size, uint8_t kind, const void* pc) {
+  settle();
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   const Thread* const thread = machine.thread;
   if (!thread) return access_host(address, size, kind, pc);
   if (address - reinterpret_cast<uintptr_t>(thread->stack) < kStackBytes) return;
   if (--machine.accesses_until_switch == 0) switch_now();
   access_watched(address, size, kind, pc);
+  if (counts_traffic && !(kind & kAtomic)) note_traffic(address, size, kind, pc);
 }
 #else
 // AddressSanitizer sees the accesses themselves.
@@ -287,31 +413,104 @@ void join(Knowledge& to, const Knowledge& from) {
   }
 }
 
-// A strong access of global memory, `write` if it may pass on what the thread knows.
-void communicate(const void* address, bool write) {
-  Block& block = *machine.block;
-  Thread& thread = *machine.thread;
-  if (machine.num_blocks == 1) return;
-  Knowledge& location = locations[reinterpret_cast<uintptr_t>(address)];
-  if (thread.unacquired.empty() || thread.unacquired.back() != &location) {
-    thread.unacquired.push_back(&location);
+bool is_global([[maybe_unused]] uintptr_t address) {
+#if SIMT_ASAN
+  return true;  // it makes no difference to what the sanitizer sees
+#else
+  return address - reinterpret_cast<uintptr_t>(arena.data) >= kSharedBytes;
+#endif
+}
+
+uint64_t load(uintptr_t address, size_t size) {
+  uint64_t value = 0;
+  std::memcpy(&value, reinterpret_cast<const void*>(address), size);
+  return value;
+}
+
+// What memory holds while a thread makes a load that gets an old value, or makes a store.
+struct Unsettled {
+  uintptr_t address = 0;  // 0: there is none
+  bool write = false;
+  uint64_t value = 0;  // what is to be there after a load
+};
+Unsettled unsettled;
+
+Record record_of_now() {
+  return {.uid = machine.block->uid,
+          .seq = machine.block->seq,
+          .thread = machine.thread->number,
+          .bytes = 0,
+          .kind = 0,
+          .pc = 0};
+}
+
+Location& location_at(uintptr_t address, size_t size) {
+  Location& location = locations[address];
+  const uint64_t value = load(address, size);
+  // A plain store came between: the races that it may have are found elsewhere.
+  const bool known = !location.versions.empty() && location.size == size &&
+                     location.versions.back().value == value;
+  if (!known) {
+    Shared released = location.versions.empty() ? nullptr : location.versions.back().released;
+    location = {.size = size, .versions = {}};
+    location.versions.push_back({value, std::move(released), {}, {}});
   }
+  return location;
+}
+
+void remember(std::vector<Shared>& unacquired, const Shared& released) {
+  if (!released) return;
+  if (unacquired.empty() || unacquired.back() != released) unacquired.push_back(released);
+}
+
+// The store that follows, or that an atomic is about to do, passes on what the thread knows.
+Shared released_now(const Location& location) {
+  Block& block = *machine.block;
+  const Thread& thread = *machine.thread;
+  const Shared& before = location.versions.back().released;
   // The fence may stand before the last barrier: then the other threads of the block have one, too.
-  if (!write || thread.fence_barriers == 0 || thread.fence_barriers < block.barriers) return;
-  join(location, block.known);
+  if (thread.fence_barriers == 0 || thread.fence_barriers < block.barriers) return before;
+  auto released = std::make_shared<Knowledge>(before ? *before : Knowledge());
+  join(*released, block.known);
   Knowledge own(machine.num_blocks);
   own[block.number] = {block.barrier_seq, ++block.seq, thread.warp};
-  join(location, own);
+  join(*released, own);
+  return released;
+}
+
+void add_version(Location& location, uint64_t value) {
+  const Record writer = record_of_now();  // it comes before what it releases
+  location.versions.push_back({value, released_now(location), writer, {}});
+  if (location.versions.size() > kVersions) location.versions.erase(location.versions.begin());
+}
+
+void note_reader(Version& version) {
+  const Record now = record_of_now();
+  const auto same = [&](const Record& x) { return x.uid == now.uid && x.thread == now.thread; };
+  if (std::ranges::none_of(version.readers, same)) version.readers.push_back(now);
 }
 
 }  // namespace
 
+void settle() {
+  if (!unsettled.address) return;
+  const Unsettled now = unsettled;
+  unsettled = {};
+  Location& location = locations[now.address];
+  if (now.write) {
+    add_version(location, load(now.address, location.size));
+  } else {
+    std::memcpy(reinterpret_cast<void*>(now.address), &now.value, location.size);
+  }
+}
+
 void fence() {
+  settle();
   Block& block = *machine.block;
   Thread& thread = *machine.thread;
   thread.fence_barriers = block.barriers + 1;
-  for (const auto* knowledge : thread.unacquired) join(block.known, *knowledge);
-  for (const auto* knowledge : block.unacquired) join(block.known, *knowledge);
+  for (const Shared& knowledge : thread.unacquired) join(block.known, *knowledge);
+  for (const Shared& knowledge : block.unacquired) join(block.known, *knowledge);
   thread.unacquired.clear();
   block.unacquired.clear();
 }
@@ -327,15 +526,21 @@ uint64_t atomic_begin(const void* address, size_t size) {
   }
   if (machine.random.one_in(4)) yield();
   access(address, size, kWrite | kAtomic, pc);
-  communicate(address, true);
-  uint64_t value = 0;
-  std::memcpy(&value, address, size);
-  return value;
+  if (machine.num_blocks > 1 && is_global(reinterpret_cast<uintptr_t>(address))) {
+    Version& version = location_at(reinterpret_cast<uintptr_t>(address), size).versions.back();
+    note_reader(version);
+    remember(machine.thread->unacquired, version.released);
+  }
+  return load(reinterpret_cast<uintptr_t>(address), size);
 }
 
 void atomic_end(void* address, size_t size, uint64_t value) {
   if (std::memcmp(address, &value, size) != 0) made_progress();
   std::memcpy(address, &value, size);
+  if (machine.num_blocks > 1 && is_global(reinterpret_cast<uintptr_t>(address))) {
+    Location& location = locations[reinterpret_cast<uintptr_t>(address)];
+    add_version(location, value);
+  }
 }
 
 void load_constant(const void* address, size_t size) {
@@ -477,8 +682,10 @@ void* allocate(size_t bytes) {
   const size_t begin = (next_free + kGap + 255) / 256 * 256;
   if (begin + bytes + kGap > kArenaBytes) throw Error("the simulated device has no more memory");
   next_free = begin + bytes;
-  set_bits(arena.valid, begin, begin + bytes, true);
   char* const data = arena.data + begin;
+  allocations[data] = bytes;
+  if (bytes > kSparse) return data;
+  set_bits(arena.valid, begin, begin + bytes, true);
 #endif
   allocations[data] = bytes;
   std::memset(data, 0xff, bytes);
@@ -492,8 +699,23 @@ void release(void* pointer) {
   std::free(pointer);
 #else
   const auto begin = static_cast<size_t>(it->first - arena.data);
-  set_bits(arena.valid, begin, begin + it->second, false);
-  set_bits(arena.written, begin, begin + it->second, false);
+  if (it->second > kSparse) {
+    const auto forget = [&](auto* array, size_t unit) {
+      // Whole pages of it: it lies 64 bytes of memory, 512 of what is known of it, from others.
+      auto* const from = reinterpret_cast<char*>(array) + begin / unit * sizeof *array;
+      const auto page = [](auto* x) {
+        return (reinterpret_cast<uintptr_t>(x) + 4095) / 4096 * 4096;
+      };
+      auto* const to = reinterpret_cast<char*>(array) + (begin + it->second) / unit * sizeof *array;
+      madvise(reinterpret_cast<void*>(page(from)), page(to) - page(from), MADV_DONTNEED);
+    };
+    forget(arena.data, 1);
+    forget(arena.shadow, kGranule);
+    forget(arena.written, kGranule);
+  } else {
+    set_bits(arena.valid, begin, begin + it->second, false);
+    set_bits(arena.written, begin, begin + it->second, false);
+  }
   if (allocations.size() == 1) next_free = kSharedBytes;
 #endif
   allocations.erase(it);
@@ -509,14 +731,85 @@ void mark_written([[maybe_unused]] void* pointer, [[maybe_unused]] size_t bytes)
 void zero(void* pointer, size_t bytes) {
   if (bytes == 0) return;
   char* const begin = static_cast<char*>(pointer);
-  auto it = allocations.upper_bound(begin);
-  const bool inside = it != allocations.begin() && (--it, begin + bytes <= it->first + it->second);
-  if (!inside) throw Error("cudaMemsetAsync leaves the memory it was given");
+  const auto* const found = allocation_at(begin);
+  if (!found || begin + bytes > found->first + found->second)
+    throw Error("cudaMemsetAsync leaves the memory it was given");
   std::memset(pointer, 0, bytes);
   mark_written(pointer, bytes);
 }
 
-void begin_launch_memory() { locations.clear(); }
+void begin_launch_memory() {
+#if !SIMT_ASAN
+  lane_accesses.clear();
+  executions.clear();
+  last_of_lane.clear();
+#endif
+  locations.clear();
+  unsettled = {};
+}
+
+#if SIMT_ASAN
+void end_launch_memory() {}
+void count_traffic(bool) {}
+std::vector<Traffic> take_traffic() { return {}; }
+#else
+namespace {
+
+std::vector<std::string> places_of(const std::vector<uint32_t>& pcs) {
+  std::string command = "addr2line -e '" + library().path + "'";
+  for (const uint32_t pc : pcs) command += " " + hexadecimal(pc - 1);
+  std::vector<std::string> places;
+  if (FILE* const pipe = popen(command.c_str(), "r")) {
+    char buffer[4096];
+    while (std::fgets(buffer, sizeof buffer, pipe)) {
+      const std::string line = buffer;
+      places.push_back(
+          line.substr(line.rfind('/') + 1, line.find_first_of(" \n") - line.rfind('/') - 1));
+    }
+    pclose(pipe);
+  }
+  places.resize(pcs.size());
+  return places;
+}
+
+template <typename Of>
+std::vector<std::span<const LaneAccess>> groups_of(std::span<const LaneAccess> all, const Of& of) {
+  std::vector<std::span<const LaneAccess>> groups;
+  for (size_t begin = 0, end; begin < all.size(); begin = end) {
+    for (end = begin + 1; end < all.size() && of(all[end]) == of(all[begin]);) ++end;
+    groups.push_back(all.subspan(begin, end - begin));
+  }
+  return groups;
+}
+
+}  // namespace
+
+void end_launch_memory() {
+  if (lane_accesses.empty()) return;
+  const auto execution = [](const LaneAccess& x) { return x.execution(); };
+  std::ranges::stable_sort(lane_accesses, {}, execution);
+  const auto instructions =
+      groups_of(lane_accesses, [](const LaneAccess& x) { return x.instruction(); });
+  std::vector<uint32_t> pcs;
+  for (const auto& group : instructions) pcs.push_back(group[0].pc);
+  const auto places = places_of(pcs);
+  for (size_t i = 0; i < instructions.size(); ++i) {
+    const LaneAccess& first = instructions[i][0];
+    Traffic sum{name_of_kernel(), places[i], first.shared, first.write, 0, 0, 0};
+    for (const auto& lanes : groups_of(instructions[i], execution)) {
+      first.shared ? add_passes(lanes, sum) : add_sectors(lanes, sum);
+    }
+    traffic.push_back(sum);
+  }
+  lane_accesses.clear();
+}
+
+void count_traffic(bool on) {
+  counts_traffic = on;
+  traffic.clear();
+}
+std::vector<Traffic> take_traffic() { return std::exchange(traffic, {}); }
+#endif
 
 void check_host() {
   if (host_error.empty()) return;
@@ -557,11 +850,42 @@ using simt::access;
 namespace simt {
 namespace {
 
+bool comes_before(const Version& version) {
+  const Block& block = *machine.block;
+  const Thread& thread = *machine.thread;
+  const auto before = [&](const Record& record) { return comes_before(record, block, thread); };
+  return before(version.writer) || std::ranges::any_of(version.readers, before);
+}
+
+// The version that a `volatile` load gets.
+Version& draw_version(Location& location) {
+  auto& versions = location.versions;
+  size_t oldest = versions.size() - 1;
+  while (oldest > 0 && !comes_before(versions[oldest])) --oldest;
+  const auto choices = static_cast<uint32_t>(versions.size() - oldest);
+  // Some load gets the last: whoever waits for it goes on.
+  const bool last = choices == 1 || machine.random.one_in(2);
+  return last ? versions.back() : versions[oldest + machine.random.below(choices)];
+}
+
 void access_volatile(void* pointer, size_t size, bool write, const void* pc) {
   if (!machine.thread) return access(pointer, size, write, pc);
   if (machine.random.one_in(4)) yield();
   access(pointer, size, kAtomic | (write ? kWrite : kRead), pc);
-  communicate(pointer, write);
+  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  if (machine.num_blocks == 1 || !is_global(address)) return;
+  Location& location = location_at(address, size);
+  if (write) {
+    unsettled = {.address = address, .write = true, .value = 0};
+    return;
+  }
+  const uint64_t last = location.versions.back().value;
+  Version& version = draw_version(location);
+  note_reader(version);
+  remember(machine.thread->unacquired, version.released);
+  if (version.value == last) return;
+  std::memcpy(pointer, &version.value, size);
+  unsettled = {.address = address, .write = false, .value = last};
 }
 
 // Compiled code holds the place in the source at the front of what it passes.
@@ -595,6 +919,15 @@ void __tsan_write_range(void* p, size_t size) { access(p, size, simt::kWrite, SI
 void __ubsan_handle_type_mismatch_v1_abort(void* data, uintptr_t pointer) {
   simt::fail_undefined(data, "a misaligned access at " + simt::hexadecimal(pointer));
 }
+#define SIMT_OVERFLOW(name)                                             \
+  void __ubsan_handle_##name##_overflow_abort(void* data, uintptr_t) {  \
+    simt::fail_undefined(data, "a signed integer overflows in " #name); \
+  }
+SIMT_OVERFLOW(add)
+SIMT_OVERFLOW(sub)
+SIMT_OVERFLOW(mul)
+SIMT_OVERFLOW(divrem)
+SIMT_OVERFLOW(negate)
 void __ubsan_handle_out_of_bounds_abort(void* data, uintptr_t index) {
   simt::fail_undefined(data, "index " + std::to_string(static_cast<int64_t>(index)) +
                                  " is out of the bounds of its array");

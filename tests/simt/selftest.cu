@@ -58,15 +58,16 @@ __global__ void scan(float* data) {
   *mine = sum;
 }
 
-// [32, 32] in place.
+// [32, 32] in place. Rows of 32 words lie in the same banks.
+template <int kRow>
 __global__ void transpose(float* data) {
-  MOEKV_SHARED(float, tile, 32 * 33);
+  MOEKV_SHARED(float, tile, 32 * kRow);
   for (int row = static_cast<int>(threadIdx.y); row < 32; row += 8) {
-    tile[row * 33 + threadIdx.x] = data[row * 32 + threadIdx.x];
+    tile[row * kRow + threadIdx.x] = data[row * 32 + threadIdx.x];
   }
   __syncthreads();
   for (int row = static_cast<int>(threadIdx.y); row < 32; row += 8) {
-    data[row * 32 + threadIdx.x] = tile[threadIdx.x * 33 + row];
+    data[row * 32 + threadIdx.x] = tile[threadIdx.x * kRow + row];
   }
 }
 
@@ -145,6 +146,25 @@ __global__ void take_turns(uint32_t* data) {
   atomicAdd(&data[1], 1u);
 }
 
+// Blocks pass a word on in the order of their tickets, and behind it a flag that says that it is
+// there. All accesses are `volatile` or atomic, so no two of them race.
+// [flags of 12 blocks, words of 12 blocks, next ticket]
+template <bool kFence>
+__global__ void pass_on(uint32_t* data) {
+  volatile uint32_t* const flags = data;
+  volatile uint32_t* const words = data + 12;
+  const uint32_t ticket = atomicAdd(data + 24, 1u);
+  uint32_t word = 1;
+  if (ticket > 0) {
+    while (flags[ticket - 1] == 0) __nanosleep(32);
+    if (kFence) __threadfence();
+    word = words[ticket - 1] + 1;
+  }
+  words[ticket] = word;
+  __threadfence();
+  flags[ticket] = 1;
+}
+
 // [halves in, halves out, bfloat16s in, bfloat16s out] of `65536` each, as floats
 __global__ void convert(float* data) {
   const unsigned i = blockIdx.x * 256 + threadIdx.x;
@@ -153,6 +173,13 @@ __global__ void convert(float* data) {
   data[65536 + i] = __half2float(__float2half_rn(data[65536 + i]));
   data[131072 + i] = __bfloat162float({bits});
   data[196608 + i] = __bfloat162float(__float2bfloat16_rn(data[196608 + i]));
+}
+
+// [x, y, x y as rounded, x y less that, 2^x] of 1,024 each
+__global__ void numerics(float* data) {
+  const unsigned i = blockIdx.x * 256 + threadIdx.x;
+  data[3072 + i] = data[i] * data[1024 + i] - data[2048 + i];
+  data[4096 + i] = moekv::cuda::exp2_fast(data[i]);
 }
 
 // --- Wrong
@@ -298,14 +325,18 @@ void selftest(const std::string& name, void* data) {
   }
       WORDS(collectives, 1, 32, 0),
       FLOATS(scan<true>, 4, 256, 0),
-      FLOATS(transpose, 1, dim3(32, 8), 0),
+      FLOATS(transpose<33>, 1, dim3(32, 8), 0),
+      FLOATS(transpose<32>, 1, dim3(32, 8), 0),
       WORDS(multiply<__half>, 1, 32, 0),
       WORDS(multiply<__nv_bfloat16>, 1, 32, 0),
       FLOATS(stream<true>, 1, 128, 1024),
       {"hand_over<true, true>",
        [=] { MOEKV_LAUNCH((hand_over<true, true>), 50, 32, 0, nullptr, words); }},
       WORDS(take_turns, 60, 32, 0),
+      WORDS(pass_on<true>, 12, 1, 0),
+      WORDS(pass_on<false>, 12, 1, 0),
       FLOATS(convert, 256, 256, 0),
+      FLOATS(numerics, 4, 256, 0),
       FLOATS(scan<false>, 4, 256, 0),
       FLOATS(stream<false>, 1, 128, 1024),
       {"hand_over<false, true>",

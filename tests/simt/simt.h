@@ -129,7 +129,20 @@ inline int __clz(int value) { return std::countl_zero(static_cast<unsigned>(valu
 inline int __ffs(int value) {
   return value ? std::countr_zero(static_cast<unsigned>(value)) + 1 : 0;
 }
-inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
+
+namespace simt {
+
+// What the hardware's approximations may make of a number: up to two units in its last place more
+// or less, always the same for the same number.
+inline float approximate(float exact) {
+  if (!std::isfinite(exact) || exact == 0.0f) return exact;
+  const unsigned bits = __float_as_uint(exact);
+  return __uint_as_float(bits + (bits * 2654435761u >> 8) % 5 - 2);
+}
+
+}  // namespace simt
+
+inline float rsqrtf(float value) { return ::simt::approximate(1.0f / std::sqrt(value)); }
 using std::isnan;
 
 template <typename A, typename B>
@@ -403,7 +416,8 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 
 inline float exp2_fast(float x) {
   const float result = std::exp2(x);
-  return result < 0x1p-126f ? 0.0f : result;
+  if (result < 0x1p-120f) return result < 0x1p-126f ? 0.0f : result;
+  return x == 0.0f ? 1.0f : ::simt::approximate(result);
 }
 
 inline void copy_async_16(void* shared, const void* global) {

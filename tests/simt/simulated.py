@@ -5,6 +5,8 @@ Nothing is validated here: that is the ops' part, and tested with them.
 """
 
 import contextlib
+import ctypes
+import itertools
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -316,8 +318,19 @@ def with_dense_rows(tensor: Tensor) -> Tensor:
     return tensor if dense else tensor.contiguous()
 
 
+# Storages of more than this are touched only where their tensor is.
+SPARSE_BYTES = 2**28
+
+
 def storage_bytes(tensor: Tensor) -> int:
     return tensor.untyped_storage().nbytes()
+
+
+def placed(memory: Any, tensor: Tensor) -> Tensor:
+    """Return what lies in the device's memory where ``tensor`` has been placed, as a view."""
+    storage = (ctypes.c_char * storage_bytes(tensor)).from_address(memory.address)
+    flat = torch.frombuffer(storage, dtype=tensor.dtype)
+    return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 class Memory:
@@ -339,7 +352,14 @@ class Memory:
         if tensor.dim() == 1:  # no parameter says how far apart a vector's elements are
             tensor = tensor.contiguous()
         memory, address = self._place(tensor)
-        memory.write(tensor.untyped_storage().data_ptr())
+        if storage_bytes(tensor) <= SPARSE_BYTES:
+            memory.write(tensor.untyped_storage().data_ptr())
+            return address
+        placed(memory, tensor).copy_(tensor)
+        for index in itertools.product(*map(range, tensor.shape[:-1])):
+            row = tensor[index]
+            begin = row.storage_offset() * row.element_size()
+            memory.mark_written(begin, row.numel() * row.element_size())
         return address
 
     def output(self, tensor: Tensor) -> int:
@@ -364,4 +384,7 @@ class Memory:
 
     def copy_back(self) -> None:
         for memory, tensor in self._outputs:
-            memory.read(tensor.untyped_storage().data_ptr())
+            if storage_bytes(tensor) <= SPARSE_BYTES:
+                memory.read(tensor.untyped_storage().data_ptr())
+            else:
+                tensor.copy_(placed(memory, tensor))

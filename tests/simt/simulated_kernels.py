@@ -28,12 +28,18 @@ CUDA = ROOT / "csrc" / "cuda"
 CACHE = ROOT / ".cache" / "simt"
 COMPILER = os.environ.get("CXX", "g++")
 
+HAS_FMA = bool(re.search(r"^flags\s*:.*\bfma\b", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
+
 # What compiles each flavour's kernels, and everything in it. "watched": the compiler calls the
 # simulator before every access, and its checks of alignment and bounds end there, too.
 KERNEL_FLAGS = {
     "watched": [
         "-O1",  # compiles in two thirds of the time; what runs is the simulator
-        "-fsanitize=thread,alignment,bounds",
+        "-fsanitize=thread,alignment,bounds,signed-integer-overflow",
+        # nvcc contracts products and sums as well.
+        "-ffp-contract=fast",
+        "-fexpensive-optimizations",  # where that is done
+        *(["-mfma"] if HAS_FMA else []),
         "--param=tsan-distinguish-volatile=1",
         "--param=tsan-instrument-func-entry-exit=0",
         # What a thread has not written is no zero, and no number that somebody left there.
@@ -66,6 +72,9 @@ COMMON_FLAGS = [
     "-DMOEKV_BACKEND=cuda",
     f"-I{HERE}",
 ]
+
+# Of the bindings: nothing of them takes time but to compile.
+PYTHON_FLAGS = ["-O0", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,14 +111,15 @@ def apply(edits: Sequence[Edit], file: str, text: str) -> str:
     return text
 
 
-def _run(command: list[str]) -> None:
+def run(command: list[str]) -> None:
+    """Run a compiler, whose complaints become the error."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 
 
 @contextlib.contextmanager
-def _alone(target: Path) -> Iterator[None]:
+def alone(target: Path) -> Iterator[None]:
     """Let others that would build the same wait for it: tests run in several processes."""
     with target.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -122,18 +132,19 @@ def _headers(*folders: Path) -> str:
     return "".join(path.read_text() for path in headers)
 
 
-def _object(source: Path, flags: list[str]) -> Path:
+def compile_object(source: Path, flags: list[str]) -> Path:
+    """Compile a source file, or find that it has been, and return the object."""
     text = source.read_text()
     headers = (HERE / "simt.h").read_text() + _headers(CUDA.parent, CUDA)
     if source.parent == HERE:
         headers = _headers(CUDA.parent, HERE)
     key = hashlib.sha256("\0".join([COMPILER, *flags, headers, text]).encode()).hexdigest()
     target = CACHE / f"{source.stem}-{key[:20]}.o"
-    with _alone(target):
+    with alone(target):
         if not target.exists():
             part = target.with_suffix(".part")
             language = ["-x", "c++"] if source.suffix == ".cu" else []
-            _run([COMPILER, *COMMON_FLAGS, *flags, *language, "-c", str(source), "-o", str(part)])
+            run([COMPILER, *COMMON_FLAGS, *flags, *language, "-c", str(source), "-o", str(part)])
             part.rename(target)
     return target
 
@@ -147,9 +158,7 @@ def build(flavour: str = "watched", edits: Sequence[Edit] = (), *, ops: bool = T
     kernels = sorted(CUDA.glob("*.cu")) if ops else []
     flags = FLAGS[flavour]
     kernel_flags = [*flags, *KERNEL_FLAGS[flavour]]
-    # Nothing of it takes time but to compile.
-    python = ["-O0", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    python += [] if ops else ["-DMOEKV_SIMT_WITHOUT_OPS"]
+    python = [*PYTHON_FLAGS, *([] if ops else ["-DMOEKV_SIMT_WITHOUT_OPS"])]
     jobs = [(HERE / "machine.cpp", flags), (HERE / "memory.cpp", flags)]
     jobs.append((HERE / "bindings.cpp", python))
     jobs.append((HERE / "selftest.cu", kernel_flags))
@@ -175,14 +184,20 @@ def build(flavour: str = "watched", edits: Sequence[Edit] = (), *, ops: bool = T
     else:
         jobs += [(path, kernel_flags) for path in kernels]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda job: _object(*job), jobs))
+        objects = list(pool.map(lambda job: compile_object(*job), jobs))
+    return link(flavour, objects)
+
+
+def link(flavour: str, objects: Sequence[Path]) -> Path:
+    """Link a module of what has been compiled, and return its path."""
     names = " ".join(path.name for path in objects)
     key = hashlib.sha256(names.encode()).hexdigest()[:20]
     module = CACHE / f"simt_kernels-{flavour}-{key}.so"
-    with _alone(module):
+    with alone(module):
         if not module.exists():
             part = module.with_suffix(".part")
-            _run([COMPILER, "-shared", *flags, *map(str, objects), "-o", str(part)])
+            flags = FLAGS.get(flavour, [])
+            run([COMPILER, "-shared", *flags, *map(str, objects), "-o", str(part)])
             part.rename(module)
     return module
 

@@ -1,6 +1,10 @@
 """What is to run on a GPU, on a pretended one: tensors on the CPU and simulated kernels."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -118,6 +122,58 @@ def test_graphs_see_what_they_replay(gpu: rehearsal.Gpu) -> None:
             gpu.capture(wait)
         assert gpu.count_waits(wait) == 1
     assert gpu.count_waits(lambda: (x.sum(), x.clone(), torch.zeros(3, device="cuda"))) == 0
+
+
+BLOCKED = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("gguf", "kvpress", "matplotlib", "rich"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+"""
+REHEARSAL = """
+import sys
+from gpu_check import driver, machine
+from gpu_check.driver import Step
+from gpu_check.machine import Finding
+
+machine.look = lambda: [Finding("GPU", "a pretended one, compute capability 9.0, 80 GB, driver 1")]
+known = driver.STEPS | {"build": Step("nothing", "", 60, 60)}
+arguments = ["--device", "rehearsal", "--out", sys.argv[1], "--patience", "20"]
+sys.exit(driver.main(arguments, known))
+"""
+
+
+def test_the_whole_check_needs_no_more_than_it_says(kernels: ModuleType, tmp_path: Path) -> None:
+    """All steps in their processes, without kvpress, a hub or an index; the GPU is pretended."""
+    (tmp_path / "sitecustomize.py").write_text(BLOCKED)
+    (tmp_path / "nothing.py").write_text("def items(gpu):\n    return {'nothing': lambda: None}\n")
+    (tmp_path / "rehearse.py").write_text(REHEARSAL)
+    environment = os.environ | {
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{driver.ROOT / 'tools'}",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PIP_INDEX_URL": "http://127.0.0.1:9/",
+        "OMP_NUM_THREADS": "1",
+    }
+    script, out = tmp_path / "rehearse.py", tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, str(script), str(out)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    steps = json.loads((out / "gpu-check.json").read_text())["steps"]
+    assert list(steps) == ["machine", "build", *"abcdef"]
+    statuses = {name: {x["status"] for x in step["lines"]} for name, step in steps.items()}
+    assert all(statuses[name] == {"ok"} for name in "acd")
+    assert statuses["b"] <= {"ok", "skipped"} and len(steps["b"]["lines"]) > len(timing.OPS)
+    # Where the tools are, they would need a GPU.
+    assert statuses["e"] | statuses["f"] <= {"ok", "skipped"}
 
 
 WRONG = """

@@ -5,6 +5,7 @@ over a long context; where a size is cheap to exceed, it is exceeded.
 """
 
 import contextlib
+import mmap
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,7 @@ import op_cases
 import pytest
 import ragged_cases as ragged
 import simulated
+import simulated_kernels as built
 import torch
 from op_cases import (
     BF16,
@@ -129,3 +131,77 @@ def check(kernels: ModuleType, case: op_cases.Case, seed: int) -> None:
         KvCompact: ("kv_compact_", op_cases.check_kv_compact_),
     }[type(case)]
     checker(simulated.Device(kernels, seed).op(name), case)
+
+
+def far_apart(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers, in rows of the last dimension that end beyond 2^31 elements.
+
+    Neighbours in the dimension before it are far apart. Of the memory between them none is touched.
+    """
+    *outer, count, length = tensor.shape
+    step = 2**31 // (count - 1) // 64 * 64 + 64
+    strides, inner = [], length
+    for size in reversed(outer):
+        strides.insert(0, inner)
+        inner *= size
+    assert inner < step
+    num_bytes = ((count - 1) * step + inner) * tensor.element_size()
+    no_reserve = 0x4000  # Python tells of it from 3.13 on
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    flat = torch.frombuffer(mmap.mmap(-1, num_bytes, flags=flags), dtype=tensor.dtype)
+    return flat.as_strided(tensor.shape, (*strides, step, 1)).copy_(tensor)
+
+
+# Which of an op's inputs have rows that may lie anywhere.
+FAR_APART = [
+    ("gating_topk", GatingTopk(40, 16, 2, BF16), [0]),
+    ("expert_scores", ExpertScores((1, 2, 70, 32), dtype=BF16, num_queries=5, lag=20), [0, 1, 2]),
+    ("expected_attention", ExpectedAttention((1, 2, 150, 32), dtype=BF16), [0, 1]),
+    ("project_tokens", ProjectTokens((1, 30, 64), 3, BF16), [0, 1]),
+    ("mix_scores", MixScores((4, 2, 3, 40), 2), [0, 1, 2]),
+    ("select_kept", SelectKept((1, 3, 50), (70,), dtype=BF16), [0]),
+    ("kv_compact_", KvCompact((1, 2, 40, 16), (17,), dtype=BF16), [0, 1]),
+]
+
+
+@pytest.mark.parametrize(("name", "case", "which"), FAR_APART, ids=str)
+def test_rows_beyond_31_bits(kernels: ModuleType, name: str, case: Any, which: list[int]) -> None:
+    inputs, options = case.inputs()
+    device = simulated.Device(kernels)
+    near = [x if x is None else x.clone() for x in inputs]
+    far = [far_apart(x) if i in which else x for i, x in enumerate(inputs)]
+    expected = device.op(name)(*near, **options)
+    got = device.op(name)(*far, **options)
+    if name == "kv_compact_":
+        expected, got = near[:2], [far[0], far[1]]
+    if isinstance(got, torch.Tensor):
+        expected, got = [expected], [got]
+    for x, y in zip(got, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_stored_rows_beyond_31_bits(kernels: ModuleType) -> None:
+    case = ragged.cast(ragged.make_case(heads=2, dim=64, stored=100, tail=3), torch.bfloat16)
+    far = case | {x: far_apart(case[x]) for x in ("keys", "values", "tail_keys", "tail_values")}
+    expected, got = (
+        simulated.Device(kernels).ragged_attention(**x, scaling=0.1) for x in (case, far)
+    )
+    assert torch.equal(got, expected)
+
+
+def test_products_of_32_bits_are_told() -> None:
+    edit = built.Edit(
+        "expected_attention.cu",
+        "length - 1) * stride;",
+        "length - 1) * static_cast<int>(SEEDED ? static_cast<int>(stride) : 0)"
+        " + (SEEDED ? 0 : min(max(position, 0), length - 1) * stride);",
+    )
+    kernels = built.load(built.build("watched", [edit]))
+    _, case, which = FAR_APART[2]
+    inputs, options = case.inputs()
+    far = [far_apart(x) if i in which else x for i, x in enumerate(inputs)]
+    for seeded in (0, 1):
+        kernels.seed(seeded)
+        report = pytest.raises(kernels.Error, match="a signed integer overflows in mul")
+        with report if seeded else contextlib.nullcontext():
+            simulated.Device(kernels).expected_attention(*far, **options)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 
 import pytest
+import simulated_kernels as built
 import torch
 
 SelfTest = Callable[..., torch.Tensor]
@@ -43,7 +44,7 @@ def test_scan(selftest: SelfTest, seed: int) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_transpose(selftest: SelfTest, seed: int) -> None:
     data = torch.randn(32, 32)
-    assert torch.equal(selftest("transpose", data, seed), data.T)
+    assert torch.equal(selftest("transpose<33>", data, seed), data.T)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +80,31 @@ def test_blocks_take_turns(selftest: SelfTest, seed: int) -> None:
     assert got[2].item() % 2**32 == value
 
 
+@pytest.mark.parametrize(("name", "passes"), [("transpose<33>", 1), ("transpose<32>", 32)])
+def test_traffic_of_shared_memory(kernels, selftest: SelfTest, name: str, passes: int) -> None:
+    kernels.count_traffic(True)
+    try:
+        selftest(name, torch.randn(32, 32))
+        traffic = {x[2:4]: x[4:] for x in kernels.take_traffic() if x[0] == name}
+    finally:
+        kernels.count_traffic(False)
+    rows = {"bytes": 4096, "units": 128, "least": 128}  # 32 rows of 4 sectors
+    assert traffic["global", "read"] == traffic["global", "write"] == tuple(rows.values())
+    assert traffic["shared", "write"] == (4096, 32, 32)
+    assert traffic["shared", "read"] == (4096, 32 * passes, 32)
+
+
+def test_old_values(selftest: SelfTest) -> None:
+    """A `volatile` load may get what was there before, until a fence tells of the news."""
+    right, wrong = (
+        [selftest(name, torch.zeros(25, dtype=torch.int32), seed)[12:24].tolist() for seed in SEEDS]
+        for name in ("pass_on<true>", "pass_on<false>")
+    )
+    expected = list(range(1, 13))
+    assert right == [expected] * len(SEEDS)
+    assert sum(got != expected for got in wrong) > len(SEEDS) / 2
+
+
 def test_conversions(selftest: SelfTest) -> None:
     bits = torch.arange(65536, dtype=torch.int32).to(torch.int16)
     # Every neighbourhood of every number: halfway, and a little to both sides.
@@ -91,6 +117,30 @@ def test_conversions(selftest: SelfTest) -> None:
     torch.testing.assert_close(got[1], between.half().float(), **equal)
     torch.testing.assert_close(got[2], bits.view(torch.bfloat16).float(), **equal)
     torch.testing.assert_close(got[3], wide.bfloat16().float(), **equal)
+
+
+def test_numerics_are_not_those_of_the_host(selftest: SelfTest) -> None:
+    """Products and sums are contracted, 2^x is off by up to two units in the last place."""
+    x, y = torch.randn(2, 1024)
+    empty = torch.zeros(1024)
+    got = selftest("numerics", torch.cat([x, y, x * y, empty, empty])).view(5, 1024)
+    rest = (x.double() * y.double() - (x * y).double()).float()
+    assert torch.equal(got[3], rest if built.HAS_FMA else empty)
+    exact = x.double().exp2().float()
+    steps = got[4].view(torch.int32) - exact.view(torch.int32)
+    assert steps.abs().max() <= 3 and (steps != 0).float().mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("__half", torch.float16), ("__nv_bfloat16", torch.bfloat16)]
+)
+def test_tensor_cores_cut_off(selftest: SelfTest, name: str, dtype: torch.dtype) -> None:
+    a, b, d = torch.rand(16, 16).to(dtype), torch.rand(16, 8).to(dtype), torch.rand(16, 8)
+    data = torch.cat([x.view(torch.int32).flatten() for x in (a, b, d)])
+    got = selftest(f"multiply<{name}>", data)[192:].view(torch.float32).view(16, 8)
+    exact = a.double() @ b.double() + d.double()
+    assert (got <= exact).all() and (got < exact.float()).float().mean() > 0.25
+    torch.testing.assert_close(got.double(), exact, rtol=16 * 2**-23, atol=0)
 
 
 WRONG = {

@@ -275,6 +275,23 @@ BUGS = {
         residents=112,
         seeds=MANY_SEEDS,
     ),
+    "compaction, a report that is no atomic": Bug(
+        Edit(
+            "kv_compact.cu",
+            "if (thread == 0) atomicOr(words_of(progress) + item.number / 32, "
+            "1u << item.number % 32);",
+            "if (SEEDED && thread == 0) {\n"
+            "  volatile unsigned* word = words_of(progress) + item.number / 32;\n"
+            "  *word = *word | 1u << item.number % 32;\n"
+            "}\n"
+            "if (!SEEDED && thread == 0)"
+            " atomicOr(words_of(progress) + item.number / 32, 1u << item.number % 32);",
+        ),
+        "kv_compact_",
+        op_cases.KvCompact((1, 2, 1500, 128), (1400,)),
+        r"run on without progress|races with",
+        seeds=(1, 2, 3),
+    ),
     "attention, too little dynamic shared memory": Bug(
         Edit(
             "window_attention.cu",

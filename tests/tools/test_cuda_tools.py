@@ -22,11 +22,12 @@ def kernels() -> cuda_resources.Kernels:
         "mix_scores_kernel",
     ]
     counts = {"wide_loads": 8, "in_flight": 4, "wide_stores": 2, "tensor_core": 8}
+    counts |= {"loop": 200, "narrow_loads": 3}
     good = Kernel(registers=40, shared=512, **counts)
     return {name: {a: Kernel(**vars(good)) for a in ARCHITECTURES} for name in names}
 
 
-RECORDED = {name: [40] * len(ARCHITECTURES) + [512, 8, 4, 2, 8] for name in kernels()}
+RECORDED = {name: [40] * len(ARCHITECTURES) + [512, 8, 4, 2, 8, 200, 3] for name in kernels()}
 
 
 def test_good_kernels_pass_and_the_table_holds_them() -> None:
@@ -47,6 +48,7 @@ def test_good_kernels_pass_and_the_table_holds_them() -> None:
         ("lag_kernel<float>", "in_flight", 3, "expected 4 loads of 16 bytes in flight, got 3"),
         ("kv_compact_kernel<uint4>", "wide_stores", 0, "expected stores of 16 bytes"),
         ("attention_rows_kernel<__nv_bfloat16, 4>", "tensor_core", 0, "tensor core"),
+        ("attention_rows_kernel<__nv_bfloat16, 4>", "diverged", 5, "got 5 where threads may have"),
     ],
 )
 def test_bad_kernels_are_told(name: str, field: str, value: int, message: str) -> None:
@@ -71,6 +73,33 @@ def test_loads_in_flight() -> None:
     seen = [flight.meet(*line.split(maxsplit=1), number) for number, line in enumerate(lines)]
     # The sixth asks for a register of the first load; the last overwrites the second's.
     assert seen == [0, 1, 2, 2, 2, 1, 2, 2]
+
+
+def test_loops_and_warps_that_are_whole() -> None:
+    """Of a loop in a loop, and tensor core instructions between where threads part and meet."""
+    lines = """
+        LDG.E.128 R4, desc[UR4][R2.64]
+        BSSY B0, 0x60
+        @P0 BRA 0x50
+        HMMA.16816.F32 R4, R4, R8, RZ
+        FADD R21, R0, 1
+        BSYNC B0
+        HMMA.16816.F32 R4, R4, R8, RZ
+        LDG.E.128 R4, desc[UR4][R2.64]
+        @P0 HMMA.16816.F32 R4, R4, R8, RZ
+        @P1 BRA 0x60
+        @P2 BRA 0x10
+        BRA 0xb0
+    """.strip().splitlines()
+    code = []
+    for number, line in enumerate(lines):
+        match = cuda_resources.INSTRUCTION.match(f"  /*{16 * number:04x}*/  {line.strip()} ;")
+        assert match
+        code.append(cuda_resources.read_instruction(match))
+    assert [x.target for x in code if x.name == "BRA"] == [0x50, 0x60, 0x10, 0xB0]
+    assert cuda_resources.loop_of(code) == 4
+    assert cuda_resources.loop_of(code[:7]) == 0
+    assert cuda_resources.diverged_of(code) == 2
 
 
 def test_missing_ptx_is_told() -> None:
@@ -156,3 +185,16 @@ def test_launchers_neither_allocate_nor_wait() -> None:
         "cudaMemsetAsync",
     }
     assert not set().union(*called.values())
+
+
+@pytest.mark.parametrize(
+    ("field", "most", "what"),
+    [("loop", 220, "200 instructions in the loop"), ("narrow_loads", 3, "3 loads of 16 bits")],
+)
+def test_more_instructions_than_recorded_are_told(field: str, most: int, what: str) -> None:
+    changed = kernels()
+    setattr(changed["mix_scores_kernel"]["90"], field, most)
+    assert cuda_resources.changes(changed, RECORDED) == []
+    setattr(changed["mix_scores_kernel"]["90"], field, most + 1)
+    expected = f"mix_scores_kernel: expected {what} as recorded, got {most + 1}"
+    assert cuda_resources.changes(changed, RECORDED) == [expected]

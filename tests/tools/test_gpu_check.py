@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,69 @@ def test_only_some_steps_need_some_packages(box: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(machine, "PACKAGES", ("transformers", "a-package-that-is-missing"))
     (missing,) = (x for x in machine.look() if x.problem)
     assert not missing.by_all and missing.of_index
+
+
+@pytest.mark.parametrize(
+    ("change", "answers", "installs"),
+    [
+        (lambda box: None, True, False),  # nothing is missing
+        (lambda box: (box / "bin/ninja").unlink(), True, True),
+        (lambda box: (box / "bin/ninja").unlink(), False, False),
+        (lambda box: (box / "bin/nvidia-smi").unlink(), True, False),  # no index has a GPU
+    ],
+)
+def test_it_installs_where_that_helps_and_an_index_answers(
+    box: Path, monkeypatch: pytest.MonkeyPatch, change: Any, answers: bool, installs: bool
+) -> None:
+    monkeypatch.setattr(machine, "PACKAGES", ())
+    monkeypatch.setattr(machine, "index_answers", lambda: answers)
+    change(box)
+    assert (machine.main() == 0) == installs
+
+
+def test_an_index_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody listens at that port; it is said within seconds."""
+    for name in [x for x in os.environ if x.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple/")
+    start = time.monotonic()
+    assert not machine.index_answers()
+    assert time.monotonic() - start < 30
+
+
+MAKE = """
+case "$*" in
+    *gpu_check.machine*) exit ANSWER ;;
+    *) echo "RAN $*" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "answer", "expected"),
+    [
+        ([], 1, ["RAN -m gpu_check"]),
+        (["STEPS=a,b"], 1, ["RAN -m gpu_check --steps a,b"]),
+        (["OFFLINE=1"], 0, ["RAN -m gpu_check"]),
+        ([], 0, ["RAN -m venv .venv-cuda"]),
+    ],
+)
+def test_make_gpu_check_takes_the_python_at_hand(
+    tmp_path: Path, variables: list[str], answer: int, expected: list[str]
+) -> None:
+    """Unless something is missing and an index answers, which ``gpu_check.machine`` says."""
+    program(tmp_path / "python", MAKE.replace("ANSWER", str(answer)))
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    done = subprocess.run(
+        ["make", "gpu-check", f"PYTHON={tmp_path / 'python'}", *variables],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert [x for x in done.stdout.splitlines() if x.startswith("RAN")] == expected
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU")
