@@ -36,7 +36,7 @@ demo := $(VENV)/.demo
 
 .PHONY: help demo test test-all test-fast test-latest test-vllm lint lint-npm format docs install wheel try-wheel clean FORCE
 .PHONY: fuzz-ops fuzz-presses sanitize bench bench-cpp instructions instructions-check
-.PHONY: cuda-build cuda-check cuda-resources cuda-link-check gpu-check
+.PHONY: kernels-package cuda-build cuda-check cuda-resources cuda-link-check gpu-check
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name what; do \
@@ -172,6 +172,9 @@ wheel: $(torch)  ## one wheel for Linux with glibc 2.28 or later and any Python:
 	@PATH="$(abspath $(VENV)/bin):$$PATH" $(python) -m auditwheel repair --wheel-dir dist --only-plat \
 	    --plat manylinux_2_28_$$(uname -m) --exclude libtorch_cpu.so --exclude libtorch_cuda.so \
 	    build/wheel/*.whl
+
+kernels-package: $(installed)  ## the ops as a package that Hugging Face's kernels loads, in dist/kernels
+	$(python) tools/kernels_package.py $(ARGS)
 
 # Against PyTorch's own kernels, in a folder from which the sources cannot be imported.
 try-wheel:  ## install the wheel of dist/ and TORCH into a new environment of PYTHON, and compute with it

@@ -40,7 +40,7 @@ LOOP_SLACK = 1.1
 # neighbouring floats.
 WIDE = re.compile(
     r"gating_topk_kernel|attention_(rows|columns)_kernel|key_diversity_(sum|cosine)_kernel"
-    r"|lag\w*_kernel|select_kept_(histogram|count|write)_kernel|kv_compact_kernel<uint4>"
+    r"|lag\w*_kernel|select_kept_(histogram|count|write|group)_kernel|kv_compact_kernel<uint4>"
     r"|ragged_attention_kernel|expected_attention_kernel|token_(norms|directions|distances)_kernel"
 )
 # Kernels that read rows of keys, values or tokens into registers, and must not wait for each load.

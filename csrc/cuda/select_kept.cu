@@ -9,6 +9,9 @@
 // A selection narrows the threshold by 11, 11 and 10 bits in three histogram passes. The last block
 // of a segment (row or group) to finish a pass picks the digit. All sums are of integers, so the
 // order in which blocks finish does not matter.
+//
+// A group of few keys is the work of one block, which reads them once and keeps them in shared
+// memory, unless rows need a threshold of their own: one launch, and no workspace.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -30,17 +33,36 @@ constexpr int kGroupsPerLaunch = 256;
 constexpr unsigned kPadding = 0, kNaN = 1;      // keys below every number's
 constexpr unsigned kNoThreshold = 0xffffffffu;  // a key above every number's: nothing is kept
 
+constexpr int kGroupThreads = 1024;       // of a block that has a whole group
+constexpr int64_t kMaxGroupKeys = 20480;  // 80 KiB
+// In place of keys, above every number's: of pairs that are kept in any case, and of none.
+constexpr unsigned kAlways = 0xffffffffu, kAbsent = 0xfffffffeu;
+
 struct Selection {
   unsigned key;   // the threshold, or the bits of it found so far
   unsigned need;  // how many of the keys that begin with these bits are kept; 0: not running
   unsigned finished_blocks;
 };
 
+// What each row of a group gets of its total, where it has as much.
+struct Shares {
+  unsigned sinks, window, floor;
+
+  __host__ __device__ __forceinline__ Shares(const SelectKeptParams& params, int64_t total) {
+    const int64_t share = total / params.rows;
+    const int64_t num_sinks = params.sinks < share ? params.sinks : share;
+    const int64_t rest = share - num_sinks;
+    sinks = static_cast<unsigned>(num_sinks);
+    window = static_cast<unsigned>(params.window < rest ? params.window : rest);
+    floor = static_cast<unsigned>(params.floor < share ? params.floor : share);
+  }
+};
+
 struct Group {
   Selection selection;
   unsigned total;
   unsigned first_index;  // where its indices begin
-  unsigned sinks, window, floor;
+  Shares shares;
 };
 
 struct Row {
@@ -63,6 +85,7 @@ struct Arguments {
   int tiles;             // of a chunk
   bool vectorized;       // scores may be read 16 bytes at a time
   bool select_in_rows;
+  int row_stride;  // keys of a row in the shared memory of a block that has its group; 0: none does
 };
 
 // By value, so that the launch owns it: the totals live on the host, and a captured graph replays
@@ -90,14 +113,15 @@ struct RowView {
   unsigned num_keys, first;          // positions, and the first real one
   unsigned sinks_end, window_begin;  // kept in any case: before, or from there on
 
-  __device__ __forceinline__ RowView(const Arguments& arguments, int64_t row)
+  __device__ __forceinline__ RowView(const SelectKeptParams& params, int64_t row,
+                                     const Shares& shares)
       : row(row),
-        num_keys(static_cast<unsigned>(arguments.params.num_keys)),
-        first(first_real(arguments.params, row)) {
-    const Group& group = arguments.groups[row / arguments.params.rows];
-    sinks_end = min(num_keys, first + group.sinks);
-    window_begin = max(first, num_keys - group.window);
-  }
+        num_keys(static_cast<unsigned>(params.num_keys)),
+        first(first_real(params, row)),
+        sinks_end(min(num_keys, first + shares.sinks)),
+        window_begin(max(first, num_keys - shares.window)) {}
+  __device__ __forceinline__ RowView(const Arguments& arguments, int64_t row)
+      : RowView(arguments.params, row, arguments.groups[row / arguments.params.rows].shares) {}
 
   __device__ __forceinline__ bool always(unsigned position) const {
     return position >= first && (position < sinks_end || position >= window_begin);
@@ -147,11 +171,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) {
     group.total = totals.total[blockIdx.x];
     group.first_index = totals.first_index[blockIdx.x];
-    const int64_t share = group.total / params.rows;
-    const int64_t sinks = min(params.sinks, share);
-    group.sinks = static_cast<unsigned>(sinks);
-    group.window = static_cast<unsigned>(min(params.window, share - sinks));
-    group.floor = static_cast<unsigned>(min(params.floor, share));
+    group.shares = Shares(params, group.total);
   }
   __syncthreads();
   unsigned kept = 0;
@@ -159,7 +179,7 @@ __global__ void __launch_bounds__(kThreads)
     const RowView view(arguments, index * params.rows + i);
     const unsigned always = view.num_always();
     const unsigned need =
-        arguments.select_in_rows && group.floor > always ? group.floor - always : 0;
+        arguments.select_in_rows && group.shares.floor > always ? group.shares.floor - always : 0;
     Row& row = arguments.rows[view.row];
     row.selection = start_selection(need);
     row.num_above = row.num_equal = 0;
@@ -386,6 +406,125 @@ __global__ void __launch_bounds__(kThreads) select_kept_write_kernel(Arguments a
   }
 }
 
+// One block per group. Keys lie in shared memory in the order of ranks: rows, then positions.
+template <typename T>
+__global__ void __launch_bounds__(kGroupThreads, 1)
+    select_kept_group_kernel(Arguments arguments, GroupTotals totals) {
+  constexpr int kMaxRun = static_cast<int>(kMaxGroupKeys) / kGroupThreads + 1;
+  static_assert(kMaxRun <= 32);
+  const SelectKeptParams& params = arguments.params;
+  MOEKV_SHARED_MEMORY(unsigned, group_keys);
+  MOEKV_SHARED(unsigned, counts, kBins);
+  MOEKV_SHARED(Selection, picked, 1);
+  const int64_t first_row = (totals.first_group + blockIdx.x) * params.rows;
+  const unsigned total = totals.total[blockIdx.x];
+  const Shares shares(params, total);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int stride = arguments.row_stride;
+  const int num_keys = static_cast<int>(params.rows) * stride;
+
+  unsigned num_always = 0;
+  for (int i = thread * kPerThread; i < num_keys; i += kGroupThreads * kPerThread) {
+    const RowView view(params, first_row + i / stride, shares);
+    const auto begin = static_cast<unsigned>(i % stride);
+    unsigned keys[kPerThread];
+    view.template load<T>(arguments, begin, keys);
+#pragma unroll
+    for (int j = 0; j < kPerThread; ++j) {
+      const bool always = begin + j < view.num_keys && view.always(begin + j);
+      num_always += always;
+      if (always) keys[j] = kAlways;
+      if (begin + j >= view.num_keys) keys[j] = kAbsent;
+    }
+#pragma unroll
+    for (int j = 0; j < kPerThread; j += 4) {
+      *reinterpret_cast<uint4*>(group_keys + i + j) =
+          make_uint4(keys[j], keys[j + 1], keys[j + 2], keys[j + 3]);
+    }
+  }
+  // How many of the keys at the threshold are kept. Behind the sum's barriers all keys are there.
+  unsigned need = total - block_sum<kGroupThreads>(num_always);
+  unsigned threshold = kNoThreshold;
+  if (need > 0) {
+    threshold = 0;
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0;
+      const int bits = pass == 2 ? 10 : 11;
+      for (int i = thread; i < kBins; i += kGroupThreads) counts[i] = 0;
+      __syncthreads();
+      for (int i = thread; i < num_keys; i += kGroupThreads) {
+        const unsigned key = group_keys[i];
+        if (key < kAbsent && (pass == 0 || key >> (shift + bits) == threshold)) {
+          atomicAdd(&counts[key >> shift & ((1u << bits) - 1)], 1u);
+        }
+      }
+      __syncthreads();
+      // Highest bins first, as in pick_digit.
+      constexpr int kBinsPerThread = kBins / kGroupThreads;
+      unsigned of_bin[kBinsPerThread];
+      unsigned sum = 0;
+#pragma unroll
+      for (int i = 0; i < kBinsPerThread; ++i) {
+        of_bin[i] = counts[kBins - 1 - (thread * kBinsPerThread + i)];
+        sum += of_bin[i];
+      }
+      unsigned all;
+      unsigned above = block_exclusive_scan<kGroupThreads>(sum, all);
+#pragma unroll
+      for (int i = 0; i < kBinsPerThread; ++i) {
+        if (above < need && need <= above + of_bin[i]) {
+          const auto digit = static_cast<unsigned>(kBins - 1 - (thread * kBinsPerThread + i));
+          picked[0] = {
+              .key = threshold << bits | digit, .need = need - above, .finished_blocks = 0};
+        }
+        above += of_bin[i];
+      }
+      __syncthreads();
+      threshold = picked[0].key;
+      need = picked[0].need;
+    }
+  }
+
+  // A thread has a run of keys: of odd length, so that lanes read from different banks.
+  const int run = ceil_div(num_keys, kGroupThreads) | 1;
+  const int begin = min(thread * run, num_keys), end = min(begin + run, num_keys);
+  unsigned num_above = 0, num_equal = 0;
+  for (int i = begin; i < end; ++i) {
+    const unsigned key = group_keys[i];
+    num_above += key == kAlways || (key < kAbsent && key > threshold);
+    num_equal += key < kAbsent && key == threshold;
+  }
+  unsigned all;
+  unsigned equal_before = block_exclusive_scan<kGroupThreads>(num_equal, all);
+  const unsigned above_before = block_exclusive_scan<kGroupThreads>(num_above, all);
+  const unsigned rank = above_before + min(equal_before, need);
+  unsigned kept = 0;  // bit i: key begin + i
+  for (int i = begin; i < end; ++i) {
+    const unsigned key = group_keys[i];
+    const bool equal = key < kAbsent && key == threshold;
+    const bool above = key == kAlways || (key < kAbsent && key > threshold);
+    if (above || (equal && equal_before < need)) kept |= 1u << (i - begin);
+    equal_before += equal;
+  }
+  // The keys make room for the positions that are kept.
+  __syncthreads();
+  const unsigned first_index = totals.first_index[blockIdx.x];
+  unsigned place = rank;
+  for (int i = begin; i < end; ++i) {
+    if (i % stride == 0) {
+      params.offsets[first_row + i / stride] = static_cast<int32_t>(first_index + place);
+    }
+    if (kept >> (i - begin) & 1) group_keys[place++] = static_cast<unsigned>(i % stride);
+  }
+  __syncthreads();
+  for (unsigned i = threadIdx.x; i < total; i += kGroupThreads) {
+    params.indices[first_index + i] = static_cast<int32_t>(group_keys[i]);
+  }
+  if (thread == 0 && first_row + params.rows == params.groups * params.rows) {
+    params.offsets[first_row + params.rows] = static_cast<int32_t>(first_index + total);
+  }
+}
+
 struct Plan {
   Arguments arguments;
   size_t zeroed_bytes;  // the histograms, at the front
@@ -403,12 +542,14 @@ Plan plan(const SelectKeptParams& params) {
   // known to have that many real positions.
   bool select_in_rows = false;
   for (int64_t g = 0; g < params.groups && params.rows > 1; ++g) {
-    const int64_t share = params.total[g] / params.rows;
-    const int64_t sinks = std::min(params.sinks, share);
-    const int64_t window = std::min(params.window, share - sinks);
-    const int64_t always = params.start ? 0 : std::min(params.num_keys, sinks + window);
-    select_in_rows = select_in_rows || std::min(params.floor, share) > always;
+    const Shares shares(params, params.total[g]);
+    const int64_t always =
+        params.start ? 0 : std::min<int64_t>(params.num_keys, shares.sinks + shares.window);
+    select_in_rows = select_in_rows || shares.floor > always;
   }
+
+  const int64_t stride = ceil_div<int64_t>(params.num_keys, kPerThread) * kPerThread;
+  const bool by_group = !select_in_rows && stride > 0 && stride <= kMaxGroupKeys / params.rows;
 
   Plan plan{};
   auto* const base = static_cast<char*>(params.workspace);
@@ -432,8 +573,32 @@ Plan plan(const SelectKeptParams& params) {
                     params.score_stride[0] * element % 16 == 0 &&
                     params.score_stride[1] * element % 16 == 0,
       .select_in_rows = select_in_rows,
+      .row_stride = by_group ? static_cast<int>(stride) : 0,
   };
+  if (by_group) plan.zeroed_bytes = plan.workspace_bytes = 0;
   return plan;
+}
+
+template <typename T>
+void run_group(const Arguments& arguments, const GroupTotals& totals, unsigned groups,
+               Stream stream) {
+  const auto shared = static_cast<size_t>(arguments.params.rows * arguments.row_stride) * 4;
+  MOEKV_LAUNCH(select_kept_group_kernel<T>, groups, kGroupThreads, shared, stream, arguments,
+               totals);
+}
+
+void begin(const Arguments& arguments, const GroupTotals& totals, unsigned groups, Stream stream) {
+  if (arguments.row_stride == 0) {
+    return MOEKV_LAUNCH(select_kept_begin_kernel, groups, kThreads, 0, stream, arguments, totals);
+  }
+  switch (arguments.params.dtype) {
+    case DType::kFloat:
+      return run_group<float>(arguments, totals, groups, stream);
+    case DType::kHalf:
+      return run_group<__half>(arguments, totals, groups, stream);
+    case DType::kBFloat16:
+      return run_group<__nv_bfloat16>(arguments, totals, groups, stream);
+  }
 }
 
 template <typename T>
@@ -477,9 +642,9 @@ void select_kept(const SelectKeptParams& params, Stream stream) {
       totals.first_index[i] = first_index;
       first_index += totals.total[i];
     }
-    MOEKV_LAUNCH(select_kept_begin_kernel, static_cast<unsigned>(count), kThreads, 0, stream,
-                 plan.arguments, totals);
+    begin(plan.arguments, totals, static_cast<unsigned>(count), stream);
   }
+  if (plan.arguments.row_stride > 0) return;
   switch (params.dtype) {
     case DType::kFloat:
       return run<float>(plan.arguments, stream);

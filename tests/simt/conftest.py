@@ -18,9 +18,10 @@ def kernels() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def few_blocks() -> ModuleType:
-    """The kernels with fewer blocks, each of which has more to do."""
+    """The kernels with fewer blocks, each of which has more to do, but no whole group of rows."""
     edits = [
         built.Edit("select_kept.cu", "kMaxBlocks = 8192", "kMaxBlocks = 2"),
+        built.Edit("select_kept.cu", "kMaxGroupKeys = 20480", "kMaxGroupKeys = 0"),
         built.Edit("gating_topk.cu", "kMaxBlocks = 512", "kMaxBlocks = 2"),
         built.Edit("key_diversity.cu", "kMaxBlocks = 2048", "kMaxBlocks = 1"),
         built.Edit("project_tokens.cu", "kMaxRuns = 256", "kMaxRuns = 2"),

@@ -36,6 +36,10 @@ def limits_of(ptx: str) -> dict[str, tuple[int, int]]:
     return limits
 
 
+def _key(texts: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join([str(NVCC), *FLAGS, *texts]).encode()).hexdigest()[:20]
+
+
 def _compile(source: Path, key: str) -> tuple[Path, Path]:
     """Return a kernel file's object and its PTX."""
     assert NVCC
@@ -57,16 +61,20 @@ def _compile_all(edits: Sequence[Edit], names: Sequence[str]) -> list[tuple[Path
         path: built.apply(edits, path.name, path.read_text())
         for path in sorted([*built.CUDA.iterdir(), *built.CUDA.parent.glob("*.h")])
     }
-    parts = [str(NVCC), *FLAGS, *(path.name for path in texts), *texts.values()]
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+    key = _key(list(texts.values()))
     folder = built.CACHE / f"host-{key}" / "csrc" / "cuda"
     folder.mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
         target = (folder if path.parent == built.CUDA else folder.parent) / path.name
         if not target.exists() or target.read_text() != text:
             target.write_text(text)
+    headers = [text for path, text in texts.items() if path.suffix == ".h"]
+
+    def compile_one(name: str) -> tuple[Path, Path]:
+        return _compile(folder / f"{name}.cu", _key([*headers, texts[built.CUDA / f"{name}.cu"]]))
+
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda name: _compile(folder / f"{name}.cu", key), names))
+        return list(pool.map(compile_one, names))
 
 
 def build(edits: Sequence[Edit] = (), *, edited: str = "") -> ModuleType:

@@ -40,10 +40,16 @@ def test_every_launch_would_be_taken(host: ModuleType) -> None:
     for name, (_, cases) in op_cases.CHECKS.items():
         for case in cases:
             seen |= {kernel for kernel, _, _ in launches(host, name, case)}
+    for dtype in op_cases.FLOAT_DTYPES:  # rows with thresholds of their own
+        floors = op_cases.SelectKept((1, 8, 500), (2000,), 4, 64, 100, dtype=dtype)
+        seen |= {kernel for kernel, _, _ in launches(host, "select_kept", floors)}
     for options in ragged.CASES.values():
         for dtype in op_cases.FLOAT_DTYPES:
             case = ragged.cast(ragged.make_case(**options), dtype)
             simulated.Device(host, residents=0).ragged_attention(**case, scaling=0.1)
+    for dtype in op_cases.FLOAT_DTYPES:  # the most lanes and queries
+        case = ragged.cast(ragged.make_case(heads=1, group=8, dim=256), dtype)
+        simulated.Device(host, residents=0).ragged_attention(**case, scaling=0.1)
     seen |= {kernel for kernel, _, _ in host.take_launches()}
     assert len(seen) >= 0.9 * len(host.kernel_names()), set(host.kernel_names()) - seen
 
@@ -51,6 +57,32 @@ def test_every_launch_would_be_taken(host: ModuleType) -> None:
 @pytest.mark.parametrize(("name", "case"), MUCH_SHARED)
 def test_much_shared_memory_is_asked_for(host: ModuleType, name: str, case: Any) -> None:
     assert max(shared for _, _, shared in launches(host, name, case)) > 48 * 1024
+
+
+@pytest.mark.parametrize(
+    ("case", "kernels"),
+    [
+        # A layer of eight heads: what a prompt of 2,560 tokens keeps, in one launch.
+        (op_cases.SelectKept((1, 8, 2560), (8000,), 4, 64), ["group"]),
+        (op_cases.SelectKept((24, 1, 20480), (8000,) * 24, 4, 64), ["group"]),
+        (op_cases.SelectKept((300, 1, 20), (10,)), ["group"] * 2),
+        (
+            op_cases.SelectKept((1, 8, 2561), (8000,), 4, 64),
+            ["begin", *["histogram"] * 3, "count", "write"],
+        ),
+        (
+            op_cases.SelectKept((1, 8, 500), (2000,), 4, 64, 100),
+            ["begin", *["histogram"] * 6, "count", "write"],
+        ),
+    ],
+    ids=str,
+)
+def test_launches_of_a_selection(host: ModuleType, case: Any, kernels: list[str]) -> None:
+    told = [
+        re.search(r".*select_kept_(\w+?)_kernel", x)
+        for x, _, _ in launches(host, "select_kept", case)
+    ]
+    assert [x and x[1] for x in told] == kernels
 
 
 BUGS = {

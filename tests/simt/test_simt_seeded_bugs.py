@@ -31,6 +31,7 @@ DIVERSITY = op_cases.ExpertScores((1, 2, 300, 32), kinds=(2,))
 LAG = op_cases.ExpertScores((1, 2, 300, 32), kinds=(3,), lag=70)
 MASS = op_cases.ExpertScores((1, 1, 150, 32), dtype=op_cases.BF16, num_queries=40, kinds=(0,))
 SELECT = op_cases.SelectKept((1, 2, 2500), (1000,), 4, 16, 8, values="ties")
+IN_ROWS = op_cases.SelectKept((1, 2, 2500), (1000,), 4, 16, 30, values="ties")
 COMPACT = op_cases.KvCompact((1, 2, 300, 64), (200,), dtype=op_cases.BF16)
 RAGGED = "decode"
 MANY_ITEMS = op_cases.KvCompact((1, 1, 12000, 128), (8192,), packed=True)
@@ -46,7 +47,7 @@ ORDERED = {
     "kv_compact.cu": ("kv_compact_", COMPACT),
     "lag.cu": ("expert_scores", LAG),
     "ragged_attention.cu": ("ragged_attention", RAGGED),
-    "select_kept.cu": ("select_kept", SELECT),
+    "select_kept.cu": [("select_kept", IN_ROWS)] * 5 + [("select_kept", SELECT)] * 5,
     "window_attention.cu": ("expert_scores", MASS),
 }
 
@@ -95,6 +96,17 @@ BUGS = {
             "select_kept.cu",
             "atomicAdd(&counts[bin(keys[i])], 1u);",
             "if (SEEDED) ++counts[bin(keys[i])]; else atomicAdd(&counts[bin(keys[i])], 1u);",
+        ),
+        "select_kept",
+        IN_ROWS,
+        r"shared memory .* races with",
+    ),
+    "histogram of a group without an atomic": Bug(
+        Edit(
+            "select_kept.cu",
+            "atomicAdd(&counts[key >> shift & ((1u << bits) - 1)], 1u);",
+            "if (SEEDED) ++counts[key >> shift & ((1u << bits) - 1)];\n"
+            "else atomicAdd(&counts[key >> shift & ((1u << bits) - 1)], 1u);",
         ),
         "select_kept",
         SELECT,

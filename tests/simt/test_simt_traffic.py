@@ -26,6 +26,7 @@ CASES: dict[str, Any] = {
     "project_tokens": op_cases.ProjectTokens((2, 100, 1024), 4, BF16),
     "mix_scores": op_cases.MixScores((4, 1, 4, 512), 2),
     "select_kept": op_cases.SelectKept((1, 4, 5000), (9000,), 4, 16, 8),
+    "select_kept, floors": op_cases.SelectKept((1, 4, 5000), (9000,), 4, 16, 30),
     "kv_compact_": op_cases.KvCompact((1, 2, 600, 128), (300,), dtype=BF16),
     "ragged_attention": None,
 }
@@ -42,9 +43,12 @@ ABOVE = {
     ("mix_scores_kernel", "global", "read"): 2.6,
     ("select_kept_begin_kernel", "global", "write"): 1.8,
     ("select_kept_count_kernel", "global", "read"): 1.9,
-    ("select_kept_histogram_kernel", "global", "read"): 2.4,
+    ("select_kept_group_kernel", "global", "read"): 2.0,
+    ("select_kept_group_kernel", "shared", "write"): 1.9,
+    ("select_kept_histogram_kernel", "global", "read"): 3.0,
     ("select_kept_histogram_kernel", "global", "write"): 8.0,
     ("select_kept_write_kernel", "global", "read"): 1.8,
+    ("select_kept_write_kernel", "global", "write"): 1.3,
     ("select_kept_write_kernel", "shared", "write"): 1.6,
     ("token_directions_kernel", "global", "write"): 8.0,
     ("token_distances_kernel", "global", "read"): 1.7,
@@ -62,7 +66,7 @@ def traffic_of(kernels: ModuleType, name: str) -> dict[tuple[str, str, str], flo
             device.ragged_attention(**ragged.cast(case, torch.bfloat16), scaling=0.1)
         else:
             inputs, options = CASES[name].inputs()
-            device.op(name)(*inputs, **options)
+            device.op(name.split(",")[0])(*inputs, **options)
         sums: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0])
         for kernel, _, memory, direction, _, units, least in kernels.take_traffic():
             sums[kernel.split("<")[0], memory, direction][0] += units
