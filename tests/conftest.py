@@ -50,6 +50,12 @@ SLOW_FILES = (
     *("test_calibrated_growth", "test_chunks", "test_growth", "test_lives"),
     *("test_loading", "test_models", "test_page", "test_streaming"),
 )
+# Those of tests/simt that take long and share no kernels with the others there.
+SIMT_GROUPS = {
+    "test_simt_gpu_check": "simt host",
+    "test_simt_host_half": "simt host",
+    "test_simt_sanitized": "sanitized",
+}
 # Not slow, but not for an answer at once.
 LESS_FAST_FILES = (
     *("test_forwards", "test_later", "test_length", "test_lists", "test_masks", "test_modes"),
@@ -71,8 +77,8 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
         elif item.path.stem not in LESS_FAST_FILES and item.originalname != "test_opcheck":
             item.add_marker(pytest.mark.fast)
         if folder == "simt":  # each builds kernels of its own
-            sanitized = item.path.stem == "test_simt_sanitized"
-            item.add_marker(pytest.mark.xdist_group("sanitized" if sanitized else "simt"))
+            group = SIMT_GROUPS.get(item.path.stem, "simt")
+            item.add_marker(pytest.mark.xdist_group(group))
         if "real_model" in uses:
             item.add_marker(pytest.mark.xdist_group("real model"))
     # What takes longest first: at the end, one process would wait for the other.

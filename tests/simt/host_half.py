@@ -66,8 +66,7 @@ def _compile_all(edits: Sequence[Edit], names: Sequence[str]) -> list[tuple[Path
     folder.mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
         target = (folder if path.parent == built.CUDA else folder.parent) / path.name
-        if not target.exists() or target.read_text() != text:
-            target.write_text(text)
+        built.put(target, text)
     headers = [text for path, text in texts.items() if path.suffix == ".h"]
 
     def compile_one(name: str) -> tuple[Path, Path]:

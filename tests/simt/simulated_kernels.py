@@ -126,6 +126,14 @@ def alone(target: Path) -> Iterator[None]:
         yield
 
 
+def put(target: Path, text: str) -> None:
+    """Write a file whole or not at all: another process may be compiling it."""
+    if not target.exists() or target.read_text() != text:
+        part = target.with_name(f"{target.name}.{os.getpid()}")
+        part.write_text(text)
+        part.rename(target)
+
+
 @cache
 def _headers(*folders: Path) -> str:
     headers = [path for folder in folders for path in sorted(folder.glob("*.h"))]
@@ -173,8 +181,7 @@ def build(flavour: str = "watched", edits: Sequence[Edit] = (), *, ops: bool = T
         for path in [*CUDA.iterdir(), *CUDA.parent.glob("*.h")]:
             text = apply(edits, path.name, path.read_text())
             target = folder / path.name if path.parent == CUDA else folder.parent / path.name
-            if not target.exists() or target.read_text() != text:
-                target.write_text(text)
+            put(target, text)
         headers_changed = any(name.endswith(".h") for name in changed)
         for path in kernels:
             edited = headers_changed or path.name in changed
