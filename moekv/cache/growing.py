@@ -198,6 +198,10 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
         """
         return self._keys.shape[2] + num_fed(fed), offset_of(self, self.evicted)
 
+    def _copy_buffers(self) -> None:
+        self._keys = self._key_buffer = self._keys.clone()
+        self._values = self._value_buffer = self._values.clone()
+
     def _forget(self, count: int) -> None:
         held = self._keys.shape[2] - count
         # As the buffers, too: what is appended next goes elsewhere, and views of these tokens stay.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -68,6 +69,14 @@ class CompressedLayer(CacheLayerMixin):
         self.num_moves = 0
         self.num_branches = 0
         self._is_cropped = False
+
+    def __copy__(self) -> CompressedLayer:
+        """Copy what is written to in place: as with other layers, each goes on by itself."""
+        layer = type(self).__new__(type(self))
+        layer.__dict__ |= self.__dict__
+        layer._copy_buffers()
+        layer.notes, layer.recent = copy.copy(self.notes), copy.deepcopy(self.recent)
+        return layer
 
     # -- what a kind of layer provides -------------------------------------------------------------
 
@@ -158,6 +167,10 @@ class CompressedLayer(CacheLayerMixin):
         pairs : str
             How a ragged layer stores them, if they are not quantised already.
         """
+
+    @abstractmethod
+    def _copy_buffers(self) -> None:
+        """Copy the memory in which new tokens are written."""
 
     @abstractmethod
     def _forget(self, count: int) -> None:

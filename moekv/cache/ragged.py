@@ -5,6 +5,7 @@ were; the pairs themselves are handed to attention as ``RaggedPairs``, which
 ``moekv.cache.attention`` understands.
 """
 
+import copy
 import warnings
 from collections.abc import Sequence
 from fractions import Fraction
@@ -253,6 +254,9 @@ class RaggedLayer(CompressedLayer):
     def get_mask_sizes(self, fed: Tensor | int) -> tuple[int, int]:
         """Length and offset of the mask over all positions, before the new tokens are appended."""
         return self.get_seq_length() + num_fed(fed), offset_of(self, 0)
+
+    def _copy_buffers(self) -> None:
+        self._tail = copy.copy(self._tail)
 
     def _forget(self, count: int) -> None:
         into = max(count - self.tail_length, 0)

@@ -70,6 +70,12 @@ class Tail:
         self.length -= count
         self._keys, self._values = self.keys, self.values
 
+    def __copy__(self) -> Tail:
+        """Copy the tokens as well, behind which each will have its own."""
+        tail = Tail(self._keys.shape[:2], self._keys, self._values)
+        tail.length, tail._keys, tail._values = self.length, self.keys.clone(), self.values.clone()
+        return tail
+
     def select(self, rows: Tensor) -> None:
         """Copy rows of the batch, in their order."""
         self._keys, self._values = self._keys[rows], self._values[rows]

@@ -72,6 +72,33 @@ def test_pairs_before_a_crop_are_not_written_over(budget: str) -> None:
     assert torch.equal(view, before)
 
 
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("grows", [False, True])
+def test_shallow_copies_of_layers_go_on_by_themselves(budget: str, grows: bool) -> None:
+    """As transformers' layers do, which write into new memory."""
+    model = tiny_model()
+    press = noting(model, budget) if grows else MoERouterPress(0.3, router=None, budget=budget)
+    with press(model):
+        cache = prefill(model, tokens(1, LENGTH))
+    with press(model) if grows else contextlib.nullcontext():
+        feed(model, cache, tokens(1, 3, 1), LENGTH)
+    fork = DynamicCache()
+    fork.layers = [copy.copy(layer) for layer in cache.layers]
+    alone = copy.deepcopy(cache)
+    for seed in (2, 3):
+        with press(model) if grows else contextlib.nullcontext():
+            for i in range(40 if grows else 4):  # which compresses
+                feed(model, cache, tokens(1, 1, seed + i), cache.get_seq_length())
+        ids = tokens(1, 2, 7 * seed)
+        expected = feed(model, alone, ids, alone.get_seq_length())
+        assert torch.equal(feed(model, fork, ids, fork.get_seq_length()), expected)
+    if grows:
+        for one, other in zip(fork.layers, alone.layers, strict=True):
+            assert torch.equal(one.recent.states(9), other.recent.states(9))
+            notes = [layer.notes.held_pairs()[0] for layer in (one, other)]
+            assert torch.equal(*notes)
+
+
 def noting(model: Any, budget: str) -> MoERouterPress:
     """Make a press whose calibrated router notes what it reads of tokens."""
     router = random_router(model)
