@@ -18,6 +18,7 @@ from moekv.models.loading import DEFAULT_MODEL, load_model
 
 from .presses import (
     ANCHORS,
+    ASKED,
     BUDGETS,
     DEFAULT,
     EXPERTS,
@@ -40,6 +41,7 @@ from .tasks import TASKS
 
 SETS = {
     "peers": PEERS,
+    "asked": ASKED,
     "anchors": ANCHORS,
     "ours": OURS,
     "default": DEFAULT,
@@ -89,6 +91,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     runner.add_argument("--ratios", nargs="+", type=float, default=[0.25, 0.5, 0.75, 0.9])
     runner.add_argument("--seed", type=int, default=0)
+    runner.add_argument(
+        "--question",
+        choices=("unseen", "seen"),
+        default="unseen",
+        help="seen: compressed with the context, as where generate gets both",
+    )
     runner.add_argument("--routers", type=Path, help="folder of calibrated routers to run as well")
     runner.add_argument("--redo", action="store_true", help="drop these methods' old answers first")
     runner.add_argument("--live", action="store_true", help="prefill anew for every method")
@@ -124,30 +132,41 @@ def main(argv: Sequence[str] | None = None) -> None:
         wanted = list(cells(tasks, lengths, args.samples, methods, args.ratios))
         if suite is not None:
             wanted = [cell for cell in wanted if cell.index < len(suite[cell.task])]
-        run(model, tokenizer, wanted, results, seed=args.seed, live=args.live, suite=suite)
+        seen = args.question == "seen"
+        run(
+            model,
+            tokenizer,
+            wanted,
+            results,
+            seed=args.seed,
+            live=args.live,
+            seen=seen,
+            suite=suite,
+        )
     for path in write_report(results, args.out, args.page):
         print(path)
 
 
 def _write_meta(path: Path, model: Any, args: argparse.Namespace) -> None:
-    """Say what ran where; a results file holds one model and seed.
+    """Say what ran where; a results file holds one model, seed and form.
 
     Raises
     ------
     ValueError
-        The results file is of another model or seed.
+        The results file is of another model, seed, suite or form of the question.
     """
     meta = environment() | {
         "model": args.model,
         "dtype": str(model.dtype).removeprefix("torch."),
         "seed": args.seed,
         "suite": args.suite,
+        "question": args.question,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, device {model.device}",
         "threads": torch.get_num_threads(),
     }
     if path.exists():
-        before = json.loads(path.read_text())
-        for key in ("model", "dtype", "seed", "suite"):
+        before = {"question": "unseen"} | json.loads(path.read_text())
+        for key in ("model", "dtype", "seed", "suite", "question"):
             if before[key] != meta[key]:
                 raise ValueError(
                     f"{path} is of {key} {before[key]}, not {meta[key]}: choose another --out"

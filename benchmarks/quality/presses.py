@@ -123,6 +123,19 @@ PEERS |= {f"{name}, guarded": factory for name, factory in _lone.items()} | {
     for name in ("KeyDiff", "Compactor")
 }
 
+#: Peers that go by the last queries, with fewer of them than kvpress gives them: better where a
+#: question ends the prompt.
+ASKED: dict[str, Factory] = {
+    f"{name}, {count} queries": factory
+    for count in (16, 32)
+    for name, factory in {
+        "SnapKVPress": _scorer(kvpress.SnapKVPress, window_size=count),
+        "AdaKV(SnapKV)": _around(
+            kvpress.AdaKVPress, _scorer(kvpress.SnapKVPress, window_size=count)
+        ),
+    }.items()
+} | {"AdaKV(TOVA)": _around(kvpress.AdaKVPress, PEERS["TOVAPress"])}
+
 #: Methods that read the context again.
 ANCHORS: dict[str, Factory] = {
     "KVzipPress": _scorer(kvpress.KVzipPress),
@@ -222,6 +235,7 @@ ROUTED: dict[str, Factory] = {
 
 METHODS: dict[str, Factory] = (
     PEERS
+    | ASKED
     | ANCHORS
     | OURS
     | DEFAULT

@@ -152,8 +152,9 @@ def markdown(summary: dict[str, Any], notes: str = "") -> str:
         f"{meta['model']}, {meta['dtype']}, seed {meta['seed']}; {meta['machine']}; "
         f"{', '.join(f'{k} {v}' for k, v in meta['versions'].items())}; commit {meta['commit']}.",
         "",
-        "The question is unseen when the context is compressed. Bold: the best method that needs "
-        "one prefill and is not moekv. Anchors, which read the context again: "
+        f"The question is {meta.get('question', 'unseen')} when the context is compressed. Bold: "
+        "the best method that needs one prefill and is not moekv. Anchors, which read the context "
+        "again: "
         f"{', '.join(name for name in ANCHORS if name in tried) or 'none'}.",
     ]
     for length in sorted({c["length"] for c in cells}):

@@ -90,6 +90,7 @@ def run(
     *,
     seed: int = 0,
     live: bool = False,
+    seen: bool = False,
     suite: Mapping[str, Sequence[Sample]] | None = None,
 ) -> None:
     """Answer all wanted cells that `path` does not hold yet, and append them.
@@ -108,6 +109,8 @@ def run(
     live : bool
         Prefill with the whole model for every cell instead of replaying, which methods in ``EAGER``
         always do, under eager attention.
+    seen : bool
+        Compress the question with its context, see :func:`encode`.
     suite : mapping, optional
         Samples of each task, by index, instead of those that are made from the seed.
     """
@@ -136,7 +139,7 @@ def run(
                     if suite is None
                     else suite[cell.task][cell.index]
                 )
-                bench = _Bench(model, tokenizer, cell, sample, live)
+                bench = _Bench(model, tokenizer, cell, sample, live=live, seen=seen)
             row = {"cell": asdict(cell)} | bench.measure(cell)
             if "error" in row:
                 row["error"] = row["error"].replace(folder, name)
@@ -154,10 +157,13 @@ class _Bench:
         tokenizer: PreTrainedTokenizerBase,
         cell: Cell,
         sample: Sample,
+        *,
         live: bool,
+        seen: bool,
     ) -> None:
         self.model, self.sample, self.live = model, cell.sample, live
-        ids = (torch.tensor([part], device=model.device) for part in encode(sample, tokenizer))
+        parts = encode(sample, tokenizer, seen=seen)
+        ids = (torch.tensor([part], device=model.device) for part in parts)
         self.context, self.question, self.answer = ids
         self.recording: Recording = record(model, self.context)
         self._full_logits: dict[bool, Tensor] = {}

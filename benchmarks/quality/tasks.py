@@ -339,8 +339,26 @@ def make_sample(
     return TASKS[task](Source(tokenizer, rng, length))
 
 
-def encode(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], ...]:
-    """Tokenise context, question and answer apart, so that none leans on another's text."""
+def encode(
+    sample: Sample, tokenizer: PreTrainedTokenizerBase, *, seen: bool = False
+) -> tuple[list[int], ...]:
+    """Tokenise what is compressed, what is fed behind it, and the answer.
+
+    Context, question and answer are tokenised apart, so that none leans on another's text.
+
+    Parameters
+    ----------
+    sample : Sample
+    tokenizer : PreTrainedTokenizerBase
+    seen : bool
+        Whether the question is compressed with its context, as where ``generate`` gets both: only
+        the answer's beginning follows. Where the sample gives none, the question's last token
+        does, since what a prompt itself predicts needs no cache.
+
+    Returns
+    -------
+    tuple of three lists of int
+    """
     before, between = "", ""
     if sample.chat:
         turn = user_turn(tokenizer)
@@ -348,7 +366,11 @@ def encode(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int
             raise ValueError("expected a tokenizer that knows chats, got one without a template")
         before, between = turn
     question = f"\n\n{sample.question}{between}" if sample.chat else sample.question
-    return tuple(
+    context, asked, prefix, answer = (
         tokenizer(text, add_special_tokens=False).input_ids
-        for text in (before + sample.context, question + sample.answer_prefix, sample.answer)
+        for text in (before + sample.context, question, sample.answer_prefix, sample.answer)
     )
+    if not seen:
+        return context, asked + prefix, answer
+    prompt = context + asked
+    return (prompt, prefix, answer) if prefix else (prompt[:-1], prompt[-1:], answer)

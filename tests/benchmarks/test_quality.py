@@ -261,6 +261,10 @@ def test_tasks_are_seeded_and_of_the_wanted_length(tokenizer, task):
     assert 1700 <= len(context) <= 2300
     assert question and answer
     assert tokenizer.decode(context).startswith("U:") == sample.chat
+    prompt, behind, told = tasks.encode(sample, tokenizer, seen=True)
+    assert prompt + behind == context + question and told == answer and behind
+    begins = tokenizer(sample.answer_prefix, add_special_tokens=False).input_ids
+    assert behind == (begins or question[-1:])
 
 
 @pytest.mark.usefixtures("local_texts")
@@ -373,6 +377,10 @@ def test_a_run_goes_on_where_it_stopped(model, tokenizer, few_methods, tmp_path)
     for row, other in zip(rows, runner.read_results(straight), strict=True):
         row.pop("seconds", None), other.pop("seconds", None)
         assert row == other
+    asked = tmp_path / "seen.jsonl"
+    runner.run(model, tokenizer, wanted[:3], asked, seen=True)
+    for row, other in zip(rows, runner.read_results(asked), strict=False):
+        assert row["cell"] == other["cell"] and row["pairs"] < other["pairs"]
     runner.forget(straight, ["KnormPress"])
     rest = [row["cell"]["method"] for row in runner.read_results(straight)]
     assert len(rest) == len(wanted) - 4 and "KnormPress" not in rest
