@@ -17,7 +17,7 @@ from moekv.calibration.config import CalibrationConfig
 from moekv.experts.base import scores_by
 from moekv.experts.builder import ViewBuilder
 from moekv.experts.learned import places
-from moekv.experts.registry import build_experts
+from moekv.experts.registry import fitted_experts
 from moekv.experts.view import LayerView
 from moekv.models.chat import user_turn
 from moekv.models.hooks import cache_argument, find_layers, is_sliding, rotary_in
@@ -85,7 +85,7 @@ class Oracle:
         self.model, self.config = model, config
         self.decoder, layers = find_layers(model)
         self.layers = [layer for layer in layers if not is_sliding(layer)]
-        self.experts = build_experts(list(config.experts))
+        self.experts = fitted_experts(config.experts)
         before, after = user_turn(tokenizer) or ("", "\n")
         self.tokenizer = tokenizer
         self.before = self.encode(before)

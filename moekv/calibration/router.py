@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from moekv.calibration.model_card import TEMPLATE, facts
 from moekv.experts.learned import LearnedExpert
-from moekv.experts.registry import build_experts
+from moekv.experts.registry import fitted_experts
 from moekv.files import whole_file
 from moekv.models.fingerprint import TOLERANCE, check_same, describe, distance, fingerprint, short
 from moekv.routing.base import BaseMoERouter
@@ -146,7 +146,7 @@ class CalibratedRouter(
         self.top_k = top_k
         self.recipe = recipe or {}
         #: All experts, ``learned`` first.
-        self.experts = [LearnedExpert(self), *(build_experts(list(experts)) if experts else ())]
+        self.experts = [LearnedExpert(self), *fitted_experts(experts)]
         num_layers, num_experts = len(self.layers), len(self.experts)
 
         def parameter(*shape: int) -> nn.Parameter:

@@ -96,6 +96,25 @@ def build_experts(items: Sequence[Any]) -> list[Expert]:
     return experts
 
 
+def fitted_experts(names: Sequence[str]) -> list[Expert]:
+    """Build the experts of a calibrated router, beside ``learned``.
+
+    Parameters
+    ----------
+    names : sequence of str
+        As of :func:`build_experts`; ``expected`` gives its scores as they are, as the router has
+        offsets that are fitted to them.
+
+    Returns
+    -------
+    list of Expert
+    """
+    return [
+        ExpectedExpert(bounded=False) if name == ExpectedExpert.name else _build(name)
+        for name in names
+    ]
+
+
 def _build(item: Any) -> Expert:
     if isinstance(item, type):
         raise TypeError(

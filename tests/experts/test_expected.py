@@ -14,7 +14,8 @@ from transformers import DynamicCache
 
 from moekv import LayerView, MoERouterPress, prefill_in_chunks
 from moekv.cache.ragged import RaggedLayer
-from moekv.experts.expected import ExpectedExpert
+from moekv.experts.expected import CROWDED, ExpectedExpert, weigh
+from moekv.experts.registry import fitted_experts
 from moekv.models.hooks import find_layers
 from moekv.models.queries import next_queries, window_queries
 from moekv.ops import reference
@@ -169,7 +170,8 @@ def test_values_of_no_size_are_finite() -> None:
         model.model.layers[0].self_attn.v_proj.weight.zero_()
     _, attention, scores = rate(model, tokens(1, 40))[0]
     assert scores.isfinite().all()
-    torch.testing.assert_close(scores, attention + 0.5 * math.log(1e-6))
+    over = (attention.exp().mean() / CROWDED).clamp(min=1).log()
+    torch.testing.assert_close(scores, attention + 0.5 * math.log(1e-6) - over)
 
 
 def test_routed_experts_have_their_share() -> None:
@@ -213,3 +215,39 @@ def test_one_threshold_over_the_model_where_scores_are_comparable() -> None:
     assert budget_of(experts=["expected"], top_k=1, policy="dominant") == "uniform"
     assert budget_of(num_experts=4) == "model"
     assert budget_of(attention="eager") == "layer"
+
+
+def test_layers_that_look_everywhere_are_not_retained_before_all_others() -> None:
+    """Their mean is lowered to the bound, within a layer the order is the same; padding is none."""
+    model = tiny_model()
+    with torch.no_grad():
+        layer = model.model.layers[0].self_attn
+        layer.q_proj.weight.mul_(40)  # sharp looks
+    ids, mask = tokens(2, 240), (torch.arange(240) >= torch.tensor([[0], [50]])).long()
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    found = []
+    for view, attention, scores in rate(model, ids, attention_mask=mask, position_ids=position_ids):
+        size = view.values.norm(dim=-1).log() / 2
+        for row, start in enumerate((0, 50)):
+            looks = attention[row, :, start:].double().exp()
+            over = (looks.mean() / CROWDED).clamp(min=1).log()
+            wanted = looks.log() + size[row, :, start:] - over
+            torch.testing.assert_close(
+                scores[row, :, start:].double(), wanted, atol=1e-5, rtol=1e-5
+            )
+            found.append(bool(over > 0))
+    assert any(found) and not all(found)
+
+
+def test_fitted_experts_score_as_they_were_fitted() -> None:
+    bounded, fitted = ExpectedExpert(), fitted_experts(["expected", "semantic"])
+    assert [expert.name for expert in fitted] == ["expected", "semantic"]
+    model = tiny_model()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(40)
+    (view, attention, scores), *_ = rate(model, tokens(1, 90))
+    plain = fitted[0].scores(view)
+    torch.testing.assert_close(plain, weigh(attention, view.values))
+    assert (scores < plain - 0.1).any()
+    torch.testing.assert_close(bounded.scores(view), scores)
