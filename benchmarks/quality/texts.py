@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moekv.files import whole_file
-from moekv.models.loading import cache_dir
+from moekv.models.index import cache_dir
 
 
 @dataclass(frozen=True)

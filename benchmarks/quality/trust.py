@@ -17,7 +17,8 @@ import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from moekv import MoERouterPress
-from moekv.models.loading import DEFAULT_MODEL, load_model
+from moekv.models.index import DEFAULT_MODEL
+from moekv.models.loading import load_model
 
 from .calibration_texts import make_text
 from .tasks import TASKS, make_sample

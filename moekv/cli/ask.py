@@ -17,7 +17,7 @@ from moekv.cli import common
 from moekv.cli.common import CommandError, check_output, make_console, make_progress, reason
 from moekv.contexts.context import CompressedContext, compress, load_context
 from moekv.contexts.documents import read_document
-from moekv.models.loading import DEFAULT_MODEL
+from moekv.models.index import DEFAULT_MODEL
 from moekv.press.press import MoERouterPress
 from moekv.units import size
 

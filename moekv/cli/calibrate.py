@@ -12,7 +12,7 @@ from moekv.calibration.needs import Needs
 from moekv.cli.common import CommandError, check_folder, load, make_console, reason
 from moekv.contexts.documents import read_document
 from moekv.models.fingerprint import short
-from moekv.models.loading import DEFAULT_MODEL
+from moekv.models.index import DEFAULT_MODEL
 
 
 def run(

@@ -21,7 +21,7 @@ from moekv.cli.common import CommandError, load, make_console, make_progress, re
 from moekv.cli.tables import answers_table, costs_table, outcome, run_title
 from moekv.cli.trial import Prompt, Question, Result, ask, read
 from moekv.contexts.documents import read_document
-from moekv.models.loading import DEFAULT_MODEL
+from moekv.models.index import DEFAULT_MODEL
 
 # On facts of data/lighthouse.txt, from its beginning to its end.
 QUESTIONS = (
