@@ -33,7 +33,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 import moekv.ops
 from benchmarks.measure import Times, peak_extra_bytes, quartiles, timed
-from benchmarks.quality.presses import PEERS
+from benchmarks.quality.presses import EXPERTS, MERITS, OURS, PEERS, ROUTED
+from benchmarks.quality.targets import FREE
 from moekv import MoERouterPress
 from moekv.calibration.router import CalibratedRouter
 from moekv.experts.builder import ViewBuilder
@@ -56,6 +57,12 @@ METHODS: dict[str, Callable[[], Any]] = {
     "moekv budget=head": lambda: MoERouterPress(RATIO, budget="head"),
     "moekv budget=model": lambda: MoERouterPress(RATIO, budget="model"),
 } | {name: lambda make=make: make(RATIO) for name, make in PEERS.items()}
+
+#: Not run unless they are asked for: every kind of router, and experts alone.
+MORE: dict[str, Callable[[], Any]] = {
+    name: lambda make=make: make(RATIO)
+    for name, make in (ROUTED | MERITS | EXPERTS | {FREE: OURS[FREE]}).items()
+}
 
 #: Where each stage of moekv's press is: what is called within another stage counts there.
 STAGES: dict[str, Sequence[tuple[Any, str]]] = {
@@ -207,7 +214,7 @@ def measure(
             if name in errors:
                 continue
             gc.collect()
-            press, seen = METHODS[name](), watches[name]
+            press, seen = (METHODS | MORE)[name](), watches[name]
             run = partial(prefill, model, ids, press)
             try:
                 if turn < 0:
@@ -290,7 +297,7 @@ def _positive(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     summary = __doc__.split("\n")[0]
-    run = Run("prefill", summary, methods=METHODS, lengths=[1024, 2048], ratio=RATIO)
+    run = Run("prefill", summary, methods=METHODS, more=MORE, lengths=[1024, 2048], ratio=RATIO)
     add = run.parser.add_argument
     add("--rounds", type=_positive, default=5, help="timed prefills of each method")
     args, model = run.begin(arguments), run.model

@@ -55,6 +55,9 @@ class Run:
     description : str
         First line of the help.
     methods : sequence of str
+        The default.
+    more : sequence of str
+        Further ones that may be asked for.
     lengths : sequence of int
         The default.
     ratio : float
@@ -69,13 +72,16 @@ class Run:
         methods: Iterable[str],
         lengths: Sequence[int],
         ratio: float,
+        more: Iterable[str] = (),
     ) -> None:
         names = list(methods)
         self.name, self.ratio = name, ratio
         self.parser = parser = argparse.ArgumentParser(description=description)
         parser.add_argument("--model", choices=list(MODELS), default="smollm2")
         parser.add_argument("--lengths", type=int, nargs="+", default=list(lengths))
-        parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="METHOD")
+        parser.add_argument(
+            "--methods", nargs="+", choices=[*names, *more], default=names, metavar="METHOD"
+        )
         parser.add_argument("--threads", type=int, default=torch.get_num_threads())
         parser.add_argument(
             "--out", type=Path, help=f"JSON (default: benchmarks/results/{name}-MODEL)"

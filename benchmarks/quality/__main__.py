@@ -14,17 +14,22 @@ from typing import Any, NoReturn
 import torch
 
 from benchmarks.measure import environment
-from moekv.models.loading import DEFAULT_MODEL, load_model
+from moekv.models.index import DEFAULT_MODEL
+from moekv.models.loading import load_model
 
 from .presses import (
     ANCHORS,
     ASKED,
     BUDGETS,
+    CALIBRATED_LISTS,
     DEFAULT,
     EXPERTS,
     FOLDED,
+    IN_LISTS,
     KNOBS,
     LENT,
+    MEMBERS,
+    MERITS,
     METHODS,
     OURS,
     PEERS,
@@ -54,6 +59,9 @@ SETS = {
     "knobs": KNOBS,
     "wrapped": WRAPPED,
     "routers": ROUTED,
+    "merits": MERITS,
+    "lists": IN_LISTS | CALIBRATED_LISTS,
+    "members": MEMBERS,
     "all": METHODS,
 }
 

@@ -54,12 +54,14 @@ def auto(ratio: float) -> str:
 class Figures:
     """Mean KL divergence and bytes of methods, on the samples that all of them have.
 
-    Tasks without such a sample are left out, as are methods that never gave an answer.
+    Tasks without such a sample are left out, as are methods that never gave an answer. `sets` are
+    names that stand for the best of several methods on each task.
     """
 
     rows: Sequence[Row]
     methods: Sequence[str]
     ratios: Sequence[float] = RATIOS
+    sets: Mapping[str, Sequence[str]] = field(default_factory=lambda: SETS)
     kls: dict[tuple[str, float, str], float] = field(init=False)
     bytes: dict[tuple[str, float, str], float] = field(init=False)
     samples: dict[str, int] = field(init=False)
@@ -95,16 +97,16 @@ class Figures:
 
     def one(self, method: str, ratio: float, task: str) -> str:
         """Name the method behind a name: a set's best on the task."""
-        if method not in SETS:
+        if method not in self.sets:
             return method
         return min(
-            (name for name in SETS[method] if name in self.methods),
+            (name for name in self.sets[method] if name in self.methods),
             key=lambda name: self.kls[name, ratio, task],
         )
 
     def has(self, method: str) -> bool:
         """Whether all that a name stands for was measured."""
-        return any(name in self.methods for name in SETS.get(method, [method]))
+        return any(name in self.methods for name in self.sets.get(method, [method]))
 
     def kl(self, method: str, ratio: float, task: str) -> float:
         """Mean KL of a method, or of the best of a set, nothing below the floor."""

@@ -1,7 +1,7 @@
 """The README's table and picture, and docs/results.md: how far answers move, on one screen.
 
-``python -m benchmarks.quality.first_screen`` makes them, and docs/results-bytes.md, from the
-recorded answers.
+``python -m benchmarks.quality.first_screen`` makes them, docs/results-bytes.md and
+docs/results-other.md, from the recorded answers.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 from benchmarks.measure import RESULTS, ROOT
 from benchmarks.report import share
 
-from . import equal_bytes
-from .equal_bytes import AUTO, BEST_LENT, KVZIP, KVZIP_LENT, cells, percents
+from . import equal_bytes, other
+from .equal_bytes import AUTO, BEST_LENT, KVZIP, KVZIP_LENT, Figures, cells, percents
 from .presses import PEERS
 from .report import overall
 from .run import FULL, read_results
@@ -119,7 +119,12 @@ def press_time() -> str:
     return f"{100 * own:.0f} % of a prefill of 2,048 tokens, SnapKV {100 * snapkv:.0f} %"
 
 
-def screen(rows: Sequence[dict[str, Any]], in_bytes: Sequence[dict[str, Any]]) -> str:
+def screen(
+    rows: Sequence[dict[str, Any]],
+    in_bytes: Sequence[dict[str, Any]],
+    seen: Figures,
+    second: Figures,
+) -> str:
     """Write docs/results.md: what wins, where moekv loses, the tables."""
     figures = equal_bytes.all_figures(in_bytes)
     ratios = sorted({row["cell"]["ratio"] for row in rows} - {0.0})
@@ -129,11 +134,11 @@ def screen(rows: Sequence[dict[str, Any]], in_bytes: Sequence[dict[str, Any]]) -
     )
     lost, lost_kvzip = ([(c.task, c.ratio) for c in found if c.behind] for found in (peers, kvzip))
 
-    def times(other: str) -> str:
-        return " / ".join(f"{figures.times(AUTO, other, r)[0]:.2f}" for r in figures.ratios)
+    def times(of: str) -> str:
+        return " / ".join(f"{figures.times(AUTO, of, r)[0]:.2f}" for r in figures.ratios)
 
-    def behind(other: str, name: str) -> str:
-        found = figures.behind(AUTO, other)
+    def behind(of: str, name: str) -> str:
+        found = figures.behind(AUTO, of)
         count = len(figures.tasks) * len(figures.ratios)
         ahead = f"ahead in {len(found)} of {count} cells ({cells(found)})"
         return f"- In the same bytes, {name}: {ahead}."
@@ -174,6 +179,7 @@ def screen(rows: Sequence[dict[str, Any]], in_bytes: Sequence[dict[str, Any]]) -
         f"- With 16-bit pairs it is ahead of the best one-pass press of each task in "
         f"{len(peers) - len(lost)} of {len(peers)} cells, of KVzip in "
         f"{len(kvzip) - len(lost_kvzip)} of {len(kvzip)}.",
+        *map(other.comparison, filter(other.is_ahead, (seen, second))),
         "- What is removed is freed: bytes are counted on storages.",
         "",
         "## Where it loses",
@@ -184,6 +190,8 @@ def screen(rows: Sequence[dict[str, Any]], in_bytes: Sequence[dict[str, Any]]) -
             for name in (KVZIP, KVZIP_LENT)
             if figures.has(name) and figures.behind(AUTO, name)
         ),
+        *(other.comparison(found) for found in (seen, second) if not other.is_ahead(found)),
+        *map(other.losses, (seen, second)),
         f"- With {percents([last])[0]} removed answers are no longer those of the full cache: KL "
         f"{figures.mean_kl(AUTO, last):.2f} in the mean, {figures.kl(AUTO, last, worst):.2f} in "
         f"{worst}.",
@@ -192,8 +200,7 @@ def screen(rows: Sequence[dict[str, Any]], in_bytes: Sequence[dict[str, Any]]) -
         f"- On the ten tasks the best one-pass press is ahead in {cells(lost)}; KVzip in "
         f"{cells(lost_kvzip)}.",
         f"- Time: on this CPU the press takes {press_time()} ([performance](performance.md)).",
-        "- Not known: other models, larger ones, and GPUs. The training-free press, which other "
-        "models get, was measured before its experts shared the budget.",
+        "- Not known: larger models, and GPUs.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -260,9 +267,10 @@ def main() -> None:
     rows, (in_bytes, meta) = read_results(ANSWERS), equal_bytes.recorded()
     text = fill(README.read_text(encoding="utf-8"), equal_bytes.first_table(in_bytes))
     README.write_text(text, encoding="utf-8")
-    PAGE.write_text(screen(rows, in_bytes), encoding="utf-8")
+    PAGE.write_text(screen(rows, in_bytes, *other.recorded_figures()), encoding="utf-8")
     BYTES.write_text(equal_bytes.page(in_bytes, meta), encoding="utf-8")
-    print(README, PAGE, BYTES)
+    other.PAGE.write_text(other.page(*other.recorded()), encoding="utf-8")
+    print(README, PAGE, BYTES, other.PAGE)
     print(first_picture(rows, in_bytes, PAGE.with_name("first-screen.png")))
 
 

@@ -6,7 +6,8 @@ those that read the context again, as KVzip does two or three times, are the upp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,16 @@ from typing import Any
 import kvpress
 import torch
 from kvpress import BasePress
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import moekv
 from moekv import MoERouterPress
 from moekv.cache.rows import gain
+from moekv.calibration.router import SHIPPED
 from moekv.experts.registry import expert_names
+from moekv.models.hooks import is_sliding
+from moekv.press.routing import ROUTED_EXPERTS
 from moekv.routing.registry import ROUTERS
 
 Factory = Callable[[float], BasePress]
@@ -70,6 +74,20 @@ class Lent(BasePress):
         removed = 1 - (1 - self.compression_ratio) * float(gain(self.pairs, pair, pair))
         with moekv.ragged(self.inner(max(removed, 0.0)), pairs=self.pairs)(model):
             yield
+
+
+def spare_windows(press: BasePress) -> BasePress:
+    """Let a press of kvpress leave layers with sliding windows alone, as moekv does.
+
+    Their caches are bounded. Pairs that leave them would count against the press alone.
+    """
+    hook: Callable[..., Any] = press.forward_hook
+
+    def spare(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        return output if is_sliding(module) else hook(module, args, kwargs, output)
+
+    vars(press)["forward_hook"] = spare
+    return press
 
 
 def _lent(inner: Factory, pairs: str) -> Factory:
@@ -233,6 +251,57 @@ ROUTED: dict[str, Factory] = {
     f"moekv {name}": _scorer(MoERouterPress, router_type=name) for name in ROUTERS
 }
 
+#: Every kind of router over three sets of experts, beside `expected`, which all tokens share.
+MERITS: dict[str, Factory] = {
+    f"{router}, {name}": _scorer(
+        MoERouterPress, router=None, shared="expected", router_type=router, **chosen
+    )
+    for router in ROUTERS
+    for name, chosen in {
+        "default experts": {"experts": ROUTED_EXPERTS},
+        "four experts": {"num_experts": 4},
+        "all experts": {"num_experts": len(expert_names()) - 1},
+    }.items()
+} | {
+    "num_experts=auto": _scorer(MoERouterPress, num_experts="auto", router=None),
+}
+
+#: Scorers of kvpress that may stand in lists of experts.
+LISTED = (
+    *("ExpectedAttentionPress", "KeyDiffPress", "KnormPress", "LagKVPress"),
+    *("LeverageScorePress", "SnapKVPress", "TOVAPress"),
+)
+
+
+def _member(name: str) -> Any:
+    return getattr(kvpress, name)() if name in LISTED else name
+
+
+def _listed(members: Sequence[str], **options: object) -> Factory:
+    return lambda ratio: MoERouterPress(ratio, experts=list(map(_member, members)), **options)
+
+
+def _draw_lists(count: int, seed: int = 0) -> dict[str, tuple[str, ...]]:
+    """Draw lists of two or three experts, no two alike."""
+    rng, known = random.Random(seed), sorted({*expert_names(), *LISTED})
+    lists: dict[str, tuple[str, ...]] = {}
+    while len(lists) < count:
+        members = tuple(sorted(rng.sample(known, rng.choice((2, 3)))))
+        lists[" + ".join(members)] = members
+    return lists
+
+
+#: Lists of experts at random, each member alone, and the lists beside the calibrated router.
+LISTS = _draw_lists(20)
+MEMBERS: dict[str, Factory] = {
+    f"expert {name}": _listed([name]) for name in sorted(LISTED)
+} | EXPERTS
+IN_LISTS: dict[str, Factory] = {name: _listed(members) for name, members in LISTS.items()}
+CALIBRATED_LISTS: dict[str, Factory] = {
+    f"calibrated beside {name}": _listed(members, router=str(SHIPPED / "SmolLM2-135M-Instruct"))
+    for name, members in LISTS.items()
+}
+
 METHODS: dict[str, Factory] = (
     PEERS
     | ASKED
@@ -248,6 +317,10 @@ METHODS: dict[str, Factory] = (
     | KNOBS
     | WRAPPED
     | ROUTED
+    | MERITS
+    | MEMBERS
+    | IN_LISTS
+    | CALIBRATED_LISTS
 )
 
 

@@ -19,8 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from moekv import MoERouterPress
+
 from .metrics import compare
-from .presses import EAGER, LIVE, METHODS
+from .presses import EAGER, LIVE, METHODS, spare_windows
 from .replay import Recording, answer_logits, attending, footprint, prefill, record, replay
 from .tasks import Sample, encode, make_sample
 
@@ -173,6 +175,8 @@ class _Bench:
         torch.manual_seed(zlib.crc32(repr(cell).encode()))  # some presses draw random numbers
         try:
             press = None if cell.method == FULL else METHODS[cell.method](cell.ratio)
+            if press is not None and not isinstance(press, MoERouterPress):
+                press = spare_windows(press)
             begin = time.perf_counter()
             cache = self._prefill(press, eager, live=cell.method in LIVE)
             seconds = time.perf_counter() - begin

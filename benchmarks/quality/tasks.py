@@ -24,7 +24,7 @@ class Sample:
     """One context with a question and the reference answer.
 
     Where `chat` is set, context and question are the user's turn and the answer follows
-    `answer_prefix` in the assistant's; else all of it is plain text.
+    `answer_prefix` in the assistant's, if the model knows chats; else all of it is plain text.
     """
 
     context: str
@@ -359,17 +359,15 @@ def encode(
     -------
     tuple of three lists of int
     """
-    before, between = "", ""
-    if sample.chat:
-        turn = user_turn(tokenizer)
-        if turn is None:
-            raise ValueError("expected a tokenizer that knows chats, got one without a template")
-        before, between = turn
+    turn = user_turn(tokenizer) if sample.chat else None
+    before, between = turn or ("", "\n")
     question = f"\n\n{sample.question}{between}" if sample.chat else sample.question
     context, asked, prefix, answer = (
         tokenizer(text, add_special_tokens=False).input_ids
         for text in (before + sample.context, question, sample.answer_prefix, sample.answer)
     )
+    if turn is None:  # a chat's template has what comes before every text
+        context = tokenizer("").input_ids + context
     if not seen:
         return context, asked + prefix, answer
     prompt = context + asked

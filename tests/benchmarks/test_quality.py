@@ -1,5 +1,6 @@
 """The quality benchmark's instrument: does it measure what it says?"""
 
+import copy
 import dataclasses
 import json
 import math
@@ -12,8 +13,9 @@ from pathlib import Path
 import kvpress
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_models import tiny_model, tokens
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.quality import history, presses, report, suites, tasks, texts
 from benchmarks.quality import run as runner
@@ -31,6 +33,7 @@ from benchmarks.quality.replay import (
 from moekv import MoERouterPress, PiKVMoERouter
 from moekv.cache.ragged import RaggedLayer
 from moekv.experts.registry import build_experts
+from moekv.models.hooks import find_layers, is_sliding
 
 NEED_DOWNLOADS = {
     "DuoAttentionPress",
@@ -265,6 +268,26 @@ def test_tasks_are_seeded_and_of_the_wanted_length(tokenizer, task):
     assert prompt + behind == context + question and told == answer and behind
     begins = tokenizer(sample.answer_prefix, add_special_tokens=False).input_ids
     assert behind == (begins or question[-1:])
+
+
+@pytest.mark.usefixtures("local_texts")
+@pytest.mark.parametrize("task", ["facts", "labelling"])
+def test_models_that_know_no_chats_get_plain_text(tokenizer, task):
+    sample = tasks.make_sample(task, tokenizer, length=500, index=0)
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    context, question, answer = tasks.encode(sample, plain)
+    between = "\n" if sample.chat else ""
+    asked = f"\n\n{sample.question}{between}" if sample.chat else sample.question
+    assert context == plain(sample.context).input_ids
+    assert question == plain(asked).input_ids + plain(sample.answer_prefix).input_ids
+    assert tasks.encode(sample, tokenizer)[2] == answer
+
+    # What a tokenizer puts before every text comes once, before the context.
+    plain._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<unk> $A", special_tokens=[("<unk>", 256)]
+    )
+    assert tasks.encode(sample, plain) == ([256, *context], question, answer)
 
 
 @pytest.mark.usefixtures("local_texts")
@@ -758,3 +781,14 @@ def test_every_press_of_kvpress_is_measured_or_excused():
         n for n in known if n.removesuffix("Press") not in used and n not in presses.EXCLUDED
     }
     assert missing == set()
+
+
+def test_presses_of_kvpress_leave_sliding_layers_alone():
+    model = tiny_model("gemma3")
+    cache = DynamicCache()  # as kvpress takes it, with all pairs of every layer
+    with torch.no_grad(), presses.spare_windows(kvpress.KnormPress(0.5))(model):
+        model(tokens(1, 40), past_key_values=cache)
+    _, layers = find_layers(model)
+    kept = [cached.keys.shape[2] for cached in cache.layers]
+    assert kept == [40 if is_sliding(layer) else 20 for layer in layers]
+    assert {20, 40} == set(kept)
