@@ -15,10 +15,7 @@ from moekv.cache.caches import check_cache, is_static, num_rows
 from moekv.cache.layer import CompressedLayer
 from moekv.experts.builder import ViewBuilder
 from moekv.models.habits import habits_of, reads_dense
-from moekv.models.hooks import (
-    cache_of,
-    index_of,
-)
+from moekv.models.hooks import cache_of, index_of, is_prefill
 from moekv.models.weights import device_of
 from moekv.press.checks import check_count
 from moekv.press.forward import Plan, Strategy
@@ -118,6 +115,22 @@ class Planner:
             rater = self._rater(options)
             check_block(self.layers, self._rotary, options, rater, self._context_length)
             self._possible = options
+
+    def misses(self, cache: Cache, given: Mapping[str, Any], num_tokens: int) -> bool:
+        """Return whether a forward that no strategy was chosen for had to be compressed.
+
+        Parameters
+        ----------
+        cache : Cache
+        given : mapping
+            Arguments of its first attention layer, which has run.
+        num_tokens : int
+        """
+        options = self._options()
+        if not options.acts or self._goes_on(options):
+            return options.acts
+        layer = cache.layers[index_of(self.layers[0])]
+        return num_tokens > 1 and is_prefill(given, layer, num_tokens)
 
     def choose(self, given: Mapping[str, Any], wanted: int) -> Strategy | None:
         """Choose the strategy of a forward, or raise, before anything runs.

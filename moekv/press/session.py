@@ -175,6 +175,11 @@ class Session:
         if self._stack:
             self._stack[-1].choice = output
 
+    @property
+    def _is_draft(self) -> bool:
+        """Whether the first layers run alone, for a cache of its own (assistant_early_exit)."""
+        return bool(option(self.decoder.config, "num_hidden_layers") != self._depth)
+
     # --- Hooks ------------------------------------------------------------------------------------
 
     def _before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -201,9 +206,7 @@ class Session:
         was_there = self._dropping is not None
         stack.append(forward)
         try:
-            # Of the first layers alone, for a cache of its own (assistant_early_exit).
-            is_draft = option(self.decoder.config, "num_hidden_layers") != self._depth
-            if not is_draft:
+            if not self._is_draft:
                 forward.strategy = self._planner.choose(_bound(module, args, kwargs), wanted)
         finally:
             if not was_there and forward.strategy is None:
@@ -224,6 +227,8 @@ class Session:
     @_between_graphs
     def _hand_over(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if not self._stack:
+            if module is self.layers[0] and not self._is_draft:
+                self._check_announced(by_name(module, args, kwargs))
             return
         forward = self._stack[-1]
         if forward.strategy is None:
@@ -243,6 +248,19 @@ class Session:
         )
         if forward.strategy.is_done:
             self._planner.note(cache)
+
+    def _check_announced(self, given: Mapping[str, Any]) -> None:
+        """Raise if the decoder's hooks were passed by where there was something to do."""
+        cache, hidden_states = cache_of(given), given.get("hidden_states")
+        if cache is None or hidden_states is None:
+            return
+        if self._planner.misses(cache, given, hidden_states.shape[1]):
+            raise RuntimeError(
+                "expected the model or its decoder to be called, got an attention layer at work in "
+                "neither: MoERouterPress would compress nothing. Call model(...) or "
+                "model.model(...), whose hooks model.model.forward(...) and layers that are called "
+                "one by one pass by"
+            )
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         """Drop a forward's state; ``output`` is None if it failed."""

@@ -11,7 +11,7 @@ from refusals import LENGTH, assert_untouched, lengths, refuse_block
 from tiny_models import prefill, tiny_model, tokens
 from transformers import DynamicCache
 
-from moekv import MoERouterPress
+from moekv import DecodingConfig, MoERouterPress
 
 
 def test_one_press_in_two_blocks() -> None:
@@ -33,6 +33,44 @@ def test_nested_presses(outer: Callable[..., Any]) -> None:
         refuse_block(RuntimeError, "without an open press", model, press)
         cache = prefill(model, tokens(1, LENGTH))
     assert lengths(cache) == [LENGTH // 2] * 2
+    assert_untouched(model, press)
+
+
+def by_hand(model: Any, input_ids: torch.Tensor, cache: DynamicCache) -> None:
+    position = torch.arange(input_ids.shape[1])[None] + cache.get_seq_length()
+    states = model.model.embed_tokens(input_ids)
+    turns = model.model.rotary_emb(states, position)
+    for layer in model.model.layers:
+        states = layer(
+            states,
+            position_embeddings=turns,
+            position_ids=position,
+            past_key_values=cache,
+            cache_position=position[0],
+        )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["decoder", "layers"])
+def test_forwards_past_the_hooks(way: str) -> None:
+    model, ids, cache = tiny_model(), tokens(1, LENGTH), DynamicCache()
+
+    def run(input_ids: torch.Tensor) -> None:
+        if way == "layers":
+            by_hand(model, input_ids, cache)
+        else:
+            model.model.forward(input_ids, past_key_values=cache)
+
+    press = MoERouterPress(budget="uniform")
+    with press(model), pytest.raises(RuntimeError, match="model or its decoder to be called"):
+        run(ids)
+    cache = DynamicCache()
+    with MoERouterPress(0.0)(model):  # nothing to do
+        run(ids)
+    with MoERouterPress(decoding=DecodingConfig(8, 1))(model):
+        with pytest.raises(RuntimeError, match="model or its decoder to be called"):
+            run(ids[:, :1])
+        model.model(tokens(1, LENGTH), past_key_values=DynamicCache())  # which goes on as usual
     assert_untouched(model, press)
 
 
