@@ -76,4 +76,4 @@ class ExpectedExpert(Expert):
         """Score by attention and value, see the class."""
         expected = view.expected()
         scores = weigh(expected, view.values)
-        return scores.sub_(crowding(expected, view)) if self.bounded else scores
+        return scores - crowding(expected, view) if self.bounded else scores

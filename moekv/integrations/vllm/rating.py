@@ -66,7 +66,8 @@ def rate(
     """Rate the last pairs that have come.
 
     Every query is rotated to the position after the prompt's last token, whatever the number of
-    parts; it attends to the keys that are held so far.
+    parts; it attends to the keys that are held so far. Layers are not bounded by their mean, as
+    ``ExpectedExpert`` does: a part's is not the prompt's.
 
     Parameters
     ----------

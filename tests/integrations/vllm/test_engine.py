@@ -53,7 +53,10 @@ def test_other_models(tmp_path: Path, chosen: Chosen, name: str) -> None:
 
 
 def scores_of_the_press(folder: Path, prompt: list[int]) -> Tensor:
-    """What the press's expert says of the pairs, for the heads of all layers: [L * H, T]."""
+    """What the press's expert says of the pairs, for the heads of all layers: [L * H, T].
+
+    Before layers whose queries look everywhere are bounded, which needs the whole prompt.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     said = []
     weigh = expected.weigh
