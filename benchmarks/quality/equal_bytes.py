@@ -289,6 +289,16 @@ def samples_of(figures: Figures) -> str:
     return f"{len(figures.tasks)} tasks of 1,000 tokens, **{each} of each**, without intervals."
 
 
+def where(meta: Mapping[str, Any]) -> str:
+    """Say where answers were measured."""
+    versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
+    return (
+        f"{meta['model']}, {meta['dtype']}, seed {meta['seed']}; {meta['machine']} ({meta['cpu']}, "
+        f"{meta['capability']}), {meta['threads']} thread; {versions}; commit {meta['commit']}, "
+        f"{meta['date'][:10]}."
+    )
+
+
 def page(rows: Sequence[Row], meta: Mapping[str, Any]) -> str:
     """Write the page, in Markdown."""
     figures = all_figures(rows)
@@ -297,7 +307,6 @@ def page(rows: Sequence[Row], meta: Mapping[str, Any]) -> str:
         for ratio, share in zip(figures.ratios, percents(figures.ratios), strict=True)
     )
     failed = sorted({(row["cell"]["method"], row["error"]) for row in rows if "error" in row})
-    versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
     lines = [
         *NOTES.read_text(encoding="utf-8").splitlines(),
         "",
@@ -341,9 +350,7 @@ def page(rows: Sequence[Row], meta: Mapping[str, Any]) -> str:
         "",
         "## Where it was measured",
         "",
-        f"{meta['model']}, {meta['dtype']}, seed {meta['seed']}; {meta['machine']} ({meta['cpu']}, "
-        f"{meta['capability']}), {meta['threads']} thread; {versions}; commit {meta['commit']}, "
-        f"{meta['date'][:10]}.",
+        where(meta),
     ]
     return "\n".join(lines) + "\n"
 

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.measure import RESULTS, ROOT
 from benchmarks.report import share
 
-from .equal_bytes import Figures, percents
+from .equal_bytes import Figures, percents, where
 from .presses import CALIBRATED_LISTS, EXPERTS, IN_LISTS, LISTS, MEMBERS, MERITS, ROUTED
 from .run import read_results
 from .targets import FREE, OURS
@@ -139,7 +139,6 @@ def page(rows: Sequence[Row], meta: Mapping[str, Any], timed: Sequence[Row]) -> 
     lists = Figures(rows, [*IN_LISTS, *CALIBRATED_LISTS, *MEMBERS], LIST_RATIOS)
     times = _shares(timed)
     failed = sorted({(row["cell"]["method"], row["error"]) for row in rows if "error" in row})
-    versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
     count = max(figures.samples.values())
     lines = [
         *NOTES.read_text(encoding="utf-8").splitlines(),
@@ -197,9 +196,7 @@ def page(rows: Sequence[Row], meta: Mapping[str, Any], timed: Sequence[Row]) -> 
         "",
         "## Where it was measured",
         "",
-        f"{meta['model']}, {meta['dtype']}, seed {meta['seed']}; {meta['machine']} ({meta['cpu']}, "
-        f"{meta['capability']}), {meta['threads']} thread; {versions}; commit {meta['commit']}, "
-        f"{meta['date'][:10]}.",
+        where(meta),
     ]
     return "\n".join(lines) + "\n"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.measure import RESULTS, ROOT
 
-from .equal_bytes import Figures, Row, cells, percents, samples_of
+from .equal_bytes import Figures, Row, cells, percents, samples_of, where
 from .presses import ASKED, STRONG
 from .run import read_results
 from .targets import FREE, OURS
@@ -109,15 +109,6 @@ def _tasks(figures: Figures) -> Iterator[str]:
             yield f"| {first} | {NAMES.get(method, method)} | {' | '.join(texts)} |"
 
 
-def _where(meta: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
-    return (
-        f"{meta['model']}, {meta['dtype']}, seed {meta['seed']}; {meta['machine']} ({meta['cpu']}, "
-        f"{meta['capability']}), {meta['threads']} thread; {versions}; commit {meta['commit']}, "
-        f"{meta['date'][:10]}."
-    )
-
-
 def page(
     seen_rows: Sequence[Row],
     seen_meta: Mapping[str, Any],
@@ -141,7 +132,7 @@ def page(
         "",
         *_tasks(seen),
         "",
-        _where(seen_meta),
+        where(seen_meta),
         "",
         "## A model without calibration",
         "",
@@ -153,7 +144,7 @@ def page(
         "",
         *_tasks(second),
         "",
-        _where(second_meta),
+        where(second_meta),
     ]
     return "\n".join(lines) + "\n"
 
