@@ -30,6 +30,7 @@ if not HAS_KVPRESS:
     collect_ignore_glob += [
         "integrations/kvpress/*",
         "benchmarks/test_quality.py",
+        "benchmarks/test_suites.py",
         "cli/test_bench.py",
     ]
 if find_spec("vllm") is None:

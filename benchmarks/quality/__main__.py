@@ -17,6 +17,7 @@ from benchmarks.measure import environment
 from moekv.models.index import DEFAULT_MODEL
 from moekv.models.loading import load_model
 
+from .leaderboard import write_leaderboard
 from .presses import (
     ANCHORS,
     ASKED,
@@ -40,9 +41,13 @@ from .presses import (
     add_routers,
 )
 from .report import write_report
-from .run import cells, forget, run
+from .ruler import LEAST_LENGTH, RULER, make_ruler
+from .run import Cell, cells, forget, read_results, run
 from .suites import SUITES, load_suite
-from .tasks import TASKS
+from .tasks import TASKS, Sample, make_sample
+
+MADE = "ruler-made"
+"""What results of RULER's tasks are called where their samples are made here."""
 
 SETS = {
     "peers": PEERS,
@@ -85,9 +90,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     runner.add_argument("--model", default=DEFAULT_MODEL, help="hub id or folder")
     runner.add_argument("--tasks", nargs="+", metavar="TASK", help=f"of {', '.join(TASKS)}")
     runner.add_argument("--suite", choices=SUITES, help="an official benchmark's tasks instead")
-    runner.add_argument("--subset", help="of the suite on the hub, such as 4096 of ruler")
+    runner.add_argument(
+        "--subset", help="of the suite on the hub, such as 4096 of ruler; ruler without: made here"
+    )
     runner.add_argument("--data", type=Path, help="the suite as JSON lines instead of the hub")
-    runner.add_argument("--lengths", nargs="+", type=int, default=[1000], help="tokens")
+    runner.add_argument(
+        "--leaderboard", type=Path, metavar="FOLDER", help="write a suite's results as kvpress does"
+    )
+    runner.add_argument(
+        "--lengths", nargs="+", type=int, help="tokens [1000; of ruler, made here: 4096]"
+    )
     runner.add_argument("--samples", type=int, default=8, help="of each task and length")
     runner.add_argument(
         "--methods",
@@ -117,19 +129,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = args.out / "answers.jsonl"
     if args.command == "run":
         logging.getLogger("kvpress").setLevel(logging.ERROR)  # KVzip warns of its cost every time
+        if args.leaderboard is not None and args.suite is None:
+            parser.error("expected a --suite beside --leaderboard, got none")
+        made = args.suite == "ruler" and args.subset is None and args.data is None
+        loaded = args.suite is not None and not made
         try:
-            suite = None if args.suite is None else load_suite(args.suite, args.subset, args.data)
+            suite = load_suite(args.suite, args.subset, args.data) if loaded else {}
         except ValueError as error:  # a malformed row
             parser.error(str(error))
-        names, lengths = list(TASKS), args.lengths
-        if suite is not None:  # of the length that it has
+        names, lengths = list(RULER if made else TASKS), args.lengths or [4096 if made else 1000]
+        if loaded:  # of the length that it has
             names, lengths = list(suite), [int(args.subset) if (args.subset or "").isdigit() else 0]
+        if made and (short := [length for length in lengths if length < LEAST_LENGTH]):
+            parser.error(f"expected lengths of at least {LEAST_LENGTH} tokens, got {short[0]}")
         tasks = args.tasks or names
         if unknown := [task for task in tasks if task not in names]:
             parser.error(f"expected tasks of {', '.join(names)}, got {', '.join(unknown)}")
         model, tokenizer = load_model(args.model)
         try:
-            _write_meta(results.with_suffix(".meta.json"), model, args)
+            suite_name = MADE if made else args.suite
+            _write_meta(results.with_suffix(".meta.json"), model, args, suite_name)
         except ValueError as error:  # of another model or seed
             parser.error(str(error))
         methods = list(dict.fromkeys(m for name in args.methods for m in SETS.get(name, [name])))
@@ -138,24 +157,36 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.redo:
             forget(results, methods)
         wanted = list(cells(tasks, lengths, args.samples, methods, args.ratios))
-        if suite is not None:
+        if loaded:
             wanted = [cell for cell in wanted if cell.index < len(suite[cell.task])]
+
+        def samples(cell: Cell) -> Sample:
+            if loaded:
+                return suite[cell.task][cell.index]
+            make = make_ruler if made else make_sample
+            place = {"length": cell.length, "index": cell.index, "seed": args.seed}
+            return make(cell.task, tokenizer, **place)
+
         seen = args.question == "seen"
-        run(
-            model,
-            tokenizer,
-            wanted,
-            results,
-            seed=args.seed,
-            live=args.live,
-            seen=seen,
-            suite=suite,
-        )
+        run(model, tokenizer, wanted, results, samples, live=args.live, seen=seen)
+        if args.leaderboard is not None:
+            folders = write_leaderboard(
+                read_results(results),
+                samples,
+                args.leaderboard,
+                suite=MADE if made else args.suite,
+                subset=args.subset,
+                model=args.model,
+                seen=seen,
+                seed=args.seed,
+            )
+            for path in folders:
+                print(path)
     for path in write_report(results, args.out, args.page):
         print(path)
 
 
-def _write_meta(path: Path, model: Any, args: argparse.Namespace) -> None:
+def _write_meta(path: Path, model: Any, args: argparse.Namespace, suite: str | None) -> None:
     """Say what ran where; a results file holds one model, seed and form.
 
     Raises
@@ -167,7 +198,7 @@ def _write_meta(path: Path, model: Any, args: argparse.Namespace) -> None:
         "model": args.model,
         "dtype": str(model.dtype).removeprefix("torch."),
         "seed": args.seed,
-        "suite": args.suite,
+        "suite": suite,
         "question": args.question,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, device {model.device}",
         "threads": torch.get_num_threads(),

@@ -173,8 +173,38 @@ def answer_logits(
     cache is used up.
     """
     input_ids = torch.cat([question, answer[:, :-1]], dim=1)
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None] + context_length
-    num_answer = answer.shape[1]
+    return _feed(model, cache, context_length, input_ids, answer.shape[1]).float()
+
+
+@torch.no_grad()
+def write(
+    model: PreTrainedModel, cache: Cache, context_length: int, question: Tensor, most: int
+) -> list[int]:
+    """Continue the question `[1, Q]` greedily by at most `most` tokens; the cache is used up.
+
+    The token that ends the model's turn ends the text, and is not returned.
+    """
+    ends = model.generation_config.eos_token_id
+    ends = [ends] if ends is None or isinstance(ends, int) else ends
+    written: list[int] = []
+    given, position = question, context_length
+    while True:
+        (logits,) = _feed(model, cache, position, given, 1)
+        token = int(logits.argmax())
+        if token in ends:
+            return written
+        written.append(token)
+        if len(written) == most:
+            return written
+        position += given.shape[1]
+        given = torch.tensor([[token]], device=question.device)
+
+
+def _feed(
+    model: PreTrainedModel, cache: Cache, first: int, input_ids: Tensor, count: int
+) -> Tensor:
+    """Feed tokens `[1, N]` from a position on; return the last logits `[count, vocabulary]`."""
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None] + first
     lengths = {layer.get_seq_length() for layer in cache.layers}
     # transformers builds one mask for all layers: where their lengths differ, tokens go one by one.
     step = input_ids.shape[1] if len(lengths) == 1 else 1
@@ -184,10 +214,10 @@ def answer_logits(
             input_ids=input_ids[:, i : i + step],
             past_key_values=cache,
             position_ids=positions[:, i : i + step],
-            logits_to_keep=num_answer if step > 1 else 1,
+            logits_to_keep=count if step > 1 else 1,
         )
         logits.append(output.logits[0])
-    return torch.cat(logits)[-num_answer:].float()
+    return torch.cat(logits)[-count:]
 
 
 def footprint(model: PreTrainedModel, cache: Cache, recording: Recording) -> Footprint:

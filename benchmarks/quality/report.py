@@ -23,6 +23,9 @@ from .targets import targets
 
 NOTES = Path(__file__).with_name("results-notes.md")
 CALIBRATION = "quality-calibration"
+METRICS = ("kl", "nll", "exact", "score")
+RISING = ("exact", "score")
+"""Of which more is better."""
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -31,9 +34,9 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Returns
     -------
     dict
-        `cells`: for each task, length, method and ratio the means of `kl`, `nll`, `exact`, their
-        intervals, and the measured shares of pairs and bytes; `errors`: for each method the first
-        error and how many answers it cost.
+        `cells`: for each task, length, method and ratio the means of `kl`, `nll`, `exact`, of
+        `score` where the task has one, their intervals, and the measured shares of pairs and bytes;
+        `errors`: for each method the first error and how many answers it cost.
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     errors: dict[str, dict[str, Any]] = {}
@@ -57,7 +60,9 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "ratio": ratio,
             "samples": len(group),
         }
-        for metric in ("kl", "nll", "exact"):
+        for metric in METRICS:
+            if metric not in group[0]:
+                continue
             values = [float(row[metric]) for row in group]
             summary[metric] = sum(values) / len(values)
             summary[f"{metric}_interval"] = bootstrap(values)
@@ -169,12 +174,16 @@ def markdown(summary: dict[str, Any], notes: str = "") -> str:
         count = f"{min(samples)}" if len(samples) == 1 else f"{min(samples)} to {max(samples)}"
         lines += ["", f"## Task by task, {_contexts(length)}, {count} samples each", ""]
         for metric, title, digits in (
+            ("score", "Score of the benchmark: its own metric, of what the model writes", 2),
             ("kl", "KL divergence from the full cache, nats per answer token", 3),
             ("exact", "Exact match", 2),
             ("nll", "Negative log-likelihood of the answer, nats per token", 2),
         ):
+            scored = [task for task in tasks if metric in found.get((task, FULL, 0.0), ())]
+            if not scored:
+                continue
             lines += [f"### {title}", "", f"At {removed} removed.", ""]
-            lines += _table(found, tasks, methods, ratios, metric, digits)
+            lines += _table(found, scored, methods, ratios, metric, digits)
             lines.append("")
         lines += ["### Kept, measured: share of pairs, share of bytes", ""]
         lines += ["| method | " + " | ".join(f"{r:.0%} removed" for r in ratios) + " |"]
@@ -253,7 +262,7 @@ def _table(
     metric: str,
     digits: int,
 ) -> list[str]:
-    sign = -1 if metric == "exact" else 1
+    sign = -1 if metric in RISING else 1
     best = {
         (task, ratio): min(
             (round(sign * found[task, m, ratio][metric], digits))

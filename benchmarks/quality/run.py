@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ from moekv import MoERouterPress
 
 from .metrics import compare
 from .presses import EAGER, LIVE, METHODS, spare_windows
-from .replay import Recording, answer_logits, attending, footprint, prefill, record, replay
+from .replay import Recording, answer_logits, attending, footprint, prefill, record, replay, write
+from .scores import score
 from .tasks import Sample, encode, make_sample
 
 FULL = "full cache"
@@ -61,6 +63,17 @@ def cells(
                         yield Cell(task, length, index, method, ratio)
 
 
+Samples = Callable[[Cell], Sample]
+"""Where the samples of a run come from."""
+
+
+def from_seed(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Samples:
+    """Make the samples of the benchmark's own tasks."""
+    return lambda cell: make_sample(
+        cell.task, tokenizer, length=cell.length, index=cell.index, seed=seed
+    )
+
+
 def read_results(path: Path) -> list[dict[str, Any]]:
     """Read the complete lines of a results file; none if there is no file."""
     if not path.exists():
@@ -89,11 +102,10 @@ def run(
     tokenizer: PreTrainedTokenizerBase,
     wanted: Sequence[Cell],
     path: Path,
+    samples: Samples | None = None,
     *,
-    seed: int = 0,
     live: bool = False,
     seen: bool = False,
-    suite: Mapping[str, Sequence[Sample]] | None = None,
 ) -> None:
     """Answer all wanted cells that `path` does not hold yet, and append them.
 
@@ -105,17 +117,17 @@ def run(
         In the order of :func:`cells`.
     path : Path
         File of JSON lines: the cell, `kl`, `nll`, `exact`, `kept`, `pairs`, `bytes`, `seconds`
-        (of the replayed prefill, press included), or the cell and `error`.
-    seed : int
-        Of the samples.
+        (of the replayed prefill, press included), or the cell and `error`. Where a sample has a
+        metric, `text`, what the model wrote, and its `score`.
+    samples : callable, optional
+        Makes the sample of a cell; None: see :func:`from_seed`.
     live : bool
         Prefill with the whole model for every cell instead of replaying, which methods in ``EAGER``
         always do, under eager attention.
     seen : bool
         Compress the question with its context, see :func:`encode`.
-    suite : mapping, optional
-        Samples of each task, by index, instead of those that are made from the seed.
     """
+    samples = samples or from_seed(tokenizer)
     done = {Cell(**row["cell"]) for row in read_results(path)}
     todo = [cell for cell in wanted if cell not in done]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,14 +146,7 @@ def run(
         for cell in todo:
             progress.update(bar, description=f"{cell.task} {cell.method} {cell.ratio:.0%}")
             if bench is None or bench.sample != cell.sample:
-                sample = (
-                    make_sample(
-                        cell.task, tokenizer, length=cell.length, index=cell.index, seed=seed
-                    )
-                    if suite is None
-                    else suite[cell.task][cell.index]
-                )
-                bench = _Bench(model, tokenizer, cell, sample, live=live, seen=seen)
+                bench = _Bench(model, tokenizer, cell, samples(cell), live=live, seen=seen)
             row = {"cell": asdict(cell)} | bench.measure(cell)
             if "error" in row:
                 row["error"] = row["error"].replace(folder, name)
@@ -163,7 +168,8 @@ class _Bench:
         live: bool,
         seen: bool,
     ) -> None:
-        self.model, self.sample, self.live = model, cell.sample, live
+        self.model, self.tokenizer, self.sample, self.live = model, tokenizer, cell.sample, live
+        self.asked = sample
         parts = encode(sample, tokenizer, seen=seen)
         ids = (torch.tensor([part], device=model.device) for part in parts)
         self.context, self.question, self.answer = ids
@@ -181,12 +187,20 @@ class _Bench:
             cache = self._prefill(press, eager, live=cell.method in LIVE)
             seconds = time.perf_counter() - begin
             size = footprint(self.model, cache, self.recording)
+            written = self._written(cell, cache) if self.asked.metric else {}
             quality = compare(self._answer(cache), self._full(eager), self.answer[0])
         except Exception as error:  # a method that fails is a result
             gc.collect()
             first = next(iter(str(error).strip().splitlines()), "")
             return {"error": f"{type(error).__name__}: {first}"}
-        return asdict(quality) | asdict(size) | {"seconds": seconds}
+        return asdict(quality) | asdict(size) | {"seconds": seconds} | written
+
+    def _written(self, cell: Cell, cache: Cache) -> dict[str, Any]:
+        """What the model writes, and its score; the cache is left as it is."""
+        length, most = self.context.shape[1], self.asked.max_new_tokens
+        tokens = write(self.model, copy.deepcopy(cache), length, self.question, most)
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return {"text": text, "score": score(text, self.asked, cell.task)}
 
     def _prefill(self, press: BasePress | None, eager: bool, *, live: bool = False) -> Cache:
         own = self.model.config._attn_implementation

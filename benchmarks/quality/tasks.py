@@ -25,6 +25,10 @@ class Sample:
 
     Where `chat` is set, context and question are the user's turn and the answer follows
     `answer_prefix` in the assistant's, if the model knows chats; else all of it is plain text.
+
+    Samples of official benchmarks have a `metric` as well (a key of ``scores.METRICS``): what the
+    model writes in at most `max_new_tokens` is held against `answers`, and where the metric is of
+    classes, against all of these.
     """
 
     context: str
@@ -32,6 +36,10 @@ class Sample:
     answer_prefix: str
     answer: str
     chat: bool = True
+    answers: tuple[str, ...] = ()
+    metric: str = ""
+    max_new_tokens: int = 0
+    classes: tuple[str, ...] = ()
 
 
 class Source:

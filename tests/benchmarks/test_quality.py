@@ -13,11 +13,12 @@ from pathlib import Path
 import kvpress
 import pytest
 import torch
+from quality_model import make_model
 from tiny_models import tiny_model, tokens
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import processors
+from transformers import DynamicCache
 
-from benchmarks.quality import history, presses, report, suites, tasks, texts
+from benchmarks.quality import history, presses, report, tasks, texts
 from benchmarks.quality import run as runner
 from benchmarks.quality import targets as aims
 from benchmarks.quality.metrics import bootstrap, compare
@@ -48,51 +49,6 @@ UNTRIED |= set(list(presses.LENT)[1:-1])  # one of each format
 UNTRIED |= presses.CALIBRATED_LISTS.keys()  # for another model
 UNTRIED |= {*list(presses.MERITS)[1:-1], *list(presses.IN_LISTS)[3:]}  # a few of many alike
 LOCAL = [name for name in presses.METHODS if name not in UNTRIED]
-
-BOOK = " ".join(f"The {a} {b} went to town." for a in tasks.ADJECTIVES for b in tasks.NOUNS[:12])
-
-
-def make_model(**options):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        **options,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model().to(torch.bfloat16)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    vocabulary = {chr(i): i for i in range(256)} | {"<unk>": 256}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_next")
-    backend.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
-    fast.chat_template = (
-        "{% for m in messages %}U:{{ m.content }};{% endfor %}"
-        "{% if add_generation_prompt %}A:{% endif %}"
-    )
-    return fast
-
-
-@pytest.fixture
-def local_texts(monkeypatch):
-    sentences = tuple(part.strip() + "." for part in BOOK.split(".") if part)
-    lines = tuple(f"value_{i} = compute({i})\n" for i in range(900))
-    monkeypatch.setattr(
-        tasks, "_units", lambda kind: {"prose": (sentences,), "code": (lines,)}[kind]
-    )
 
 
 def random_ids(length, seed=0):
@@ -366,23 +322,6 @@ def test_prose_is_unwrapped():
 # Runs and reports
 
 
-class Failing(kvpress.KnormPress):
-    def score(self, *args, **kwargs):
-        raise ValueError("no such luck\nsecond line")
-
-
-@pytest.fixture
-def few_methods(monkeypatch):
-    methods = {
-        "KnormPress": presses.METHODS["KnormPress"],
-        "KeyDiffPress": presses.METHODS["KeyDiffPress"],
-        "Failing": Failing,
-    }
-    monkeypatch.setattr(runner, "METHODS", methods)
-    monkeypatch.setattr(report, "METHODS", methods)
-    return methods
-
-
 @pytest.mark.usefixtures("local_texts")
 def test_a_run_goes_on_where_it_stopped(model, tokenizer, few_methods, tmp_path):
     path = tmp_path / "answers.jsonl"
@@ -419,53 +358,6 @@ def test_a_run_goes_on_where_it_stopped(model, tokenizer, few_methods, tmp_path)
     assert all(row["kl"] > 0 and 0.49 < row["kept"] / row["pairs"] <= 0.5 for row in halves)
 
 
-ROWS = [
-    {
-        "context": f"The magic number of {name} is {number}. " * 20,
-        "question": f"What is the magic number of {name}?",
-        "answer_prefix": f"The magic number of {name} is",
-        "answer": [str(number)],
-        "task": task,
-        "max_new_tokens": 4,
-    }
-    for name, number, task in (("ash", 12, "niah_1"), ("oak", 34, "niah_1"), ("fir", 56, "vt"))
-]
-
-
-def test_suites_are_answered_in_their_own_format(model, tokenizer, few_methods, tmp_path):
-    data = tmp_path / "ruler.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    suite = suites.load_suite("ruler", None, data)
-    assert {task: len(samples) for task, samples in suite.items()} == {"niah_1": 2, "vt": 1}
-    sample = suite["niah_1"][1]
-    assert sample == tasks.Sample(
-        ROWS[1]["context"], ROWS[1]["question"], ROWS[1]["answer_prefix"], " 34"
-    )
-    wanted = [
-        runner.Cell("niah_1", 4096, 1, m, r) for m, r in ((runner.FULL, 0), ("KnormPress", 0.5))
-    ]
-    path = tmp_path / "answers.jsonl"
-    runner.run(model, tokenizer, wanted, path, suite=suite)
-    full, half = runner.read_results(path)
-    assert full["kl"] == 0 < half["kl"] and half["kept"] / half["pairs"] == pytest.approx(
-        0.5, abs=0.01
-    )
-
-    longbench = [{k: v for k, v in ROWS[0].items() if k not in ("answer", "task")}]
-    longbench[0]["answers"] = ["twelve", "12"]
-    data.write_text(json.dumps(longbench[0]))
-    suite = suites.load_suite("longbench", None, data)
-    assert suite["longbench"][0].answer == " twelve"
-    wanted = [runner.Cell("longbench", 0, 0, "KnormPress", 0.5)]
-    path = tmp_path / "longbench.jsonl"
-    runner.run(model, tokenizer, wanted, path, suite=suite)
-    assert runner.read_results(path)[0]["kl"] > 0
-    del longbench[0]["question"]
-    data.write_text(json.dumps(longbench[0]))
-    with pytest.raises(ValueError, match="a row with question, got answer_prefix, answers"):
-        suites.load_suite("longbench", None, data)
-
-
 @pytest.mark.usefixtures("local_texts")
 @pytest.mark.parametrize("name", sorted(presses.EAGER))
 def test_methods_that_read_attention_weights_prefill_under_eager_attention(
@@ -498,7 +390,7 @@ def test_methods_that_read_attention_weights_prefill_under_eager_attention(
 def test_a_press_that_fails_leaves_the_next_ones_their_attention(
     model, tokenizer, few_methods, tmp_path
 ):
-    class Switching(Failing):
+    class Switching(few_methods["Failing"]):
         def post_init_from_model(self, model):
             model.config._attn_implementation = "eager"
 
@@ -516,7 +408,7 @@ def test_a_press_that_fails_leaves_the_next_ones_their_attention(
 
 @pytest.mark.usefixtures("local_texts")
 def test_errors_name_the_model_and_no_folder(model, tokenizer, few_methods, tmp_path, monkeypatch):
-    class Looking(Failing):
+    class Looking(few_methods["Failing"]):
         def post_init_from_model(self, model):
             raise KeyError(f"nothing for {model.config.name_or_path}!")
 
