@@ -10,6 +10,7 @@ import torch
 from character_tokenizer import character_tokenizer
 from peers import HAS_KVPRESS
 from tiny_models import tiny_model, tokens
+from transformers import DynamicCache
 
 import moekv
 from moekv import BaseMoERouter, LayerView, MoERouterPress, ops
@@ -123,6 +124,24 @@ def test_a_folder_that_is_missing(tmp_path: Path) -> None:
 def test_ragged_around_a_press_that_frees_by_itself() -> None:
     with pytest.raises(TypeError, match="got moekv's own, which frees it: use it as it is"):
         moekv.ragged(MoERouterPress())
+
+
+@pytest.mark.skipif(not HAS_KVPRESS, reason="needs kvpress")
+def test_ragged_folding_that_cannot_be() -> None:
+    from kvpress import KeyRerotationPress, KnormPress
+
+    with pytest.raises(ValueError, match="expected quantised pairs .* with fold, got '16'"):
+        moekv.ragged(KnormPress(0.5), fold=True)
+    with pytest.raises(TypeError, match="expected fold True or False, got 'auto'"):
+        moekv.ragged(KnormPress(0.5), pairs="k8v8", fold="auto")
+    press = moekv.ragged(KeyRerotationPress(KnormPress(0.5)), pairs="k8v8", fold=True)
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="leaves pairs of the prompt as they are with fold"),
+        press(MODEL),
+    ):
+        MODEL(tokens(1, 40), past_key_values=DynamicCache())
+    assert not any(module._forward_hooks for module in MODEL.modules())
 
 
 def test_a_total_that_is_no_count() -> None:

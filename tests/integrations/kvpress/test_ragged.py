@@ -2,6 +2,9 @@
 
 import copy
 import functools
+import gc
+import itertools
+import weakref
 from contextlib import nullcontext
 from typing import Any
 from unittest.mock import MagicMock
@@ -9,6 +12,8 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
+from folded_reference import asked_behind, joined_in_head
+from folded_reference import folded as reference
 from given_expert import press_by
 from kvpress import (
     AdaKVPress,
@@ -23,18 +28,21 @@ from kvpress import (
 )
 from tiny_models import VOCABULARY, prefill, tiny_model, tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicLayer
 from twins import rounded
 
 from moekv import load_cache, ragged, save_cache
 from moekv.budget import Kept
+from moekv.cache.attention import install
 from moekv.cache.buffers import storage_bytes
 from moekv.cache.growing import GrowingLayer
 from moekv.cache.ragged import RaggedLayer
 from moekv.cache.rows import Rows
 from moekv.cache.tail import Tail
+from moekv.integrations.kvpress.prompts import _places
+from moekv.models.watching import watched
 
 BUDGETS = ["uniform", "head", "model"]
 LENGTH = 120
@@ -331,6 +339,114 @@ def test_what_a_press_leaves_dense_is_quantised_at_the_end(make: Any) -> None:
             read = rounded(whole.keys, whole.values, "k8v4")
             assert all(map(torch.equal, layer.to_dense()[:2], read))
             assert layer.rows.pairs == "k8v4" and layer.tail_length == 0
+
+
+def stays(whole: DynamicLayer, left: Any, masked: Any) -> Tensor:
+    """Which pairs of a prompt a press has left, bool [B, H, T]: by comparing every two."""
+    if masked is not None:
+        stay = torch.ones(whole.keys.shape[:3], dtype=torch.bool)
+        stay[tuple(masked)] = False
+        return stay
+    same = (whole.keys[:, :, :, None] == left.keys[:, :, None]).all(-1)
+    return same.any(-1)
+
+
+@pytest.mark.parametrize(
+    ("make", "padding"),
+    [
+        (lambda: KnormPress(0.6), 0),
+        (lambda: KnormPress(0.6), 37),
+        (lambda: SnapKVPress(0.8, window_size=8), 0),
+        (lambda: AdaKVPress(KnormPress(0.7)), 0),
+        (lambda: CriticalAdaKVPress(SnapKVPress(0.6, window_size=8)), 0),
+    ],
+    ids=["Knorm", "Knorm, padded", "SnapKV", "AdaKV", "CriticalAdaKV"],
+)
+def test_what_presses_of_kvpress_evict_joins_what_stays(make: Any, padding: int) -> None:
+    """By the reference of tests/helpers, in float64; a prompt of a batch of two."""
+    install()
+    model, ids, asked = tiny_model(), tokens(2, LENGTH, seed=1), {}
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    where = (mask.cumsum(-1) - 1).clamp(min=0)
+    given = {"attention_mask": mask, "position_ids": where}
+    layers = [layer.self_attn for layer in model.model.layers]
+    whole = DynamicCache()
+    with (
+        torch.no_grad(),
+        watched(layers, lambda layer, what: asked.setdefault(layer, what.query)),
+    ):
+        model(ids, past_key_values=whole, **given)
+    plain, folded = DynamicCache(), DynamicCache()
+    with torch.no_grad(), make()(model):
+        model(ids, past_key_values=plain, **given)
+    masked = [getattr(layer, "masked_key_indices", None) for layer in layers]
+    for layer in layers:
+        layer.masked_key_indices = None
+    later = tokens(2, 3, seed=2)
+    with torch.no_grad(), ragged(make(), pairs="k8v8", fold=True)(model):
+        model(ids, past_key_values=folded, **given)
+        model(
+            later,
+            past_key_values=folded,
+            attention_mask=nn.functional.pad(mask, (0, 3), value=1),
+            position_ids=where[:, -1:] + torch.arange(1, 4),
+        )
+    begins, joined = (1 - mask).sum(-1), 0
+    for i, layer in enumerate(folded.layers):
+        assert isinstance(layer, RaggedLayer)
+        stay = stays(whole.layers[i], plain.layers[i], masked[i])
+        queries = asked_behind(asked[layers[i]], begins, model.config)
+        keys, values, counts = layer.to_dense()
+        biases = layer.rows.bias
+        for b, h in itertools.product(range(2), range(2)):
+            begin = int(begins[b])
+            pairs = joined_in_head(
+                queries[b].unflatten(0, (2, -1))[h].flatten(0, 1),
+                whole.layers[i].keys[b, h],
+                stay[b, h],
+                begin,
+                scaling=16**-0.5,
+                softcap=0.0,
+            )
+            first = int(layer.begin[b, h])
+            for n, (place, found) in enumerate(pairs.items()):
+                ways = [
+                    reference(whole.layers[i].values[b, h], place, way) for way in found.all_ways()
+                ]
+                value = values[b, h, n - int(counts[b, h])]
+                bias = float(biases[first + n])
+                width = float(whole.layers[i].values.abs().max()) / 60  # of eight bits
+                assert any(
+                    (value - v).abs().max() < width and abs(bias - offset) < 2e-3
+                    for v, offset in ways
+                ), (i, b, h, place)
+                joined += len(found.sure)
+    assert joined > 20
+
+
+def test_nothing_joins_where_nothing_leaves_and_prompts_are_let_go() -> None:
+    model, caches = tiny_model(), [DynamicCache() for _ in range(2)]
+    with torch.no_grad(), ragged(KnormPress(0.0), pairs="k8v8", fold=True)(model):
+        for cache in caches:
+            generate(model, tokens(1, LENGTH), cache)
+    assert all(layer.rows.bias is None for cache in caches for layer in cache.layers)
+    press, cache = ragged(KnormPress(0.5), pairs="k8v8", fold=True), DynamicCache()
+    with torch.no_grad(), press(model):
+        generate(model, tokens(1, LENGTH), cache)
+    assert all(layer.rows.bias is not None for layer in cache.layers)
+    held = weakref.ref(cache)
+    del cache
+    gc.collect()
+    assert held() is None
+
+
+def test_equal_pairs_each_have_a_place() -> None:
+    keys = torch.zeros(1, 1, 6, 4)
+    keys[0, 0, 3:] = torch.tensor([[1.0], [torch.nan], [1.0]])
+    found = _places((keys, keys), (keys[:, :, [0, 1, 3, 4, 5]],) * 2)
+    assert sorted(found[0, 0].tolist()) in ([0, 1, 3, 4, 5],)
+    assert len(set(found[0, 0].tolist())) == 5
 
 
 def spoilt(part: Tensor | Rows | Tail) -> Any:
