@@ -40,6 +40,26 @@ def test_swapped_arguments(call: Callable[[], Any], message: str) -> None:
         call()
 
 
+class Around(torch.nn.Module):
+    """A module of one's own around a model."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.inner = model
+
+
+@pytest.mark.parametrize("wrapper", [Around, torch.nn.DataParallel])
+def test_a_wrapper_around_a_model(wrapper: Any) -> None:
+    wrapped = wrapper(MODEL)
+    for call in (
+        lambda: PRESS(wrapped).__enter__(),
+        lambda: moekv.compress(wrapped, TOKENIZER, "text"),
+        lambda: moekv.calibrate(wrapped, TOKENIZER, ["text"]),
+    ):
+        with pytest.raises(TypeError, match=f"got {wrapper.__name__}, which has no config; pass"):
+            call()
+
+
 def scores_in_numpy(view: LayerView) -> Any:
     return view.values.norm(dim=-1).numpy()
 

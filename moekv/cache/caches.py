@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import (
@@ -57,6 +58,11 @@ def check_cache(
             "the pages of transformers' continuous batching, which rows share",
             "generate(...) takes batches of prompts with padding at the left, and `moekv serve` "
             "requests as they come, in vLLM",
+        )
+    if type(cache).__module__.startswith("transformers.models."):
+        _refuse(
+            f"{type(cache).__name__}, the model's own in transformers {transformers.__version__}",
+            "a later one, in which the model fills a DynamicCache, is served (docs/models.md)",
         )
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         _refuse(type(cache).__name__)

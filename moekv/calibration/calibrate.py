@@ -147,6 +147,7 @@ def calibrate(
         num_kv_heads=keys,
         experts=list(config.experts),
         top_k=config.top_k,
+        choices=oracle.choices,
         recipe={
             "model_name": model.config.name_or_path,
             "num_texts": len(texts),

@@ -40,6 +40,9 @@ class CalibrationConfig:
         Last tokens whose queries the experts observe, as in the press.
     seed : int
         Seed of all random numbers.
+    expert_choice : bool
+        In models that are mixtures of experts themselves: whether gates and ``learned`` read which
+        experts the model sent a token to (``LayerView.expert_choice``).
 
     Raises
     ------
@@ -63,9 +66,12 @@ class CalibrationConfig:
     recent: int = 16
     window: int = 64
     seed: int = 0
+    expert_choice: bool = False
 
     def __post_init__(self) -> None:
         """Check the numbers."""
+        if not isinstance(self.expert_choice, bool):
+            raise ValueError(f"expected expert_choice True or False, got {self.expert_choice!r}")
         for name, least in (
             *(("top_k", 1), ("length", 64), ("samples", 1), ("epochs", 0), ("batch", 1)),
             *(("domains", 2), ("sinks", 0), ("recent", 0), ("window", 1), ("seed", 0)),

@@ -31,7 +31,7 @@ COMPARABLE_WEIGHT = 0.5
 class Estimates:
     """Training data of the gates: some tokens of one text. E experts, ``learned`` first."""
 
-    hidden: Tensor  # [L, N, hidden]
+    hidden: Tensor  # [L, N, width], see `Reading`
     scores: Tensor  # [L, E, H, N], on the common scale
     target: Tensor  # [L, H, N], see estimate()
 

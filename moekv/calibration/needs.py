@@ -75,7 +75,7 @@ def calibration_needs(
     ValueError
         One layer at a time takes more.
     """
-    layers, hidden, heads = len(router.layers), router.hidden_size, router.num_kv_heads
+    layers, hidden, heads = len(router.layers), router.width, router.num_kv_heads
     width = num_features(router)
     equations = 4 * config.domains * width * (width + heads)
     solving = _SOLVING * 8 * width * width

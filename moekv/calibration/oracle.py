@@ -20,7 +20,16 @@ from moekv.experts.learned import places
 from moekv.experts.registry import fitted_experts
 from moekv.experts.view import LayerView
 from moekv.models.chat import user_turn
-from moekv.models.hooks import cache_argument, find_layers, is_sliding, rotary_in
+from moekv.models.hooks import (
+    cache_argument,
+    choice_of,
+    experts_in,
+    find_layers,
+    is_sliding,
+    rotary_in,
+    routers_in,
+    with_choice,
+)
 from moekv.models.queries import logit_options
 from moekv.models.watching import Asked, ask
 from moekv.ops import ScoreKind
@@ -37,7 +46,7 @@ _FLOOR = 1e-6  # attention below which a pair counts as not attended
 class Reading:
     """The reading of one text. L layers, H KV heads, T tokens, E experts beside ``learned``."""
 
-    hidden: Tensor  # [L, T, hidden], inputs of the attention layers
+    hidden: Tensor  # [L, T, width], inputs of the attention layers, with the model's choice
     where: Tensor  # [T, 3], see places()
     novelty: Tensor  # [L, H, T], how unlike the other keys each is
     scores: Tensor  # [L, E, H, T] of these experts
@@ -74,6 +83,8 @@ class Oracle:
     ------
     TypeError
         The model has no decoder layers with attention.
+    ValueError
+        The model's own choice of experts is asked for, and it has none.
     """
 
     def __init__(
@@ -86,6 +97,13 @@ class Oracle:
         self.decoder, layers = find_layers(model)
         self.layers = [layer for layer in layers if not is_sliding(layer)]
         self.experts = fitted_experts(config.experts)
+        #: The model's own experts, if their choice is read.
+        self.choices = experts_in(self.decoder) if config.expert_choice else 0
+        if config.expert_choice and not self.choices:
+            raise ValueError(
+                "expected a model that is a mixture of experts for expert_choice=True, got "
+                f"{type(model).__name__}, which names no router"
+            )
         before, after = user_turn(tokenizer) or ("", "\n")
         self.tokenizer = tokenizer
         self.before = self.encode(before)
@@ -128,12 +146,18 @@ class Oracle:
         look_at = ViewBuilder(rotary_in(self.decoder))
         scores, novelty = [], []
         for layer in layers:
-            view = self._look(look_at, layer, cache, *first[layer], queries.get(layer))
+            view = self._look(look_at, layer, cache, *first[layer][:2], queries.get(layer))
             scores.append(torch.cat([scores_by(expert, view) for expert in self.experts]))
             novelty.append(view.scores_of(ScoreKind.DIVERSITY)[0])
         second = self._run([*self.repeat, *body], cache, layers)
-        target = [self._attention(layer, cache, *second[layer], len(prompt)) for layer in layers]
-        hidden = torch.stack([first[layer][0][0].cpu() for layer in layers])
+        target = [
+            self._attention(layer, cache, *second[layer][:2], len(prompt)) for layer in layers
+        ]
+        read = (
+            with_choice(hidden, choice_of(said, 1), self.choices)
+            for hidden, _, said in map(first.__getitem__, layers)
+        )
+        hidden = torch.stack([states[0].cpu() for states in read])
         where = places((len(prompt),), len(prompt), hidden.device)[0].t()
         return Reading(
             hidden, where, *(torch.stack(parts).cpu() for parts in (novelty, scores, target))
@@ -141,14 +165,21 @@ class Oracle:
 
     def _run(
         self, ids: Sequence[int], cache: DynamicCache, layers: Sequence[nn.Module]
-    ) -> dict[nn.Module, tuple[Tensor, dict[str, Any]]]:
-        """Feed tokens; return each layer's input and the arguments it was called with."""
+    ) -> dict[nn.Module, tuple[Tensor, dict[str, Any], Any]]:
+        """Feed tokens; return each layer's input and arguments, and what the router before said."""
         inputs = {}
+        said: Any = None
+
+        def hear(module: nn.Module, args: Any, output: Any) -> None:
+            nonlocal said
+            said = output
 
         def keep(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            inputs[module] = (kwargs["hidden_states"], kwargs)
+            inputs[module] = (kwargs["hidden_states"], kwargs, said)
 
         hooks = [x.register_forward_pre_hook(keep, with_kwargs=True) for x in layers]
+        if self.choices:
+            hooks += [x.register_forward_hook(hear) for x in routers_in(self.decoder)]
         try:
             self.decoder(
                 input_ids=torch.tensor([ids], device=self.model.device),

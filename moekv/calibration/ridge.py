@@ -17,7 +17,7 @@ PLACES = 3
 
 def num_features(router: CalibratedRouter) -> int:
     """Return the width F of :func:`features`."""
-    return router.hidden_size + PLACES + len(router.experts) * router.num_kv_heads + 1
+    return router.width + PLACES + len(router.experts) * router.num_kv_heads + 1
 
 
 def features(reading: Reading, layer: int) -> Tensor:
@@ -91,14 +91,15 @@ Fit = tuple[Tensor, Tensor, Tensor, Tensor]
 """Parameters of ``learned``: weight [L, H, hidden], place [L, H, 3], novelty and bias [L, H]."""
 
 
-def solve_ridge(gram: Tensor, moment: Tensor, hidden_size: int, strength: float) -> Fit:
+def solve_ridge(gram: Tensor, moment: Tensor, width: int, strength: float) -> Fit:
     """Fit ``learned`` in one layer: ridge regression of the targets, head by head.
 
     Parameters
     ----------
     gram, moment : Tensor
         See :meth:`Sums.total`.
-    hidden_size : int
+    width : int
+        Of what is read of a token, see ``CalibratedRouter.width``.
     strength : float
 
     Returns
@@ -106,18 +107,19 @@ def solve_ridge(gram: Tensor, moment: Tensor, hidden_size: int, strength: float)
     Fit
         In float32, without the dimension of layers.
     """
-    end = hidden_size + PLACES
+    end = width + PLACES
     rows = []
     for head in range(moment.shape[1]):
         index = torch.tensor([*range(end), end + head, len(gram) - 1])
         own = gram[index][:, index]
         penalty = strength * own.diagonal()
-        penalty[hidden_size:-1] *= 1e-3  # a few numbers, known well; rotations do not mix them
+        penalty[own.diagonal() == 0] = 1  # as of experts that no token was sent to: no weight
+        penalty[width:-1] *= 1e-3  # a few numbers, known well; rotations do not mix them
         penalty[-1] = 0
         own.diagonal().add_(penalty)
         rows.append(torch.linalg.solve(own, moment[index, head]))
     solved = torch.stack(rows).float()
-    return solved[:, :hidden_size], solved[:, hidden_size:end], solved[:, -2], solved[:, -1]
+    return solved[:, :width], solved[:, width:end], solved[:, -2], solved[:, -1]
 
 
 @dataclass
@@ -163,7 +165,7 @@ def solve(sums: Sums, router: CalibratedRouter, strength: float) -> Solved:
     """
 
     def fit(gram: Tensor, moment: Tensor) -> Fit:
-        weight, place, novelty, bias = solve_ridge(gram, moment, router.hidden_size, strength)
+        weight, place, novelty, bias = solve_ridge(gram, moment, router.width, strength)
         return weight[None], place[None], novelty[None], bias[None]
 
     def of_layer(row: int) -> Solved:
@@ -172,7 +174,7 @@ def solve(sums: Sums, router: CalibratedRouter, strength: float) -> Solved:
         count, wanted = gram[-1, -1], moment[-1] / gram[-1, -1]  # [H], means
         gain, offset, gap = torch.zeros(3, 1, others, heads, dtype=gram.dtype)
         for number in range(others):
-            own = router.hidden_size + PLACES + (number + 1) * heads + torch.arange(heads)
+            own = router.width + PLACES + (number + 1) * heads + torch.arange(heads)
             mean = gram[own, -1] / count
             square = gram[own, own] / count - mean.square()
             product = moment[own, torch.arange(heads)] / count - mean * wanted

@@ -32,6 +32,7 @@ from moekv.experts.learned import LearnedExpert
 from moekv.experts.registry import fitted_experts
 from moekv.files import whole_file
 from moekv.models.fingerprint import TOLERANCE, check_same, describe, distance, fingerprint, short
+from moekv.models.hooks import with_choice
 from moekv.routing.base import BaseMoERouter
 
 _logger = logging.getLogger("moekv")
@@ -71,7 +72,13 @@ class CalibratedGate(BaseMoERouter):
 
     def __init__(self, router: CalibratedRouter, index: int, *, backend: str) -> None:
         num_experts = len(router.experts)
-        super().__init__(router.hidden_size, num_experts, router.top_k, backend=backend)
+        super().__init__(
+            router.hidden_size,
+            num_experts,
+            router.top_k,
+            choices=router.choices,
+            backend=backend,
+        )
         row = router.layers.index(index)
         self.gate.weight.data.copy_(router.gate_weight[row])
         self.gate.bias.data.copy_(router.gate_bias[row])
@@ -111,6 +118,9 @@ class CalibratedRouter(
         Names of the experts beside ``learned``, which comes first: E in all.
     top_k : int
         Experts per token, 1 to E.
+    choices : int
+        Experts of the model itself, whose weights for each token the gates and ``learned`` read
+        behind the hidden state; 0: they do not.
     recipe : dict, optional
         How it was fitted; for information.
     format : int
@@ -131,6 +141,7 @@ class CalibratedRouter(
         num_kv_heads: int,
         experts: Sequence[str],
         top_k: int,
+        choices: int = 0,
         recipe: dict[str, Any] | None = None,
         format: int = FORMAT,
     ) -> None:
@@ -143,7 +154,7 @@ class CalibratedRouter(
         self.model = model
         self.layers = list(layers)
         self.hidden_size, self.num_kv_heads = hidden_size, num_kv_heads
-        self.top_k = top_k
+        self.top_k, self.choices = top_k, choices
         self.recipe = recipe or {}
         #: All experts, ``learned`` first.
         self.experts = [LearnedExpert(self), *fitted_experts(experts)]
@@ -152,11 +163,11 @@ class CalibratedRouter(
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(num_layers, *shape), requires_grad=False)
 
-        self.surrogate_weight = parameter(num_kv_heads, hidden_size)
+        self.surrogate_weight = parameter(num_kv_heads, self.width)
         self.surrogate_place = parameter(num_kv_heads, 3)
         self.surrogate_novelty = parameter(num_kv_heads)
         self.surrogate_bias = parameter(num_kv_heads)
-        self.gate_weight = parameter(num_experts, hidden_size)
+        self.gate_weight = parameter(num_experts, self.width)
         self.gate_bias = parameter(num_experts)
         self.gain = parameter(num_experts, num_kv_heads)
         self.offset = parameter(num_experts, num_kv_heads)
@@ -207,6 +218,11 @@ class CalibratedRouter(
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self
 
+    @property
+    def width(self) -> int:
+        """Numbers that are read of a token: its hidden state, and the model's choice."""
+        return self.hidden_size + self.choices
+
     def check(self, model: PreTrainedModel) -> float:
         """Check that the router was fitted to a model, and return the distance of its weights.
 
@@ -249,10 +265,11 @@ class CalibratedRouter(
         place, novelty, bias = self._local[key]
         return place, novelty, bias
 
-    def project(self, index: int, hidden_states: Tensor) -> Tensor:
+    def project(self, index: int, hidden_states: Tensor, choice: Tensor | None = None) -> Tensor:
         """Project hidden states [B, N, hidden] for ``learned`` and the gate: [B, N, H + E].
 
         They take as many bytes as a layer's pairs, or several times that, so they are read once.
+        With them what the model chose, see ``moekv.models.hooks.with_choice``, if it is read.
         """
         key = (index, hidden_states.device, hidden_states.dtype)
         if key not in self._local:
@@ -260,7 +277,7 @@ class CalibratedRouter(
             weight = torch.cat([self.surrogate_weight[row], self.gate_weight[row]])
             self._local[key] = (weight.to(hidden_states.device, hidden_states.dtype),)
         (weight,) = self._local[key]
-        return functional.linear(hidden_states, weight)
+        return functional.linear(with_choice(hidden_states, choice, self.choices), weight)
 
     def read(self, index: int, projected: Tensor) -> Tensor:
         """Return the part of the ``learned`` scores that depends on hidden states.

@@ -380,6 +380,44 @@ def choice_of(output: Any, batch: int) -> Tensor | None:
     return choice.scatter_(1, experts, weights.float()).view(batch, -1, choice.shape[1])
 
 
+def experts_in(decoder: nn.Module) -> int:
+    """Count the experts that such routers choose from; 0: the model is no mixture of experts."""
+    return max((len(router.weight) for router in routers_in(decoder)), default=0)  # type: ignore[arg-type]
+
+
+def with_choice(hidden_states: Tensor, choice: Tensor | None, count: int) -> Tensor:
+    """Put the weights of a model's own experts behind hidden states, for routers that read both.
+
+    Parameters
+    ----------
+    hidden_states : Tensor [B, N, hidden]
+    choice : Tensor [B, N, E] or None
+        See :func:`choice_of`; None, as before the model's first router, stands for zeros.
+    count : int
+        E, of those that the router reads; 0: none.
+
+    Returns
+    -------
+    Tensor [B, N, hidden + E]
+        In the dtype of the hidden states.
+
+    Raises
+    ------
+    ValueError
+        The model chose among another number of experts.
+    """
+    if not count:
+        return hidden_states
+    if choice is None:
+        choice = hidden_states.new_zeros(*hidden_states.shape[:2], count)
+    if choice.shape[-1] != count:
+        raise ValueError(
+            f"expected a model that is a mixture of {count} experts, whose choice the router of "
+            f"the press reads, got one of {choice.shape[-1]}"
+        )
+    return torch.cat([hidden_states, choice.to(hidden_states)], -1)
+
+
 def hook_arguments(kwargs: Mapping[str, Any]) -> tuple[Tensor, Any]:
     """Return what a press needs of an attention layer's keyword arguments.
 
@@ -404,7 +442,10 @@ def hook_arguments(kwargs: Mapping[str, Any]) -> tuple[Tensor, Any]:
             raise _called_without(names[0], kwargs)
     cache = cache_of(kwargs)
     if cache is None:
-        raise RuntimeError("expected a KV cache to compress, got none; run with use_cache=True")
+        raise RuntimeError(
+            "expected a KV cache to compress, got none; run with use_cache=True, and not with "
+            "gradient checkpointing in training, which makes none"
+        )
     return kwargs["hidden_states"], cache
 
 

@@ -20,12 +20,18 @@ def language_model(model: Any) -> Any:
     Raises
     ------
     TypeError
-        It is no model.
+        It is no model, or another wrapper around one (``DataParallel``, a module of one's own).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model of transformers, got {kind(model)}")
     unwrap = getattr(model, "get_base_model", None)
-    return unwrap() if callable(unwrap) else model
+    found: Any = unwrap() if callable(unwrap) else model
+    if not hasattr(found, "config"):
+        raise TypeError(
+            f"expected a model of transformers, got {type(found).__name__}, which has no config; "
+            "pass the model that it wraps"
+        )
+    return found
 
 
 def has_weight(module: nn.Module) -> bool:

@@ -40,7 +40,7 @@ from moekv.cache.layer import CompressedLayer
 from moekv.cache.notes import note, remember
 from moekv.experts.builder import ViewBuilder
 from moekv.models.habits import check_attention
-from moekv.models.hooks import index_of
+from moekv.models.hooks import choice_of, index_of
 from moekv.models.queries import window_queries
 from moekv.models.ranks import ALONE
 from moekv.press.adoption import expect, most_of
@@ -126,7 +126,8 @@ class Growth(Strategy):
         calibrated = plan.rater.calibrated
         if calibrated is not None:
             with torch.no_grad():
-                projected = calibrated.project(call.index, call.hidden_states)
+                choice = choice_of(call.choice, len(call.hidden_states))
+                projected = calibrated.project(call.index, call.hidden_states, choice)
                 own = self._ranks.own(layer.num_heads)
                 note(layer, calibrated.read(call.index, projected)[:, own])
         if call.module is plan.layers[0]:

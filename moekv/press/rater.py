@@ -20,7 +20,7 @@ from moekv.experts.registry import build_experts, expert_names
 from moekv.experts.scorer import PressExpert
 from moekv.experts.view import LayerView
 from moekv.models.fingerprint import TOLERANCE, short
-from moekv.models.hooks import index_of, option
+from moekv.models.hooks import experts_in, index_of, option, with_choice
 from moekv.ops import ScoreKind
 from moekv.press import mixture
 from moekv.press.hits import hit_rates, kept_alone
@@ -75,7 +75,8 @@ class Rater:
         Raises
         ------
         ValueError
-            The calibrated router in the options was fitted to another model.
+            The calibrated router in the options was fitted to another model, or a router reads the
+            choice of other experts than the model has.
         """
         calibrated, distance = routing.calibrated, 0.0
         if calibrated == "auto":
@@ -84,6 +85,11 @@ class Rater:
             distance = calibrated.check(model)
         assert not isinstance(calibrated, str)
         rater = cls(routing, config, calibrated, distance)
+        if rater.choices and rater.choices != (found := experts_in(model)):
+            raise ValueError(
+                f"expected a model that is a mixture of {rater.choices} experts, whose choice the "
+                f"router of the press reads, got one of {found}"
+            )
         for expert in rater.experts:
             if isinstance(expert, PressExpert) and hasattr(expert.press, "post_init_from_model"):
                 expert.press.post_init_from_model(model)
@@ -124,8 +130,15 @@ class Rater:
 
     @property
     def reads_choice(self) -> bool:
-        """Whether an expert reads the choice of the model's own routers."""
-        return any(expert.reads_choice for expert in self.experts)
+        """Whether an expert or a gate reads the choice of the model's own routers."""
+        return self.choices > 0 or any(expert.reads_choice for expert in self.experts)
+
+    @property
+    def choices(self) -> int:
+        """Experts of the model whose weights a gate reads; 0: none does."""
+        given = self.routing.router_type
+        own = given.choices if self.routed and isinstance(given, BaseMoERouter) else 0
+        return own or (0 if self.calibrated is None else self.calibrated.choices)
 
     @property
     def borrows(self) -> bool:
@@ -185,9 +198,12 @@ class Rater:
         router = self.routers.of(view.module, lambda: self._make_router(view))
         rated = None
         if self.routed:
-            rated = router.rate(view.hidden_states, view.token_mask)
+            states = with_choice(view.hidden_states, view.expert_choice, router.choices)
+            rated = router.rate(states, view.token_mask)
         if self.calibrated is not None:
-            view.read = self.calibrated.project(index_of(view.module), view.hidden_states)
+            view.read = self.calibrated.project(
+                index_of(view.module), view.hidden_states, view.expert_choice
+            )
         scores = [None if expert.waits else scores_by(expert, view) for expert in self.experts]
         if view.aligned and self.expects:
             view.expected()

@@ -122,6 +122,9 @@ class BaseMoERouter(nn.Module):
         Divides the logits; > 0.
     aux_loss_weight : float
         Multiplies the auxiliary loss; >= 0.
+    choices : int
+        Experts of the model itself, 0 or more: their weights for each token
+        (``LayerView.expert_choice``) follow the hidden state, and the projection reads both.
     backend : str
         `"auto"`, `"cpu"`, `"cuda"` or `"torch"`, as in `moekv.ops`.
 
@@ -144,11 +147,14 @@ class BaseMoERouter(nn.Module):
         prior: Sequence[float] | None = None,
         temperature: float = 1.0,
         aux_loss_weight: float = 0.01,
+        choices: int = 0,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         if hidden_size < 1:
             raise ValueError(f"expected hidden_size >= 1, got {hidden_size}")
+        if choices < 0:
+            raise ValueError(f"expected choices >= 0, got {choices}")
         if not 1 <= num_experts <= MAX_EXPERTS:
             raise ValueError(f"expected num_experts between 1 and {MAX_EXPERTS}, got {num_experts}")
         if not 1 <= top_k <= num_experts:
@@ -164,12 +170,13 @@ class BaseMoERouter(nn.Module):
             raise ValueError(f"expected a prior of {num_experts} finite numbers, got {prior}")
         ops.check_backend(backend)
         self.hidden_size = hidden_size
+        self.choices = choices
         self.num_experts = num_experts
         self.top_k = top_k
         self.temperature = temperature
         self.aux_loss_weight = aux_loss_weight
         self.backend = backend
-        self.gate = zero_linear(hidden_size, num_experts)
+        self.gate = zero_linear(self.width, num_experts)
         self.register_buffer("prior", torch.tensor(prior))
         self._reads_nothing = False
 
@@ -182,13 +189,18 @@ class BaseMoERouter(nn.Module):
                 self._buffers[name] = buffer.float()
         return self
 
+    @property
+    def width(self) -> int:
+        """Numbers that the gate reads of a token: its hidden state, and the model's choice."""
+        return self.hidden_size + self.choices
+
     def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> RouterOutput:
         """Route every token.
 
         Parameters
         ----------
         hidden_states : Tensor
-            `[B, T, hidden_size]`, floating.
+            `[B, T, hidden_size + choices]`, floating.
         mask : Tensor, optional
             `[B, T]` bool, True for real tokens. All tokens are real without it.
 
@@ -367,9 +379,9 @@ class BaseMoERouter(nn.Module):
         return switch_loss(mean_probs, load)
 
     def _check_inputs(self, hidden_states: Tensor, mask: Tensor | None) -> None:
-        if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.hidden_size:
+        if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.width:
             raise ValueError(
-                f"expected hidden_states [batch, tokens, {self.hidden_size}], "
+                f"expected hidden_states [batch, tokens, {self.width}], "
                 f"got {list(hidden_states.shape)}"
             )
         if 0 in hidden_states.shape:

@@ -38,6 +38,13 @@ def test_caches_that_cannot_be_served(make: Callable[[], Cache], name: str) -> N
     assert not any(layer.is_initialized for layer in cache.layers)
 
 
+def test_a_cache_of_the_models_own() -> None:
+    parts = {"__module__": "transformers.models.own.modeling_own", "layers": []}
+    own: Any = type("OwnCache", (), parts)()
+    message = "got OwnCache, the model's own in transformers .*; a later one, .* is served"
+    refuse(TypeError, message, tiny_model(), MoERouterPress(), own)
+
+
 @pytest.mark.parametrize(
     ("options", "what"),
     [

@@ -100,6 +100,10 @@ def test_no_cache() -> None:
     with pytest.raises(RuntimeError, match="use_cache=True"), press(model):
         model(tokens(1, LENGTH), use_cache=False)
     assert_untouched(model, press)
+    model.gradient_checkpointing_enable()
+    model.train()
+    with pytest.raises(RuntimeError, match="gradient checkpointing.*makes none"), press(model):
+        model(tokens(1, LENGTH), use_cache=True)
 
 
 def test_prefill_outside_of_the_block() -> None:

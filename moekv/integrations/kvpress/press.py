@@ -279,6 +279,11 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
                 )
             self._rater = Rater(options.routing, module.config)
         rater = self._rater_for(options)
+        if rater.reads_choice:
+            raise ValueError(
+                "expected no expert or router that reads which experts the model itself chose "
+                "inside a wrapper, which does not see it; use the press in a block of its own"
+            )
         install()  # what the layer asks is seen by it
         if hidden_states.shape[1] < keys.shape[2]:
             rater.see_unknown_tokens()

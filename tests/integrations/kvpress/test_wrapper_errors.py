@@ -18,7 +18,8 @@ from transformers import DynamicCache
 from word_tokenizer import word_tokenizer
 from wrapping import WRAPPERS
 
-from moekv import DecodingConfig, MoERouterPress
+from moekv import DecodingConfig, Expert, LayerView, MoERouterPress
+from moekv.ops import ScoreKind
 
 
 def run(model: nn.Module, name: str, press: MoERouterPress, mask: Tensor | None = None) -> None:
@@ -71,6 +72,20 @@ def test_folding_in_a_wrapper(name: str) -> None:
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_streaming_in_a_wrapper(name: str) -> None:
     refuse(name, MoERouterPress(streaming=True), f"expected streaming=False inside {name}, .*True")
+
+
+class Reader(Expert):
+    """Reads which experts the model chose."""
+
+    name, kinds, reads_choice = "reader", (ScoreKind.MASS,), True
+
+    def scores(self, view: LayerView) -> Tensor:
+        return view.scores_of(ScoreKind.MASS)
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_the_models_own_experts_in_a_wrapper(name: str) -> None:
+    refuse(name, MoERouterPress(experts=[Reader()]), "no expert or router that reads which experts")
 
 
 def test_recent_pairs_and_a_sliding_window_of_the_wrapper() -> None:
