@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moekv.routing.mixing import Votes, order, speakers
+from moekv.routing.mixing import Votes, order, rank, speakers
 
 SHAPE = (2, 3, 7)
 
@@ -68,3 +68,14 @@ def test_places_and_speakers(budget: str, comparable: tuple[bool, ...], padded: 
         assert (said[number][best == torch.inf] == 0).all()
         clear = (ranks.sort(0).values.diff(dim=0)[:1] > 1e-3).all(0) if len(ranks) > 1 else best > 0
         assert torch.equal(said[number][clear].long(), first[clear])
+
+
+@pytest.mark.parametrize("shape", [(5000,), (3, 2048), (2, 3, 7), (4, 1), (2, 0), (0, 5)])
+def test_ranks_are_those_of_a_stable_sort(shape: tuple[int, ...]) -> None:
+    scores = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(4).round()
+    for every, value in ((7, -torch.inf), (5, torch.inf), (3, -0.0), (11, 1e-42), (13, -3e38)):
+        scores.view(-1)[::every] = value
+    for rows in (scores, scores.transpose(0, -1)):
+        best = rows.argsort(dim=-1, descending=True, stable=True)
+        places = torch.arange(1.0, rows.shape[-1] + 1).expand(rows.shape)
+        assert torch.equal(rank(rows), torch.zeros(rows.shape).scatter(-1, best, places))
