@@ -1,6 +1,6 @@
 """Which caches can be served, and how pairs leave them."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -298,6 +298,28 @@ def _to_ragged(layer: CompressedLayer, kept: Kept, pairs: str, *, backend: str) 
         ragged.notes = _to_ragged(notes, kept, "16", backend=backend)
         ragged.reader = layer.reader
     return ragged
+
+
+def agree_on_padding(layers: Sequence[CacheLayerMixin]) -> None:
+    """Have layers say alike before which positions none of them stores anything.
+
+    transformers makes one mask for all layers, and it is checked for the one that it is made for.
+
+    Parameters
+    ----------
+    layers : sequence
+        Of a cache; compressed ones are given the least of their positions, as one tensor.
+    """
+    held = [x for x in layers if isinstance(x, CompressedLayer) and x.context_length]
+    firsts = [layer.first for layer in held]
+    if not firsts or all(first is firsts[0] for first in firsts):
+        return
+    known = [first for first in firsts if first is not None]
+    least = None
+    if len(known) == len(held):
+        least = torch.stack([first.to(known[0].device) for first in known]).amin(0)
+    for layer in held:
+        layer.first = least
 
 
 def empty_cache(cache: Cache) -> None:

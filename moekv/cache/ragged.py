@@ -162,7 +162,7 @@ class RaggedLayer(CompressedLayer):
         self.num_moves += 1
         first = first_kept(kept)
         known = longest - self.tail_length  # where places begin to say positions
-        before = torch.zeros_like(first) if self.first is None else self.first
+        before = torch.zeros_like(first) if self.first is None else self.first.to(first.device)
         self.first = torch.where(first < known, before, first - longest + self.get_seq_length())
         self.context_length = self.get_seq_length()
         self._tail.length = 0

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
-from moekv.cache.caches import is_static
+from moekv.cache.caches import agree_on_padding, is_static
 from moekv.cache.described import check
 from moekv.cache.parts import put_together, take_apart
 from moekv.files import check_file, whole_file
@@ -163,6 +163,7 @@ def load_filled(
             made.append(put_together(parts, description))
         except ValueError as error:
             raise ValueError(f"{path}: layer {index}: {error}") from error
+    agree_on_padding(made)
     cache: DynamicCache | StaticCache = DynamicCache()
     cache.layers = made
     if is_static(cache):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from moekv.cache.caches import check_cache, is_static, num_rows
+from moekv.cache.caches import agree_on_padding, check_cache, is_static, num_rows
 from moekv.cache.layer import CompressedLayer
 from moekv.experts.builder import ViewBuilder
 from moekv.models.habits import habits_of, reads_dense
@@ -106,6 +106,7 @@ class Planner:
         """Mark a cache as filled inside the block, also where nothing had to be evicted."""
         if cache is not None:
             vars(cache)[_MARK] = self._mark
+            agree_on_padding(cache.layers)
 
     def _has_seen(self, cache: Cache) -> bool:
         return vars(cache).get(_MARK) is self._mark

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import os
 import threading
@@ -508,6 +509,24 @@ class MoERouterPress:
     def reset_stats(self) -> None:
         """Forget all measurements: statistics, routers' histories, and the model they belong to."""
         self._rater, self._statistics = None, Statistics()
+
+
+def _which_names_the_block(init: Callable[..., None]) -> Callable[..., None]:
+    """Have a constructor say where the length of a prompt belongs, which it does not take."""
+
+    @functools.wraps(init)
+    def construct(self: MoERouterPress, *args: Any, **options: Any) -> None:
+        if "context_length" in options:
+            raise ValueError(
+                "expected context_length where a block begins, which is of one prompt, `with "
+                "press(model, context_length=n):`, got it as an option of the press"
+            )
+        init(self, *args, **options)
+
+    return construct
+
+
+MoERouterPress.__init__ = _which_names_the_block(MoERouterPress.__init__)  # type: ignore[method-assign]
 
 
 def _check_again(calibrated: CalibratedRouter, model: PreTrainedModel) -> float:

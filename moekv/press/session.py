@@ -6,7 +6,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -155,6 +155,19 @@ class Session:
         self._busy.discard(threading.current_thread())
         self._take_down()
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse: a copy of the model would have hooks of a block that is not its own.
+
+        Raises
+        ------
+        TypeError
+            Always.
+        """
+        raise TypeError(
+            "expected a model to be copied or pickled outside of a press's block, whose hooks it "
+            "carries, got one inside; model.save_pretrained(...) works anywhere"
+        )
+
     # --- State of this thread ---------------------------------------------------------------------
 
     @property
@@ -167,6 +180,12 @@ class Session:
 
     def _notice(self, module: nn.Module, asked: Asked) -> None:
         stack = self._stack
+        if not _has_hook(module._forward_hooks, self):
+            raise RuntimeError(
+                "expected the block's hooks where it has put them, got "
+                f"{type(module).__name__} without: somebody has removed them, and MoERouterPress "
+                "would compress nothing. Begin another block"
+            )
         if stack and stack[-1].strategy is not None:
             forward = stack[-1]
             forward.asked[module] = asked
@@ -326,6 +345,10 @@ def is_in_session(decoder: nn.Module) -> bool:
     """Return whether a press is open on a decoder."""
     hooks = decoder._forward_pre_hooks.values()
     return any(isinstance(getattr(hook, "__self__", None), Session) for hook in hooks)
+
+
+def _has_hook(hooks: Mapping[int, Any], session: Session) -> bool:
+    return any(getattr(hook, "__self__", None) is session for hook in hooks.values())
 
 
 def _bound(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Mapping[str, Any]:

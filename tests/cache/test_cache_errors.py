@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from growth_cases import decode
+from peers import peer
 from quantized import quantized_cache
 from refusals import LENGTH, assert_same, compressed, held, padded, refuse
 from tiny_models import tiny_model, tokens
@@ -184,6 +185,26 @@ def test_pairs_of_before_a_compression(budget: str, how: str) -> None:
         with pytest.raises(ValueError, match="older ones, which are not kept"):
             layer.values = values
     assert_same(cache, after)
+
+
+def test_fewer_pairs_of_a_dense_layer() -> None:
+    """The true length would be lost: nobody says which have left."""
+    model = tiny_model()
+    cache = compressed(model, "uniform")
+    before = held(cache)
+    for layer in cache.layers:
+        some = torch.tensor([0, 2, 5])
+        for name in ("keys", "values"):
+            pairs = getattr(layer, name)
+            for fewer in (pairs[:, :, some], pairs.clone()[:, :, :3]):
+                with pytest.raises(
+                    ValueError, match="slice .* of its own, .* got 3: which of them"
+                ):
+                    setattr(layer, name, fewer)
+    assert_same(cache, before)
+    press = peer("DecodingPress")(peer("KnormPress")(), compression_interval=1, target_size=3)
+    with torch.no_grad(), press(model), pytest.raises(ValueError, match="which of them left"):
+        model(tokens(1, 1), past_key_values=cache)
 
 
 @pytest.mark.parametrize("failing", [1, 2], ids=["keys", "values"])

@@ -1,6 +1,7 @@
 """Masks after a compression: their meaning is kept for all that is stored, or they are refused."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from tiny_models import prefill, tiny_model, tokens
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from moekv import MoERouterPress, load_cache, save_cache
+from moekv import DecodingConfig, Expert, LayerView, MoERouterPress, load_cache, save_cache
 
 LENGTH, NUM_NEW = 24, 3
 PADDING = (0, 9)
@@ -242,3 +243,48 @@ def test_masks_that_show_tokens_to_earlier_ones(kind: str, form: str) -> None:
     assert (logits[0][0] - logits[0][1]).abs().max() > 0.1, "the mask shows nothing new"
     off, moved = ((logits[i][j] - logits[0][0]).norm() for i, j in ((1, 0), (0, 1)))
     assert off < (1e-4 if pairs == "16" else 0.3) * moved
+
+
+class Late(Expert):
+    """Wants the last positions in the first layer, and the first ones in others if asked."""
+
+    name = "late"
+    comparable = True
+
+    def __init__(self, alike: bool) -> None:
+        self.alike = alike
+
+    def scores(self, view: LayerView) -> Tensor:
+        turned = view.module.layer_idx and not self.alike
+        place = view.positions[:, None].float().expand(*view.keys.shape[:3])
+        return LENGTH - place if turned else place
+
+
+@pytest.mark.parametrize("kind", ["uniform", "model", "k8v8", "streaming", "growing", "loaded"])
+def test_masks_that_hide_what_only_a_later_layer_stores(kind: str, tmp_path: Path) -> None:
+    """transformers makes one mask for all layers, which is checked for the first."""
+    model = tiny_model()
+    for alike in (True, False):
+        cache: Any = DynamicCache()
+        options: dict[str, Any] = {"budget": "uniform" if kind == "uniform" else "model"}
+        options |= {"pairs": "k8v8"} if kind == "k8v8" else {}
+        options |= {"streaming": True} if kind == "streaming" else {}
+        options |= {"decoding": DecodingConfig(6, 1)} if kind == "growing" else {}
+        expert = {"experts": [Late(alike)], "top_k": 1, "sinks": 0, "recent": 1}
+        with torch.no_grad(), MoERouterPress(0.8, **expert, **options)(model):
+            model(tokens(2, LENGTH - 2), past_key_values=cache)
+            for _ in range(2):
+                model(tokens(2, 1), past_key_values=cache)
+        if kind == "loaded":
+            save_cache(cache, tmp_path / "cache", model)
+            cache = load_cache(tmp_path / "cache", model)
+        hides = torch.ones(2, LENGTH + NUM_NEW, dtype=torch.long)
+        hides[:, 2] = 0
+        if alike:  # nothing is stored there
+            shown = ask(model, copy.deepcopy(cache), torch.ones_like(hides))
+            torch.testing.assert_close(ask(model, cache, hides), shown)
+        else:
+            lengths = [layer.get_seq_length() for layer in cache.layers]
+            with pytest.raises(ValueError, match="attention mask that shows"):
+                ask(model, cache, hides)
+            assert [layer.get_seq_length() for layer in cache.layers] == lengths

@@ -1,6 +1,8 @@
 """Blocks that cannot begin, and forwards in a block that nothing would be made of."""
 
 import copy
+import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -132,3 +134,34 @@ def test_prefill_outside_of_the_block_beside_one_inside(length: int) -> None:
             model(tokens(1, 1), past_key_values=cache)
             assert cache.get_seq_length() == length + 1
     assert outside.get_seq_length() == LENGTH
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("before", ["", "a prefill"])
+def test_hooks_that_somebody_removes(before: str) -> None:
+    model, ids, press = tiny_model(), tokens(1, LENGTH), MoERouterPress(budget="uniform")
+    with press(model):
+        if before:
+            model(ids, past_key_values=DynamicCache())
+        for module in model.modules():  # as functions that remove all hooks do
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        with pytest.raises(RuntimeError, match="block's hooks where it has put them"):
+            model(ids, past_key_values=DynamicCache())
+    assert press.get_stats()["forward_count"] == bool(before)
+    with press(model):  # another block
+        cache = prefill(model, ids)
+    assert lengths(cache) == [LENGTH // 2] * 2
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, pickle.dumps, lambda model: torch.save(model, io.BytesIO())]
+)
+def test_a_model_that_is_copied_in_a_block(copied: Callable[[Any], Any]) -> None:
+    model, press = tiny_model(), MoERouterPress(budget="uniform")
+    with press(model):
+        with pytest.raises(TypeError, match="copied or pickled outside of a press's block"):
+            copied(model)
+        cache = prefill(model, tokens(1, LENGTH))  # which goes on
+    assert lengths(cache) == [LENGTH // 2] * 2
+    copied(model)

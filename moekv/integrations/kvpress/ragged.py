@@ -20,6 +20,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from moekv import ops
 from moekv.budget import Kept
+from moekv.cache.caches import agree_on_padding
 from moekv.cache.ragged import RaggedLayer
 from moekv.cache.rows import check_pairs
 from moekv.integrations.kvpress.prompts import Prompt, Prompts
@@ -156,6 +157,8 @@ class RaggedPress(BasePress):
                 stored += 1
             if prompts is not None:
                 prompts.compare()
+            for cache in caches.values():
+                agree_on_padding(cache.layers)
 
         hooks = [m.register_forward_pre_hook(remember_cache, with_kwargs=True) for m in modules]
         hooks.append(language_model.register_forward_hook(store))
@@ -184,6 +187,7 @@ class RaggedPress(BasePress):
         for i in dense:
             prompt = None if prompts is None else prompts.pop(cache, i)
             cache.layers[i] = self._compress(cache.layers[i], None, prompt)
+        agree_on_padding(cache.layers)
         return len(dense)
 
     def _compress(

@@ -56,6 +56,8 @@ def test_compression_that_goes_on_in_a_wrapper(name: str) -> None:
     refuse(name, MoERouterPress(decoding=decoding), message)
     with pytest.raises(TypeError, match="context_length"):
         WRAPPERS[name](MoERouterPress())(tiny_model(), context_length=LENGTH)
+    with pytest.raises(ValueError, match="context_length where a block begins"):
+        MoERouterPress(context_length=LENGTH)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
