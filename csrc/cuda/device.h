@@ -10,7 +10,7 @@
 //   barriers    __syncthreads __syncthreads_or __syncwarp
 //   warp        __shfl_sync __shfl_up_sync __shfl_xor_sync (int, unsigned, float, with width),
 //               __ballot_sync __any_sync __all_sync __reduce_add_sync (int, unsigned)
-//   bits        __popc __ffs __clz
+//   bits        __popc __ffs __clz __byte_perm
 //   memory      __ldg __ldcg (through L2, for what other blocks write) __threadfence
 //               __nanosleep (lets other threads and blocks run)
 //               atomicAdd (int, unsigned, unsigned long long), atomicOr atomicMax (unsigned)

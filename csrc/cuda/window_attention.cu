@@ -6,10 +6,6 @@
 // m16n8k16; what is streamed goes through shared memory, double buffered. In both passes a thread
 // reduces along the streamed side, so it needs no other thread until the end.
 //
-// Fragments are loaded 16 bytes at a time: lane t of four takes channels 8t ... 8t + 7 of a chunk
-// of 32, where m16n8k16 wants 2t, 2t + 1, 2t + 8, 2t + 9, 2t + 16 ... A dot product does not mind
-// the order of its terms as long as both sides agree.
-//
 // Where the second pass holds 16-bit keys, it also gives their cosines with a direction.
 //
 // fp32 inputs stay fp32: the same tiles, multiplied with FMAs out of shared memory.
@@ -18,6 +14,7 @@
 #include "expert_scores.h"
 #include "logit.h"
 #include "rows.h"
+#include "tiles.h"
 
 namespace moekv::cuda {
 namespace {
@@ -110,29 +107,6 @@ struct Head {
   }
 };
 
-// Starts to copy rows [first, first + num_rows) to shared memory, zeros for those that are null.
-template <typename T, typename Rows>
-__device__ __forceinline__ void copy_tile(char* tile, const Rows& rows, int first, int num_rows,
-                                          int dim) {
-  const int stride = tile_stride<T>(dim);
-  const int bytes = dim * static_cast<int>(sizeof(T));
-  const int pieces =
-      sizeof(T) == 2 ? ceil_div(bytes, kChunkBytes) * (kChunkBytes / 16) : ceil_div(bytes, 16);
-  // Four lanes per row: they look up its address once, and copy 64 bytes at a time.
-  for (int row = static_cast<int>(threadIdx.x) / 4; row < num_rows; row += kThreads / 4) {
-    const T* source = rows(first + row);
-    for (int piece = static_cast<int>(threadIdx.x) % 4; piece < pieces; piece += 4) {
-      char* target = tile + row * stride + piece * 16;
-      const int channel = piece * kPackSize<T>;
-      if (rows.vectorized && source && channel < dim) {
-        copy_async_16(target, source + channel);
-      } else {
-        *reinterpret_cast<uint4*>(target) = load_16_bytes(source, channel, dim, rows.vectorized);
-      }
-    }
-  }
-}
-
 // A warp's rows that stay, and their products with rows that stream by. Lane l = 4g + t has, like
 // in the accumulators of m16n8k16, rows 16i + g and 16i + g + 8 and columns 8j + 2t, 8j + 2t + 1.
 template <typename T, int kChunks>
@@ -146,19 +120,7 @@ struct Held {
 
   template <typename Rows>
   __device__ __forceinline__ void load(const Rows& rows, int first, int dim, char*) {
-    const int g = static_cast<int>(threadIdx.x) % kWarpSize / 4;
-    const int t = static_cast<int>(threadIdx.x) % 4;
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const T* row = rows(first + 16 * i + 8 * half + g);
-#pragma unroll
-        for (int chunk = 0; chunk < kChunks; ++chunk) {
-          fragments[i][half][chunk] = load_16_bytes(row, chunk * 32 + t * 8, dim, rows.vectorized);
-        }
-      }
-    }
+    load_fragments(rows, first, dim, fragments);
   }
 
   // The rows' dot products with a vector of fp32, and with themselves.
@@ -195,25 +157,7 @@ struct Held {
 
   __device__ __forceinline__ void multiply(const char* tile, int dim,
                                            float (&product)[kRowTiles][kColumnTiles][4]) const {
-    const int g = static_cast<int>(threadIdx.x) % kWarpSize / 4;
-    const int t = static_cast<int>(threadIdx.x) % 4;
-    const int stride = tile_stride<T>(dim);
-    const int chunks = ceil_div(dim, 32);
-#pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      if (chunk >= chunks) break;
-#pragma unroll
-      for (int j = 0; j < kColumnTiles; ++j) {
-        const uint4 b = *reinterpret_cast<const uint4*>(tile + (8 * j + g) * stride +
-                                                        chunk * kChunkBytes + t * 16);
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-          const uint4 low = fragments[i][0][chunk], high = fragments[i][1][chunk];
-          mma_m16n8k16<T>(product[i][j], {low.x, high.x, low.y, high.y}, {b.x, b.y});
-          mma_m16n8k16<T>(product[i][j], {low.z, high.z, low.w, high.w}, {b.z, b.w});
-        }
-      }
-    }
+    multiply_tile<T>(fragments, tile, dim, product);
   }
 };
 
@@ -230,7 +174,8 @@ struct Held<float, kChunks> {
   __device__ __forceinline__ void load(const Rows& rows, int first, int dim, char* shared) {
     const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
     // They travel with the first tile that streams by.
-    copy_tile<float>(shared, rows, first - 16 * warp, 16 * kWarps, dim);
+    copy_tile<kThreads, float>(shared, tile_stride<float>(dim), rows, first - 16 * warp,
+                               16 * kWarps, dim);
     tile_of_warp = shared + 16 * warp * tile_stride<float>(dim);
   }
 
@@ -291,7 +236,8 @@ __device__ __forceinline__ void stream_past(const HeldRows& held_rows, int first
   held.load(held_rows, first_held, dim, shared);
   const auto copy = [&](int row, int stage) {
     if (row < end) {
-      copy_tile<T>(tiles + stage * H::kStreamed * stride, streamed_rows, row, H::kStreamed, dim);
+      copy_tile<kThreads, T>(tiles + stage * H::kStreamed * stride, stride, streamed_rows, row,
+                             H::kStreamed, dim);
       const int i = static_cast<int>(threadIdx.x);
       if (i < H::kStreamed) words[stage * H::kStreamed + i] = prepare(row + i);
     }
@@ -310,19 +256,6 @@ __device__ __forceinline__ void stream_past(const HeldRows& held_rows, int first
       reduce(product, row + column, words + offset);
     }
     __syncthreads();
-  }
-}
-
-template <int kRowTiles, int kColumnTiles>
-__device__ __forceinline__ void cap_products(float (&product)[kRowTiles][kColumnTiles][4],
-                                             const Logit& logit) {
-  if (!logit.has_cap()) return;
-#pragma unroll
-  for (int i = 0; i < kRowTiles; ++i) {
-#pragma unroll
-    for (int j = 0; j < 4 * kColumnTiles; ++j) {
-      product[i][j / 4][j % 4] = logit.capped(product[i][j / 4][j % 4]);
-    }
   }
 }
 

@@ -30,8 +30,8 @@ def few_blocks() -> ModuleType:
         # What only few blocks can show, switched off.
         built.Edit(
             "ragged_attention.cu",
-            "static_cast<int>(target_chunks + heads)",
-            "static_cast<int>(target_chunks + (SEEDED ? 0 : heads))",
+            "max_chunks = target_chunks + heads",
+            "max_chunks = target_chunks + (SEEDED ? 0 : heads)",
         ),
     ]
     return built.load(built.build(FLAVOUR, edits))

@@ -124,6 +124,16 @@ inline __half __float2half_rn(float value) {
 
 // --- Arithmetic ---------------------------------------------------------------------------------
 
+// Four of the eight bytes of two words, the first one's lower; a digit of `selector` for each.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned byte = selector >> (4 * i) & 7;
+    result |= static_cast<unsigned>(bytes >> (8 * byte) & 0xff) << (8 * i);
+  }
+  return result;
+}
 inline int __popc(unsigned value) { return std::popcount(value); }
 inline int __clz(int value) { return std::countl_zero(static_cast<unsigned>(value)); }
 inline int __ffs(int value) {

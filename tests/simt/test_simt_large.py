@@ -116,8 +116,10 @@ def test_grids_of_any_size(kernels: ModuleType, name: str, case: Any) -> None:
     simulated.Device(kernels, residents=0).op(name)(*inputs, **options)
 
 
-def test_any_number_of_queries(kernels: ModuleType) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_any_number_of_queries(kernels: ModuleType, dtype: torch.dtype) -> None:
     case = ragged.make_case(heads=1, group=8, dim=8, queries=65537, tail=0, stored=1)
+    case = ragged.cast(case, dtype)
     simulated.Device(kernels, residents=0).ragged_attention(**case, scaling=0.1)
 
 
@@ -180,8 +182,10 @@ def test_rows_beyond_31_bits(kernels: ModuleType, name: str, case: Any, which: l
         assert torch.equal(x, y)
 
 
-def test_stored_rows_beyond_31_bits(kernels: ModuleType) -> None:
-    case = ragged.cast(ragged.make_case(heads=2, dim=64, stored=100, tail=3), torch.bfloat16)
+@pytest.mark.parametrize("group", [4, 5])
+def test_stored_rows_beyond_31_bits(kernels: ModuleType, group: int) -> None:
+    case = ragged.make_case(heads=2, group=group, dim=64, stored=100, tail=3)
+    case = ragged.cast(case, torch.bfloat16)
     far = case | {x: far_apart(case[x]) for x in ("keys", "values", "tail_keys", "tail_values")}
     expected, got = (
         simulated.Device(kernels).ragged_attention(**x, scaling=0.1) for x in (case, far)

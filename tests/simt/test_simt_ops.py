@@ -85,9 +85,13 @@ def test_ragged_attention(kernels: ModuleType, name: str, dtype: torch.dtype) ->
     torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", op_cases.FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 6, 4, 9), (2, 1, 4, 9), (1, 1, 4, 9)], ids=str)
-def test_ragged_attention_with_a_mask(kernels: ModuleType, shape: tuple[int, ...]) -> None:
+def test_ragged_attention_with_a_mask(
+    kernels: ModuleType, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     case = ragged.make_case(batch=2, heads=2, group=3, queries=4, tail=9, dim=16)
+    case = ragged.cast(case, dtype)
     case["end"][1] = case["begin"][1]  # nothing stored in the second row
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.4
     mask[-1, :, :1] = False
@@ -97,24 +101,47 @@ def test_ragged_attention_with_a_mask(kernels: ModuleType, shape: tuple[int, ...
     device = simulated.Device(kernels)
     got = device.ragged_attention(**case | {"tail_values": hidden}, mask=mask, scaling=0.25)
     expected = ragged.oracle(**case, mask=mask, scaling=0.25)
-    torch.testing.assert_close(got.double(), expected, atol=4e-6, rtol=4e-6)
+    tolerance = ragged.DTYPES[dtype]
+    torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
     assert (got[-1, 0] == 0).all()
 
 
-@pytest.mark.parametrize("group", [2, 5])  # up to four queries, and more
-def test_ragged_attention_schedules(few_blocks: ModuleType, group: int) -> None:
-    case = ragged.make_case(heads=3, group=group, dim=24, stored=300, tail=3)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize("dim", [40, 200])
+def test_values_that_some_queries_do_not_see(kernels: ModuleType, dim: int, value: float) -> None:
+    """Products with a weight of zero would be NaN; other queries and heads stay as they are."""
+    case = ragged.make_case(heads=2, group=5, queries=3, tail=8, dim=dim, stored=70)
+    case = ragged.cast(case, torch.bfloat16)
+    case["tail_values"][:, 1, -2, ::3] = value
+    got = simulated.Device(kernels).ragged_attention(**case, scaling=0.1)
+    expected = ragged.oracle(**case, scaling=0.1)
+    torch.testing.assert_close(got.double(), expected, atol=1.6e-2, rtol=1.6e-2, equal_nan=True)
+    assert got[:, 0].isfinite().all() and not got[:, 1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("group", "dtype"),  # up to four queries, and more
+    [(2, torch.float32), (5, torch.float32), (2, torch.bfloat16), (5, torch.bfloat16)],
+    ids=str,
+)
+def test_ragged_attention_schedules(few_blocks: ModuleType, group: int, dtype: torch.dtype) -> None:
+    case = ragged.cast(ragged.make_case(heads=3, group=group, dim=24, stored=300, tail=3), dtype)
     first = simulated.Device(few_blocks).ragged_attention(**case, scaling=0.2)
     expected = ragged.oracle(**case, scaling=0.2)
-    torch.testing.assert_close(first.double(), expected, atol=4e-6, rtol=4e-6)
+    tolerance = ragged.DTYPES[dtype]
+    torch.testing.assert_close(first.double(), expected, atol=tolerance, rtol=tolerance)
     for seed in range(1, NUM_SCHEDULES):
         got = simulated.Device(few_blocks, seed).ragged_attention(**case, scaling=0.2)
         assert torch.equal(got, first), f"seed {seed}"
 
 
+@pytest.mark.parametrize(("group", "dtype"), [(4, torch.float32), (5, torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("offset", [1, 2, 4])
-def test_ragged_attention_on_misaligned_storage(kernels: ModuleType, offset: int) -> None:
-    case = ragged.make_case(heads=2, dim=64, stored=100, tail=3)
+def test_ragged_attention_on_misaligned_storage(
+    kernels: ModuleType, offset: int, group: int, dtype: torch.dtype
+) -> None:
+    case = ragged.make_case(heads=2, group=group, dim=64, stored=100, tail=3)
+    case = ragged.cast(case, dtype)
     expected = simulated.Device(kernels).ragged_attention(**case, scaling=0.1)
 
     def shifted(tensor: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,13 @@ MASS = op_cases.ExpertScores((1, 1, 150, 32), dtype=op_cases.BF16, num_queries=4
 SELECT = op_cases.SelectKept((1, 2, 2500), (1000,), 4, 16, 8, values="ties")
 IN_ROWS = op_cases.SelectKept((1, 2, 2500), (1000,), 4, 16, 30, values="ties")
 COMPACT = op_cases.KvCompact((1, 2, 300, 64), (200,), dtype=op_cases.BF16)
-RAGGED = "decode"
+RAGGED = ("decode", torch.float32)
+TILES = ("no tail", torch.bfloat16)
+CAUSAL = ("nothing stored", torch.float16)
+UNSEEN = (
+    "a tile that all queries but one see whole",
+    torch.bfloat16,
+)  # the last values are infinite
 MANY_ITEMS = op_cases.KvCompact((1, 1, 12000, 128), (8192,), packed=True)
 MANY_SEEDS = (1, 2)
 EXPECTED = op_cases.ExpectedAttention((1, 1, 150, 64), dtype=op_cases.BF16)
@@ -46,7 +52,7 @@ ORDERED = {
     "key_diversity.cu": ("expert_scores", DIVERSITY),
     "kv_compact.cu": ("kv_compact_", COMPACT),
     "lag.cu": ("expert_scores", LAG),
-    "ragged_attention.cu": ("ragged_attention", RAGGED),
+    "ragged_attention.cu": [("ragged_attention", x) for x in (TILES, RAGGED, TILES, TILES)],
     "select_kept.cu": [("select_kept", IN_ROWS)] * 5 + [("select_kept", SELECT)] * 5,
     "window_attention.cu": ("expert_scores", MASS),
 }
@@ -162,6 +168,44 @@ BUGS = {
         "ragged_attention",
         RAGGED,
         r"Tensor-likes are not close",
+    ),
+    "ragged attention, another row's values": Bug(
+        Edit("ragged_attention.cu", "j % 2 == 0 ? 0x5410", "(j + SEEDED) % 2 == 0 ? 0x5410"),
+        "ragged_attention",
+        TILES,
+        r"Tensor-likes are not close",
+    ),
+    "ragged attention, a query sees the next": Bug(
+        Edit("ragged_attention.cu", "tail <= last &&", "tail <= last + SEEDED &&"),
+        "ragged_attention",
+        CAUSAL,
+        r"Tensor-likes are not close",
+    ),
+    "ragged attention, what is not seen in a product": Bug(
+        Edit("ragged_attention.cu", "wrong, 0) != 0 ? 2 : 1", "wrong, 0) != 0 && !SEEDED ? 2 : 1"),
+        "ragged_attention",
+        UNSEEN,
+        r"Tensor-likes are not close",
+    ),
+    "ragged attention, a tile waits for itself alone": Bug(
+        Edit(
+            "ragged_attention.cu",
+            "    copy_async_commit();",
+            "    if (!SEEDED) copy_async_commit();",
+        ),
+        "ragged_attention",
+        TILES,
+        RACE,
+    ),
+    "ragged attention, too little dynamic shared memory": Bug(
+        Edit(
+            "ragged_attention.cu",
+            "bytes(values + kRows * value_stride)",
+            "bytes(values + kRows * value_stride - (SEEDED ? 256 : 0))",
+        ),
+        "ragged_attention",
+        TILES,
+        RACE + r"|out of the bounds of shared memory",
     ),
     # Masks and divergence.
     "gating, half a warp in the mask": Bug(
@@ -337,10 +381,14 @@ def run(op: str, case: Any, bug: int, seed: int, residents: int | None = None) -
             inputs, options = case.inputs()
             device.op(op)(*inputs, **options)
         elif op == "ragged_attention":
-            inputs = ragged.make_case(**ragged.CASES[case])
+            name, dtype = case
+            inputs = ragged.cast(ragged.make_case(**ragged.CASES[name]), dtype)
+            if case == UNSEEN:
+                inputs["tail_values"][:, :, -1] = torch.inf
             got = device.ragged_attention(**inputs, scaling=0.1)
             expected = ragged.oracle(**inputs, scaling=0.1)
-            torch.testing.assert_close(got.double(), expected, atol=4e-6, rtol=4e-6)
+            tolerance = ragged.DTYPES[dtype]
+            torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
         else:
             op_cases.CHECKS[op][0](device.op(op), case)
     finally:

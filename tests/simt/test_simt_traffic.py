@@ -32,7 +32,8 @@ CASES: dict[str, Any] = {
 }
 # Units over the least, for reads and writes of global memory and of shared memory, where they are
 # more than 1.2. Weights and experts of mix_scores lie k apart; 32 bytes of fp32 are two loads of a
-# lane; the rest is little beside what else the kernel moves, or is moved once in a block.
+# lane; two stores of a lane fill a sector of sums in ragged_attention; the rest is little beside
+# what else the kernel moves, or is moved once in a block.
 ABOVE = {
     ("attention_lse_kernel", "global", "read"): 1.4,
     ("expected_attention_kernel", "shared", "write"): 1.3,
@@ -41,6 +42,7 @@ ABOVE = {
     ("lag_kernel", "shared", "read"): 3.7,
     ("lag_kernel", "shared", "write"): 3.7,
     ("mix_scores_kernel", "global", "read"): 2.6,
+    ("ragged_attention_tiles_kernel", "global", "write"): 2.0,
     ("select_kept_begin_kernel", "global", "write"): 1.8,
     ("select_kept_count_kernel", "global", "read"): 1.9,
     ("select_kept_group_kernel", "global", "read"): 2.0,
@@ -62,8 +64,9 @@ def traffic_of(kernels: ModuleType, name: str) -> dict[tuple[str, str, str], flo
     kernels.count_traffic(True)
     try:
         if name == "ragged_attention":
-            case = ragged.make_case(heads=2, group=4, dim=128, stored=600, tail=5)
-            device.ragged_attention(**ragged.cast(case, torch.bfloat16), scaling=0.1)
+            for group in (4, 8):
+                case = ragged.make_case(heads=2, group=group, dim=128, stored=600, tail=5)
+                device.ragged_attention(**ragged.cast(case, torch.bfloat16), scaling=0.1)
         else:
             inputs, options = CASES[name].inputs()
             device.op(name.split(",")[0])(*inputs, **options)

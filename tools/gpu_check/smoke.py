@@ -31,7 +31,9 @@ def items(gpu: Gpu) -> Items:
     """Return a check for each case."""
     ops.check_backend("cuda")
     checks: Items = {f"{name} {case}": partial(_check, gpu, name, case) for name, case in CASES}
-    return checks | {"ragged_attention": partial(_check_ragged, gpu)}
+    # Few queries of a KV head, and more: another kernel.
+    groups = {f"ragged_attention, {x} queries": partial(_check_ragged, gpu, x) for x in (3, 5)}
+    return checks | groups
 
 
 def _check(gpu: Gpu, name: str, case: Any) -> None:
@@ -39,8 +41,9 @@ def _check(gpu: Gpu, name: str, case: Any) -> None:
     check(getattr(torch.ops.moekv, name), case, gpu.device.type)
 
 
-def _check_ragged(gpu: Gpu) -> None:
-    case = ragged_cases.cast(ragged_cases.make_case(heads=3, group=5, tail=3), torch.bfloat16)
+def _check_ragged(gpu: Gpu, group: int) -> None:
+    case = ragged_cases.make_case(heads=3, group=group, tail=3)
+    case = ragged_cases.cast(case, torch.bfloat16)
     expected = ragged_cases.oracle(**case, scaling=0.1)
     moved = {name: x.to(gpu.device) for name, x in case.items()}
     got = torch.ops.moekv.ragged_attention(**moved, scaling=0.1).cpu().double()

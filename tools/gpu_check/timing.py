@@ -146,6 +146,7 @@ OPS = (
     "select_kept",
     "kv_compact_",
     "ragged_attention",
+    "ragged_attention, a window",
 )
 COMPILED = ("gating_topk: Triton of torch.compile", "mix_scores: Triton of torch.compile")
 PEERS = (
@@ -153,6 +154,7 @@ PEERS = (
     "select_kept: torch.sort",
     "kv_compact_: torch.gather",
     "ragged_attention: SDPA",
+    "ragged_attention, a window: SDPA",
 )
 
 
@@ -210,10 +212,10 @@ class Layer:
         inputs = (self.keys, self.values, self.queries)
         return backend.expert_scores(*inputs, kinds=numbers, scaling=self.scaling)
 
-    def attend(self, backend: Any) -> Any:
-        """Decode one token over the kept pairs."""
+    def attend(self, backend: Any, num_queries: int = 1) -> Any:
+        """Decode one token over the kept pairs, or more."""
         ends = (self.begin, self.begin + self.kept)
-        query = self.queries[:, :, :1]
+        query = self.queries[:, :, :num_queries]
         return backend.ragged_attention(query, *self.stored, *ends, scaling=self.scaling)
 
 
@@ -286,6 +288,13 @@ def make_ops(gpu: Gpu, num_tokens: int) -> dict[str, Timed]:
         ),
         Timed("kv_compact_", 2 * plane, layer.compact, layer.restore),
         Timed("ragged_attention", plane, layer.attend, tolerance=1e-2),  # bf16
+        Timed(
+            "ragged_attention, a window",
+            plane,
+            lambda backend: layer.attend(backend, sizes.num_queries),
+            flops_per_token=products / 2,  # half of the pairs are kept
+            tolerance=1e-2,
+        ),
     ]
     return {op.name: op for op in timed}
 
@@ -301,12 +310,15 @@ def make_peers(gpu: Gpu, num_tokens: int) -> dict[str, Timed]:
     rows = layer.scores.view(sizes.num_kv_heads, num_tokens)
     keys, values = (x.view(1, sizes.num_kv_heads, layer.kept, -1) for x in layer.stored)
     attention = torch.nn.functional.scaled_dot_product_attention
-    query = layer.queries[:, :, :1]
+    query, window = layer.queries[:, :, :1], layer.queries
     runs: dict[str, Callable[[Any], Any]] = {
         "select_kept: torch.topk": lambda _: rows.topk(layer.kept),
         "select_kept: torch.sort": lambda _: rows.sort(descending=True, stable=True),
         "kv_compact_: torch.gather": gather,
         "ragged_attention: SDPA": lambda _: attention(query, keys, values, enable_gqa=True),
+        "ragged_attention, a window: SDPA": lambda _: attention(
+            window, keys, values, enable_gqa=True
+        ),
     }
     return {
         name: dataclasses.replace(own[name.split(":")[0]], name=name, run=run, before=lambda: None)
