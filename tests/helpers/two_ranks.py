@@ -13,6 +13,7 @@ from torch import Tensor, distributed, multiprocessing
 from transformers import AutoModelForCausalLM
 
 from moekv import MoERouterPress
+from moekv.models.ranks import Ranks
 
 SIZE = 2
 
@@ -73,8 +74,19 @@ def _work(rank: int, folder: str, cases: Mapping[str, Any]) -> None:
     attention, config = model.model.layers[0].self_attn, model.config
     heads = attention.k_proj(torch.ones(1, 64)).shape[-1] // config.head_dim
     assert heads * SIZE == config.num_key_value_heads
-    with torch.no_grad():
-        found = {name: generated(model, case) for name, case in cases.items()}
+    sent: list[int] = []
+    gather = Ranks.gather
+
+    def counted(self: Ranks, part: Tensor, dim: int) -> Tensor:
+        sent.append(part.nbytes)
+        return gather(self, part, dim)
+
+    Ranks.gather = counted  # type: ignore[method-assign]
+    found = {}
+    for name, case in cases.items():
+        sent.clear()
+        with torch.no_grad():
+            found[name] = generated(model, case) | {"sent": list(sent)}
     torch.save(found, f"{folder}/{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()

@@ -117,6 +117,15 @@ def test_statistics_are_those_of_all_processes(found: Any, name: str) -> None:
     assert _flat(ranks[0]) == pytest.approx(_flat(alone), rel=1e-5, abs=1e-5, nan_ok=True)
 
 
+def test_what_a_prefill_sends(found: Any) -> None:
+    rows, heads, pairs, layers = 2, 2, 90, 3  # of one process
+    means = [4 * rows * heads] * layers  # of each head, see `crowding`
+    scores = 4 * (3 + 1) * layers * rows * heads * pairs  # three experts', and attention
+    for rank in found[1]:
+        first = rank["auto, heads"]["sent"][: layers + 1]  # then what later queries look at
+        assert first == [*means, scores]
+
+
 def _flat(stats: Any, path: str = "") -> dict[str, Any]:
     if isinstance(stats, dict):
         parts = (_flat(value, f"{path}/{name}") for name, value in stats.items())
