@@ -19,7 +19,7 @@ import torch
 from benchmarks.measure import RESULTS
 from moekv import MoERouterPress
 
-from .metrics import LEAST_KL
+from .metrics import geometric
 from .presses import DEFAULT, LENT, LENT_KVZIP, QUANTISED, STRONG
 from .run import FULL, read_results
 from .targets import OURS
@@ -85,8 +85,7 @@ class Figures:
                 continue
             self.samples[task] = len(whole)
             for method, ratio in wanted:
-                kl = sum(found[method, ratio]["kl"] for found in whole) / len(whole)
-                self.kls[method, ratio, task] = max(kl, LEAST_KL)
+                self.kls[method, ratio, task] = geometric(f[method, ratio]["kl"] for f in whole)
                 self.bytes[method, ratio, task] = sum(
                     found[method, ratio]["bytes"] / found[FULL, 0.0]["bytes"] for found in whole
                 ) / len(whole)
@@ -109,11 +108,11 @@ class Figures:
         return any(name in self.methods for name in self.sets.get(method, [method]))
 
     def kl(self, method: str, ratio: float, task: str) -> float:
-        """Mean KL of a method, or of the best of a set, nothing below the floor."""
+        """Geometric mean over samples of a method's KL, or of the best of a set's."""
         return self.kls[self.one(method, ratio, task), ratio, task]
 
     def mean_kl(self, method: str, ratio: float) -> float:
-        """Geometric mean over tasks."""
+        """Geometric mean over samples and tasks."""
         return _mean(self.kl(method, ratio, task) for task in self.tasks)
 
     def times(self, method: str, other: str, ratio: float) -> tuple[float, float]:

@@ -10,7 +10,6 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import RESULTS, ROOT
@@ -18,6 +17,7 @@ from benchmarks.report import share
 
 from . import equal_bytes, other
 from .equal_bytes import AUTO, BEST_LENT, KVZIP, KVZIP_LENT, Figures, cells, percents
+from .pictures import draw_all
 from .presses import PEERS
 from .report import overall
 from .run import FULL, read_results
@@ -45,9 +45,9 @@ def first_figures(rows: Sequence[dict[str, Any]]) -> dict[str, dict[float, dict[
     Returns
     -------
     dict
-        By method and ratio: `kl`, the geometric mean over tasks of the mean KL in nats; `bytes`,
-        the share of the full cache's that is held; `right`, the share of answers that hold the
-        right words, of those that do with the full cache. ``BEST`` has `kl` alone.
+        By method and ratio: `kl`, the geometric mean over samples and tasks in nats; `bytes`, the
+        share of the full cache's that is held; `right`, the share of answers that hold the right
+        words, of those that do with the full cache. ``BEST`` has `kl` alone.
     """
     rows = [row for row in rows if row["cell"]["length"] == LENGTH and "error" not in row]
     full = {
@@ -59,7 +59,7 @@ def first_figures(rows: Sequence[dict[str, Any]]) -> dict[str, dict[float, dict[
     for row in rows:
         answers[row["cell"]["method"], row["cell"]["ratio"]].append(row)
     figures: dict[str, dict[float, dict[str, float]]] = defaultdict(dict)
-    for entry in overall(rows, resamples=2):
+    for entry in overall(rows):
         method, ratio, kl = (entry[name] for name in ("method", "ratio", "kl"))
         pairs = [
             (row, full[row["cell"]["task"], row["cell"]["index"]]) for row in answers[method, ratio]
@@ -171,6 +171,14 @@ def screen(
         "",
         "![KL divergence against the share removed](first-screen.png)",
         "",
+        "Each task beside its best one-pass press, with 95 % intervals:",
+        "",
+        "![KL divergence of each task as a multiple of its best press's](results-tasks.png)",
+        "",
+        "With the question in the prompt, and without:",
+        "",
+        "![KL divergence where the question is seen and where it is not](results-questions.png)",
+        "",
         "## Where moekv wins",
         "",
         f'- `pairs="auto"` comes to {times(equal_bytes.BEST)} of the KL of the best of six '
@@ -205,63 +213,6 @@ def screen(
     return "\n".join(lines) + "\n"
 
 
-def first_picture(
-    rows: Sequence[dict[str, Any]], in_bytes: Sequence[dict[str, Any]], path: Path
-) -> Path:
-    """Draw KL over the share removed, of pairs in 16 bits and in the same bytes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    pairs, figures = first_figures(rows), equal_bytes.all_figures(in_bytes)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 4.0), sharey=True)
-    named = {
-        OURS: ("moekv, pairs in 16 bits", "C3", "-"),
-        BEST: ("best one-pass press of kvpress on each task", "C0", "--"),
-        "KVzipPress": ("KVzip, reads the text twice", "C2", "-"),
-    }
-    ratios = sorted({ratio for own in pairs.values() for ratio in own})
-    others = [method for method in pairs if method in PEERS]
-    for method in [*others, *named]:
-        name, color, style = named.get(method, ("every press of kvpress", "0.8", "-"))
-        points = [(x, pairs[method][r]["kl"]) for x, r in enumerate(ratios) if r in pairs[method]]
-        own = {"color": color, "linestyle": style, "linewidth": 1.0 + (method in named)}
-        shown = name if method in named or method == others[0] else None
-        left.plot(*zip(*points, strict=True), **own, marker="o", markersize=4, label=shown)
-    in_bytes_too = {
-        AUTO: ('moekv, pairs="auto"', "C1", "-"),
-        OURS: named[OURS],
-        equal_bytes.BEST: named[BEST],
-        BEST_LENT: ("the same of six, lent moekv's rows", "C4", "--"),
-        KVZIP: named["KVzipPress"],
-        KVZIP_LENT: ("KVzip, lent moekv's rows", "C5", "-"),
-    }
-    for method, (name, color, style) in in_bytes_too.items():
-        if figures.has(method):
-            points = [(x, figures.mean_kl(method, r)) for x, r in enumerate(figures.ratios)]
-            own = {"color": color, "linestyle": style, "linewidth": 2.0, "markersize": 4}
-            right.plot(*zip(*points, strict=True), **own, marker="o", label=name)
-    for axis, removed, title in (
-        (left, ratios, "in as many pairs of 16 bits (ten tasks)"),
-        (right, figures.ratios, f"in the same bytes ({len(figures.tasks)} tasks)"),
-    ):
-        axis.set_xticks(range(len(removed)), percents(removed))
-        axis.set(yscale="log", xlabel="share of the cache removed")
-        axis.set_title(title, fontsize=11)
-        axis.grid(axis="y", color="0.93")
-        axis.spines[["top", "right"]].set_visible(False)
-    left.set_ylabel("KL divergence, nats (less is better)")
-    found = [axis.get_legend_handles_labels() for axis in (left, right)]
-    unique = {x: h for handles, labels in found for h, x in zip(handles, labels, strict=True)}
-    place = {"loc": "lower center", "ncols": 2, "frameon": False, "fontsize": 9}
-    figure.legend(unique.values(), unique.keys(), **place)
-    figure.tight_layout(rect=(0, 0.17, 1, 1))
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path
-
-
 def main() -> None:
     """Write the README's table, the pages and the picture, from the recorded answers."""
     rows, (in_bytes, meta) = read_results(ANSWERS), equal_bytes.recorded()
@@ -271,7 +222,7 @@ def main() -> None:
     BYTES.write_text(equal_bytes.page(in_bytes, meta), encoding="utf-8")
     other.PAGE.write_text(other.page(*other.recorded()), encoding="utf-8")
     print(README, PAGE, BYTES, other.PAGE)
-    print(first_picture(rows, in_bytes, PAGE.with_name("first-screen.png")))
+    print(*draw_all(rows, in_bytes, other.recorded_figures()[0], PAGE.parent))
 
 
 if __name__ == "__main__":

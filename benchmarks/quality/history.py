@@ -25,7 +25,7 @@ from moekv import MoERouterPress
 from moekv.models.index import DEFAULT_MODEL
 from moekv.models.loading import load_model
 
-from .metrics import bootstrap, compare
+from .metrics import compare, exponential, mean
 from .replay import answer_logits, record, replay
 from .tasks import TASKS, encode, make_sample
 
@@ -100,9 +100,11 @@ def table(results: dict[str, Any]) -> list[str]:
         lines.append(f"| {task} | " + " | ".join(entries) + " |")
     ratio_of = []
     for ratio in ratios:
-        mean = math.exp(sum(logs[ratio]) / len(logs[ratio]))
-        low, high = (math.exp(x) for x in bootstrap(logs[ratio]))
-        ratio_of.append(f"**{mean:.3f}**, {low:.3f} to {high:.3f}")
+        found = mean(logs[ratio])
+        text, interval = f"**{math.exp(found.value):.3f}**", exponential(found.interval())
+        if interval is not None:
+            text += f", {interval[0]:.3f} to {interval[1]:.3f}"
+        ratio_of.append(text)
     return [*lines, "| with / without | " + " | ".join(ratio_of) + " |"]
 
 

@@ -14,11 +14,12 @@ from typing import Any
 from benchmarks.measure import RESULTS, ROOT
 
 from .equal_bytes import Figures, Row, cells, percents, samples_of, where
+from .metrics import geometric
 from .presses import ASKED, STRONG
-from .run import read_results
+from .run import FULL, read_results
 from .targets import FREE, OURS
 
-SEEN, SECOND = (RESULTS / name / "answers.jsonl" for name in ("seen", "gemma"))
+SEEN, SECOND, MADE = (RESULTS / x / "answers.jsonl" for x in ("seen", "gemma", "ruler"))
 NOTES = Path(__file__).with_name("other-notes.md")
 PAGE = ROOT / "docs/results-other.md"
 
@@ -109,16 +110,47 @@ def _tasks(figures: Figures) -> Iterator[str]:
             yield f"| {first} | {NAMES.get(method, method)} | {' | '.join(texts)} |"
 
 
+def _scores(rows: Sequence[Row]) -> Iterator[str]:
+    """Scores and KL of RULER's tasks, of every method and ratio."""
+    found = {
+        (row["cell"]["task"], row["cell"]["method"], row["cell"]["ratio"]): row
+        for row in rows
+        if "error" not in row
+    }
+    tasks = list(dict.fromkeys(task for task, _, _ in found))
+    columns = list(dict.fromkeys((method, ratio) for _, method, ratio in found))
+    heads = [
+        FULL if method == FULL else f"{NAMES.get(method, method)}, {percents([ratio])[0]} removed"
+        for method, ratio in columns
+    ]
+    yield f"| score of 100, KL | {' | '.join(heads)} |"
+    yield f"|---|{'---:|' * len(columns)}"
+
+    def show(scores: Sequence[float], kls: Sequence[float], method: str) -> str:
+        text = f"{100 * sum(scores) / len(scores):.0f}"
+        return text if method == FULL else f"{text}, {geometric(kls):.3f}"
+
+    for name, own in (*((task, [task]) for task in tasks), ("**all**", tasks)):
+        texts = []
+        for method, ratio in columns:
+            cells = [found[task, method, ratio] for task in own]
+            scores, kls = ([row[key] for row in cells] for key in ("score", "kl"))
+            texts.append(show(scores, kls, method))
+        yield f"| {name} | {' | '.join(texts)} |"
+
+
 def page(
     seen_rows: Sequence[Row],
     seen_meta: Mapping[str, Any],
     second_rows: Sequence[Row],
     second_meta: Mapping[str, Any],
+    made_rows: Sequence[Row],
+    made_meta: Mapping[str, Any],
 ) -> str:
     """Write the page, in Markdown."""
     seen, second = seen_figures(seen_rows), second_figures(second_rows)
     notes = NOTES.read_text(encoding="utf-8")
-    intro, about_seen, about_second = notes.split("\n---\n")
+    intro, about_seen, about_second, about_made = notes.split("\n---\n")
     lines = [
         *intro.strip().splitlines(),
         "",
@@ -145,6 +177,14 @@ def page(
         *_tasks(second),
         "",
         where(second_meta),
+        "",
+        "## RULER's tasks",
+        "",
+        *about_made.strip().splitlines(),
+        "",
+        *_scores(made_rows),
+        "",
+        where(made_meta),
     ]
     return "\n".join(lines) + "\n"
 
@@ -153,7 +193,7 @@ def recorded() -> tuple[Any, ...]:
     """Read the recorded answers, and where they were measured."""
     return tuple(
         found
-        for path in (SEEN, SECOND)
+        for path in (SEEN, SECOND, MADE)
         for found in (
             read_results(path),
             json.loads(path.with_suffix(".meta.json").read_text()),

@@ -168,11 +168,6 @@ EAGER = frozenset({"KVComposePress", "ObservedAttentionPress"})
 OURS: dict[str, Factory] = {
     "moekv": _scorer(MoERouterPress),
     "moekv training-free": _scorer(MoERouterPress, router=None),
-    "moekv dominant": _scorer(
-        MoERouterPress,
-        policy="dominant",
-        experts=("aggressive", "moderate", "conservative", "selective"),
-    ),
 }
 
 #: Every expert alone: what routing has to beat.
@@ -187,14 +182,9 @@ BUDGETS: dict[str, Factory] = {
     for name in ("uniform", "layer", "head")
 }
 
-#: Without what stays in any case, and with fewer or more observed queries: training-free, as the
-#: calibrated experts look at no window.
+#: Without what stays in any case.
 KNOBS: dict[str, Factory] = {
-    f"moekv {name}={value}": _scorer(MoERouterPress, **{name: value})
-    for name, value in (("sinks", 0), ("recent", 0))
-} | {
-    f"moekv training-free {name}={value}": _scorer(MoERouterPress, router=None, **{name: value})
-    for name, value in (("sinks", 0), ("recent", 0), ("window", 16), ("window", 256))
+    f"moekv {name}=0": _scorer(MoERouterPress, **{name: 0}) for name in ("sinks", "recent")
 }
 
 #: The press as it comes, with pairs in fewer bits: folded where many leave.

@@ -10,32 +10,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from moekv.calibration.router import SHIPPED
 
 from .history import table
-from .metrics import LEAST_KL, bootstrap, draws, middle
+from .metrics import Mean, exponential, log_kl, mean, over_tasks, share_interval
 from .presses import ANCHORS, EXCLUDED, EXPERTS, METHODS, PEERS
 from .run import FULL, read_results
-from .targets import targets
+from .targets import KEPT, PARTS, RATIOS, parts, targets
 
 NOTES = Path(__file__).with_name("results-notes.md")
 CALIBRATION = "quality-calibration"
-METRICS = ("kl", "nll", "exact", "score")
+METRICS = ("kl", "tv", "nll", "exact", "score")
 RISING = ("exact", "score")
 """Of which more is better."""
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Average rows over samples, with bootstrap 95 % intervals.
+    """Average rows over samples, with 95 % intervals; of one sample there is none.
 
     Returns
     -------
     dict
-        `cells`: for each task, length, method and ratio the means of `kl`, `nll`, `exact`, of
-        `score` where the task has one, their intervals, and the measured shares of pairs and bytes;
+        `cells`: for each task, length, method and ratio the geometric mean of `kl`, the means of
+        `nll`, `exact`, and of `score` where the task has one, their intervals, and the measured
+        shares of pairs and bytes;
         `errors`: for each method the first error and how many answers it cost.
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
@@ -61,11 +59,10 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "samples": len(group),
         }
         for metric in METRICS:
-            if metric not in group[0]:
+            if any(metric not in row for row in group):  # answers of before it was measured
                 continue
             values = [float(row[metric]) for row in group]
-            summary[metric] = sum(values) / len(values)
-            summary[f"{metric}_interval"] = bootstrap(values)
+            summary[metric], summary[f"{metric}_interval"] = _averaged(metric, values)
         summary["kept"] = sum(row["kept"] for row in group) / sum(row["pairs"] for row in group)
         whole = sum(full_bytes[task, length, row["cell"]["index"]] for row in group)
         summary["bytes"] = sum(row["bytes"] for row in group) / whole
@@ -74,16 +71,27 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"cells": cells, "errors": errors}
 
 
-def overall(rows: Sequence[dict[str, Any]], *, resamples: int = 500) -> list[dict[str, Any]]:
+def _averaged(metric: str, values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+    """Average a metric over samples, with its interval."""
+    if metric == "exact":
+        return sum(values) / len(values), share_interval(round(sum(values)), len(values))
+    if metric != "kl":
+        found = mean(values)
+        return found.value, found.interval()
+    found = mean([log_kl(kl) for kl in values])
+    return math.exp(found.value), exponential(found.interval())
+
+
+def overall(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Compare methods over all tasks of a length.
 
     Returns
     -------
     list of dict
-        For each length, method and ratio that has all tasks: `kl`, the geometric mean over tasks of
-        the mean KL; `regret`, the mean over tasks of log(KL / KL of the task's best peer), 0 being
-        as good as the best peer of every task, on the same samples; their 95 % intervals, of
-        resampled samples of each task; and `samples`, the least of a task.
+        For each length, method and ratio that has all tasks: `kl`, the geometric mean of KL over
+        samples and tasks; `regret`, the mean over tasks of log(KL / KL of the task's best peer), 0
+        being as good as the best peer of every task, on the same samples; their 95 % intervals,
+        None where a task has one sample; and `samples`, the least of a task.
     """
     answers: dict[tuple[int, float], dict[str, dict[str, dict[int, float]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(dict))
@@ -96,54 +104,41 @@ def overall(rows: Sequence[dict[str, Any]], *, resamples: int = 500) -> list[dic
     result = []
     for (length, ratio), tasks in sorted(answers.items()):
         methods = {m for own in tasks.values() for m in own}
-        known: dict[str, dict[Any, Tensor]] = defaultdict(dict)
         for method in [m for m in [*METHODS, *sorted(methods - set(METHODS))] if m in methods]:
             if any(method not in own for own in tasks.values()):
                 continue
-            compared = [
-                _compare(own, method, resamples, known[task]) for task, own in tasks.items()
-            ]
-            logs = torch.stack([own for own, _, _ in compared]).mean(0)
+            compared = [_compare(own, method) for own in tasks.values()]
+            logs = over_tasks([own for own, _, _ in compared])
             entry: dict[str, Any] = {
                 "length": length,
                 "ratio": ratio,
                 "method": method,
                 "samples": min(count for _, _, count in compared),
-                "kl": math.exp(logs[0]),
-                "kl_interval": [math.exp(x) for x in middle(logs[1:])],
+                "kl": math.exp(logs.value),
+                "kl_interval": exponential(logs.interval()),
             }
-            if all(best is not None for _, best, _ in compared):
-                regret = torch.stack([own - best for own, best, _ in compared]).mean(0)
-                entry |= {"regret": regret[0].item(), "regret_interval": middle(regret[1:])}
+            ratios = [ratio for _, ratio, _ in compared if ratio is not None]
+            if len(ratios) == len(compared):
+                regret = over_tasks(ratios)
+                entry |= {"regret": regret.value, "regret_interval": regret.interval()}
             result.append(entry)
     return result
 
 
-def _compare(
-    task: dict[str, dict[int, float]], method: str, resamples: int, known: dict[Any, Tensor]
-) -> tuple[Tensor, Tensor | None, int]:
-    """Logs [1 + resamples] of a method's mean KL, and of the best peer's, on the same samples.
-
-    `known` has those that were formed before, by method and samples.
-    """
+def _compare(task: dict[str, dict[int, float]], method: str) -> tuple[Mean, Mean | None, int]:
+    """Mean log KL of a method, and of its ratio to the best peer, on the same samples."""
     own = task[method]
     peers = [p for p in PEERS if p in task]
     shared = [sorted(own.keys() & task[peer].keys()) for peer in peers]
     most = max(map(len, shared), default=0)  # a peer with fewer samples is no match
     indices = next((s for s in shared if len(s) == most), []) or sorted(own)
     matched = [peer for peer, s in zip(peers, shared, strict=True) if s == indices]
-    drawn = draws(len(indices), resamples)
-
-    def logs(name: str) -> Tensor:
-        key = name, *indices
-        if key not in known:
-            kls = torch.tensor([task[name][i] for i in indices], dtype=torch.float64)
-            means = torch.cat([kls.mean(0, keepdim=True), kls[drawn].mean(1)])
-            known[key] = means.clamp(min=LEAST_KL).log()
-        return known[key]
-
-    best = torch.stack([logs(peer) for peer in matched]).amin(0) if matched else None
-    return logs(method), best, len(indices)
+    logs = {name: [log_kl(task[name][i]) for i in indices] for name in (method, *matched)}
+    if not matched:
+        return mean(logs[method]), None, len(indices)
+    best = min(matched, key=lambda peer: sum(logs[peer]))
+    ratio = mean([a - b for a, b in zip(logs[method], logs[best], strict=True)])
+    return mean(logs[method]), ratio, len(indices)
 
 
 def markdown(summary: dict[str, Any], notes: str = "") -> str:
@@ -176,10 +171,11 @@ def markdown(summary: dict[str, Any], notes: str = "") -> str:
         for metric, title, digits in (
             ("score", "Score of the benchmark: its own metric, of what the model writes", 2),
             ("kl", "KL divergence from the full cache, nats per answer token", 3),
+            ("tv", "Total variation from the full cache's next tokens", 3),
             ("exact", "Exact match", 2),
             ("nll", "Negative log-likelihood of the answer, nats per token", 2),
         ):
-            scored = [task for task in tasks if metric in found.get((task, FULL, 0.0), ())]
+            scored = [t for t in tasks if all(metric in c for c in here if c["task"] == t)]
             if not scored:
                 continue
             lines += [f"### {title}", "", f"At {removed} removed.", ""]
@@ -232,9 +228,9 @@ def _over_tasks(overall: Sequence[dict[str, Any]], length: int) -> list[str]:
         "",
         f"## Over all tasks, {_contexts(length)}",
         "",
-        "KL divergence from the full cache, nats per answer token, geometric mean over tasks, as a "
-        "multiple of each task's best peer, with 95 % intervals over samples (one sample has "
-        "none); in brackets by itself. Below 1: better than to pick the best peer for every task.",
+        "KL divergence from the full cache, nats per answer token, geometric mean over samples and "
+        "tasks, as a multiple of each task's best peer, with 95 % intervals (one sample has none); "
+        "in brackets by itself. Below 1: better than to pick the best peer for every task.",
         "",
         f"| method | samples | {head} |",
         "|---" * (len(ratios) + 2) + "|",
@@ -249,9 +245,9 @@ def _over_tasks(overall: Sequence[dict[str, Any]], length: int) -> list[str]:
 def _multiple(entry: dict[str, Any] | None) -> str:
     if entry is None or "regret" not in entry:
         return "–"
-    low, high = (math.exp(x) for x in entry["regret_interval"])
-    interval = f", {low:.2f} to {high:.2f}" if entry["samples"] > 1 else ""
-    return f"**{math.exp(entry['regret']):.2f}**{interval} ({entry['kl']:.4f})"
+    interval = exponential(entry["regret_interval"])
+    text = "" if interval is None else f", {interval[0]:.2f} to {interval[1]:.2f}"
+    return f"**{math.exp(entry['regret']):.2f}**{text} ({entry['kl']:.4f})"
 
 
 def _table(
@@ -302,8 +298,10 @@ def _intervals(
         return []
 
     def show(cell: dict[str, Any], metric: str, digits: int) -> str:
-        low, high = cell[f"{metric}_interval"]
-        return f"{cell[metric]:.{digits}f}, {low:.{digits}f} to {high:.{digits}f}"
+        text, interval = f"{cell[metric]:.{digits}f}", cell[f"{metric}_interval"]
+        if interval is None:
+            return text
+        return f"{text}, {interval[0]:.{digits}f} to {interval[1]:.{digits}f}"
 
     lines = [
         "",
@@ -474,8 +472,15 @@ def _history(path: Path) -> str:
 def page_text(results: Path, summary: dict[str, Any], images: Sequence[str]) -> str:
     """Write the page of docs: notes, pictures, tables, and what lies beside the answers."""
     shown = "\n".join(f"![{name}](quality-{name}.png)" for name in images)
-    lines = targets(read_results(results), summary["overall"])
-    notes = NOTES.read_text().replace("{targets}", "\n".join(lines))
+    rows = read_results(results)
+    tables = {
+        "{targets}": targets(rows, summary["overall"]),
+        "{parts}": parts(rows, PARTS, 1, (0.5, 0.75, 0.9)),
+        "{kept}": parts(rows, KEPT, 2, RATIOS),
+    }
+    notes = NOTES.read_text()
+    for mark, lines in tables.items():
+        notes = notes.replace(mark, "\n".join(lines))
     text = markdown(summary, f"{notes}\n{shown}\n\n")
     if (history := results.with_name("history.json")).exists():
         text += _history(history)

@@ -1,24 +1,22 @@
 """What was aimed at, and what the answers say about it.
 
-Every comparison is of the same samples. Intervals are 95 % bootstrap intervals of ratios of mean KL
-divergence, for which samples of a task are drawn for both sides alike: behind within the interval
-is who is behind in the mean, by a ratio whose interval includes 1.
+Every comparison is of the same samples. Intervals are 95 % intervals of ratios of KL divergence,
+paired sample by sample (``metrics``): behind within the interval is who is behind in the mean, by a
+ratio whose interval includes 1. The best of many others is picked on the samples on which it is
+compared, which favours them: no interval takes that into account.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from .metrics import LEAST_KL, draws, middle
-from .presses import EXPERTS, PEERS
+from .metrics import Mean, geometric, log_kl, mean
+from .metrics import over_tasks as mean_over_tasks
+from .presses import PEERS
 from .run import FULL
 
 OURS, FREE = "moekv", "moekv training-free"
@@ -40,11 +38,23 @@ def answers_at(rows: Sequence[Row], length: int, ratio: float) -> Answers:
     return found
 
 
-def mean_kl(answers: dict[int, Row], indices: Sequence[int], resamples: int = 500) -> Tensor:
-    """Mean KL [1 + resamples] of samples, then of draws from them; the same draws for all."""
-    own = torch.tensor([answers[i]["kl"] for i in indices], dtype=torch.float64)
-    means = torch.cat([own.mean(0, keepdim=True), own[draws(len(own), resamples)].mean(1)])
-    return means.clamp(min=LEAST_KL)
+def mean_kl(answers: dict[int, Row], indices: Iterable[int]) -> float:
+    """Geometric mean of the KL of samples."""
+    return geometric(answers[i]["kl"] for i in indices)
+
+
+def log_ratio(own: dict[int, Row], other: dict[int, Row], indices: Iterable[int]) -> Mean:
+    """Mean of log(KL / KL of the other), sample by sample."""
+    return mean([log_kl(own[i]["kl"]) - log_kl(other[i]["kl"]) for i in indices])
+
+
+def shown(ratio: Mean, digits: int) -> str:
+    """Write a log ratio as a ratio, with its interval where there is one."""
+    text, interval = f"{math.exp(ratio.value):.{digits}f}", ratio.interval()
+    if interval is None:
+        return text
+    low, high = (math.exp(x) for x in interval)
+    return f"{text} ({low:.2f} to {high:.2f})"
 
 
 @dataclass
@@ -56,7 +66,7 @@ class Comparison:
     kl: float
     best: str
     best_kl: float
-    logs: Tensor  # [1 + resamples], log(KL / KL of the best)
+    log_ratio: Mean  # to the best
     samples: int
 
     @property
@@ -65,13 +75,13 @@ class Comparison:
 
     @property
     def surely_behind(self) -> bool:
-        return self.behind and middle(self.logs[1:])[0] > 0
+        interval = self.log_ratio.interval()
+        return self.behind and interval is not None and interval[0] > 0
 
     def __str__(self) -> str:
-        low, high = (math.exp(x) for x in middle(self.logs[1:]))
         return (
             f"{self.task} at {self.ratio:.0%} ({self.kl:.4f}; {self.best} {self.best_kl:.4f}; "
-            f"ratio {low:.2f} to {high:.2f})"
+            f"ratio {shown(self.log_ratio, 2)})"
         )
 
 
@@ -89,22 +99,67 @@ def compare(
         kls = {
             other: mean_kl(table[other], indices) for other in shared if shared[other] == indices
         }
-        ours = mean_kl(own, indices)
-        best = min(kls, key=lambda other: kls[other][0].item())
-        logs = ours.log() - torch.stack(list(kls.values())).amin(0).log()
-        kl, best_kl = ours[0].item(), kls[best][0].item()
-        result.append(Comparison(task, ratio, kl, best, best_kl, logs, len(indices)))
+        best = min(kls, key=lambda other: kls[other])
+        logs = log_ratio(own, table[best], indices)
+        kl = mean_kl(own, indices)
+        result.append(Comparison(task, ratio, kl, best, kls[best], logs, len(indices)))
     return result
 
 
-def over_tasks(found: Sequence[Comparison]) -> Tensor:
-    """Geometric mean over tasks of the ratios [1 + resamples]."""
-    return torch.stack([c.logs for c in found]).mean(0).exp()
+def over_tasks(found: Sequence[Comparison]) -> Mean:
+    """Mean over tasks of the logs of the ratios."""
+    return mean_over_tasks([c.log_ratio for c in found])
 
 
-def _ratio(draws: Tensor) -> str:
-    low, high = middle(draws[1:])
-    return f"{draws[0]:.3f} ({low:.2f} to {high:.2f})"
+PARTS = {
+    "moekv": "as it comes",
+    "moekv, all parts": "all parts, fitted again",
+    "moekv, even gates": "even gates: every token trusts `learned` and `expected` alike",
+    "moekv, learned alone": "`learned` alone (also: one expert a token)",
+    "moekv, hidden states alone": "hidden states alone, fitted: a linear probe",
+    "moekv, learned without hidden states": "`learned` without hidden states",
+    "moekv, learned without places": "`learned` without places",
+    "moekv, learned without keys": "`learned` without keys",
+    "moekv, and selective": "and `selective`, three experts a token",
+    "moekv, and semantic": "and `semantic`, three experts a token",
+    "moekv, and temporal": "and `temporal`, three experts a token",
+    "moekv, all experts, top-k 3": "all five, three experts a token",
+    "moekv, no load balancing": "no load-balancing loss",
+    "moekv, one domain": "one domain: gates see what the fit knows",
+    "moekv, scales not fitted": "`expected` on a scale of its own: its offset not fitted",
+    "moekv budget=head": 'one budget a layer (`budget="head"`)',
+    "moekv budget=uniform": 'one budget a head (`budget="uniform"`)',
+    "moekv training-free": "training-free",
+}
+"""Methods that lack a part of the calibrated press, or have one more, by the names of the page."""
+
+KEPT = {
+    "moekv": "as it comes: the first 4 and the last 16 positions stay",
+    "moekv sinks=0": "no sinks",
+    "moekv recent=0": "no recent positions",
+}
+"""Methods without what stays in any case."""
+
+
+def parts(
+    rows: Sequence[Row], names: dict[str, str], samples: int, ratios: Sequence[float]
+) -> list[str]:
+    """Write the geometric mean of KL over the first samples of each task, as a markdown table."""
+    kls: dict[tuple[str, float], list[float]] = defaultdict(list)
+    length = min(row["cell"]["length"] for row in rows)
+    for row in rows:
+        cell = row["cell"]
+        if "error" not in row and cell["length"] == length and cell["index"] < samples:
+            kls[cell["method"], cell["ratio"]].append(row["kl"])
+    lines = [
+        f"| calibrated press | {' | '.join(f'{ratio:.0%}' for ratio in ratios)} |",
+        f"|---|{'---:|' * len(ratios)}",
+    ]
+    for method, name in names.items():
+        if all(kls[method, ratio] for ratio in ratios):
+            texts = [f"{geometric(kls[method, ratio]):.4f}" for ratio in ratios]
+            lines.append(f"| {name} | {' | '.join(texts)} |")
+    return lines
 
 
 def _verdict(missed: object, what: str = "") -> str:
@@ -143,46 +198,6 @@ def _exact(rows: Sequence[Row], length: int) -> tuple[str, str]:
     return " / ".join(texts), _verdict(missed, f"({'; '.join(missed)})")
 
 
-def _beside_experts(rows: Sequence[Row], length: int) -> list[tuple[str, str, str]]:
-    """Compare the training-free press with its experts alone."""
-    ahead = cells = 0
-    for ratio in RATIOS:
-        for table in answers_at(rows, length, ratio).values():
-            experts = [name for name in EXPERTS if name in table]
-            common = set.intersection(*(set(table[name]) for name in [FREE, *experts]))
-            if len(experts) < 2 or not common:
-                continue
-            indices = sorted(common)
-            kls = [mean_kl(table[name], indices)[0].item() for name in experts]
-            own = mean_kl(table[FREE], indices)[0].item()
-            cells += 1
-            ahead += own <= statistics.median(kls)
-    if not cells:
-        return []
-    lines = [
-        (
-            "training-free ≤ the median of its experts alone, on each task",
-            f"{ahead} of {cells} cells",
-            _verdict(cells - ahead),
-        )
-    ]
-    ratios = {}
-    for name in EXPERTS:
-        pairs = [c for ratio in RATIOS for c in compare(rows, length, ratio, FREE, [name])]
-        if pairs:
-            ratios[name] = over_tasks(pairs), min(c.samples for c in pairs)
-    closest = max(ratios, key=lambda name: ratios[name][0][0].item())
-    draws, samples = ratios[closest]
-    lines.append(
-        (
-            "training-free ≤ its best expert alone, in the mean regret",
-            f"{_ratio(draws)} times the KL of {closest}, {samples} samples of each task",
-            _verdict(draws[0] > 1),
-        )
-    )
-    return lines
-
-
 def _at_length(rows: Sequence[Row], length: int, first: int) -> list[tuple[str, str, str]]:
     """Compare the advantage at a length with that at the first, over the same tasks and peers."""
     texts, lost, surely = [], [], []
@@ -195,10 +210,12 @@ def _at_length(rows: Sequence[Row], length: int, first: int) -> list[tuple[str, 
         short = [c for c in compare(rows, first, ratio, OURS, peers) if c.task in tasks]
         if not own or not short:
             continue
-        there, before = over_tasks(own), over_tasks(short)[0]
-        texts.append(f"{_ratio(there)} at {ratio:.0%}, there {before:.2f}")
-        if there[0] > before:
-            (surely if middle(there[1:])[0] > before else lost).append(f"{ratio:.0%}")
+        there, before = over_tasks(own), over_tasks(short).value
+        texts.append(f"{shown(there, 3)} at {ratio:.0%}, there {math.exp(before):.2f}")
+        if there.value > before:
+            interval = there.interval()
+            beyond = interval is None or interval[0] > before
+            (surely if beyond else lost).append(f"{ratio:.0%}")
     if not texts:
         return []
     verdict = "met within the intervals" if lost and not surely else ""
@@ -225,27 +242,27 @@ def targets(rows: Sequence[Row], overall: Sequence[dict[str, Any]]) -> list[str]
     def all_ratios(method: str, others: Iterable[str]) -> list[Comparison]:
         return [c for ratio in RATIOS for c in compare(rows, first, ratio, method, others)]
 
-    def means(found: Sequence[Comparison]) -> dict[float, Tensor]:
+    def means(found: Sequence[Comparison]) -> dict[float, Mean]:
         ratios = sorted({c.ratio for c in found})
         return {r: over_tasks([c for c in found if c.ratio == r]) for r in ratios}
 
-    def show(by_ratio: dict[float, Tensor]) -> str:
-        return " / ".join(f"{_ratio(draws)} at {r:.0%}" for r, draws in by_ratio.items())
+    def show(by_ratio: dict[float, Mean]) -> str:
+        return " / ".join(f"{shown(logs, 3)} at {r:.0%}" for r, logs in by_ratio.items())
 
     if peers := all_ratios(OURS, PEERS):
         lines.append(("≤ the best single-prefill peer's, on each task", *_each(peers)))
         by_ratio = means(peers)
-        missed = [f"{r:.0%}" for r, draws in by_ratio.items() if draws[0] > 0.2]
+        missed = [f"{r:.0%}" for r, logs in by_ratio.items() if logs.value > math.log(0.2)]
         aim = "≤ 0.2 × the best peer's of each task, geometric mean"
         lines.append((aim, show(by_ratio), _verdict(missed, f"at {', '.join(missed)}")))
     if probe := all_ratios(OURS, [PROBE]):
         lines.append(("≤ the linear probe's, on each task", *_each(probe)))
         aim = "the same, geometric mean"
         by_ratio = means(probe)
-        lines.append((aim, show(by_ratio), _verdict([d for d in by_ratio.values() if d[0] > 1])))
+        lines.append((aim, show(by_ratio), _verdict([d for d in by_ratio.values() if d.value > 0])))
     if anchor := all_ratios(OURS, ["KVzipPress"]):
         by_ratio = means(anchor)
-        verdict = _verdict([draws for draws in by_ratio.values() if draws[0] > 1])
+        verdict = _verdict([logs for logs in by_ratio.values() if logs.value > 0])
         lines.append(("≤ KVzip's, geometric mean", show(by_ratio), verdict))
     aim = "exact answers of the full cache that remain at 50 / 75 / 90 %"
     lines.append((aim, *_exact(rows, first)))
@@ -262,6 +279,5 @@ def targets(rows: Sequence[Row], overall: Sequence[dict[str, Any]]) -> list[str]
     if texts:
         aim = "training-free: mean regret lower than that of every peer"
         lines.append((aim, " / ".join(texts), _verdict(missed)))
-    lines += _beside_experts(rows, first)
     table = ["| target | measured | |", "|---|---|---|"]
     return [*table, *(f"| {' | '.join(line)} |" for line in lines)]

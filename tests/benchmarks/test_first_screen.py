@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality import equal_bytes, first_screen, other
+from benchmarks.quality import equal_bytes, first_screen, other, pictures
 from benchmarks.quality.first_screen import BEGIN, BEST, END, fill, first_figures, pairs_table
 from benchmarks.quality.run import read_results
 
@@ -59,5 +59,7 @@ def test_the_pages_show_the_recorded_answers(tmp_path: Path) -> None:
     assert first_screen.screen(rows, in_bytes, *other.recorded_figures()) == page, advice
     assert other.page(*other.recorded()) == other.PAGE.read_text(encoding="utf-8"), advice
     assert len(page.splitlines()) <= 60, "results are one screen"
-    path = first_screen.first_picture(rows, in_bytes, tmp_path / "first.png")
-    assert path.read_bytes().startswith(b"\x89PNG")
+    paths = pictures.draw_all(rows, in_bytes, other.recorded_figures()[0], tmp_path)
+    for path in paths:
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert (first_screen.PAGE.parent / path.name).exists() and path.name in page
