@@ -165,7 +165,8 @@ class Life(Lockstep):
             for _ in range(count):
                 pairs = self.pairs()
                 self.add(1)
-                if (self.pairs() < pairs + 1).any():
+                is_token = (self.padding < self.length)[:, None]
+                if (self.pairs() < pairs + is_token).any():
                     self.loose = 0
         real = self.length - self.padding
         over_model = options["budget"] in ("layer", "model")

@@ -13,6 +13,7 @@ from moekv.press import prefill as prefills
 OPTIONS = {"compression_ratio": 0.5, "budget": "head", "experts": ["selective"], "top_k": 1}
 LIFE = [("prefill", [20], OPTIONS), ("more", 2), ("rows", [1, 0], "reorder_cache"), ("more", 2)]
 
+LATE = {"compression_ratio": 0.6, "budget": "model", "sinks": 0}
 
 FOUND = {
     "notes of rows that were selected are saved": (
@@ -34,6 +35,24 @@ FOUND = {
             ("shorten", 9),
             ("file",),
             ("more", 2),
+        ],
+    ),
+    "a later layer stores what a mask hides and the first one lacks": (
+        "llama_mha",
+        "plain",
+        (0,),
+        [("prefill", [44], OPTIONS | LATE | {"recent": 4, "window": 1}), ("masked", [41], 4, 2)],
+    ),
+    "a row grows by padding, which is no compression": (
+        "llama_mha",
+        "plain",
+        (17, 0),
+        [
+            ("prefill", [18], OPTIONS | LATE | {"experts": ["expected"], "recent": 5, "window": 5}),
+            ("shorten", 3),
+            ("grow", 1, 7, 2, OPTIONS | {"experts": "uneven", "pairs": "16", "fold": True}),
+            ("more", 5),
+            ("shorten", 8),
         ],
     ),
 }
