@@ -132,6 +132,7 @@ for name in ("gguf", "kvpress", "matplotlib"):
     sys.modules[name] = None
 """
 REHEARSAL = """
+import dataclasses
 import sys
 from gpu_check import driver, machine
 from gpu_check.driver import Step
@@ -139,6 +140,8 @@ from gpu_check.machine import Finding
 
 machine.look = lambda: [Finding("GPU", "a pretended one, compute capability 9.0, 80 GB, driver 1")]
 known = driver.STEPS | {"build": Step("nothing", "", 60, 60)}
+# Each process imports torch and transformers, for seconds; here there are no cores for several.
+known = {name: dataclasses.replace(step, workers=1) for name, step in known.items()}
 arguments = ["--device", "rehearsal", "--out", sys.argv[1], "--patience", "20"]
 sys.exit(driver.main(arguments, known))
 """
@@ -147,7 +150,9 @@ sys.exit(driver.main(arguments, known))
 def test_the_whole_check_needs_no_more_than_it_says(kernels: ModuleType, tmp_path: Path) -> None:
     """All steps in their processes, without kvpress, a hub or an index; the GPU is pretended."""
     (tmp_path / "sitecustomize.py").write_text(BLOCKED)
-    (tmp_path / "nothing.py").write_text("def items(gpu):\n    return {'nothing': lambda: None}\n")
+    (tmp_path / "nothing.py").write_text(
+        "ON_GPU = False\ndef items(gpu):\n    return {'nothing': lambda: None}\n"
+    )
     (tmp_path / "rehearse.py").write_text(REHEARSAL)
     environment = os.environ | {
         "PYTHONPATH": f"{tmp_path}{os.pathsep}{driver.ROOT / 'tools'}",
