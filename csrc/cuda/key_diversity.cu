@@ -67,13 +67,18 @@ __global__ void __launch_bounds__(kThreads, 3) key_diversity_sum_kernel(Argument
     for (int j = 0; j < kChannelsPerLane; ++j) sum[j] = fmaf(x[j], inverse_norm, sum[j]);
   });
 
-  MOEKV_SHARED(float, sums, kThreads* kChannelsPerLane);  // [slots, channels]
-#pragma unroll
-  for (int j = 0; j < kChannelsPerLane; ++j) {
-    sums[threadIdx.x * kChannelsPerLane + j] = sum[j];
-  }
+  MOEKV_SHARED(float4, words, kThreads * 2);  // [slots, channels]
+  const float4 low = make_float4(sum[0], sum[1], sum[2], sum[3]);
+  const float4 high = make_float4(sum[4], sum[5], sum[6], sum[7]);
+  static_assert(kChannelsPerLane == 8);
+  // The eight lanes that are served at once write to different banks.
+  const int thread = static_cast<int>(threadIdx.x);
+  const int first = thread / 4 % 2;
+  words[2 * thread + first] = first == 0 ? low : high;
+  words[2 * thread + 1 - first] = first == 0 ? high : low;
   __syncthreads();
-  const int channel = static_cast<int>(threadIdx.x);
+  const float* sums = reinterpret_cast<const float*>(words);
+  const int channel = thread;
   const int channels = arguments.keys.lanes * kChannelsPerLane;
   if (channel < arguments.keys.dim) {
     float total = 0.0f;

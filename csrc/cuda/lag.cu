@@ -50,6 +50,8 @@ __device__ __forceinline__ float2 write_spread(const T* base, const Rows& rows, 
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kWarpSize;
   const int first_channel = thread % rows.lanes * kChannelsPerLane;
+  // Neighbouring lanes in neighbouring banks, and their channels apart: each reads its own.
+  const auto place = [&](int j) { return j * rows.lanes + thread % rows.lanes; };
 
   float low[kChannelsPerLane], high[kChannelsPerLane];
 #pragma unroll
@@ -73,8 +75,8 @@ __device__ __forceinline__ float2 write_spread(const T* base, const Rows& rows, 
       high[j] = fmaxf(high[j], __shfl_xor_sync(kFullWarp, high[j], distance));
     }
     if (thread % kWarpSize < rows.lanes) {
-      lows[warp * kMaxChannels + first_channel + j] = low[j];
-      highs[warp * kMaxChannels + first_channel + j] = high[j];
+      lows[warp * kMaxChannels + place(j)] = low[j];
+      highs[warp * kMaxChannels + place(j)] = high[j];
     }
   }
   __syncthreads();
@@ -83,8 +85,8 @@ __device__ __forceinline__ float2 write_spread(const T* base, const Rows& rows, 
   for (int j = 0; j < kChannelsPerLane; ++j) {
     const int channel = first_channel + j;
     for (int i = 0; i < kWarps; ++i) {
-      low[j] = fminf(low[j], lows[i * kMaxChannels + channel]);
-      high[j] = fmaxf(high[j], highs[i * kMaxChannels + channel]);
+      low[j] = fminf(low[j], lows[i * kMaxChannels + place(j)]);
+      high[j] = fmaxf(high[j], highs[i * kMaxChannels + place(j)]);
     }
     scale[j] = channel < rows.dim ? 1.0f / (high[j] - low[j] + kEpsilon) : 0.0f;
   }
