@@ -128,7 +128,7 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
     @keys.setter
     def keys(self, pairs: Tensor | None) -> None:
         if pairs is not None and not self._is_cropped_by(pairs):
-            _check_none_left(pairs, self._keys)
+            self._check_none_left(pairs, self._keys)
             self._keys = self._key_buffer = pairs.as_subclass(Tensor)
 
     @property
@@ -139,7 +139,7 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
     @values.setter
     def values(self, pairs: Tensor | None) -> None:
         if pairs is not None and not self._is_cropped_by(pairs):
-            _check_none_left(pairs, self._values)
+            self._check_none_left(pairs, self._values)
             self._values = self._value_buffer = pairs.as_subclass(Tensor)
 
     def _shown(self, pairs: Tensor) -> Tensor:
@@ -156,6 +156,21 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
             return False
         self.crop_by_slice(pairs.crop)
         return True
+
+    def _check_none_left(self, pairs: Tensor, held: Tensor) -> None:
+        """Raise if some pairs are missing: whether the last or any others would set another length.
+
+        What the layer has handed out itself holds its first positions, and may be put back.
+        """
+        is_own = isinstance(pairs, DensePairs) and pairs.layer is self
+        if pairs.shape[2] < held.shape[2] and not is_own:
+            raise ValueError(
+                f"expected all {held.shape[2]} pairs of a compressed layer, or a slice "
+                f"keys[:, :, :n] of its own, which crops it to n positions, got {pairs.shape[2]}: "
+                "which of them left, and so the true length, is unknown. (kvpress.DecodingPress "
+                "evicts so; MoERouterPress(decoding=DecodingConfig(...)) goes on with a compressed "
+                "cache)"
+            )
 
     def update(
         self,
@@ -255,14 +270,3 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
         """Count the real pairs of each row's heads."""
         _, num_heads, held, _ = self._keys.shape
         return [[held - p] * num_heads for p in padding]
-
-
-def _check_none_left(pairs: Tensor, held: Tensor) -> None:
-    """Raise if some pairs are missing: whether the last or any others would set another length."""
-    if pairs.shape[2] < held.shape[2]:
-        raise ValueError(
-            f"expected all {held.shape[2]} pairs of a compressed layer, or a slice "
-            f"keys[:, :, :n] of its own, which crops it to n positions, got {pairs.shape[2]}: "
-            "which of them left, and so the true length, is unknown. (kvpress.DecodingPress evicts "
-            "so; MoERouterPress(decoding=DecodingConfig(...)) goes on with a compressed cache)"
-        )

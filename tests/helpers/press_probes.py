@@ -42,7 +42,7 @@ class Spy(Expert):
 class Routed(nn.Module):
     """A router that decides what the test says."""
 
-    history = None
+    history, choices = None, 0
 
     def __init__(self, probs: Tensor, weights: Tensor, experts: Tensor) -> None:
         super().__init__()
