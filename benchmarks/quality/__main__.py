@@ -42,7 +42,7 @@ from .presses import (
 )
 from .report import write_report
 from .ruler import LEAST_LENGTH, RULER, make_ruler
-from .run import Cell, cells, forget, read_results, run
+from .run import Cell, cells, forget, from_seed, read_results, run
 from .suites import SUITES, load_suite
 from .tasks import TASKS, Sample, make_sample
 
@@ -160,12 +160,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if loaded:
             wanted = [cell for cell in wanted if cell.index < len(suite[cell.task])]
 
+        make = from_seed(tokenizer, args.seed, make_ruler if made else make_sample)
+
         def samples(cell: Cell) -> Sample:
-            if loaded:
-                return suite[cell.task][cell.index]
-            make = make_ruler if made else make_sample
-            place = {"length": cell.length, "index": cell.index, "seed": args.seed}
-            return make(cell.task, tokenizer, **place)
+            return suite[cell.task][cell.index] if loaded else make(cell)
 
         seen = args.question == "seen"
         run(model, tokenizer, wanted, results, samples, live=args.live, seen=seen)

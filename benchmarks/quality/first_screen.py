@@ -17,7 +17,7 @@ from benchmarks.report import share
 
 from . import equal_bytes, other
 from .equal_bytes import AUTO, BEST_LENT, KVZIP, KVZIP_LENT, Figures, cells, percents
-from .pictures import draw_all
+from .pictures import LENGTH, draw_all
 from .presses import PEERS
 from .report import overall
 from .run import FULL, read_results
@@ -26,7 +26,6 @@ from .targets import OURS, compare
 ANSWERS = RESULTS / "quality" / "answers.jsonl"
 README, PAGE, BYTES = ROOT / "README.md", ROOT / "docs/results.md", ROOT / "docs/results-bytes.md"
 
-LENGTH = 1000
 RATIOS = (0.5, 0.75, 0.9)
 BEST = "the best of kvpress's one-pass presses on each task"
 ROWS = {

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from .tasks import CITIES, FIRST, INSTRUMENTS, JOBS, Sample, Source
+from .tasks import CITIES, FIRST, INSTRUMENTS, JOBS, Sample, Source, draw_number
 from .texts import words
 
 LEAST_LENGTH = 512
@@ -53,10 +53,6 @@ def _sample(
     )
 
 
-def _number(rng: random.Random) -> str:
-    return str(rng.randrange(10**6, 10**7))
-
-
 def _word(rng: random.Random) -> str:
     return "-".join(rng.sample(words(), 2))
 
@@ -65,7 +61,7 @@ def _uuid(rng: random.Random) -> str:
     return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
 
-_DRAW = {"number": _number, "word": _word, "uuid": _uuid}
+_DRAW = {"number": draw_number, "word": _word, "uuid": _uuid}
 _CALLED = {"number": "access number", "uuid": "access code"}
 
 
@@ -93,15 +89,13 @@ def _needles(
     if hay == "needles":
         room = source.length - sum(map(source.count, hidden))
         pieces = Source(source.tokenizer, rng, room).repeat(lambda: needle(_DRAW[key](rng))[1])
-        context = source.hide(hidden, pieces)
     else:
         pieces = source.noise(hidden) if hay == "noise" else source.prose(hidden)
-        context = source.hide(hidden, pieces)
     asked = keys[:num_asked]
     answers = [number for name in asked for number, _ in drawn[name]]
     plural, verb = ("s", "are") if len(answers) > 1 else ("", "is")
     return _sample(
-        context,
+        source.hide(hidden, pieces),
         f"What {verb} the {called}{plural} of {_listed(asked)} in the text above?",
         f"The {called}{plural} of {_listed(asked)} in the text {verb}",
         answers,

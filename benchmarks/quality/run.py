@@ -67,11 +67,11 @@ Samples = Callable[[Cell], Sample]
 """Where the samples of a run come from."""
 
 
-def from_seed(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Samples:
-    """Make the samples of the benchmark's own tasks."""
-    return lambda cell: make_sample(
-        cell.task, tokenizer, length=cell.length, index=cell.index, seed=seed
-    )
+def from_seed(
+    tokenizer: PreTrainedTokenizerBase, seed: int = 0, make: Callable[..., Sample] = make_sample
+) -> Samples:
+    """Make the samples of the benchmark's own tasks, or of others that are made alike."""
+    return lambda cell: make(cell.task, tokenizer, length=cell.length, index=cell.index, seed=seed)
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

@@ -164,13 +164,13 @@ def _keys(rng: random.Random, count: int) -> list[str]:
     return [f"{ADJECTIVES[p // len(NOUNS)]} {NOUNS[p % len(NOUNS)]}" for p in pairs]
 
 
-def _number(rng: random.Random) -> str:
+def draw_number(rng: random.Random) -> str:
     return str(rng.randrange(10**6, 10**7))
 
 
 def _needle_sample(source: Source, num_needles: int, hay: str) -> Sample:
     keys = _keys(source.rng, num_needles)
-    numbers = [_number(source.rng) for _ in keys]
+    numbers = [draw_number(source.rng) for _ in keys]
     needles = [f"The secret number of the {k} is {n}." for k, n in zip(keys, numbers, strict=True)]
     pieces = source.noise(needles) if hay == "noise" else source.prose(needles)
     asked = source.rng.randrange(num_needles)
@@ -204,7 +204,7 @@ def many_keys(source: Source) -> Sample:
 
     def draw() -> str:
         key = next(keys)
-        numbers[key] = _number(source.rng)
+        numbers[key] = draw_number(source.rng)
         return f"The secret number of the {key} is {numbers[key]}."
 
     context = "\n".join(source.repeat(draw))

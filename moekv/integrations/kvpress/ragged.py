@@ -127,8 +127,9 @@ class RaggedPress(BasePress):
             If ``pairs`` cannot serve the model's head dim or dtype; with ``fold``, if what a press
             of dense layers leaves is not pairs of the prompt.
         RuntimeError
-            If the block ran the model and nothing was stored: the press masked no keys. Or, with
-            ``fold``, if a layer's queries were not seen.
+            If the block ran the model and nothing was stored: the press masked no keys.
+        NotImplementedError
+            With ``fold``, if a layer's queries can neither be observed nor computed.
         """
         language_model = getattr(model.model, "language_model", model.model)
         modules = [layer.self_attn for layer in language_model.layers]
