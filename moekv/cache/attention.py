@@ -23,9 +23,9 @@ from moekv.cache.masks import (
     check_masks,
     held_of,
     looks_ahead,
+    parts_of,
     shows_or_hides,
     slots_of,
-    tail_of,
 )
 from moekv.cache.pairs import DensePairs, RaggedPairs, keep_pairs_in_their_layers
 from moekv.models.watching import Asked, report, watched
@@ -221,7 +221,8 @@ def attend(
         What the layer's ``update`` returned.
     attention_mask : Tensor, optional
         bool [B or 1, Hq or 1, Q, T], additive of the same shape (0 or very negative), or bool or
-        integer [B, T] over all positions. Of what was compressed it may hide padding alone.
+        integer [B, T] over all positions. Of what was compressed it may hide padding; other
+        positions where their pairs know them.
     scaling, softcap : float, optional
         Factor of the scores (default ``D ** -0.5``) and their tanh cap (default none).
     dropout : float
@@ -241,7 +242,8 @@ def attend(
     NotImplementedError
         On dropout, and on attention weights, which are not computed.
     ValueError
-        If the mask does not cover all positions, hides some that may be stored, or adds numbers.
+        If the mask does not cover all positions, adds numbers, or hides some that are stored by
+        pairs that do not know them.
     """
     if dropout:
         raise NotImplementedError(
@@ -254,13 +256,15 @@ def attend(
             "weights to return; a budget of 'uniform' or 'layer' keeps the model's own attention"
         )
     layer = key.layer
-    mask = tail_of(attention_mask, layer, layer.tail_length)
+    mask, context = parts_of(attention_mask, layer, layer.tail_length)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     softcap = softcap or 0.0
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, *key.tail))
     ahead = looks_ahead(attention_mask, query.shape[2])
-    if learns or ahead:
-        return _attend_plainly(query, key, mask, scaling, softcap, s_aux, causal=not ahead)
+    if learns or ahead or context is not None:
+        stored = None if context is None else layer.stored_of(context, query.shape[1])
+        seen = None if mask is None else (stored, mask)
+        return _attend_plainly(query, key, seen, scaling, softcap, s_aux, causal=not ahead)
     sinks = None if s_aux is None else s_aux.detach().float()
     rows, (tail_keys, tail_values) = key.rows, key.tail
     if torch.is_autocast_enabled(query.device.type):  # as PyTorch's own attention
@@ -289,7 +293,7 @@ def attend(
 def _attend_plainly(
     query: Tensor,
     key: RaggedPairs,
-    mask: Tensor | None,
+    shown: tuple[Tensor | None, Tensor] | None,
     scaling: float,
     softcap: float,
     s_aux: Tensor | None,
@@ -298,7 +302,9 @@ def _attend_plainly(
 ) -> Tensor:
     """Attention in plain operations, over padded pairs.
 
-    Gradients reach queries and the tail, and tokens may see later ones where the mask says so.
+    Gradients reach queries and the tail, tokens may see later ones where the mask says so, and each
+    may see other pairs of the context: `shown` says which of the stored ones (None: all) and of the
+    tail, each as bool [B or 1, Hq or 1, Q or 1, n].
     """
     layer = key.layer
     keys, values, bias, lengths = layer.padded()
@@ -312,9 +318,12 @@ def _attend_plainly(
     keys, values, seen = (x.repeat_interleave(groups, 1) for x in (keys, values, seen))
     if bias is not None:
         bias = bias.repeat_interleave(groups, 1)[:, :, None]
-    if mask is not None:
-        stored = mask.new_ones(()).expand(*mask.shape[:-1], longest - tail_length)
-        seen = seen & torch.cat([stored, mask], -1)
+    if shown is not None:
+        stored, tail = shown
+        if stored is None:
+            stored = tail.new_ones(()).expand(*tail.shape[:-1], longest - tail_length)
+        sizes = list(map(max, stored.shape[:-1], tail.shape[:-1]))
+        seen = seen & torch.cat([stored.expand(*sizes, -1), tail.expand(*sizes, -1)], -1)
     logits = (query @ keys.mT).float() * scaling
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)

@@ -291,7 +291,7 @@ def _to_ragged(layer: CompressedLayer, kept: Kept, pairs: str, *, backend: str) 
     ragged = RaggedLayer.compress(keys, values, kept, pairs=pairs, backend=backend)
     ragged.context_length += evicted
     if evicted:  # places were no positions
-        ragged.first = layer.first
+        ragged.first, ragged.positions = layer.first, None
     ragged.recent, ragged.counted = layer.recent, layer.counted
     notes = layer.whole_notes()
     if notes is not None and not notes.is_ragged:

@@ -7,7 +7,7 @@ from typing import Any
 
 from moekv import ops
 from moekv.cache.layer import CompressedLayer
-from moekv.cache.parts import DTYPES, KINDS, backend_of, notes_of
+from moekv.cache.parts import DTYPES, KINDS, OPTIONAL, backend_of, notes_of
 
 FLOATING = ("F32", "F16", "BF16")
 """Dtypes of pairs, hidden states and queries, as safetensors calls them."""
@@ -60,6 +60,8 @@ def check(
         _check_beside(description, within)
         shapes |= {"recent": "BMC", "asked": "BMQE"} if "recent" in description else {}
     own = {name: x for name, x in found.items() if not name.startswith("notes.")}
+    if "begin" in shapes:
+        shapes |= {name: letters for name, letters in OPTIONAL.items() if name in own}
     size = _sizes(own, shapes, within)
     if "pairs" in kind.numbers:
         _check_widths(description["pairs"], size, within)
@@ -161,6 +163,10 @@ def _check_counts(
         raise ValueError(
             f"{within}: expected a context of at most {length} positions, with {evicted} pairs "
             f"evicted and a run of {run} within, got {context}"
+        )
+    if size.get("P", wanted := -(-context // 8)) != wanted:
+        raise ValueError(
+            f"{within}: expected {wanted} bytes for {context} positions, got {size['P']}"
         )
     if "window" in description:
         _check_number(description["window"], f"{within}: expected a window", 1)

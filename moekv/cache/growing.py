@@ -238,6 +238,11 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
         return self._keys, self._values
 
     @property
+    def follows_masks(self) -> bool:
+        """Whether places are positions: nothing has left."""
+        return not self.evicted
+
+    @property
     def num_heads(self) -> int:
         """KV heads."""
         return self._keys.shape[1]

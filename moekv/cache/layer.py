@@ -86,6 +86,11 @@ class CompressedLayer(CacheLayerMixin):
 
     @property
     @abstractmethod
+    def follows_masks(self) -> bool:
+        """Whether a later mask may hide any position of what was compressed."""
+
+    @property
+    @abstractmethod
     def num_heads(self) -> int:
         """KV heads."""
 

@@ -1,14 +1,16 @@
 """Attention masks over compressed layers: their meaning is kept, or they are refused.
 
-The retained pairs of a context have lost their positions. A mask over positions can therefore only
-show all of them, and hide padding, which is never stored; for later tokens it holds as it is.
-transformers builds a mask from the caller's once for all layers of a forward, with the size that a
-cache layer reports: there the caller's mask is checked whole.
+A layer that knows the positions of its pairs follows any mask that shows and hides
+(``CompressedLayer.follows_masks``). Over others a mask can only show all of a context, and hide
+padding, which is never stored; for later tokens it holds as it is. transformers builds a mask from
+the caller's once for all layers of a forward, with the size that a cache layer reports: there the
+caller's mask is checked whole.
 """
 
 import functools
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +23,25 @@ if TYPE_CHECKING:
     from moekv.cache.layer import CompressedLayer
     from moekv.cache.static import CompactStaticLayer
 
+
+@dataclass
+class Known:
+    """What a mask does that transformers has made of one which has been checked.
+
+    Attributes
+    ----------
+    hides : bool
+        Whether it hides positions of a context that may be stored.
+    ahead : bool or None
+        Whether it looks ahead; None: that has not been asked.
+    """
+
+    hides: bool = False
+    ahead: bool | None = None
+
+
 _seen_whole = WeakIdKeyDictionary()
-"""Masks that were made of such as have been checked, and whether they look ahead, once known."""
+"""Such masks, with a ``Known`` of each."""
 _static = WeakIdKeyDictionary()
 """Static layers, by what they hand to attention: the buffers of their keys."""
 
@@ -55,19 +74,18 @@ def _checking(function: Callable[..., Any]) -> Callable[..., Any]:
         offset, given = kwargs.get("kv_offset"), kwargs.get("attention_mask")
         if not isinstance(offset, Offset):
             return function(*args, **kwargs)
-        if isinstance(given, Tensor):
-            check_context(given.bool(), offset.layer)
+        hides = isinstance(given, Tensor) and check_context(given.bool(), offset.layer)
         made = function(*args, **kwargs)
         if isinstance(made, Tensor):
-            _seen_whole[made] = None
+            _seen_whole[made] = Known(hides)
         return made
 
     make.checks_masks = True  # type: ignore[attr-defined]
     return make
 
 
-def check_context(seen: Tensor, layer: "CompressedLayer | CompactStaticLayer") -> None:
-    """Raise ``ValueError`` unless a mask shows all positions of a context that may be stored.
+def check_context(seen: Tensor, layer: "CompressedLayer | CompactStaticLayer") -> bool:
+    """Return whether a mask hides positions of a context that may be stored.
 
     Waits for the device.
 
@@ -76,21 +94,57 @@ def check_context(seen: Tensor, layer: "CompressedLayer | CompactStaticLayer") -
     seen : Tensor [B or 1, ..., T], bool
         From position 0 on.
     layer : CompressedLayer
+
+    Raises
+    ------
+    ValueError
+        It does, and the layer cannot follow it.
     """
     length = layer.context_length
     hidden = ~seen[..., :length]
     if layer.first is not None:
         first = layer.first.to(seen.device).view(-1, *[1] * (seen.dim() - 1))
         hidden = hidden & (torch.arange(hidden.shape[-1], device=seen.device) >= first)
-    if seen.shape[-1] < length or bool(hidden.any()):
+    hides = bool(hidden.any())
+    if seen.shape[-1] < length or (hides and not layer.follows_masks):
         _refuse(layer, seen.shape[-1])
+    return hides
+
+
+def check_shown(mask: Any, layer: "CompressedLayer") -> None:
+    """Raise if a mask hides what may be stored from tokens behind which pairs are evicted.
+
+    What is hidden would count as padding there.
+
+    Parameters
+    ----------
+    mask : Any
+        As a model gets it. In two dimensions, or in four.
+    layer : CompressedLayer
+
+    Raises
+    ------
+    ValueError
+        It does.
+    """
+    mask = mask.get("full_attention") if isinstance(mask, dict) else mask
+    if not isinstance(mask, Tensor) or not layer.context_length or not layer.follows_masks:
+        return  # or attention checks it
+    if check_context(as_seen(mask), layer):
+        raise ValueError(
+            f"expected an attention mask that shows the {layer.context_length} positions that were "
+            "compressed together, but for padding at their left, while compression goes on "
+            "(decoding, context_length), got one that hides some of them: feed these tokens "
+            "outside of the block"
+        )
 
 
 def _refuse(layer: "CompressedLayer | CompactStaticLayer", width: int) -> None:
     raise ValueError(
         f"expected an attention mask that shows the {layer.context_length} positions that were "
         f"compressed together, but for padding at their left, got one over {width} that hides some "
-        "of them: pairs that are left of a context do not know their positions"
+        "of them: the pairs that a layer holds of these do not know their positions, or hold more "
+        "than their own (docs/errors.md)"
     )
 
 
@@ -131,13 +185,11 @@ def looks_ahead(mask: Tensor | None, num_queries: int) -> bool:
     """
     if mask is None or mask.dim() == 2 or num_queries == 1:
         return False
-    if mask in _seen_whole and _seen_whole[mask] is not None:
-        return bool(_seen_whole[mask])
-    seen = as_seen(mask)[..., -num_queries:]
-    ahead = seen.shape[-2] == 1 or bool(seen.triu(1).any())
-    if mask in _seen_whole:
-        _seen_whole[mask] = ahead
-    return ahead
+    known: Known = _seen_whole[mask] if mask in _seen_whole else Known()
+    if known.ahead is None:
+        seen = as_seen(mask)[..., -num_queries:]
+        known.ahead = seen.shape[-2] == 1 or bool(seen.triu(1).any())
+    return known.ahead
 
 
 def shows_or_hides(mask: Tensor | None) -> bool:
@@ -145,8 +197,10 @@ def shows_or_hides(mask: Tensor | None) -> bool:
     return mask is None or not mask.is_floating_point() or mask in _seen_whole
 
 
-def tail_of(mask: Tensor | None, layer: "CompressedLayer", tail_length: int) -> Tensor | None:
-    """Cut the columns of the last positions out of a mask, as bool [B, Hq, Q, S].
+def parts_of(
+    mask: Tensor | None, layer: "CompressedLayer", tail_length: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Take a mask apart, as bool [B or 1, Hq or 1, Q or 1, ...].
 
     Parameters
     ----------
@@ -155,10 +209,23 @@ def tail_of(mask: Tensor | None, layer: "CompressedLayer", tail_length: int) -> 
     layer : CompressedLayer
         With the tokens that are asking.
     tail_length : int
-        Positions that are masked; all others have to be seen.
+        Positions behind the context, S.
+
+    Returns
+    -------
+    tail : Tensor [..., S] or None
+        None: all are seen.
+    context : Tensor [..., T] or None
+        None: all that may be stored are seen.
+
+    Raises
+    ------
+    ValueError
+        It is not over all positions, adds numbers, or hides some of a context that does not know
+        its positions.
     """
     if mask is None:
-        return None
+        return None, None
     length = layer.get_seq_length()
     if mask.shape[-1] != length:
         raise ValueError(
@@ -167,8 +234,11 @@ def tail_of(mask: Tensor | None, layer: "CompressedLayer", tail_length: int) -> 
         )
     seen = as_seen(mask)
     if mask not in _seen_whole:
-        check_context(seen, layer)
-    return seen[..., length - tail_length :]
+        hides = check_context(seen, layer)
+    elif (hides := _seen_whole[mask].hides) and not layer.follows_masks:  # as the first layer does
+        _refuse(layer, length)
+    context = length - tail_length
+    return seen[..., context:], seen[..., :context] if hides else None
 
 
 def held_of(mask: Tensor, layer: "CompressedLayer", held: int) -> Tensor:
@@ -188,6 +258,8 @@ def held_of(mask: Tensor, layer: "CompressedLayer", held: int) -> Tensor:
     """
     length, width = layer.get_seq_length(), mask.shape[-1]
     if mask in _seen_whole:
+        if _seen_whole[mask].hides and not layer.follows_masks:  # as the first layer does
+            _refuse(layer, width)
         return mask if width == held else _widened(mask, held)
     if held == length or width not in (held, length):
         return mask  # places are positions; or it does not fit
@@ -202,8 +274,9 @@ def held_of(mask: Tensor, layer: "CompressedLayer", held: int) -> Tensor:
 def _widened(mask: Tensor, width: int) -> Tensor:
     """Cut a mask at its left, or show what is before it."""
     shown = 0.0 if mask.is_floating_point() else 1
+    known = _seen_whole[mask]
     mask = functional.pad(mask, (width - mask.shape[-1], 0), value=shown)
-    _seen_whole[mask] = None
+    _seen_whole[mask] = known
     return mask
 
 

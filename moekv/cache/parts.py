@@ -19,6 +19,7 @@ from moekv import ops
 from moekv.cache.caches import cached_pairs
 from moekv.cache.growing import GrowingLayer
 from moekv.cache.layer import CompressedLayer
+from moekv.cache.positions import unpack
 from moekv.cache.ragged import RaggedLayer
 from moekv.cache.recent import RecentStates
 from moekv.cache.rows import Rows
@@ -30,11 +31,13 @@ _TAIL = {"begin": "BH", "end": "BH", "tail_keys": "BHND", "tail_values": "BHNV"}
 _RAGGED = {"stored_keys": "SD", "stored_values": "SV"} | _TAIL
 _QUANTISED = {"key_codes": "SK", "value_codes": "SW", "scales": "SG"} | _TAIL
 _BIASED: dict[str, dict[str, str]] = {"": {}, ", biased": {"bias": "S"}}
+OPTIONAL = {"positions": "BHP"}
+"""What layers with tables may have, or not: P bytes of bits."""
 TABLES = ("begin", "end")
 """Tensors that say which of the stored pairs are a head's."""
 DTYPES = {
     **{"begin": "I32", "end": "I32", "key_codes": "U8", "value_codes": "U8"},
-    **{"scales": "F16", "bias": "F16"},
+    **{"scales": "F16", "bias": "F16", "positions": "U8"},
 }
 """Dtypes, as safetensors calls them, of all but pairs, hidden states and queries."""
 
@@ -150,6 +153,8 @@ def _stored(layer: RaggedLayer) -> dict[str, Tensor]:
     if rows.bias is not None:
         parts["bias"] = rows.bias
     parts |= {part: getattr(layer, part) for part in _TAIL}
+    if layer.positions is not None:
+        parts["positions"] = layer.positions
     # A file may not hold one memory under two names.
     return parts | {part: parts[part].clone() for part in TABLES}
 
@@ -265,6 +270,10 @@ def _with_tail(
             "others"
         )
     layer = RaggedLayer(rows, begin, end, length=length, backend=backend_of(description))
+    if (positions := parts.get("positions")) is not None:
+        if not torch.equal(unpack(positions, length).sum(-1), heads):
+            raise ValueError("expected as many positions as pairs of each head, got others")
+        layer.positions = positions
     if parts["tail_keys"].shape[2]:
         layer.update(parts["tail_keys"], parts["tail_values"])
     return layer

@@ -22,6 +22,7 @@ from moekv.cache.folding import Folding
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.masks import offset_of
 from moekv.cache.pairs import NOT_DENSE, RaggedPairs
+from moekv.cache.positions import is_worth, pack, places_of, positions_of, unpack
 from moekv.cache.rows import Rows, gain
 from moekv.cache.tail import Tail
 from moekv.models.hooks import num_fed
@@ -47,6 +48,9 @@ class RaggedLayer(CompressedLayer):
     ----------
     num_joined : Tensor, int64, or None
         Evicted pairs that joined others when the layer was made of a dense one; None: none could.
+    positions : Tensor [B, H, ceil(context_length / 8)], uint8, or None
+        Bits of the positions that the stored pairs stand for, see ``moekv.cache.positions``; None:
+        unknown. Few are worth that many: beyond 32 positions for each pair they are not kept.
     """
 
     is_ragged = True
@@ -64,6 +68,7 @@ class RaggedLayer(CompressedLayer):
         self.begin = begin
         self.end = end
         self.num_joined: Tensor | None = None
+        self.positions: Tensor | None = None
         self._stored_pairs: list[int] | None = None
         self._tail = self._new_tail()
         super().__init__(backend=backend)
@@ -126,6 +131,8 @@ class RaggedLayer(CompressedLayer):
         )
         layer.first = first_kept(kept)
         layer.num_joined = num_joined
+        if is_worth(kept.shape, len(rows)):
+            layer.positions = pack(kept.mask())
         return layer
 
     def recompress(self, kept: Kept, pairs: str = "16") -> None:
@@ -156,6 +163,7 @@ class RaggedLayer(CompressedLayer):
         rows = rows.join(*tail, backend=self.backend).select(row)
         if not rows.readable:
             rows = self.rows.kept_wide(rows.pairs).join(*tail).select(row)
+        positions = self._positions_after(kept)
         self.notes = self.whole_notes()
         if self.notes is not None:
             self.notes.recompress(kept)
@@ -164,13 +172,27 @@ class RaggedLayer(CompressedLayer):
         known = longest - self.tail_length  # where places begin to say positions
         before = torch.zeros_like(first) if self.first is None else self.first.to(first.device)
         self.first = torch.where(first < known, before, first - longest + self.get_seq_length())
-        self.context_length = self.get_seq_length()
+        self.context_length, self.positions = self.get_seq_length(), positions
         self._tail.length = 0
         self.rows, self._stored_pairs = rows, None
         self.begin = kept.offsets[:-1].view(batch, num_kv_heads)
         self.end = kept.offsets[1:].view(batch, num_kv_heads)
         if self.most is None or self._tail.room > self.most:
             self._tail = self._new_tail()  # nobody knows whether so many tokens will come again
+
+    def _positions_after(self, kept: Kept) -> Tensor | None:
+        """Bits of the positions that are left by a compression, if they are to be known."""
+        batch, num_heads, longest = kept.shape
+        length = self.get_seq_length()
+        if self.positions is None or not is_worth((batch, num_heads, length), len(kept.indices)):
+            return None
+        stays = functional.pad(self._stays(), (0, self.tail_length), value=True)
+        return pack(stays & kept.mask().gather(-1, places_of(stays, longest)))
+
+    def _stays(self) -> Tensor:
+        """Mark the positions whose pairs are stored, which are known: [B, H, T] bool."""
+        assert self.positions is not None
+        return unpack(self.positions, self.context_length)
 
     # -- what transformers asks of a layer ---------------------------------------------------------
 
@@ -263,6 +285,8 @@ class RaggedLayer(CompressedLayer):
         self._tail.forget(count - into)
         if into:  # a row of fewer pairs than that is padding there
             self.end = torch.maximum(self.end - into, self.begin)
+            if self.positions is not None:
+                self.positions = pack(self._stays()[..., : self.context_length - into])
             self._stored_pairs = None
             self.num_moves += 1
 
@@ -270,6 +294,8 @@ class RaggedLayer(CompressedLayer):
         """Give batch row b the pairs of row ``indices[b]``, sharing what is stored."""
         indices = indices.to(self.device)
         self.begin, self.end = self.begin[indices], self.end[indices]
+        if self.positions is not None:
+            self.positions = self.positions[indices]
         self._tail.select(indices)
         self._stored_pairs = None
         self.num_moves += 1
@@ -307,6 +333,31 @@ class RaggedLayer(CompressedLayer):
         self._tail.move(device)
 
     # -- what moekv asks of a layer ----------------------------------------------------------------
+
+    @property
+    def follows_masks(self) -> bool:
+        """Whether each pair knows its position, and holds nothing of others."""
+        return self.positions is not None and self.rows.bias is None
+
+    def stored_of(self, seen: Tensor, num_heads: int) -> Tensor:
+        """Take the columns of the stored pairs out of a mask over the context.
+
+        Parameters
+        ----------
+        seen : Tensor [B or 1, Hq or 1, Q or 1, T], bool
+        num_heads : int
+            Query heads, Hq.
+
+        Returns
+        -------
+        Tensor [B, Hq, Q or 1, L], bool
+            For pairs as :meth:`padded` has them, without the tail.
+        """
+        stays = self._stays()
+        stored = positions_of(stays, int(stays.sum(-1).max()))[:, :, None].to(seen.device)
+        stored = stored.repeat_interleave(num_heads // self.num_heads, 1)
+        sizes = list(map(max, seen.shape[:-1], stored.shape[:-1]))
+        return seen.expand(*sizes, -1).gather(-1, stored.expand(*sizes, -1))
 
     @property
     def num_heads(self) -> int:

@@ -44,6 +44,7 @@ class CompactStaticLayer(StaticLayer):
     """
 
     first = None  # it has no padding
+    follows_masks = False  # of a context: compiled graphs know one mask for all heads
 
     def __init__(self, max_cache_len: int) -> None:
         super().__init__(max_cache_len)

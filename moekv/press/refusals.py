@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from moekv.cache.caches import check_cache, is_compressed, is_static
+from moekv.cache.layer import CompressedLayer
+from moekv.cache.masks import check_shown
 from moekv.cache.rows import check_pairs
 from moekv.experts.builder import read_starts
 from moekv.models.habits import check_attention, follows_masks, habits_of
@@ -158,6 +160,8 @@ def check_more(
             f"MoERouterPress compressed nothing: expected a prefill inside the block, got "
             f"{num_tokens} token(s) for a cache that holds {num_cached}, fed outside of it"
         )
+    if plan.goes_on and isinstance(first_layer, CompressedLayer):
+        check_shown(given.get("attention_mask"), first_layer)
     if num_tokens <= 1:
         return
     if plan.context_length is not None and num_cached < plan.context_length:

@@ -67,6 +67,33 @@ def test_scaling_softcap_and_sinks_are_the_models(scaling, softcap, sinks, gradi
     torch.testing.assert_close(got, weights @ values, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("form", ["bool", "additive"])
+def test_masks_over_the_context_for_each_head_and_query(form, gradients):
+    """As over all pairs, of which those that have left are hidden."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 2, HEADS, 41, DIM, generator=generator)
+    stays = torch.rand(2, HEADS, 41, generator=generator) < 0.4
+    stays[0, 1] = False
+    layer = RaggedLayer.compress(keys, values, Kept.from_mask(stays))
+    new = torch.randn(2, 2, HEADS, 3, DIM, generator=generator)
+    pairs, _ = layer.update(*new)
+    query = torch.randn(2, HEADS * GROUP, 3, DIM, generator=generator, requires_grad=gradients)
+    shown = torch.rand(2, HEADS * GROUP, 3, 44, generator=generator) < 0.5
+    shown[..., 41:] = torch.ones(3, 3).tril().bool()
+    mask = shown if form == "bool" else (~shown).float() * torch.finfo(torch.float32).min
+    got = attention.attend(nn.Identity(), query, pairs, mask).transpose(1, 2)
+    assert got.requires_grad == gradients
+    stays = nn.functional.pad(stays, (0, 3), value=True)
+    keys, values, stays = (
+        x.repeat_interleave(GROUP, 1)
+        for x in (torch.cat([keys, new[0]], 2), torch.cat([values, new[1]], 2), stays)
+    )
+    logits = (query @ keys.mT).double() * DIM**-0.5
+    weights = logits.masked_fill(~(shown & stays[:, :, None]), -torch.inf).softmax(-1)
+    torch.testing.assert_close(got, (weights @ values.double()).float(), atol=1e-5, rtol=1e-5)
+
+
 def test_functions_of_transformers_are_wrapped_once_and_still_serve_dense_layers():
     attention.install()
     first = dict(ALL_ATTENTION_FUNCTIONS)
@@ -126,7 +153,7 @@ def test_steps_over_a_growing_layer_are_served_by_the_op(kind, op_calls, monkeyp
         "2-D": seen.long(),
     }[kind]
     if kind == "additive":  # as transformers makes them of others
-        monkeypatch.setitem(masks._seen_whole, mask, True)
+        monkeypatch.setitem(masks._seen_whole, mask, masks.Known())
     name = "flash_attention_2" if kind == "2-D" else "sdpa"
     function = ALL_ATTENTION_FUNCTIONS[name]
     got, weights = function(nn.Identity(), query, keys, values, mask, dropout=0.0, scaling=0.3)

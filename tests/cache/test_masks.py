@@ -1,4 +1,7 @@
-"""Masks after a compression: their meaning is kept for all that is stored, or they are refused."""
+"""Masks after a compression: their meaning is kept for all that is stored, or they are refused.
+
+Layers whose pairs know their positions follow them; ``positions = None`` makes others of these.
+"""
 
 import copy
 from pathlib import Path
@@ -6,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from masked_reference import Lockstep
 from ragged_cases import keep_all
 from tiny_models import prefill, tiny_model, tokens
 from torch import Tensor
@@ -18,7 +22,10 @@ PADDING = (0, 9)
 
 
 def compressed(model: PreTrainedModel, kind: str) -> Any:
-    """A compressed cache of two rows, of which the second is padded where that is served."""
+    """A compressed cache of two rows, of which the second is padded where that is served.
+
+    Of kind "ragged" with pairs that do not know their positions, as an earlier file has them.
+    """
     cache: Any = DynamicCache()
     options: dict[str, Any] = {}
     if kind == "static":
@@ -28,7 +35,15 @@ def compressed(model: PreTrainedModel, kind: str) -> Any:
     budget = "model" if kind in ("ragged", "padded") else "uniform"
     with MoERouterPress(0.3, router=None, budget=budget)(model), torch.no_grad():
         model(tokens(2, LENGTH), past_key_values=cache, **options)
+    if kind in ("ragged", "padded"):
+        forget_positions(cache)
     return cache
+
+
+def forget_positions(cache: Any) -> None:
+    for layer in cache.layers:
+        assert layer.follows_masks
+        layer.positions = None
 
 
 def whole(length: int) -> Tensor:
@@ -267,6 +282,7 @@ def test_masks_that_hide_what_only_a_later_layer_stores(kind: str, tmp_path: Pat
     for alike in (True, False):
         cache: Any = DynamicCache()
         options: dict[str, Any] = {"budget": "uniform" if kind == "uniform" else "model"}
+        options |= {"fold": False}
         options |= {"pairs": "k8v8"} if kind == "k8v8" else {}
         options |= {"streaming": True} if kind == "streaming" else {}
         options |= {"decoding": DecodingConfig(6, 1)} if kind == "growing" else {}
@@ -278,6 +294,8 @@ def test_masks_that_hide_what_only_a_later_layer_stores(kind: str, tmp_path: Pat
         if kind == "loaded":
             save_cache(cache, tmp_path / "cache", model)
             cache = load_cache(tmp_path / "cache", model)
+        if kind != "uniform":
+            forget_positions(cache)
         hides = torch.ones(2, LENGTH + NUM_NEW, dtype=torch.long)
         hides[:, 2] = 0
         if alike:  # nothing is stored there
@@ -288,3 +306,101 @@ def test_masks_that_hide_what_only_a_later_layer_stores(kind: str, tmp_path: Pat
             with pytest.raises(ValueError, match="attention mask that shows"):
                 ask(model, cache, hides)
             assert [layer.get_seq_length() for layer in cache.layers] == lengths
+
+
+def hidden_at_random(length: int, count: int, seed: int) -> Tensor:
+    """A mask of two rows over positions that shows about half of the first ones."""
+    generator = torch.Generator().manual_seed(seed)
+    shown = torch.rand(2, length + count, generator=generator) < 0.5
+    shown[:, length:] = True
+    return shown
+
+
+@pytest.mark.parametrize("pairs", ["16", "k8v8"])
+@pytest.mark.parametrize("how", ["at once", "chunks", "streaming", "decoding"])
+@pytest.mark.parametrize("padding", [(0, 0), PADDING], ids=["", "padded"])
+def test_masks_that_hide_parts_of_a_context(
+    pairs: str, how: str, padding: tuple[int, int], tmp_path: Path
+) -> None:
+    """As the full cache does, in which all that has left is hidden as well, whatever follows."""
+    life = Lockstep(padding=padding)
+    options: dict[str, Any] = {"budget": "model", "pairs": pairs, "fold": False, "recent": 4}
+    options |= {"experts": ["selective"], "top_k": 1, "streaming": how == "streaming"}
+    if how == "decoding":
+        options["decoding"] = DecodingConfig(9, 2)
+    press = MoERouterPress(0.6 if pairs == "16" else 0.8, router=None, **options)
+    chunks = [10, 8, LENGTH - 18] if how == "chunks" else [LENGTH]
+    with press(life.model, context_length=LENGTH if how == "chunks" else None):
+        for serial, count in enumerate(chunks):
+            life.feed(tokens(2, count, serial))
+        for serial in range(6 * (how == "decoding")):
+            life.feed(tokens(2, 1, 10 + serial))
+
+    def ask_all(seed: int) -> None:
+        assert all(layer.follows_masks for layer in life.cache.layers)
+        for count in (1, NUM_NEW):
+            life.feed(tokens(2, count, seed), hidden_at_random(life.length, count, seed + count))
+
+    ask_all(20)
+    life.crop(1 + NUM_NEW + 2)  # into the context, too
+    ask_all(30)
+    life.select([1, 0])
+    ask_all(40)
+    save_cache(life.cache, tmp_path / "cache", life.model)
+    life.cache = copy.deepcopy(load_cache(tmp_path / "cache", life.model))
+    ask_all(50)
+    life.select([1], "batch_select_indices")
+    life.repeat(2)
+    ask_all(60)
+
+
+def test_masks_that_hide_parts_of_what_only_a_later_layer_stores() -> None:
+    """One mask is made for all layers: it holds for those that lack what the first one stores."""
+    model, logits = tiny_model(), []
+    for hidden in ([], [2], [LENGTH - 3]):
+        cache: Any = DynamicCache()
+        expert = {"experts": [Late(alike=False)], "top_k": 1, "sinks": 0, "recent": 1}
+        with torch.no_grad(), MoERouterPress(0.7, budget="model", **expert)(model):
+            model(tokens(2, LENGTH), past_key_values=cache)
+        mask = torch.ones(2, LENGTH + NUM_NEW, dtype=torch.long)
+        mask[:, hidden] = 0
+        logits.append(ask(model, cache, mask))
+    assert min(float((x - logits[0]).abs().max()) for x in logits[1:]) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["folded", "mixed", "few"])
+def test_masks_over_pairs_that_hold_more_than_their_own(kind: str) -> None:
+    """Or over dense layers behind ragged ones, or over so few that positions are not kept."""
+    model, length = tiny_model(), 400 if kind == "few" else LENGTH
+    cache: Any = DynamicCache()
+    options: dict[str, Any] = {"pairs": "k8v4", "fold": True} if kind == "folded" else {}
+    options |= {"sinks": 1, "recent": 1} if kind == "few" else {}
+    ratio = {"few": 0.99, "folded": 0.9, "mixed": 0.7}[kind]
+    with torch.no_grad(), MoERouterPress(ratio, router=None, budget="model", **options)(model):
+        model(tokens(2, length), past_key_values=cache)
+    if kind == "mixed":
+        cache.layers[1] = compressed(model, "uniform").layers[1]
+    else:
+        assert not any(layer.follows_masks for layer in cache.layers)
+    mask = torch.ones(2, length + 1, dtype=torch.long)
+    mask[:, 3] = 0
+    with pytest.raises(ValueError, match="attention mask that shows"), torch.no_grad():
+        model(tokens(2, 1), past_key_values=cache, attention_mask=mask)
+
+
+@pytest.mark.parametrize("form", ["two dimensions", "four dimensions"])
+def test_masks_that_hide_parts_of_a_context_while_compression_goes_on(form: str) -> None:
+    """What is hidden would count as padding: that is refused before anything runs."""
+    model = tiny_model()
+    cache: Any = DynamicCache()
+    mask = torch.ones(1, LENGTH + 1, dtype=torch.long)
+    mask[:, :3] = 0
+    press = MoERouterPress(0.5, router=None, decoding=DecodingConfig(8, 2))
+    with torch.no_grad(), press(model):
+        model(tokens(1, LENGTH), past_key_values=cache)
+        given = mask if form == "two dimensions" else four_d(mask, 1)
+        with pytest.raises(ValueError, match="while compression goes on"):
+            model(tokens(1, 1), past_key_values=cache, attention_mask=given)
+        assert cache.get_seq_length() == LENGTH
+    with torch.no_grad():
+        model(tokens(1, 1), past_key_values=cache, attention_mask=mask)

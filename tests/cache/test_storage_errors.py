@@ -69,6 +69,11 @@ def tensor(name: str, value: Callable[[Tensor], Tensor]) -> Change:
     return lambda header, layers, tensors: tensors.update({name: value(tensors[name]).clone()})
 
 
+def _notes_of_others(header: Any, layers: Any, tensors: dict[str, Tensor]) -> None:
+    tensors["0.notes.begin"] = torch.zeros_like(tensors["0.notes.begin"])
+    del tensors["0.notes.positions"]
+
+
 CHANGES: dict[str, tuple[str, Change]] = {
     "fewer layers": ("of 2 layers, got 1", lambda h, n, t: n.pop()),
     "more layers": ("of 2 layers, got 4", lambda h, n, t: n.extend(n[:])),
@@ -98,7 +103,7 @@ CHANGES: dict[str, tuple[str, Change]] = {
     "huge": ("expected context_length an integer", number("context_length", 10**30)),
     "NaN": ("expected run an integer", number("run", float("nan"))),
     "long run": ("a run of 99 within", number("run", 99)),
-    "other length": ("for each of 43 positions", number("context_length", 41, 1)),
+    "other length": ("for each of 41 positions", number("context_length", 39, 1)),
     "first": ("first positions of 1 rows", number("first", [1, 2])),
     "first beyond": ("first positions an integer", number("first", [99])),
     "backend": ("backend", number("backend", "os.system")),
@@ -124,7 +129,11 @@ CHANGES: dict[str, tuple[str, Change]] = {
     "table beyond": ("within", tensor("0.end", lambda x: x + 10**6)),
     "table before": ("within", tensor("0.begin", lambda x: x - 10)),
     "table backwards": ("within", tensor("0.end", torch.zeros_like)),
-    "notes of others": ("pairs that are held", tensor("0.notes.begin", torch.zeros_like)),
+    "other positions": ("as many positions as pairs", tensor("0.positions", torch.zeros_like)),
+    "fewer positions": ("bytes for 40 positions", tensor("0.positions", lambda x: x[..., 1:])),
+    "dtype of positions": ("positions in U8", tensor("0.positions", Tensor.int)),
+    "shape of positions": ("expected positions", tensor("0.positions", lambda x: x[:, 1:])),
+    "notes of others": ("pairs that are held", _notes_of_others),
     "no checksum that fits": ("checksum", lambda h, n, t: h.pop("sha256") and h.update(sha256="")),
 }
 
@@ -160,7 +169,7 @@ QUANTISED: dict[str, tuple[str, Change]] = {
         "even head dim",
         tensor("0.tail_values", lambda x: x.new_zeros(*x.shape[:3], 15)),
     ),
-    "notes of others": ("pairs that are held", tensor("0.notes.begin", torch.zeros_like)),
+    "notes of others": ("pairs that are held", _notes_of_others),
     "fewer notes": ("one for each pair", _fewer_notes),
 }
 

@@ -176,12 +176,14 @@ class Life(Lockstep):
         assert (self.pairs().sum(over) <= scope * most).all()
 
     def masked(self, back: list[int], row: int, count: int) -> None:
-        """Hide some earlier tokens from new ones: they are hidden, or that is refused."""
+        """Hide some earlier tokens from new ones: that may be refused where places are unknown."""
         row %= len(self.padding)
         places = [self.length - n for n in back if n <= self.length - int(self.padding[row])]
         shown = torch.ones(len(self.padding), self.length + count, dtype=torch.bool)
         shown[row, places] = False
-        may_refuse = any(n > self.loose for n in back)
+        held = [self.cache.layers[index] for index in self.whole]
+        known = all(isinstance(x, RaggedLayer) and x.follows_masks for x in held)
+        may_refuse = any(n > self.loose for n in back) and not known
         lengths, visible = self.lengths(), list(self.visible)
         self.serial += 1
         try:

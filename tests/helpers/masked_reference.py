@@ -27,9 +27,15 @@ _asked: dict[int, tuple[Tensor, float, float]] = {}  # its last queries, scaling
 
 
 def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    dropout: float = 0.0,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    assert mask is None
+    assert mask is None and not dropout
     groups, (count, length) = query.shape[1] // key.shape[1], (query.shape[2], key.shape[2])
     causal = torch.ones(count, length).tril(length - count)
     if is_sliding(module):

@@ -222,6 +222,7 @@ class RaggedPress(BasePress):
             folding=folding,
             backend=self.backend,
         )
+        found.positions = None  # places in what another press may have left are none
         if later is not None and later[0].shape[2]:
             found.update(*later)
         return found
