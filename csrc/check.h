@@ -170,6 +170,20 @@ inline std::optional<Tensor> dense_vector(const char* op, const char* name,
   return dense_vector(op, name, *tensor, type, size, like);
 }
 
+// A rotation of `count` tokens, [batch or 1, count, channels], fp32.
+inline std::optional<Tensor> dense_turn(const char* op, const char* name,
+                                        const std::optional<Tensor>& tensor, int64_t batch,
+                                        int64_t count, int64_t most, const Tensor& like) {
+  if (!tensor) return tensor;
+  const bool fits = tensor->dim() == 3 && (tensor->size(0) == 1 || tensor->size(0) == batch) &&
+                    tensor->size(1) == count && tensor->size(2) % 2 == 0 && tensor->size(2) <= most;
+  MOEKV_CHECK(fits, op, "expected ", name, " [", batch, " or 1, ", count,
+              ", an even number of up to ", most, " channels], got ", shape(*tensor));
+  check_dtype(op, name, *tensor, ScalarType::Float);
+  check_device(op, name, *tensor, like);
+  return contiguous(op, *tensor);
+}
+
 template <typename T>
 const T* data(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;

@@ -68,6 +68,9 @@ struct ExpectedAttentionParams {
   int64_t query_stride[3], key_stride[3];  // batch, head, position; dim is dense
   float scaling, softcap;
   DType dtype;
+  const float *cos, *sin;  // [B or 1, T, turned], by which queries are rotated first, or null
+  int64_t turn_stride;     // between the rows of a batch; 0: they share the rotation
+  int64_t turned;          // channels, the first ones
 };
 
 struct MixScoresParams {

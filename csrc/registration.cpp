@@ -11,8 +11,8 @@ STABLE_TORCH_LIBRARY(moekv, m) {
       "int[] kinds, float scaling, float softcap=0.0, SymInt pool=1, SymInt lag=128) "
       "-> Tensor scores");
   m.def(
-      "expected_attention(Tensor queries, Tensor keys, Tensor? start=None, *, "
-      "float scaling=1.0, float softcap=0.0) -> Tensor scores");
+      "expected_attention(Tensor queries, Tensor keys, Tensor? start=None, Tensor? cos=None, "
+      "Tensor? sin=None, *, float scaling=1.0, float softcap=0.0) -> Tensor scores");
   m.def(
       "project_tokens(Tensor hidden_states, Tensor weight, Tensor? mask=None) -> (Tensor "
       "projected, "

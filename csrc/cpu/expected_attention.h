@@ -150,6 +150,23 @@ class Band<bfloat16_t, kTile> {
 };
 #endif
 
+// Rotates the first `turned` channels of a row, whose halves are the coordinates.
+template <typename T>
+inline void rotate(const T* row, const float* cos, const float* sin, int64_t turned, int64_t dim,
+                   T* rotated) {
+  const int64_t half = turned / 2;
+  for (int64_t d = 0; d < half; d += Vec::kLanes) {
+    const int64_t left = half - d;
+    const Vec x = load_lanes(row + d, left), y = load_lanes(row + half + d, left);
+    const auto of = [&](const float* turn, int64_t begin) {
+      return load_lanes(turn + begin + d, left);
+    };
+    store_lanes(x * of(cos, 0) - y * of(sin, 0), rotated + d, left);
+    store_lanes(fma(y, of(cos, half), x * of(sin, half)), rotated + half + d, left);
+  }
+  std::memcpy(rotated + turned, row + turned, (dim - turned) * sizeof(T));
+}
+
 template <typename Products, typename T>
 class ExpectedAttention {
  public:
@@ -183,6 +200,7 @@ class ExpectedAttention {
   // One KV head of one batch row; positions count from the first real one.
   struct Row {
     const T *queries, *keys;
+    const float *cos, *sin;  // or null
     float* scores;
     int64_t number, length, group, start;
 
@@ -197,6 +215,9 @@ class ExpectedAttention {
                 h * group * p.query_stride[1] + start * p.query_stride[2];
       keys = static_cast<const T*>(p.keys) + b * p.key_stride[0] + h * p.key_stride[1] +
              start * p.key_stride[2];
+      const int64_t turn = b * p.turn_stride + start * p.turned;
+      cos = p.cos ? p.cos + turn : nullptr;
+      sin = p.sin ? p.sin + turn : nullptr;
       scores = p.scores + row * p.num_keys + start;
     }
   };
@@ -242,6 +263,7 @@ class ExpectedAttention {
     typename Products::Keys staged;
     // Not a multiple of 4 KiB apart, or loads from one would wait for stores to the other.
     alignas(64) float logits[2][kTile * kPlaces + 512];
+    alignas(64) T rotated[kTile * kMaxDim];
     alignas(64) float weights[kPlaces];
     for (int i = 0; i < kPlaces; ++i) weights[i] = sample_weight(i, row.length);
     Squares squares{{}, begin - kReach};
@@ -260,7 +282,18 @@ class ExpectedAttention {
         next.tile = tile;
         next.count = count;
         const T* queries = row.queries + head * p.query_stride[1] + tile * p.query_stride[2];
-        const auto query = [&](int64_t i) { return queries + i * p.query_stride[2]; };
+        const T* own = queries;
+        int64_t stride = p.query_stride[2];
+        if (row.cos) {
+          for (int64_t i = 0; i < count; ++i) {
+            const int64_t turn = (tile + i) * p.turned;
+            rotate(queries + i * p.query_stride[2], row.cos + turn, row.sin + turn, p.turned,
+                   p.head_dim, rotated + i * p.head_dim);
+          }
+          own = rotated;
+          stride = p.head_dim;
+        }
+        const auto query = [own, stride](int64_t i) { return own + i * stride; };
         Products::stage(query, next.count, p.head_dim, staged);
         const bool last = head + 1 == row.group;
         const T* ahead =

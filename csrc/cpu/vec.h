@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -414,12 +415,15 @@ inline VecPair load_pair(const T* p, int64_t count) {
   return load_pair(numbers);
 }
 
-// The first `count` lanes to p, at most kLanes.
-inline void store_lanes(Vec a, float* p, int64_t count) {
-  if (count >= Vec::kLanes) return a.store(p);
+// The first `count` lanes to p, at most kLanes, to the nearest.
+template <typename T>
+inline void store_lanes(Vec a, T* p, int64_t count) {
+  if constexpr (!std::is_same_v<T, half_t>) {
+    if (count >= Vec::kLanes) return a.store(p);
+  }
   float lanes[Vec::kLanes];
   a.store(lanes);
-  std::memcpy(p, lanes, count * sizeof(float));
+  for (int64_t i = 0; i < count && i < Vec::kLanes; ++i) p[i] = from_float<T>(lanes[i]);
 }
 
 // The numbers of N vectors, as a matrix [kLanes, N] in memory has them, become its columns:

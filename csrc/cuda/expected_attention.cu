@@ -7,6 +7,8 @@
 // fragments: a thread has two queries, and a quarter of the columns of each. Squares of the shares
 // are summed up in shared memory, each by one thread; each pair then collects its own. Queries that
 // look at a block's first pairs are computed twice, so that blocks share nothing.
+#include <stdexcept>
+
 #include "../backend.h"
 #include "../sample_places.h"
 #include "logit.h"
@@ -229,6 +231,10 @@ size_t expected_attention_workspace_bytes(const ExpectedAttentionParams&) { retu
 
 void expected_attention(const ExpectedAttentionParams& params, Stream stream) {
   check_device("expected_attention");
+  if (params.cos) {
+    throw std::runtime_error(
+        "moekv::expected_attention: expected rotated queries on CUDA, got cos and sin");
+  }
   const Arguments arguments{
       .params = params,
       .vectorized =

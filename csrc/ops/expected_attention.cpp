@@ -10,8 +10,9 @@ namespace {
 constexpr const char* kOp = "expected_attention";
 
 Tensor expected_attention_op(const Tensor& queries_in, const Tensor& keys_in,
-                             const std::optional<Tensor>& start_in, double scaling,
-                             double softcap) {
+                             const std::optional<Tensor>& start_in,
+                             const std::optional<Tensor>& cos_in,
+                             const std::optional<Tensor>& sin_in, double scaling, double softcap) {
   check_rank(kOp, "queries", queries_in, 4, "[batch, num_query_heads, num_keys, head_dim]");
   check_rank(kOp, "keys", keys_in, 4, "[batch, num_kv_heads, num_keys, head_dim]");
   const DType dtype = float_dtype(kOp, "queries", queries_in);
@@ -33,6 +34,14 @@ Tensor expected_attention_op(const Tensor& queries_in, const Tensor& keys_in,
   const std::optional<Tensor> start =
       dense_vector(kOp, "start", start_in, ScalarType::Int, batch, queries_in);
   check_logits(kOp, scaling, softcap);
+  MOEKV_CHECK(cos_in.has_value() == sin_in.has_value(), kOp,
+              "expected cos and sin or neither, got ", cos_in ? "cos" : "sin", " alone");
+  const std::optional<Tensor> cos =
+      dense_turn(kOp, "cos", cos_in, batch, num_keys, head_dim, queries_in);
+  const std::optional<Tensor> sin =
+      dense_turn(kOp, "sin", sin_in, batch, num_keys, head_dim, queries_in);
+  MOEKV_CHECK(!cos || (cos->size(0) == sin->size(0) && cos->size(2) == sin->size(2)), kOp,
+              "expected cos and sin of one shape, got ", shape(*cos), " and ", shape(*sin));
 
   const DeviceScope scope(queries_in);
   const Tensor queries = with_dense_rows(kOp, queries_in), keys = with_dense_rows(kOp, keys_in);
@@ -54,6 +63,10 @@ Tensor expected_attention_op(const Tensor& queries_in, const Tensor& keys_in,
       .scaling = static_cast<float>(scaling),
       .softcap = static_cast<float>(softcap),
       .dtype = dtype,
+      .cos = data<float>(cos),
+      .sin = data<float>(sin),
+      .turn_stride = cos && cos->size(0) > 1 ? cos->stride(0) : 0,
+      .turned = cos ? cos->size(2) : 0,
   };
   const Tensor workspace = new_workspace(kOp, keys, expected_attention_workspace_bytes(params));
   params.workspace = workspace.mutable_data_ptr();

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moekv import ops
-from moekv.models.queries import behind, logit_options, next_queries, tokens_at
+from moekv.models.queries import behind, logit_options, next_queries, tokens_at, turn_behind
 from moekv.models.ranks import ALONE, Ranks
 from moekv.ops import ScoreKind
 from moekv.ops.reference.expected_attention import REACH
@@ -342,10 +342,20 @@ class LayerView:
 
     @functools.cached_property
     def _expected(self) -> Tensor:
+        given = self.module, self.hidden_states, self.kwargs, self.rotary
+        turn = None
+        if self.asked is None:
+            queries = next_queries(*given)
+        else:
+            queries, turn = self.asked, turn_behind(*given, self.turned)
+        cos, sin = (None, None) if turn is None else turn
         return ops.expected_attention(
-            self._behind().to(self.keys.dtype),
+            queries.to(self.keys.dtype),
             self.keys,
             self.start,
-            **self.logits,
+            cos,
+            sin,
+            scaling=self.logits["scaling"],
+            softcap=self.logits["softcap"],
             backend=self.backend,
         )

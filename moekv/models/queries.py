@@ -102,17 +102,43 @@ def behind(
     """
     if places is not None:
         queries = tokens_at(queries, places)
-    if not _turns.get(module):
+    turn = turn_behind(module, hidden_states, kwargs, rotary, shared)
+    if turn is None:
         return queries
-    turn = kwargs["position_embeddings"]
-    key = id(turn[0])  # as long as the forward lasts
-    if key not in shared:
-        shared[key] = turn_by(turn, turns(module, hidden_states, kwargs, range(1, 2), rotary))
-    cos, sin = shared[key]
+    cos, sin = turn
     if places is not None:
         cos, sin = (x.expand(len(places), -1, -1) for x in (cos, sin))
         cos, sin = (x.gather(1, places[..., None].expand(-1, -1, x.shape[2])) for x in (cos, sin))
     return rotate(queries, cos, sin)
+
+
+def turn_behind(
+    module: nn.Module,
+    hidden_states: Tensor,
+    kwargs: Mapping[str, Any],
+    rotary: nn.Module | None,
+    shared: dict[Any, Any],
+) -> Turn | None:
+    """Return what rotates each token's query to the position after the last one.
+
+    Parameters
+    ----------
+    module, hidden_states, kwargs, rotary, shared
+        As in :func:`behind`.
+
+    Returns
+    -------
+    tuple of two Tensor [B or 1, N, dim], float32, or None
+        Cosines and sines, for the first channels. None: queries are not rotated.
+    """
+    if not _turns.get(module):
+        return None
+    turn = kwargs["position_embeddings"]
+    key = id(turn[0])  # as long as the forward lasts
+    if key not in shared:
+        shared[key] = turn_by(turn, turns(module, hidden_states, kwargs, range(1, 2), rotary))
+    found: Turn = shared[key]
+    return found
 
 
 def tokens_at(queries: Tensor, places: Tensor) -> Tensor:

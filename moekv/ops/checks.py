@@ -121,7 +121,13 @@ def expert_scores(
 
 
 def expected_attention(
-    queries: Tensor, keys: Tensor, start: Tensor | None, scaling: float, softcap: float
+    queries: Tensor,
+    keys: Tensor,
+    start: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    scaling: float,
+    softcap: float,
 ) -> None:
     """Check the arguments of ``expected_attention``."""
     expect = Expect("expected_attention", queries)
@@ -141,6 +147,25 @@ def expected_attention(
     expect.most("positions", num_keys)
     expect.tensor("start", start, torch.int32, [batch])
     expect.logits(scaling, softcap)
+    given = "cos" if cos is not None else "sin"
+    expect((cos is None) == (sin is None), "cos and sin or neither, got {} alone", given)
+    for name, turn in (("cos", cos), ("sin", sin)):
+        if turn is None:
+            continue
+        fits = turn.dim() == 3 and turn.shape[0] in (1, batch) and turn.shape[1] == num_keys
+        fits = fits and turn.shape[2] % 2 == 0 and turn.shape[2] <= head_dim
+        expect(
+            fits,
+            name + " [{} or 1, {}, an even number of up to {} channels], got {}",
+            batch,
+            num_keys,
+            head_dim,
+            list(turn.shape),
+        )
+        expect.tensor(name, turn, torch.float32, list(turn.shape))
+    if cos is not None and sin is not None:
+        same = cos.shape == sin.shape
+        expect(same, "cos and sin of one shape, got {} and {}", list(cos.shape), list(sin.shape))
 
 
 def project_tokens(hidden_states: Tensor, weight: Tensor, mask: Tensor | None) -> None:

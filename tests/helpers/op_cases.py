@@ -265,6 +265,8 @@ class ExpectedAttention(Case):
     scaling: float | None = None  # D ** -0.5
     dtype: torch.dtype = FP32
     layout: str = "dense"  # "bthd": [B, T, H, D] in memory, "gaps": also between channels
+    turned: int = 0  # channels of a rotation that comes first
+    own_turns: bool = False  # each row its own
 
     def inputs(self, device: str = "cpu") -> tuple[list[Tensor | None], dict[str, Any]]:
         generator = self.generator()
@@ -280,7 +282,12 @@ class ExpectedAttention(Case):
         start = None
         if self.start is not None:
             start = torch.tensor(self.start, dtype=torch.int32, device=device)
-        return [random(num_kv_heads * self.group), random(num_kv_heads), start], {
+        turn: list[Tensor | None] = []
+        if self.turned:
+            rows = batch if self.own_turns else 1
+            angle = 7 * torch.rand(rows, num_keys, self.turned, generator=generator)
+            turn = [angle.cos().to(device), angle.sin().to(device)]
+        return [random(num_kv_heads * self.group), random(num_kv_heads), start, *turn], {
             "scaling": self.scaling or head_dim**-0.5,
             "softcap": self.softcap,
         }
@@ -305,6 +312,25 @@ EXPECTED_ATTENTION = [
     ExpectedAttention((2, 2, 70, 40), 2, (1, 6), layout="gaps"),
     ExpectedAttention((1, 1, 200, 16), scaling=3.0),
 ]
+
+
+TURNED = [
+    *(
+        ExpectedAttention((1, 2, 75, d), turned=t)
+        for d, t in ((2, 2), (16, 6), (33, 32), (256, 256))
+    ),
+    *(
+        ExpectedAttention((1, 2, 140, 80), 3, dtype=dtype, layout="bthd", turned=turned)
+        for dtype in FLOAT_DTYPES
+        for turned in (2, 20, 30, 64, 80)
+    ),
+    ExpectedAttention((2, 1, 515, 128), 4, (0, 333), dtype=BF16, layout="bthd", turned=128),
+    ExpectedAttention((4, 1, 120, 24), 2, (0, 13, 119, 120), turned=24, own_turns=True),
+    ExpectedAttention((2, 2, 70, 40), 2, (-4, 6), layout="gaps", turned=36, own_turns=True),
+    ExpectedAttention((2, 1, 280, 64), 2, (7, 0), softcap=2.0, dtype=BF16, turned=64),
+    ExpectedAttention((2, 2, 0, 16), turned=16),
+]
+"""Queries that are rotated first, which CUDA's kernel is not asked to do."""
 
 
 def check_expected_attention(op: Op, case: ExpectedAttention, device: str = "cpu") -> None:

@@ -96,6 +96,55 @@ def test_query_by_query(target, case):
     check(target.op("expected_attention"), *inputs, **options)
 
 
+@pytest.mark.parametrize("case", op_cases.TURNED, ids=str)
+def test_rotates_queries_first(target, case):
+    if target.device != "cpu":
+        pytest.skip("queries are rotated before the kernel")
+    op_cases.check_expected_attention(target.op("expected_attention"), case, target.device)
+
+
+@pytest.mark.parametrize("turned", [2, 20, 40])
+def test_a_rotation_is_a_product_of_complex_numbers(target, turned):
+    case = op_cases.ExpectedAttention((2, 1, 90, 40), 3, (0, 9), turned=turned, own_turns=True)
+    (queries, keys, start, cos, sin), options = case.inputs(target.device)
+    # Both halves have the same angles in a rotation; cosines and sines of each need not.
+    cos, sin = (x[..., : turned // 2].repeat(1, 1, 2) for x in (cos, sin))
+    given = queries, keys, start, cos.contiguous(), sin.contiguous()
+    got = ops.expected_attention(*given, backend=target.backend, **options)
+    half = turned // 2
+    number = torch.complex(queries[..., :half].double(), queries[..., half:turned].double())
+    number = number * torch.complex(cos[..., :half].double(), sin[..., :half].double())[:, None]
+    plain = torch.cat([number.real, number.imag, queries[..., turned:].double()], -1).float()
+    check(lambda *_, **__: got, plain, keys, start, **options)
+
+
+def test_the_rotation_of_padding_is_not_read(target):
+    case = op_cases.ExpectedAttention((2, 1, 90, 16), 2, (0, 30), turned=16, own_turns=True)
+    (*inputs, cos, sin), options = case.inputs(target.device)
+    clean = ops.expected_attention(*inputs, cos, sin, backend=target.backend, **options)
+    cos[1, :30] = sin[1, :30] = math.nan
+    got = ops.expected_attention(*inputs, cos, sin, backend=target.backend, **options)
+    assert torch.equal(got, clean)
+
+
+def test_rotations_that_do_not_fit(target):
+    case = op_cases.ExpectedAttention((2, 1, 30, 16), turned=8)
+    (queries, keys, start, cos, sin), _ = case.inputs(target.device)
+
+    def refused(message: str, *turn: Tensor | None) -> None:
+        with pytest.raises(RuntimeError, match=message):
+            ops.expected_attention(queries, keys, start, *turn, backend=target.backend)
+
+    refused("cos and sin or neither, got cos alone", cos, None)
+    refused("cos and sin or neither, got sin alone", None, sin)
+    refused(r"cos \[2 or 1, 30, an even number of up to 16 channels\], got", cos[:, 1:], sin)
+    refused("sin .*, got ", cos, sin[..., :7])
+    refused("cos .*, got ", torch.cat([cos] * 3, -1), torch.cat([sin] * 3, -1))
+    refused("cos .*, got ", cos.expand(3, -1, -1), sin)
+    refused("cos and sin of one shape", cos, sin.expand(2, -1, -1))
+    refused("cos of dtype float32, got bfloat16", cos.bfloat16(), sin)
+
+
 @given(st.data())
 def test_any_shape(data):
     batch, num_kv_heads = (data.draw(st.integers(1, 2), label=x) for x in ("batch", "heads"))
@@ -231,6 +280,14 @@ def test_memory_does_not_grow_with_the_keys(native):
 def test_opcheck(native, dtype):
     case = op_cases.ExpectedAttention((2, 2, 70, 16), start=(0, 3), dtype=dtype)
     inputs, options = case.inputs(native.device)
+    torch.library.opcheck(torch.ops.moekv.expected_attention, inputs, options)
+
+
+def test_opcheck_with_a_rotation(native):
+    if native.device != "cpu":
+        pytest.skip("queries are rotated before the kernel")
+    case = op_cases.ExpectedAttention((2, 2, 70, 16), start=(0, 3), turned=10)
+    inputs, options = case.inputs()
     torch.library.opcheck(torch.ops.moekv.expected_attention, inputs, options)
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from moekv.ops import checks
 from moekv.ops.backends import for_heads, implementation
+from moekv.ops.reference.expected_attention import rotated
 from moekv.ops.registration import register
 
 
@@ -12,6 +13,8 @@ def expected_attention(
     queries: Tensor,
     keys: Tensor,
     start: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     *,
     scaling: float = 1.0,
     softcap: float = 0.0,
@@ -36,10 +39,15 @@ def expected_attention(
     ----------
     queries : Tensor [B, Hq, T, D], float32, float16 or bfloat16
         Of all tokens, rotated to the position behind the last one; or not rotated, where ``keys``
-        are turned back by that position, as products alone count. Hq is a multiple of H.
+        are turned back by that position, as products alone count; or as they are, beside a
+        rotation. Hq is a multiple of H.
     keys : Tensor [B, H, T, D], dtype of ``queries``
     start : Tensor [B], int32, optional
         Padding positions at the left of each row. None: no padding.
+    cos, sin : Tensor [B or 1, T, R], float32, optional
+        Rotation of each token's query before anything else, as in Llama: of the first R channels,
+        an even number, the two halves are coordinates. None: queries are not rotated. On CUDA a
+        rotated copy of the queries is made first.
     scaling : float
         Factor of the query-key products, as far as it is not in the keys.
     softcap : float
@@ -68,7 +76,10 @@ def expected_attention(
        Future Queries Distribution", arXiv:2510.00636.
     """
     op = implementation("expected_attention", queries, for_heads(backend, keys))
-    scores: Tensor = op(queries, keys, start, scaling=scaling, softcap=softcap)
+    if cos is not None and sin is not None and queries.device.type == "cuda":
+        checks.expected_attention(queries, keys, start, cos, sin, scaling, softcap)
+        queries, cos, sin = rotated(queries, cos, sin).to(keys.dtype), None, None
+    scores: Tensor = op(queries, keys, start, cos, sin, scaling=scaling, softcap=softcap)
     return scores
 
 
@@ -76,12 +87,14 @@ def _fake(
     queries: Tensor,
     keys: Tensor,
     start: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     *,
     scaling: float = 1.0,
     softcap: float = 0.0,
 ) -> Tensor:
     checks.native("expected_attention", "queries", queries)
-    checks.expected_attention(queries, keys, start, scaling, softcap)
+    checks.expected_attention(queries, keys, start, cos, sin, scaling, softcap)
     checks.native_heads("expected_attention", keys)
     return keys.new_empty(keys.shape[:3], dtype=torch.float32)
 

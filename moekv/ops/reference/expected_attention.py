@@ -46,16 +46,29 @@ def sample_places(length: Tensor) -> tuple[Tensor, Tensor]:
     return place, torch.where(whole, (i < length).float(), weight)
 
 
+def rotated(queries: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate queries [B, Hq, T, D] by [B or 1, T, R] in fp32, or float64 as they are."""
+    numbers, count = widened(queries), cos.shape[-1]
+    left, right = numbers[..., : count // 2], numbers[..., count // 2 : count]
+    other = torch.cat([-right, left], -1)
+    turned = numbers[..., :count] * cos[:, None] + other * sin[:, None]
+    return torch.cat([turned, numbers[..., count:]], -1)
+
+
 def expected_attention(
     queries: Tensor,
     keys: Tensor,
     start: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     *,
     scaling: float = 1.0,
     softcap: float = 0.0,
 ) -> Tensor:
     """Log of the attention [B, H, T] that pairs get from the queries of the tokens before them."""
-    checks.expected_attention(queries, keys, start, scaling, softcap)
+    checks.expected_attention(queries, keys, start, cos, sin, scaling, softcap)
+    if cos is not None and sin is not None:
+        queries = rotated(queries, cos, sin).to(queries.dtype)
     batch, num_heads, num_keys, dim = keys.shape
     if keys.numel() == 0:
         return widened(keys).new_empty(batch, num_heads, num_keys)
