@@ -199,9 +199,8 @@ class Oracle:
         kwargs: dict[str, Any],
         asked: Asked | None,
     ) -> LayerView:
-        kinds = sorted({ScoreKind.DIVERSITY}.union(*(expert.kinds for expert in self.experts)))
         keys, values = cached_pairs(cache.layers[layer.layer_idx])  # type: ignore[index]
-        return look_at(
+        view = look_at(
             layer,
             hidden,
             keys,
@@ -209,10 +208,11 @@ class Oracle:
             None,
             kwargs,
             window=self.config.window,
-            kinds=kinds,
             backend="auto",
             asked=asked,
         )
+        view.kinds = sorted({ScoreKind.DIVERSITY}.union(*(e.kinds for e in self.experts)))
+        return view
 
     def _attention(
         self,

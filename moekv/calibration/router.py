@@ -31,7 +31,15 @@ from moekv.calibration.model_card import TEMPLATE, facts
 from moekv.experts.learned import LearnedExpert
 from moekv.experts.registry import fitted_experts
 from moekv.files import whole_file
-from moekv.models.fingerprint import TOLERANCE, check_same, describe, distance, fingerprint, short
+from moekv.models.fingerprint import (
+    TOLERANCE,
+    architecture,
+    check_same,
+    describe,
+    distance,
+    fingerprint,
+    short,
+)
 from moekv.models.hooks import with_choice
 from moekv.routing.base import BaseMoERouter
 
@@ -351,6 +359,10 @@ def shipped_router(model: PreTrainedModel) -> tuple[CalibratedRouter | None, flo
     files = sorted(SHIPPED.glob("*/config.json"))
     folders = {file.parent: _model_of(file.parent) for file in files}
     if not folders:
+        return None, float("inf")
+    same = f"{architecture(model)}-"
+    folders = {folder: name for folder, name in folders.items() if name.startswith(same)}
+    if not folders:  # whose weights need not be read
         return None, float("inf")
     own = fingerprint(model)
     far, folder = min((distance(name, own), folder) for folder, name in folders.items())

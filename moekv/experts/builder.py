@@ -1,7 +1,7 @@
 """Makes views of layers from the arguments of forward hooks."""
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from moekv.models.hooks import choice_of
 from moekv.models.queries import learn_rotation, logit_options, window_queries
 from moekv.models.ranks import Ranks, ranks_of
 from moekv.models.watching import Asked
-from moekv.ops import ScoreKind
 
 
 class ViewBuilder:
@@ -43,7 +42,6 @@ class ViewBuilder:
         kwargs: Mapping[str, Any],
         *,
         window: int,
-        kinds: Sequence[ScoreKind],
         backend: str,
         asked: Asked | None = None,
         expects: bool = False,
@@ -59,8 +57,6 @@ class ViewBuilder:
             (``DecodingPress``).
         window : int
             Last tokens whose queries are observed, at most.
-        kinds : sequence of ScoreKind
-            Native scores that the view provides.
         backend : str
             Of the ops.
         asked : Asked, optional
@@ -74,6 +70,7 @@ class ViewBuilder:
         Returns
         -------
         LayerView
+            Its ``kinds``, none, are to be set before it is scored.
 
         Raises
         ------
@@ -131,7 +128,7 @@ class ViewBuilder:
             ends=whole or first + num_keys == fed.shape[1],
             attentions=attentions,
             kwargs=kwargs,
-            kinds=kinds,
+            kinds=(),
             backend=backend,
             asked=everything,
             rotary=self.rotary,

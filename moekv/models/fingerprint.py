@@ -15,7 +15,9 @@ largest change in any round trip (see `_SCALES`; docs/design.md has the measurem
 ``tokens``   rows of the embedding in their order, which is the tokenizer's.
 ``weights``  rows of matrices in three layers. These two differ between unrelated models.
 
-Nothing is cached: every call reads the current weights.
+A sketch is remembered until one of the weights that it reads is another tensor, or has been written
+to, or has other bits in places (`_state`); those that a library stores in a form of its own, or
+elsewhere, are read at every call.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -82,12 +86,18 @@ def fingerprint(model: PreTrainedModel) -> str:
         The model has no decoder layers with attention.
     """
     inner = language_model(model)
-    decoder, _ = find_layers(inner)
+    decoder, layers = find_layers(inner)
+    numbers = _sketch_of(decoder, layers, mesh_of(inner))
+    sketch = base64.urlsafe_b64encode(numbers.astype("<f4").tobytes()).decode().rstrip("=")
+    return f"{architecture(inner)}-{sketch}"
+
+
+def architecture(model: PreTrainedModel) -> str:
+    """Return the part of :func:`fingerprint` that must be equal, without reading a weight."""
+    inner = language_model(model)
     digest = hashlib.sha256(json.dumps(_what_must_be_equal(inner), sort_keys=True).encode())
     kind = re.sub(r"[^A-Za-z0-9_]", "_", str(inner.config.model_type))[:32]
-    numbers = _sketch(decoder, mesh_of(inner))
-    sketch = base64.urlsafe_b64encode(numbers.astype("<f4").tobytes()).decode().rstrip("=")
-    return f"{kind}-{digest.hexdigest()[:16]}-{sketch}"
+    return f"{kind}-{digest.hexdigest()[:16]}"
 
 
 def short(name: str) -> str:
@@ -262,39 +272,110 @@ class _Sums:
         return self.values / max(self._size, 1) ** 0.5 if self._pieces else self.values / 0
 
 
-@torch.no_grad()
-def _sketch(decoder: nn.Module, mesh: Any) -> Any:
-    sums = {group: _Sums(count) for group, count in _COUNTS.items()}
-    layers = _blocks(decoder)
-    embedding = read_weight(decoder.get_input_embeddings(), mesh=mesh)  # type: ignore[operator]
-    if embedding is not None:
-        if len(embedding) >= _TOKENS:  # noise of fewer does not cancel
-            mean = _evened(_spread(embedding, _TOKENS)).mean(0)
-            sums["means"].add(mean - mean.mean())
-        sums["tokens"].add(_evened(_spread(embedding, _ROWS)))
-    vectors: list[Tensor | None] = []
+@dataclass(frozen=True)
+class _Weight:
+    """A weight that the sketch reads."""
+
+    leaf: nn.Module
+    name: str
+    group: str  # "embedding", "vectors" or "weights"
+
+    def read(self, mesh: Any) -> Tensor | None:
+        return read_weight(self.leaf, self.name, mesh=mesh)
+
+
+def _weights(decoder: nn.Module, attention: Sequence[nn.Module]) -> list[_Weight]:
+    """List what the sketch reads, in order."""
+    embedding: Any = decoder.get_input_embeddings()  # type: ignore[operator]
+    found, layers = [_Weight(embedding, "weight", "embedding")], _blocks(decoder, attention)
     chosen = {0, len(layers) // 2, len(layers) - 1}
     for index, layer in enumerate(layers):
         for leaf in _leaves(layer):
             weight: Any = getattr(leaf, "weight", None)
             if isinstance(weight, Tensor) and weight.dim() == 1:
-                vectors.append(read_weight(leaf, mesh=mesh))
+                found.append(_Weight(leaf, "weight", "vectors"))
             elif index in chosen:
-                rows = read_weight(leaf, mesh=mesh)
-                if rows is None or rows.dim() == 2:
-                    sums["weights"].add(None if rows is None else _evened(_spread(rows, _ROWS)))
+                found.append(_Weight(leaf, "weight", "weights"))
             if _has_bias(leaf):
-                vectors.append(read_weight(leaf, "bias", mesh=mesh))
+                found.append(_Weight(leaf, "bias", "vectors"))
+    return found
+
+
+_PLACES = 512
+"""Numbers of a matrix whose bits are looked at, from all over it; of a vector they all are."""
+
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16)
+
+_remembered: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def _state(weights: Sequence[_Weight]) -> Any:
+    """Return what changes when weights do, for a small part of a sketch's cost; None: not known.
+
+    PyTorch counts what writes to a tensor, but not to its ``data``: a fine-tune that does so is
+    found by the bits.
+    """
+    bits: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    tensors = []
+    for weight in weights:
+        stored = getattr(weight.leaf, "_parameters", {}).get(weight.name)
+        if type(stored) is not nn.Parameter or stored.is_meta or stored.is_inference():
+            return None
+        if hasattr(weight.leaf, "base_layer") or hasattr(weight.leaf, "_hf_hook"):
+            return None
+        if stored.dtype not in _PLAIN or not stored.is_contiguous():
+            return None
+        tensors.append((id(stored), stored.data_ptr(), stored._version, stored.shape))
+        numbers = stored.detach().view(-1)
+        # An odd step, so that places are in all columns.
+        step = 1 if stored.dim() == 1 else max(len(numbers) // _PLACES, 1) | 1
+        bits.setdefault((stored.dtype, stored.device), []).append(numbers[::step])
+    digests = []
+    for (dtype, device), parts in bits.items():
+        whole = torch.cat(parts).view(torch.int16 if dtype.itemsize == 2 else torch.int32).long()
+        factors = torch.arange(1, 2 * len(whole), 2, device=device)  # so that order counts
+        digests.append(int((whole * factors).sum()))
+    return tensors, digests
+
+
+@torch.no_grad()
+def _sketch_of(decoder: nn.Module, attention: Sequence[nn.Module], mesh: Any) -> Any:
+    """Return the sketch, from memory where the weights are as they were."""
+    weights = _weights(decoder, attention)
+    state = None if mesh is not None else _state(weights)
+    known = _remembered.get(decoder)
+    if state is not None and known is not None and known[0] == state:
+        return known[1]
+    numbers = _sketch(weights, mesh)
+    if state is not None:
+        _remembered[decoder] = state, numbers
+    return numbers
+
+
+def _sketch(weights: Sequence[_Weight], mesh: Any) -> Any:
+    sums = {group: _Sums(count) for group, count in _COUNTS.items()}
+    embedding = weights[0].read(mesh)
+    if embedding is not None:
+        if len(embedding) >= _TOKENS:  # noise of fewer does not cancel
+            mean = _evened(_spread(embedding, _TOKENS)).mean(0)
+            sums["means"].add(mean - mean.mean())
+        sums["tokens"].add(_evened(_spread(embedding, _ROWS)))
+    vectors = [weight.read(mesh) for weight in weights if weight.group == "vectors"]
+    for weight in weights:
+        if weight.group != "weights":
+            continue
+        rows = weight.read(mesh)
+        if rows is None or rows.dim() == 2:
+            sums["weights"].add(None if rows is None else _evened(_spread(rows, _ROWS)))
     for form, dtype in zip(_FORMS, (torch.float32, torch.bfloat16, torch.float16), strict=True):
         sums[form].add_vectors([None if x is None else _evened(x.to(dtype)) for x in vectors])
     return torch.cat([sums[group].result() for group in _COUNTS]).numpy()
 
 
-def _blocks(decoder: nn.Module) -> nn.ModuleList:
+def _blocks(decoder: nn.Module, attention: Sequence[nn.Module]) -> nn.ModuleList:
     """Find the list of a decoder's blocks, by whatever name."""
-    attention = set(find_layers(decoder)[1])
     lists = (x for x in decoder.modules() if isinstance(x, nn.ModuleList))
-    found = (x for x in lists if attention <= set(x.modules()))
+    found = (x for x in lists if set(attention) <= set(x.modules()))
     return next(found, nn.ModuleList([decoder]))
 
 

@@ -157,7 +157,8 @@ def mesh_of(model: Any) -> Any:
     model = language_model(model)
     mesh, size = getattr(model, "_device_mesh", None), getattr(model, "_tp_size", None)
     if mesh is None:
-        if any(getattr(x, "_hf_tp_plan", None) or _is_spread(x) for x in model.modules()):
+        planned = any(x.__dict__.get("_hf_tp_plan") for x in model.modules())
+        if planned or any(map(_is_spread, model.parameters())):
             raise ValueError(
                 "expected the whole model that was loaded with tensor parallelism, which knows its "
                 f"processes, got a part of it, {type(model).__name__}"
@@ -168,10 +169,9 @@ def mesh_of(model: Any) -> Any:
     return mesh["tp"] if "tp" in (mesh.mesh_dim_names or ()) else mesh
 
 
-def _is_spread(module: Any) -> bool:
-    """Return whether a module holds a part of a tensor, and not all of it (``DTensor``)."""
-    own = module.parameters(recurse=False)
-    return any(hasattr(x, "placements") and x.to_local().shape != x.shape for x in own)
+def _is_spread(weight: Any) -> bool:
+    """Return whether a weight is a part of a tensor, and not all of it (``DTensor``)."""
+    return hasattr(weight, "placements") and weight.to_local().shape != weight.shape
 
 
 def shard_of(model: Any) -> str:

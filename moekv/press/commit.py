@@ -173,9 +173,9 @@ def observe(
         last = first + len(seen.load)
         shares = None if kept is None else torch.stack(list(kept[first:last]))
         indices = [r.index for r in ratings[first:last]]
-        statistics.observe(indices, seen, shares)
+        statistics.observe(indices, seen.among(len(rater.experts)), shares)
         for index, rates in zip(indices, seen.hit_rates.unbind(), strict=True):
-            if rater.routed:
+            if len(rates) > len(rater.shared):
                 rater.routers.take_in(index, rates[len(rater.shared) :])
         first = last
 

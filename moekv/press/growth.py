@@ -155,7 +155,6 @@ class Growth(Strategy):
                 call.asked,
                 _of_rows(call.attentions, rows, layer.batch_size),
                 {k: _of_rows(x, rows, layer.batch_size) for k, x in call.kwargs.items()},
-                kinds=rater.kinds,
                 backend=options.backend,
                 rotary=self.view.rotary,
             )

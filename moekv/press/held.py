@@ -16,7 +16,6 @@ from moekv.experts.view import LayerView
 from moekv.models.queries import logit_options
 from moekv.models.ranks import ALONE, Ranks
 from moekv.models.watching import Asked
-from moekv.ops import ScoreKind
 
 
 @dataclass
@@ -158,7 +157,6 @@ class Held:
         attentions: Tensor | None,
         kwargs: Mapping[str, Any],
         *,
-        kinds: Sequence[ScoreKind],
         backend: str,
         rotary: nn.Module | None = None,
     ) -> LayerView:
@@ -176,7 +174,7 @@ class Held:
             The last call's queries.
         attentions, kwargs
             As a forward hook gets them.
-        kinds, backend, rotary
+        backend, rotary
             As in ``moekv.experts.builder.ViewBuilder``.
         """
         _, num_heads, longest = self.shape
@@ -208,7 +206,7 @@ class Held:
             ends=True,
             attentions=attentions,
             kwargs=kwargs,
-            kinds=kinds,
+            kinds=(),
             backend=backend,
             notes=notes,
             rotary=rotary,

@@ -15,7 +15,6 @@ from moekv.budget import Kept
 from moekv.cache.layer import CompressedLayer
 from moekv.models.ranks import ALONE, Ranks
 from moekv.models.watching import Asked
-from moekv.ops import ScoreKind
 from moekv.press.held import Held
 
 EVERY = 16
@@ -178,7 +177,6 @@ class Later:
             asked,
             None,
             {},
-            kinds=[ScoreKind.MASS],
             backend=backend,
             rotary=rotary,
         )

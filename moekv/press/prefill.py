@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -105,8 +106,9 @@ class Prefill(Strategy):
         self.rated: list[Rated] = []
         self.committed = False
 
-    @property
+    @functools.cached_property
     def _mixes(self) -> bool:
+        """Whether a layer mixes heads, so that all retain the same pairs."""
         return any(habits_of(x, self.view.rotary).mixes for x in self.plan.layers)
 
     @property
@@ -156,7 +158,6 @@ class Prefill(Strategy):
                 call.attentions,
                 kwargs,
                 window=plan.options.window,
-                kinds=plan.rater.kinds,
                 backend=plan.options.backend,
                 asked=call.asked,
                 expects=plan.rater.expects or plan.options.folds,

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moekv.budget import Budget
@@ -39,11 +39,11 @@ logger = logging.getLogger("moekv")
 class MoERouterPress:
     """Compress KV caches with a router over experts.
 
-    An expert scores the KV pairs of a layer. One is shared by all tokens; beside it, each token is
-    routed to a few others. Every expert has a share of the budget: the shared one nine tenths, each
-    routed one its mean gate weight of the rest. It picks pairs in the order of its scores until its
-    share is used up; a pair that several pick counts once. Pairs that no expert picks are evicted,
-    and their memory is freed.
+    An expert scores the KV pairs of a layer. One is shared by all tokens; beside it, where options
+    ask for routing, each token is routed to a few others. Every expert has a share of the budget:
+    the shared one nine tenths, each routed one its mean gate weight of the rest. It picks pairs in
+    the order of its scores until its share is used up; a pair that several pick counts once. Pairs
+    that no expert picks are evicted, and their memory is freed.
 
     Inside ``with press(model):`` each prefill is compressed once, when its last layer has run: an
     exception before that leaves the cache whole. Until then the full cache is held, so the peak is
@@ -61,9 +61,10 @@ class MoERouterPress:
     num_experts : int or "auto", optional
         Number of routed experts, taken from the registry in its order, without the shared one.
         ``"auto"``: ``floor(log2(layers * KV heads))``, at least `top_k`, at most all: more heads do
-        more different things. If none of `num_experts`, `top_k`, `router_type` and `experts` is
-        given, a calibrated router scores alone, if there is one; else ``selective`` and
-        ``semantic`` are routed. If only others of them are given, it is 4.
+        more different things. If none of `num_experts`, `top_k`, `router_type`, `cache_aware` and
+        `experts` is given, a calibrated router scores alone, if there is one, else the shared
+        expert, for which ``selective`` and ``semantic`` stand in where it cannot score, as in a
+        cache that is compressed again. If only others of them are given, it is 4.
     top_k : int, optional
         Routed experts per token. Unless given, all of a list (`experts`), and 2 otherwise.
     router_type : str or BaseMoERouter, optional
@@ -103,7 +104,9 @@ class MoERouterPress:
         More of them, at most `window`, where a forward asks for the logits of its last tokens
         (``logits_to_keep``), as assisted decoding does, which may reject these tokens.
     window : int
-        Last tokens whose queries are observed.
+        Last tokens whose queries are observed, by experts that score by them (``selective``), by
+        routers, and where a cache is compressed again. Where none of these is at work, a value
+        other than the default is named in a warning.
     decoding : DecodingConfig, optional
         Compress during decoding as well, so that a cache never exceeds its budget.
     streaming : bool
@@ -260,11 +263,10 @@ class MoERouterPress:
 
     @staticmethod
     def _make_rater(options: Options, model: PreTrainedModel) -> Rater:
-        find_layers(model)  # or it is refused
         return Rater.of_model(options.routing, model, model.config.get_text_config(decoder=True))
 
-    def _prepare(self, model: PreTrainedModel) -> None:
-        """Get ready for a model.
+    def _prepare(self, model: PreTrainedModel, layers: Sequence[nn.Module]) -> None:
+        """Get ready for a model with these attention layers.
 
         Raises
         ------
@@ -278,7 +280,7 @@ class MoERouterPress:
         self._model = weakref.ref(model)
         options, rater = self._options(), self._rater
         if rater is not None and rater.routers:
-            rater.routers.check(find_layers(model)[1])
+            rater.routers.check(layers)
             if rater.calibrated is not None:
                 rater.distance = _check_again(rater.calibrated, model)
             self._rater_for(options)
@@ -335,9 +337,12 @@ class MoERouterPress:
             self._opening = True
         try:
             self._recording = None
-            self._prepare(model)
+            decoder, layers = find_layers(model)  # or it is refused
+            self._prepare(model, layers)
             self._session = Session(
                 model,
+                decoder,
+                layers,
                 options=self._options,
                 rater=self._rater_for,
                 statistics=lambda: self._statistics,
@@ -369,11 +374,29 @@ class MoERouterPress:
                 ", ".join(named),
             )
         routed = {expert.name for expert in rater.routed} - set(named)
-        if idle := [name for name in self._statistics.idle(rater.names) if name in routed]:
+        options = self._checked  # those that acted last: what is set now may be wrong
+        assert options is not None
+        asked = options.window != MoERouterPress.window
+        if asked and options.evicts and options.decoding is None and not rater.observes:
+            logger.warning(
+                "window=%d was not used: no expert that scores here (%s) looks at the last "
+                "queries, as 'selective' does",
+                options.window,
+                ", ".join(expert.name for expert in rater.shared),
+            )
+        if idle := [name for name in self._idle() if name in routed]:
             logger.warning(
                 "no token was routed to %s: raise top_k, or leave that expert out",
                 ", ".join(idle),
             )
+
+    def _idle(self) -> list[str]:
+        """Name the experts that no token was routed to, but for those that only stand in."""
+        rater = self._rater
+        if rater is None:
+            return []
+        idle = self._statistics.idle(rater.names)
+        return [name for name in idle if not rater.stands_in or name in rater.names[:1]]
 
     # --- Statistics -------------------------------------------------------------------------------
 
@@ -391,8 +414,8 @@ class MoERouterPress:
             model's weights from this one's, if they differ.
             ``budget``, ``pairs`` and ``fold``: as ``asked`` for, and as ``used`` last (None:
             nothing has been compressed); ``why_not``: why evicted pairs joined no others.
-            ``never_chosen``: experts that no token of any layer was routed to; the end of a block
-            logs a warning for those that are routed.
+            ``never_chosen``: experts that no token of any layer was routed to, but for those that
+            only stand in for another; the end of a block logs a warning for those that are routed.
             ``compression``: ``bytes_before``, ``bytes_after``, ``bytes_freed`` of the storages of
             the layers that the press compressed; ``ratio``, the exact share of the real pairs'
             bytes that was removed, and ``evicted``, the share of the pairs: smaller where they are
@@ -424,7 +447,7 @@ class MoERouterPress:
               them, on the pairs that the expert alone would retain, in [0, 1]: moving average over
               calls), ``later_hit_rates`` (the same of queries after a compression in the same
               block, over the retained pairs, at every 16th step; evicted pairs cannot be measured.
-              NaN: not measured, as where no router has a history),
+              NaN: not measured, as where no router has a history, or the expert has not acted),
 
             each by the expert's name.
         """
@@ -438,7 +461,7 @@ class MoERouterPress:
         name = name_router(routing, calibrated, distance)
         history = {} if rater is None else rater.history()
         asked = self.budget, self.pairs, self.fold
-        return self._statistics.report(names, name, *asked, history)
+        return self._statistics.report(names, name, *asked, self._idle(), history)
 
     def summary(self) -> None:
         """Print the options and the main statistics in about ten lines."""

@@ -16,12 +16,12 @@ from moekv.cache.rows import gain, storable
 from moekv.calibration.router import CalibratedGate, CalibratedRouter, shipped_router
 from moekv.experts.base import Expert, scores_by
 from moekv.experts.expected import ExpectedExpert
+from moekv.experts.learned import LearnedExpert
 from moekv.experts.registry import build_experts, expert_names
 from moekv.experts.scorer import PressExpert
 from moekv.experts.view import LayerView
 from moekv.models.fingerprint import TOLERANCE, short
 from moekv.models.hooks import experts_in, index_of, option, with_choice
-from moekv.ops import ScoreKind
 from moekv.press import mixture
 from moekv.press.hits import hit_rates, kept_alone
 from moekv.press.later import packed
@@ -114,6 +114,20 @@ class Rater:
         return (*self.shared, *self.routed)
 
     @property
+    def stands_in(self) -> bool:
+        """Whether the routed experts act only where the shared one cannot score.
+
+        So it is where no option asks for routing: beside ``expected`` they are not worth their cost
+        (docs/results-routers.md).
+        """
+        return bool(self.shared) and self.calibrated is None and not self.routing.own_choice
+
+    def acting(self, view: LayerView) -> Sequence[Expert]:
+        """Return the experts that rate a layer: all, or the shared one."""
+        alone = self.stands_in and self.shared[0].can_rate(view)
+        return self.shared if alone else self.experts
+
+    @property
     def names(self) -> list[str]:
         """Names of the experts."""
         return [expert.name for expert in self.experts]
@@ -122,6 +136,13 @@ class Rater:
     def router_name(self) -> str:
         """The router in use, and the model it was calibrated for."""
         return name_router(self.routing, self.calibrated, self.distance)
+
+    @property
+    def observes(self) -> bool:
+        """Whether what is retained after a prefill depends on the window's queries."""
+        alone = self.stands_in or not self.routed
+        experts = self.shared if alone else self.experts
+        return not alone or any(type(x) not in (ExpectedExpert, LearnedExpert) for x in experts)
 
     @property
     def expects(self) -> bool:
@@ -148,7 +169,7 @@ class Rater:
     @property
     def compares(self) -> bool:
         """Whether scores can be compared between heads."""
-        voters = len(self.routed) + bool(self.shared)
+        voters = bool(self.shared) + (0 if self.stands_in else len(self.routed))
         return voters > 1 or self.calibrated is not None or self.experts[0].comparable
 
     def history(self) -> dict[int, dict[str, float]]:
@@ -161,11 +182,6 @@ class Rater:
             index: dict(zip(names, bias.tolist(), strict=True))
             for index, bias in self.routers.biases().items()
         }
-
-    @property
-    def kinds(self) -> list[ScoreKind]:
-        """The native scores that the experts read."""
-        return sorted(set().union(*(expert.kinds for expert in self.experts)))
 
     @property
     def reader(self) -> str | None:
@@ -196,15 +212,16 @@ class Rater:
     def prepare(self, view: LayerView) -> Unrated:
         """Compute all that needs hidden states and queries, so that these can be freed."""
         router = self.routers.of(view.module, lambda: self._make_router(view))
-        rated = None
-        if self.routed:
+        acting, rated = self.acting(view), None
+        view.kinds = sorted(set().union(*(expert.kinds for expert in acting)))
+        if len(acting) > len(self.shared):
             states = with_choice(view.hidden_states, view.expert_choice, router.choices)
             rated = router.rate(states, view.token_mask)
         if self.calibrated is not None:
             view.read = self.calibrated.project(
                 index_of(view.module), view.hidden_states, view.expert_choice
             )
-        scores = [None if expert.waits else scores_by(expert, view) for expert in self.experts]
+        scores = [None if expert.waits else scores_by(expert, view) for expert in acting]
         if view.aligned and self.expects:
             view.expected()
         view.observed()
@@ -266,11 +283,12 @@ class Rater:
     ) -> list[Rating]:
         views = [layer.view for layer in unrated]
         view, num_layers = views[0], len(unrated)
-        num_experts = len(self.experts)
+        experts = self.acting(view)
+        num_experts = len(experts)
         batch, num_heads, num_keys = view.keys.shape[:3]
         by_expert = [
             scores_by(expert, layer.view) if (known := layer.scores[e]) is None else known
-            for e, expert in enumerate(self.experts)
+            for e, expert in enumerate(experts)
             for layer in unrated
         ]
         # The layers are further rows of the batch, so that each step is one operation for all.
@@ -289,9 +307,7 @@ class Rater:
             unrated = [replace(one, view=whole) for one, whole in zip(unrated, views, strict=True)]
             batch, num_heads, num_keys = view.keys.shape[:3]
         stored = gain(options.pairs, view.keys, view.values, biased=options.folds)
-        totals = [
-            alone or kept_alone(expert, view.lengths, options, stored) for expert in self.experts
-        ]
+        totals = [alone or kept_alone(expert, view.lengths, options, stored) for expert in experts]
         sinks, recent = protected(view, options)
         rates, alone_kept = hit_rates(
             views, scores, mass, totals, sinks=sinks, recent=recent, backend=self.routing.backend
@@ -318,7 +334,7 @@ class Rater:
             silent=torch.cat([self._silent_shared(scores, real), is_silent(alike)]),
         )
         wanted: Sequence[Tensor | None] = [None] * num_layers
-        if self.routed and any(layer.router.history is not None for layer in unrated):
+        if len(alike) and any(layer.router.history is not None for layer in unrated):
             bits = packed(alone_kept.mask().view(num_experts, -1, num_heads, num_keys))
             wanted = wanted if bits is None else bits.chunk(num_layers)
         row = view.start, view.lengths, view.begins, view.ends, seen, stored
@@ -358,7 +374,7 @@ class Rater:
             )
         elif self.shared and self.shared[0].can_rate(views[0]):
             parts.append(mixture.one_for_all(views, self.shared[0], scores[:1]))
-        if self.routed:
+        if len(alike):
             rated = [layer.rated for layer in unrated if layer.rated is not None]
             given = mixture.route(
                 views, self.routed, [x.router for x in unrated], rated, alike,
@@ -368,7 +384,7 @@ class Rater:
         if len(parts) == 2:
             return mixture.beside(*parts), given
         (part,) = parts
-        if num_shared and self.routed:
+        if num_shared and given:
             part = mixture.after_silent(num_shared, part)
         return part, given
 
@@ -379,7 +395,8 @@ def name_router(
     """Name the router in use, the model it was calibrated for, and the distance of the weights."""
     name = f"{routing.router_name}, not calibrated"
     if calibrated is None:
-        return name
+        asks = routing.shared is None or routing.own_choice
+        return name if asks else "none, not calibrated"
     found = f"calibrated for {calibrated.recipe.get('model_name', short(calibrated.model))}"
     if distance:
         found += f", whose weights are at a distance of {distance:.2g} ({TOLERANCE:g} allowed)"

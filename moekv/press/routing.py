@@ -16,7 +16,7 @@ from moekv.units import kind
 
 SHARED_EXPERT, ROUTED_EXPERTS = "expected", ("selective", "semantic")
 """Experts of a press without options and without a calibrated router. ``expected`` scores after a
-prefill, when the hidden states of all pairs are known; where a cache grows, the others do alone."""
+prefill, when the hidden states of all pairs are known; where a cache grows, the others stand in."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Routing:
     calibrated : CalibratedRouter, str or None
         A name is looked up when a block begins; ``"auto"``: the model's own, if there is one.
     own_choice : bool
-        Whether options choose experts or routers, so that they act beside a calibrated one.
+        Whether options ask for routing, so that routed experts act beside shared ones.
     backend : str
     asked : tuple
         The options that the experts were built from; while these are the same, experts are reused.
@@ -74,7 +74,7 @@ def routing_of(given: Mapping[str, Any], known: Sequence[Routing]) -> Routing:
     ValueError, TypeError
         See ``MoERouterPress``.
     """
-    names = ("num_experts", "top_k", "router_type", "experts")
+    names = ("num_experts", "top_k", "router_type", "cache_aware", "experts")
     chosen = [name for name in names if given[name] is not None]
     chosen += ["policy"] if given["policy"] == "dominant" else []
     calibrated = _calibrated(given)

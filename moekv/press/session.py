@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 
@@ -20,7 +20,6 @@ from moekv.models.hooks import (
     by_name,
     cache_of,
     check_transformers,
-    find_layers,
     hook_arguments,
     is_pressed,
     is_sliding,
@@ -60,6 +59,8 @@ class Session:
     Parameters
     ----------
     model : PreTrainedModel
+    decoder, layers
+        See ``moekv.models.hooks.find_layers``.
     options : callable
         Returns the press's options when a forward begins.
     rater : callable
@@ -80,6 +81,8 @@ class Session:
     def __init__(
         self,
         model: PreTrainedModel,
+        decoder: nn.Module,
+        layers: Sequence[nn.Module],
         *,
         options: Callable[[], Options],
         rater: Callable[[Options], Rater],
@@ -90,7 +93,7 @@ class Session:
         check_transformers()
         install()  # reports the queries of attention layers
         self.model = model
-        self.decoder, layers = find_layers(model)
+        self.decoder: Any = decoder
         if is_in_session(self.decoder) or any(is_pressed(layer) for layer in layers):
             raise RuntimeError(
                 "expected a model without an open press, got one inside another press's block; "

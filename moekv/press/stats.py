@@ -1,17 +1,20 @@
 """Measurements: summed on the device, and read by ``get_stats``."""
 
+from __future__ import annotations
+
 import copy
 import threading
 import uuid
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import Cache
 
 from moekv.cache.caches import bits_per_number, bytes_by_kind, held_bytes
@@ -26,7 +29,7 @@ HIT_RATE_DECAY = 0.9
 
 @dataclass
 class Observation:
-    """Measurements of one rating of L layers. E experts, B rows, T cached pairs.
+    """Measurements of one rating of L layers. E acting experts, B rows, T cached pairs.
 
     Attributes
     ----------
@@ -53,6 +56,23 @@ class Observation:
     hit_rates: Tensor
     silent: Tensor
 
+    def among(self, count: int) -> Observation:
+        """Return this of more experts, `count` in all, of which the last did not act."""
+        more = 0, count - len(self.silent)
+        return replace(
+            self,
+            load=functional.pad(self.load, more),
+            shares=functional.pad(self.shares, more),
+            hit_rates=functional.pad(self.hit_rates, more, value=torch.nan),
+            silent=functional.pad(self.silent, more),
+        )
+
+
+def _moved(before: Tensor, rates: Tensor) -> Tensor:
+    """Move averages of hit rates [E] by further ones; NaN: not measured."""
+    mean = torch.where(before.isnan(), rates, rates.lerp(before, HIT_RATE_DECAY))
+    return torch.where(rates.isnan(), before, mean)
+
 
 class LayerStats:
     """Sums of one layer's observations.
@@ -69,8 +89,8 @@ class LayerStats:
         self.load = torch.zeros(num_experts, dtype=torch.int64, device=device)
         # Of weights: all, those of pairs that were compressed, and of evicted ones; entropy; loss.
         self.sums = torch.zeros(3 * num_experts + 2, dtype=torch.float32, device=device)
-        self.hit_rates = torch.zeros(num_experts, dtype=torch.float32, device=device)
-        self.later = torch.full_like(self.hit_rates, torch.nan)
+        self.hit_rates = torch.full([num_experts], torch.nan, dtype=torch.float32, device=device)
+        self.later = self.hit_rates
 
     @property
     def aux_loss(self) -> Tensor:
@@ -82,16 +102,13 @@ class LayerStats:
         # Not in place: the sums may be inference tensors.
         self.load = self.load + load
         self.sums = self.sums + sums
-        rates = hit_rates
-        self.hit_rates = rates.lerp(self.hit_rates, HIT_RATE_DECAY) if self.num_calls else rates
+        self.hit_rates = _moved(self.hit_rates, hit_rates)
         self.num_calls += 1
         self.num_tokens += num_tokens
 
     def add_later(self, rates: Tensor) -> None:
         """Add hit rates [E] of later queries; NaN: not measured."""
-        mean = rates.lerp(self.later, HIT_RATE_DECAY)
-        mean = torch.where(self.later.isnan(), rates, mean)
-        self.later = torch.where(rates.isnan(), self.later, mean)
+        self.later = _moved(self.later, rates)
 
     def report(
         self,
@@ -282,6 +299,7 @@ class Statistics:
         budget: str,
         stored: str,
         fold: bool | str,
+        idle: Sequence[str],
         history: Mapping[int, dict[str, float]],
     ) -> Stats:
         """Read everything, see ``MoERouterPress.get_stats``. Waits for the device.
@@ -294,6 +312,8 @@ class Statistics:
             Name of the router in use.
         budget, stored, fold : str or bool
             The options.
+        idle : sequence of str
+            Experts that should have been chosen and were not.
         history : mapping
             Of each layer whose router has one, see ``Rater.history``.
         """
@@ -314,7 +334,7 @@ class Statistics:
                 "used": None if self.stored is None else self.unfolded is None,
                 "why_not": self.unfolded,
             },
-            "never_chosen": self.idle(names),
+            "never_chosen": list(idle),
             "compression": {
                 "bytes_before": before,
                 "bytes_after": after,

@@ -72,23 +72,28 @@ def _lines(stats: Stats) -> dict[str, str]:
         )
         lines["kept by head"] = f"{min(heads):,} to {max(heads):,} pairs"
     parts = [x["expert_compression_stats"] for x in layers.values()]
-    lines["shares"] = _means([x["expert_usage"] for x in parts])
-    lines["hit rates"] = _means([x["cache_hit_rates"] for x in parts])
-    later = [x["later_hit_rates"] for x in parts]
-    if measured := [x for x in later if not any(map(math.isnan, x.values()))]:
-        lines["hit rates"] += f"; of later queries {_means(measured)}"
+    rates = _means([x["cache_hit_rates"] for x in parts])
+    shares = _means([x["expert_usage"] for x in parts])
+    lines["shares"] = _written({name: shares[name] for name in rates})  # of those that have acted
+    lines["hit rates"] = _written(rates)
+    if later := _means([x["later_hit_rates"] for x in parts]):
+        lines["hit rates"] += f"; of later queries {_written(later)}"
     moved = [
         (abs(by), f"{name} {by:+.1%} in layer {index}")
         for index, layer in layers.items()
         for name, by in layer["router_stats"]["history_bias"].items()
     ]
-    if moved:
+    if moved and max(moved)[0]:
         lines["router"] += f"; hits move it: {max(moved)[1]}"
     lines["never chosen"] = ", ".join(stats["never_chosen"]) or "none"
     return lines
 
 
-def _means(layers: Sequence[dict[str, float]]) -> str:
-    """Write each expert's mean over the layers."""
-    means = {name: sum(x[name] for x in layers) / len(layers) for name in layers[0]}
-    return ", ".join(f"{name} {mean:.1%}" for name, mean in means.items())
+def _means(layers: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return each expert's mean over the layers in which it was measured."""
+    known = {name: [x[name] for x in layers if not math.isnan(x[name])] for name in layers[0]}
+    return {name: sum(found) / len(found) for name, found in known.items() if found}
+
+
+def _written(rates: dict[str, float]) -> str:
+    return ", ".join(f"{name} {rate:.1%}" for name, rate in rates.items())

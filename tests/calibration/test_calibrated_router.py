@@ -176,7 +176,7 @@ def test_a_router_finds_its_model_by_itself(
         names[each] = press.get_stats()["router"]
     assert capsys.readouterr().out == ""
     assert names[model] == "calibrated for a tiny model"
-    assert names[other] == "pikv, not calibrated"
+    assert names[other] == "none, not calibrated"
     for options in ({"num_experts": 4}, {"router_type": "base"}, {"policy": "dominant"}):
         press = MoERouterPress(0.5, **options)
         with press(model):
@@ -185,7 +185,7 @@ def test_a_router_finds_its_model_by_itself(
     press = MoERouterPress(0.5, router=None)
     with press(model):
         prefill(model, tokens(1, 60))
-    assert press.get_stats()["router"] == "pikv, not calibrated"
+    assert press.get_stats()["router"] == "none, not calibrated"
 
 
 def test_saving_and_loading(tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def test_the_packages_own_router_gives_way(shipped: CalibratedRouter) -> None:
     cache, press = prefill(model, tokens(1, LENGTH)), MoERouterPress(decoding=config)
     with press(model), torch.no_grad():
         model(tokens(1, 1), past_key_values=cache)
-    assert press.get_stats()["router"] == "pikv, not calibrated"
+    assert press.get_stats()["router"] == "none, not calibrated"
     assert sum(sum(layer.count_pairs([0])) for layer in cache.layers) == 2 * 2 * 20
     press = MoERouterPress(decoding=config)
     with press(model), torch.no_grad():
@@ -210,7 +210,7 @@ def test_calibrated_routers_and_kvpress_decoding(shipped: CalibratedRouter, aske
             return
         model(tokens(1, 1), past_key_values=cache)
     assert lengths(cache)[1] == 16
-    assert press.get_stats()["router"] == "pikv, not calibrated"
+    assert press.get_stats()["router"] == "none, not calibrated"
 
 
 def test_weights_that_change_under_a_press(shipped: CalibratedRouter) -> None:

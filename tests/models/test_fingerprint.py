@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 import moekv.calibration.router as router_module
+import moekv.models.fingerprint as fingerprints
 from moekv import MoERouterPress
 from moekv.models.fingerprint import TOLERANCE, distance, fingerprint, short
+from moekv.models.hooks import find_layers
 from moekv.models.weights import read_weight
 from tests.helpers.random_router import random_router
 from tests.helpers.tiny_models import prefill, tiny_model, tokens
@@ -260,7 +262,7 @@ def test_the_router_that_fits_is_found(shipped: None, caplog: pytest.LogCaptureF
         if parameter.dim() == 2:
             parameter.data = to_four_bits(parameter.data)
     assert "tiny model, whose weights are at a distance of 0." in name_of_router(model)
-    assert name_of_router(tiny_model("qwen2")) == "pikv, not calibrated"
+    assert name_of_router(tiny_model("qwen2")) == "none, not calibrated"
     assert not caplog.records
     # A fine-tune of the same object, in the same process.
     with torch.no_grad():
@@ -268,9 +270,45 @@ def test_the_router_that_fits_is_found(shipped: None, caplog: pytest.LogCaptureF
         for layer in model.model.layers:
             layer.input_layernorm.weight += 0.01 * torch.randn(64)
     with caplog.at_level(logging.WARNING, "moekv"):
-        assert name_of_router(model) == "pikv, not calibrated"
+        assert name_of_router(model) == "none, not calibrated"
     assert "is left out" in caplog.text and "other weights" in caplog.text
     with pytest.raises(
         ValueError, match="the model that the router was calibrated for.*other weig"
     ):
         name_of_router(model, MoERouterPress(0.5, router=random_router(trained())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_sketch_that_is_remembered_is_that_of_the_weights(dtype: torch.dtype) -> None:
+    """Whatever writes to one of the weights that it reads: as if nothing were remembered."""
+    model = trained().to(dtype)
+    decoder, attention = find_layers(model)
+    read = [getattr(x.leaf, x.name) for x in fingerprints._weights(decoder, attention)]
+    assert fingerprint(model) == fingerprint(model)
+
+    def add_noise(weight: Tensor) -> None:
+        weight.data += 0.1 * torch.randn_like(weight)  # counts no version
+
+    def change_one(weight: Tensor) -> None:
+        weight.view(-1)[len(weight.view(-1)) // 3] += 2
+
+    for weight in read:
+        for write in (add_noise, change_one):
+            before = fingerprint(model)
+            with torch.no_grad():
+                write(weight)
+            after = fingerprint(model)
+            fingerprints._remembered.clear()
+            assert fingerprint(model) == after
+            assert before != after or write is change_one  # of rows that it leaves out
+
+
+def test_a_weight_that_is_replaced_is_read_again() -> None:
+    model = trained()
+    before = fingerprint(model)
+    layer = model.model.layers[0].self_attn.q_proj
+    old = layer.weight
+    layer.weight = torch.nn.Parameter(old.detach().roll(1, 0))
+    assert fingerprint(model) != before
+    layer.weight = old
+    assert fingerprint(model) == before

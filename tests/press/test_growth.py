@@ -259,7 +259,8 @@ def test_hit_rate_is_the_attention_on_what_the_expert_alone_would_keep(budget: s
     with press(model):
         cache = prefill(model, tokens(2, 21))
         spy.views.clear()
-        press._statistics.layers[0].num_calls = 0  # the moving average begins anew
+        layer = press._statistics.layers[0]
+        layer.hit_rates = layer.hit_rates * torch.nan  # the moving average begins anew
         for step in range(3):
             decode(model, cache, 21 + step, batch=2)
     view = spy.views[0]

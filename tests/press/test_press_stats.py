@@ -58,7 +58,7 @@ def test_hit_rate_of_a_dominant_policy_is_for_what_each_would_keep() -> None:
 
 
 def test_stats_of_two_prefills_and_a_reset() -> None:
-    model, press = tiny_model(), make_press()
+    model, press = tiny_model(), make_press(experts=ROUTED_EXPERTS, shared=SHARED_EXPERT)
     with press(model):
         prefill(model, tokens(1, LENGTH))
         prefill(model, tokens(1, 40, seed=1))

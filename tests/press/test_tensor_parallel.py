@@ -58,7 +58,8 @@ def _cases(model: Any) -> dict[str, dict[str, Any]]:
     grows = {"decoding": DecodingConfig(30, 6)}
     router = random_router(model)
     return {
-        "auto, heads": case([_prompt(0), _prompt(1, 9)]),  # the routers' histories go on
+        "auto, heads": case([_prompt(0), _prompt(1, 9)]),
+        "routed, heads": case([_prompt(0), _prompt(1, 9)], num_experts=2),  # histories go on
         "experts, heads": case(budget="model", experts=["temporal", "selective", "expected"]),
         "layer": case([_prompt(0)], budget="layer"),
         "head, heads": case(budget="head"),
@@ -120,10 +121,11 @@ def test_statistics_are_those_of_all_processes(found: Any, name: str) -> None:
 def test_what_a_prefill_sends(found: Any) -> None:
     rows, heads, pairs, layers = 2, 2, 90, 3  # of one process
     means = [4 * rows * heads] * layers  # of each head, see `crowding`
-    scores = 4 * (3 + 1) * layers * rows * heads * pairs  # three experts', and attention
-    for rank in found[1]:
-        first = rank["auto, heads"]["sent"][: layers + 1]  # then what later queries look at
-        assert first == [*means, scores]
+    for name, experts in (("auto, heads", 1), ("routed, heads", 1 + 2)):
+        scores = 4 * (experts + 1) * layers * rows * heads * pairs  # and attention
+        for rank in found[1]:
+            first = rank[name]["sent"][: layers + 1]  # then what later queries look at
+            assert first == [*means, scores]
 
 
 def _flat(stats: Any, path: str = "") -> dict[str, Any]:

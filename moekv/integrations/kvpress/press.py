@@ -26,6 +26,7 @@ from moekv.integrations.kvpress.wrappers import Outcomes, as_attention, wrapper_
 from moekv.models.hooks import (
     attentions_of,
     cache_of,
+    find_layers,
     hook_arguments,
     index_of,
     is_prefill,
@@ -77,7 +78,7 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
         RuntimeError
             The press remembers another model.
         """
-        self._prepare(model)
+        self._prepare(model, find_layers(model)[1])
 
     def score(
         self,
@@ -296,7 +297,6 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
                 attentions,
                 kwargs,
                 window=options.window,
-                kinds=rater.kinds,
                 backend=options.backend,
             )
         return rater, view

@@ -122,7 +122,6 @@ class Prompts:
                 None,
                 kwargs,
                 window=_WINDOW,
-                kinds=(),
                 backend=self._backend,
             )
             prompt = Prompt(keys, values, folding_of(view))
