@@ -1,6 +1,7 @@
 """Which caches can be served, and how pairs leave them."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def check_cache(
     indices: Collection[int] | None = None,
     grown: bool = False,
     static: str | None = None,
-    offloaded: str | None = "compression in several steps",
+    offloaded: str | None = None,
 ) -> None:
     """Raise unless pairs can be evicted from a cache.
 
@@ -96,12 +97,33 @@ def is_static(cache: Any) -> bool:
     return isinstance(cache, Cache) and any(isinstance(x, StaticLayer) for x in cache.layers)
 
 
-def bring_back(cache: Cache, index: int) -> None:
-    """Move an offloaded layer of a cache to the device that computes, in this stream."""
+@contextmanager
+def present(cache: Cache, index: int) -> Iterator[None]:
+    """Have a layer of an offloaded cache on the device that computes, while a block runs.
+
+    Then it is away again, unless it was there before: transformers has fetched the layer that comes
+    next, and fetches it no second time.
+
+    Parameters
+    ----------
+    cache : Cache
+        Of one that is not offloaded all layers are present.
+    index : int
+        Of the layer; the block may replace it.
+    """
+    if not cache.offloading:
+        yield
+        return
     layer: Any = cache.layers[index]
-    if layer.device.type == "cuda":  # it may be on its way already
-        torch.cuda.current_stream(layer.device).wait_stream(cache.prefetch_stream)
+    home = layer.begin.device if isinstance(layer, RaggedLayer) else layer.device
+    was_away = layer.keys.device != home
+    if home.type == "cuda":  # it may be on its way
+        torch.cuda.current_stream(home).wait_stream(cache.prefetch_stream)
     layer.prefetch()
+    yield
+    if was_away:
+        layer = cache.layers[index]
+        layer.offload()
 
 
 def num_rows(cache: Cache) -> int:
@@ -245,7 +267,7 @@ def evict(
 
 
 def growing(cache: Cache, index: int, *, backend: str) -> CompressedLayer:
-    """Replace a plain layer by one that appends in place and records recent states."""
+    """Replace a plain layer, which is present, by one that appends and records recent states."""
     layer = cache.layers[index]
     if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):  # whose window never fills
         layer = cache.layers[index] = GrowingLayer(*cached_pairs(layer), backend=backend)

@@ -35,7 +35,7 @@ from transformers import Cache
 
 from moekv import budget as budgets
 from moekv.budget import Grown, Kept, select_grown
-from moekv.cache.caches import growing, recompress
+from moekv.cache.caches import growing, present, recompress
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.notes import note, remember
 from moekv.experts.builder import ViewBuilder
@@ -87,7 +87,7 @@ class Rated:
 
     layer: CompressedLayer
     index: int
-    held: Held
+    held: Held  # sizes alone, as in the parts
     parts: list[tuple[Held, Rating]]
 
 
@@ -110,7 +110,7 @@ class Growth(Strategy):
     def take(self, call: Call) -> None:
         """Note a layer's new tokens, rate it if it is time, and compress after the last layer."""
         plan, options = self.plan, self.plan.options
-        layer = growing(call.cache, call.index, backend=options.backend)
+        layer = self._growing(call.cache, call.index)
         self._ranks = self.view.ranks(call.module, layer.num_heads)
         call.asked = asked = call.asked or window_queries(
             call.module, call.hidden_states, call.kwargs, options.window, 0, self.view.rotary
@@ -137,15 +137,23 @@ class Growth(Strategy):
         if self._shrinking is None:
             return
         with torch.no_grad():
-            self._rate(call, layer, self._shrinking)
+            with present(call.cache, call.index):
+                self._rate(call, layer, self._shrinking)
             if self.is_done:
                 self._shrink(call.cache, self._shrinking)
+
+    def _growing(self, cache: Cache, index: int) -> CompressedLayer:
+        layer = cache.layers[index]
+        if isinstance(layer, CompressedLayer):
+            return layer
+        with present(cache, index):
+            return growing(cache, index, backend=self.plan.options.backend)
 
     def _rate(self, call: Call, layer: CompressedLayer, shrinking: Shrinking) -> None:
         options, rater = self.plan.options, self.plan.rater
         held = Held.of(layer, shrinking.padding, self._ranks)
         assert layer.recent is not None
-        rated = Rated(layer, call.index, held, [])
+        rated = Rated(layer, call.index, held.sizes(), [])
         for rows, window in zip(shrinking.groups, shrinking.windows, strict=True):
             part = held.rows(rows)
             view = part.view(
@@ -160,15 +168,13 @@ class Growth(Strategy):
             )
             alone = part.alone([shrinking.keep[b] for b in rows])
             (rating,) = rater.rate([rater.prepare(view)], options, alone, goes_on=True)
-            rated.parts.append((part, rating))
+            rated.parts.append((part.sizes(), rating))
         self._rated.append(rated)
 
     def _decide(self, cache: Cache, fed: int, mask: Any) -> Shrinking | None:
         """Decide what to retain when the first layer has new tokens; None: everything."""
         plan, decoding = self.plan, self.plan.options.decoding
-        layers = [
-            growing(cache, index_of(module), backend=plan.options.backend) for module in plan.layers
-        ]
+        layers = [self._growing(cache, index_of(module)) for module in plan.layers]
         seen, batch = layers[0].get_seq_length(), layers[0].batch_size
         num_heads = layers[0].num_heads * self._ranks.size
         in_prompt = plan.context_length is not None and seen <= plan.context_length
@@ -232,7 +238,8 @@ class Growth(Strategy):
             whole = _merge(rated.held.of_all_heads(), shrinking.groups, chosen)
             if shrinking.ragged:
                 whole = replace(whole, per_head=None)
-            self._leave(cache, rated, whole, shrinking)
+            with present(cache, rated.index):
+                self._leave(cache, rated, whole, shrinking)
             for (_, rating), part in zip(rated.parts, chosen, strict=True):
                 self._observe(rating, part)
             if list(map(len, shrinking.groups)) == [len(rated.held.lengths)]:  # all rows at once

@@ -103,6 +103,11 @@ class Held:
         )
         return self._padded(keys, values, self.everywhere, ALONE, self.everywhere)
 
+    def sizes(self) -> Held:
+        """Return this layer without numbers to read, which take as much memory as the layer."""
+        none = self.keys.new_empty(*self.shape, 0)
+        return replace(self, keys=none, values=none, notes=None)
+
     def own(self, kept: Kept) -> Kept:
         """Take what this process's heads retain, by places in the layer that it holds."""
         if self.ranks.size == 1:

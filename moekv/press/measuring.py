@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from moekv.cache.caches import present
 from moekv.experts.builder import ViewBuilder
 from moekv.models.queries import window_queries
 from moekv.press.forward import Call, Plan, Strategy
@@ -34,16 +35,17 @@ def measure(call: Call, plan: Plan, view: ViewBuilder) -> None:
         call.module, call.hidden_states, call.kwargs, 1, 0, view.rotary
     )
     layer: Any = call.cache.layers[call.index]
-    rates = plan.later.measure(
-        layer,
-        call.module,
-        asked,
-        call.hidden_states,
-        rater.names,
-        backend=plan.options.backend,
-        rotary=view.rotary,
-        ranks=view.ranks(call.module, layer.num_heads),
-    )
+    with present(call.cache, call.index):
+        rates = plan.later.measure(
+            layer,
+            call.module,
+            asked,
+            call.hidden_states,
+            rater.names,
+            backend=plan.options.backend,
+            rotary=view.rotary,
+            ranks=view.ranks(call.module, layer.num_heads),
+        )
     if rates is not None:
         plan.statistics.observe_later(call.index, rates)
         rater.routers.take_in_later(call.index, rates[len(rater.shared) :])

@@ -14,7 +14,7 @@ from transformers import Cache
 
 from moekv import ops
 from moekv.budget import Kept
-from moekv.cache.caches import bring_back, cached_pairs, check_cache, is_static
+from moekv.cache.caches import cached_pairs, check_cache, is_static, present
 from moekv.cache.folding import Folding
 from moekv.cache.layer import CompressedLayer
 from moekv.experts.builder import ViewBuilder
@@ -120,7 +120,7 @@ class Prefill(Strategy):
         """Rate a layer, or keep it until some can be rated at once."""
         if call.module is self.plan.layers[0] and not is_static(call.cache):
             indices = [index_of(x) for x in self.plan.layers]
-            check_cache(call.cache, indices=indices, offloaded=None)
+            check_cache(call.cache, indices=indices)
         self.rated.append(self._prepare(call))
         is_last = call.module is self.plan.layers[-1]
         unrated = [r for r in self.rated[-TOGETHER:] if r.rating is None]
@@ -204,12 +204,11 @@ class Prefill(Strategy):
             for r, all_heads in zip(rated, kept, strict=True):
                 chosen = None if all_heads is None else all_heads.of_heads(r.done.own_heads)
                 folding, r.folding = r.folding if leaves else None, None
-                if offloaded:
-                    bring_back(r.cache, r.index)
-                num_bytes.append(apply(r.cache, r.index, chosen, plan, run, folding, r.done.ranks))
-                adopt(r.cache, r.index, plan, r.done, chosen, r.recent, r.read)
-                if offloaded and r is not rated[0]:  # with which the next forward begins
-                    r.cache.layers[r.index].offload()  # type: ignore[no-untyped-call]
+                with present(r.cache, r.index):
+                    num_bytes.append(
+                        apply(r.cache, r.index, chosen, plan, run, folding, r.done.ranks)
+                    )
+                    adopt(r.cache, r.index, plan, r.done, chosen, r.recent, r.read)
         self._record(rated, kept, num_bytes)
 
     def _record(
@@ -226,10 +225,9 @@ class Prefill(Strategy):
         for r, rating, chosen in zip(rated, ratings, kept, strict=True):
             layer = r.cache.layers[r.index]
             own = rating.own_heads
-            wanted = None if r.cache.offloading else rating.wanted  # to be measured where it is
             plan.later.remember(
                 layer,
-                None if wanted is None else wanted[:, own],
+                None if rating.wanted is None else rating.wanted[:, own],
                 None if chosen is None else chosen.of_heads(own),
                 plan.rater.names,
             )

@@ -127,7 +127,6 @@ def check_prefill(
             cache,
             indices=[index_of(layer) for layer in layers],
             static=_not_for_static(plan, padded),
-            offloaded=_not_for_offloaded(plan),
         )
     if plan.context_length is not None:
         _check_chunk(plan.context_length, 0, num_tokens, given)
@@ -196,13 +195,6 @@ def _not_for_static(plan: Plan, padded: bool) -> str | None:
     if plan.evicts and (plan.budget != "uniform" or options.policy != "mixture"):
         return f"budget {plan.budget!r} with policy {options.policy!r}"
     return "rows with padding" if padded else None
-
-
-def _not_for_offloaded(plan: Plan) -> str | None:
-    """Name the option that excludes offloaded caches."""
-    if plan.goes_on:
-        return "repeated compression (decoding, context_length)"
-    return "streaming" if plan.options.streaming else None
 
 
 def _check_chunk(length: int, num_cached: int, num_tokens: int, given: Mapping[str, Any]) -> None:

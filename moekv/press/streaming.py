@@ -17,7 +17,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from moekv.budget import Kept, select, select_over_layers, without_padding
-from moekv.cache.caches import empty_cache, evict, held_bytes, recompress
+from moekv.cache.caches import empty_cache, evict, held_bytes, present, recompress
 from moekv.cache.layer import CompressedLayer
 from moekv.experts.builder import ViewBuilder
 from moekv.press.adoption import adopt
@@ -223,10 +223,12 @@ class StreamingBudget:
         how: dict[str, Any] = {"pairs": self._pairs, "backend": self._backend}
         own = kept.of_heads(self._own_heads)
         if trimmed.kept is None:
-            evict(self._cache, trimmed.index, own, **how)
+            with present(self._cache, trimmed.index):
+                evict(self._cache, trimmed.index, own, **how)
         elif len(kept.indices) < trimmed.size:
             own = own.within(trimmed.kept.of_heads(self._own_heads))
-            recompress(self._cache, trimmed.index, own, **how)
+            with present(self._cache, trimmed.index):
+                recompress(self._cache, trimmed.index, own, **how)
         trimmed.layer = self._cache.layers[trimmed.index]
         trimmed.kept, trimmed.size = kept, len(kept.indices)
 
@@ -287,7 +289,8 @@ class Streaming(Prefill):
             if isinstance(trimmed.layer, CompressedLayer):
                 trimmed.layer.hold_run(run)
             own = None if trimmed.kept is None else trimmed.kept.of_heads(r.done.own_heads)
-            adopt(r.cache, r.index, self.plan, r.done, own, r.recent, r.read)
+            with present(r.cache, r.index):
+                adopt(r.cache, r.index, self.plan, r.done, own, r.recent, r.read)
         self._record(
             rated,
             [trimmed.kept for trimmed in stream.layers],

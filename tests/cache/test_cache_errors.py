@@ -46,20 +46,6 @@ def test_a_cache_of_the_models_own() -> None:
     refuse(TypeError, message, tiny_model(), MoERouterPress(), own)
 
 
-@pytest.mark.parametrize(
-    ("options", "what"),
-    [
-        ({"streaming": True}, "for streaming"),
-        ({"decoding": DecodingConfig(20, 4)}, "for repeated compression"),
-    ],
-)
-def test_offloaded_caches_and_several_steps(options: dict[str, Any], what: str) -> None:
-    cache = DynamicCache(offloading=True)
-    message = f"got an offloaded DynamicCache, whose layers come and go, {what}"
-    refuse(TypeError, message, tiny_model(), MoERouterPress(**options), cache)
-    assert not any(layer.is_initialized for layer in cache.layers)
-
-
 def test_continuous_batching(caplog: pytest.LogCaptureFixture) -> None:
     model, config = tiny_model(), GenerationConfig(max_new_tokens=4, eos_token_id=0)
     logger = logging.getLogger("transformers")

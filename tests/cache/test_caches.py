@@ -31,7 +31,7 @@ def test_static_caches_are_served_where_one_length_will_do() -> None:
         (lambda: (), "tuple"),
         (lambda: None, "NoneType"),
         (lambda: EncoderDecoderCache(DynamicCache(), DynamicCache()), "EncoderDecoderCache"),
-        (lambda: DynamicCache(offloading=True), "offloaded"),
+        (lambda: StaticCache(tiny_model().config, max_cache_len=9, offloading=True), "offloaded"),
         (quantized_cache, "IdentityLayer"),
     ],
 )

@@ -222,7 +222,7 @@ class MoERouterPress(core.MoERouterPress, ScorerPress):
         cache_layer = cache.layers[module.layer_idx]
         if not is_prefill(kwargs, cache_layer, hidden_states.shape[1]):
             return output
-        check_cache(cache)
+        check_cache(cache, offloaded="kvpress's wrappers, which read layers when they have run")
         keys, values = cached_pairs(cache_layer)
         cache_layer.keys, cache_layer.values = self.compress(
             module, hidden_states, keys, values, attentions_of(output), kwargs

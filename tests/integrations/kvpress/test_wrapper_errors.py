@@ -101,6 +101,24 @@ def test_left_padding_in_a_wrapper(name: str) -> None:
     refuse(name, MoERouterPress(), message, padded())
 
 
+class Offloaded(DynamicCache):
+    """Says that it is, once a layer has its pairs."""
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.offloading = False
+        pairs = super().update(*args, **kwargs)
+        self.offloading = True
+        return pairs
+
+
+def test_an_offloaded_cache_in_a_wrapper() -> None:
+    model, press = tiny_model(), MoERouterPress(0.5)
+    message = "got an offloaded Offloaded, whose layers come and go, for kvpress's wrappers"
+    with pytest.raises(TypeError, match=message), ComposedPress([press])(model):
+        model(tokens(1, LENGTH), past_key_values=Offloaded())
+    assert not num_hooks(model)
+
+
 @pytest.mark.parametrize(
     "options", [{"budget": "auto"}, {"decoding": None}, {"recent": 16}, {"pairs": "auto"}]
 )
