@@ -132,6 +132,24 @@ def num_rows(cache: Cache) -> int:
     return int(layer.batch_size if isinstance(layer, CompressedLayer) else len(layer.keys))
 
 
+def repeat_rows(cache: Cache, times: int) -> None:
+    """Repeat each row of a cache, so that it can be continued as often.
+
+    Raises
+    ------
+    TypeError
+        A layer cannot be repeated, as those of states in transformers 5.24; nothing has changed.
+    """
+    for layer in cache.layers:
+        if not hasattr(layer, "batch_repeat_interleave"):
+            raise TypeError(
+                f"expected a cache whose rows can be repeated, to continue each {times} times, got "
+                f"a {type(layer).__name__}, which transformers {transformers.__version__} does not "
+                f"repeat; begin with a prompt of {times} rows (num_return_sequences makes them)"
+            )
+    cache.batch_repeat_interleave(times)
+
+
 def is_compressed(layer: CacheLayerMixin) -> bool:
     """Return whether a press has compressed a layer, or prepared it for that."""
     if isinstance(layer, CompressedLayer):

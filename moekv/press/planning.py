@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from moekv.cache.caches import agree_on_padding, check_cache, is_static, num_rows
+from moekv.cache.caches import agree_on_padding, check_cache, is_static, num_rows, repeat_rows
 from moekv.cache.layer import CompressedLayer
 from moekv.experts.builder import ViewBuilder
 from moekv.models.habits import habits_of, reads_dense
@@ -172,7 +172,7 @@ class Planner:
             check_more(plan, cache, is_own, num_cached, num_tokens, wanted, given)
             if plan.goes_on:
                 if tokens is not None and len(tokens) > 1 == num_rows(cache):
-                    cache.batch_repeat_interleave(len(tokens))  # one text, continued in several
+                    repeat_rows(cache, len(tokens))  # one text, continued in several
                 return Growth(plan, view)
             first = cache.layers[index_of(self.layers[0])]
             return Measuring(plan, view) if self._later.is_due(first) else None

@@ -117,6 +117,19 @@ def test_memory_that_runs_out_in_a_static_cache(monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(layer.keys[:, :, : LENGTH // 2], other.keys)
 
 
+def test_rows_that_cannot_be_repeated() -> None:
+    """As layers of states in transformers 5.24, which hybrid models have."""
+    states = type("StateLayer", (), {"is_sliding": False})()
+    model, press, cache = tiny_model(), MoERouterPress(decoding=DecodingConfig(20)), DynamicCache()
+    message = "to continue each 3 times, got a StateLayer, which transformers .* does not repeat"
+    with torch.no_grad(), press(model):
+        model(tokens(1, LENGTH), past_key_values=cache)
+        cache.layers.append(states)
+        with pytest.raises(TypeError, match=message):
+            model(tokens(3, 1), past_key_values=cache)
+    assert [layer.batch_size for layer in cache.layers[:-1]] == [1, 1]
+
+
 @pytest.mark.parametrize("budget", COMPRESSED)
 @pytest.mark.parametrize(
     ("name", "dtype", "rows", "message"),
