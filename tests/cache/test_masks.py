@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from masked_reference import Lockstep
-from ragged_cases import keep_all
 from tiny_models import prefill, tiny_model, tokens
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
+from whole_caches import keep_all
 
 from moekv import DecodingConfig, Expert, LayerView, MoERouterPress, load_cache, save_cache
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from growth_cases import EXPERTS
-from ragged_cases import keep_all
 from random_router import random_router
 from tiny_models import prefill, tiny_model, tokens
 from transformers import DynamicCache
+from whole_caches import keep_all
 
 from moekv import DecodingConfig, MoERouterPress
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from ragged_cases import keep_all
 from random_router import random_router
 from tiny_models import prefill, tiny_model, tokens
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from whole_caches import keep_all
 
 from moekv import DecodingConfig, MoERouterPress
 from moekv.cache.ragged import RaggedLayer

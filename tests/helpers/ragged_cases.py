@@ -1,15 +1,13 @@
-"""Inputs of ``ragged_attention``, and what it is to give; caches of layers that lack nothing."""
+"""Inputs of ``ragged_attention``, and what it is to give.
+
+Nothing of transformers: `make gpu-check` begins with this, and has seconds.
+"""
 
 import itertools
 import math
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-
-from moekv.budget import Kept
-from moekv.cache.growing import GrowingLayer
-from moekv.cache.ragged import RaggedLayer
 
 DTYPES = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -104,13 +102,3 @@ CASES = {
     "a tile that all queries but one see whole": {"queries": 3, "tail": 65},
     "one of all": {"heads": 1, "group": 1, "stored": 1},
 }
-
-
-def keep_all(cache: DynamicCache, ragged: bool) -> None:
-    """Replace dense layers by such as compression makes, with all their pairs."""
-    for index, layer in enumerate(cache.layers):
-        kept = Kept.from_mask(torch.ones(layer.keys.shape[:3]).bool())
-        if ragged:
-            cache.layers[index] = RaggedLayer.compress(layer.keys, layer.values, kept)
-        else:
-            cache.layers[index] = GrowingLayer(layer.keys.clone(), layer.values.clone())

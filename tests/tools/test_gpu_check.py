@@ -507,6 +507,22 @@ for name in ("gguf", "kvpress", "matplotlib", "pybind11", "rich", "xdist"):
 """
 
 
+def test_the_first_steps_do_not_wait_for_transformers() -> None:
+    """Importing it takes longer than checking the ops; compute-sanitizer does it four times."""
+    script = (
+        "import sys; from gpu_check import gpu, machine, report, smoke, timing, worker\n"
+        "print(sorted({'transformers', 'pytest'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}/tools:{ROOT}/tests/helpers:{ROOT}"},
+        check=True,
+    )
+    assert done.stdout == "[]\n"
+
+
 def test_the_tests_for_a_gpu_need_nothing_else(tmp_path: Path) -> None:
     """They are collected where only torch, transformers, pytest and hypothesis are installed."""
     (tmp_path / "blocked.py").write_text(BLOCKED)
