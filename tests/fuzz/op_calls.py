@@ -216,7 +216,11 @@ def expert_scores(f: Fields) -> Call:
 def draw_expected_attention(r: random.Random) -> Fields:
     names = ("keys", "scaling", "softcap", "padding", "hidden", "poison")
     drawn = draw_expert_scores(r)
-    return {**common(r), **heads(r), **{name: drawn[name] for name in names}}
+    sizes = heads(r)
+    turned = r.choice([0, 0, 0, 2, r.randint(0, sizes["dim"]), sizes["dim"]]) // 2 * 2
+    drawn |= {"turned": min(turned, sizes["dim"] // 2 * 2), "own_turns": r.random() < 0.5}
+    names += ("turned", "own_turns")
+    return {**common(r), **sizes, **{name: drawn[name] for name in names}}
 
 
 def expected_attention(f: Fields) -> Call:
@@ -229,6 +233,12 @@ def expected_attention(f: Fields) -> Call:
     for tensor in (keys, queries):
         hide(tensor, padding_of(start, t), f["hidden"])
     tensors = [make.laid(queries), make.laid(keys), start if start is None else make.laid(start)]
+    if f["turned"]:
+        angle = make.numbers(b if f["own_turns"] else 1, t, f["turned"], size=3.0)
+        for turn in (angle.cos(), angle.sin()):
+            if len(turn) == b:
+                hide(turn, padding_of(start, t)[:, 0].expand_as(turn), f["hidden"])
+            tensors.append(make.laid(turn))
     options = {"scaling": f["scaling"], "softcap": f["softcap"]}
     return (
         tensors,

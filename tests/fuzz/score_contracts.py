@@ -134,12 +134,15 @@ def expected_attention(
     queries: Tensor,
     keys: Tensor,
     start: Tensor | None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     *,
     scaling: float,
     softcap: float,
 ) -> None:
     """``clean [B, H]``: whether the inputs of a head are finite."""
     batch, heads, num_keys, _ = keys.shape
+    info = torch.finfo(queries.dtype)
     assert got.shape == (batch, heads, num_keys) and got.dtype == torch.float32
     group = queries.shape[1] // heads
     first = starts(start, batch, num_keys)
@@ -152,11 +155,32 @@ def expected_attention(
                 continue
             key = exact(keys[b, h, first[b] :])
             query = exact(queries[b, h * group : (h + 1) * group, first[b] :])
-            low, high = _expected(query, key, scaling, softcap)
+            off = np.zeros_like(query)  # by how much a rotated query may be
+            if cos is not None and sin is not None:
+                turn = [exact(x[b if len(x) > 1 else 0, first[b] :]) for x in (cos, sin)]
+                query, size = _rotated(query, *turn)
+                off[..., : size.shape[-1]] = info.eps * size
+                if (np.abs(query) + off).max(initial=0) > info.max:
+                    continue
+            low, high = _expected(query, key, scaling, softcap, off)
             within(f"row {b}, head {h}: ", scores[b, h, first[b] :], low, high)
 
 
-def _expected(query: Array, key: Array, scaling: float, softcap: float) -> tuple[Array, Array]:
+def _rotated(query: Array, cos: Array, sin: Array) -> tuple[Array, Array]:
+    """Rotate the first channels, as complex numbers; and the sizes of what is summed for it."""
+    turned, half = cos.shape[-1], cos.shape[-1] // 2
+    x, y = query[..., :half], query[..., half:turned]
+    first = x * cos[:, :half] - y * sin[:, :half], y * cos[:, half:] + x * sin[:, half:]
+    size = [
+        np.abs(a * cos[:, part]) + np.abs(b * sin[:, part])
+        for a, b, part in ((x, y, slice(half)), (y, x, slice(half, turned)))
+    ]
+    return np.concatenate([*first, query[..., turned:]], -1), np.concatenate(size, -1)
+
+
+def _expected(
+    query: Array, key: Array, scaling: float, softcap: float, off: Array
+) -> tuple[Array, Array]:
     group, length, _ = query.shape
     i = np.arange(60)
     part = (65536 * i + 40503 * i % 65536) * (length - 4) // (60 * 65536)
@@ -166,6 +190,7 @@ def _expected(query: Array, key: Array, scaling: float, softcap: float) -> tuple
     t, j = np.arange(length)[:, None], np.arange(5)
     there = t + j < length
     logits, error = logits_of(query, key, scaling, softcap)  # [G, T, T]
+    error = error + scaling * (off @ np.abs(key).swapaxes(-1, -2))
     at = np.broadcast_to(np.minimum(t + j, length - 1), (group, length, 5))
     near_logits = np.where(there, np.take_along_axis(logits, at, -1), -np.inf)
     near_error = np.take_along_axis(error, at, -1)

@@ -32,7 +32,7 @@ def test_a_row_that_is_its_own_sample_counts_each_key_once():
         **{"seed": 895933780, "backend": "torch", "dtype": "float32", "values": "normal"},
         **{"size": 1000.0, "layout": "dense", "batch": 1, "heads": 1, "group": 2, "dim": 2},
         **{"keys": 2, "scaling": 1.0, "softcap": 0.0, "padding": "none", "hidden": "value"},
-        poison="none",
+        **{"poison": "none", "turned": 0, "own_turns": False},
     )
 
 
@@ -54,7 +54,7 @@ def test_equal_logits_beside_which_rounding_is_large():
         **{"seed": 1161913526, "backend": "cpu", "dtype": "float32", "values": "ties"},
         **{"size": 1e4, "layout": "dense", "batch": 1, "heads": 1, "group": 1, "dim": 17},
         **{"keys": 6, "scaling": 0.125, "softcap": 0.0, "padding": "none", "hidden": "value"},
-        poison="none",
+        **{"poison": "none", "turned": 0, "own_turns": False},
     )
     check(
         *("expert_scores",),
