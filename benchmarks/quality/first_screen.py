@@ -16,7 +16,7 @@ from benchmarks.measure import RESULTS, ROOT
 from benchmarks.report import share
 
 from . import equal_bytes, other
-from .equal_bytes import AUTO, BEST_LENT, KVZIP, KVZIP_LENT, Figures, cells, percents
+from .equal_bytes import AUTO, BEST_FOLDED, BEST_LENT, KVZIP, KVZIP_LENT, Figures, cells, percents
 from .pictures import LENGTH, draw_all
 from .presses import PEERS
 from .report import overall
@@ -192,6 +192,7 @@ def screen(
         "## Where it loses",
         "",
         behind(BEST_LENT, "the best of six presses on each task, lent moekv's rows"),
+        behind(BEST_FOLDED, "the same, lent folding as well"),
         *(
             behind(name, name)
             for name in (KVZIP, KVZIP_LENT)

@@ -65,14 +65,17 @@ class Lent(BasePress):
     inner: Factory
     pairs: str
     compression_ratio: float
+    fold: bool = False  # have evicted pairs join retained ones
 
     @contextmanager
     def __call__(self, model: PreTrainedModel) -> Iterator[None]:
         """Choose as many pairs as the bytes of the ratio hold, then quantise them."""
         config = model.config.get_text_config()
         pair = torch.empty(config.head_dim, dtype=model.dtype)
-        removed = 1 - (1 - self.compression_ratio) * float(gain(self.pairs, pair, pair))
-        with moekv.ragged(self.inner(max(removed, 0.0)), pairs=self.pairs)(model):
+        more = float(gain(self.pairs, pair, pair, biased=self.fold))
+        removed = 1 - (1 - self.compression_ratio) * more
+        inner = self.inner(max(removed, 0.0))
+        with moekv.ragged(inner, pairs=self.pairs, fold=self.fold)(model):
             yield
 
 
@@ -90,8 +93,8 @@ def spare_windows(press: BasePress) -> BasePress:
     return press
 
 
-def _lent(inner: Factory, pairs: str) -> Factory:
-    return lambda ratio: Lent(inner, pairs, ratio)
+def _lent(inner: Factory, pairs: str, *, fold: bool = False) -> Factory:
+    return lambda ratio: Lent(inner, pairs, ratio, fold)
 
 
 def _duo_attention(ratio: float) -> BasePress:
@@ -214,6 +217,12 @@ LENT: dict[str, Factory] = {
     for pairs in ("k8v4", "k4v4")
     for name, factory in STRONG.items()
 }
+#: Their evicted pairs join retained ones as well.
+LENT_FOLDED: dict[str, Factory] = {
+    f"{name}, {pairs} fold": _lent(factory, pairs, fold=True)
+    for pairs in ("k8v4", "k4v4")
+    for name, factory in STRONG.items()
+}
 #: KVzip, which reads the context again, in the same rows.
 LENT_KVZIP: dict[str, Factory] = {
     f"KVzipPress, {pairs}": _lent(ANCHORS["KVzipPress"], pairs) for pairs in ("k8v4", "k4v4")
@@ -234,7 +243,7 @@ WRAPPED: dict[str, Factory] = {
 }
 
 #: Methods that ask a layer for its queries once more, where a replay recalls other ones.
-LIVE = frozenset(WRAPPED)
+LIVE = frozenset(WRAPPED | LENT_FOLDED)
 
 #: Every kind of router over the same experts.
 ROUTED: dict[str, Factory] = {
@@ -301,6 +310,7 @@ METHODS: dict[str, Factory] = (
     | QUANTISED
     | FOLDED
     | LENT
+    | LENT_FOLDED
     | LENT_KVZIP
     | EXPERTS
     | BUDGETS

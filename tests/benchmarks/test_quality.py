@@ -53,6 +53,7 @@ NEED_DOWNLOADS = {
 }
 UNTRIED = NEED_DOWNLOADS | presses.EAGER | presses.LIVE
 UNTRIED |= set(list(presses.LENT)[1:-1])  # one of each format
+UNTRIED |= set(list(presses.LENT_FOLDED)[1:-1])
 UNTRIED |= presses.CALIBRATED_LISTS.keys()  # for another model
 UNTRIED |= {*list(presses.MERITS)[1:-1], *list(presses.IN_LISTS)[3:]}  # a few of many alike
 LOCAL = [name for name in presses.METHODS if name not in UNTRIED]
