@@ -35,7 +35,7 @@ installed := $(VENV)/.installed
 demo := $(VENV)/.demo
 
 .PHONY: help demo test test-all test-fast test-latest test-vllm lint lint-npm format docs install wheel try-wheel clean FORCE
-.PHONY: fuzz-ops fuzz-presses sanitize bench bench-cpp instructions instructions-check
+.PHONY: fuzz-ops fuzz-presses sanitize bench bench-compare bench-cpp instructions instructions-check
 .PHONY: kernels-package cuda-build cuda-check cuda-resources cuda-link-check gpu-check
 
 help:  ## this list
@@ -117,6 +117,10 @@ bench: $(installed)  ## measure a subset in five minutes and render docs/perform
 	    --out $(measured)/prefill-smollm2.json
 	$(python) -m benchmarks.end_to_end.imports --out $(measured)/imports.json
 	$(python) -m benchmarks.report --results $(measured)
+
+BASE := HEAD~1
+bench-compare: $(installed)  ## this version beside BASE=<commit>, round by round: ratios of times with quartiles
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(python) tools/bench_compare.py $(BASE) $(ARGS)
 
 bench-cpp: $(installed)  ## time the C++ kernels by themselves, on every instruction set (needs libbenchmark-dev)
 	@PATH="$(abspath $(VENV)/bin):$$PATH" && cmake -S . -B build/bench -G Ninja -DMOEKV_CUDA=OFF \
