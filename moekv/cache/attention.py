@@ -343,7 +343,7 @@ def _attend_dense(
 ) -> Tensor:
     """Attention of one query over the dense keys [B, H, T, D]: a tail with nothing before it."""
     batch, num_kv_heads, _, dim = key.shape
-    nothing = torch.zeros((batch, num_kv_heads), dtype=torch.int32)
+    nothing = torch.zeros((batch, num_kv_heads), dtype=torch.int32, device=key.device)
     return ops.ragged_attention(
         query,
         key.new_empty((0, dim)),

@@ -260,7 +260,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every batch row."""
-        rows = torch.arange(self.batch_size)
+        rows = torch.arange(self.batch_size, device="cpu")
         self._select(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -268,7 +268,9 @@ class CompressedLayer(CacheLayerMixin):
 
         As an index of tensors: integers, or a mask, in a tensor or a list.
         """
-        self._select(torch.as_tensor(indices))
+        if not isinstance(indices, Tensor):  # `as_tensor` would move one to the default device
+            indices = torch.tensor(indices, device="cpu")
+        self._select(indices)
         self._give_back()
         if self.notes is not None:
             self.notes._give_back()

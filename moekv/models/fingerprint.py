@@ -228,7 +228,7 @@ class _Sums:
     """The sums of one group: every piece adds to each of them, with signs of its own."""
 
     def __init__(self, count: int) -> None:
-        self.values = torch.zeros(count, dtype=torch.float64)
+        self.values = torch.zeros(count, dtype=torch.float64, device="cpu")
         self._pieces = self._size = 0
 
     def add(self, piece: Tensor | None) -> None:

@@ -202,7 +202,7 @@ def record(
         heads = rating.votes.shape[1]
         statistics.hold(
             rating.index,
-            torch.tensor(rating.lengths)[:, None].expand(-1, heads)
+            torch.tensor(rating.lengths, device="cpu")[:, None].expand(-1, heads)
             if chosen is None
             else chosen.counts(),
         )

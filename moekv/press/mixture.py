@@ -62,7 +62,7 @@ def beside(shared: Part, routed: Part) -> Part:
     """Join the shared part and the routed one."""
     share = ROUTED_SHARE
     num_tokens = shared.weights.sum((1, 2)).view(len(shared.load), -1).sum(-1)
-    own = torch.special.entr(torch.tensor([share, 1 - share])).sum().item()
+    own = torch.special.entr(torch.tensor([share, 1 - share], device="cpu")).sum().item()
     return Part(
         scores=torch.cat([shared.scores, routed.scores]),
         shares=torch.cat([(1 - share) * shared.shares, share * routed.shares]),

@@ -222,7 +222,8 @@ def _best_pairs(room: float, sizes: tuple[int, int, torch.dtype] | None, backend
 def _empty(sizes: tuple[int, int, torch.dtype]) -> tuple[torch.Tensor, torch.Tensor]:
     """Make keys and values of these channels and dtype, without pairs."""
     key_dim, value_dim, dtype = sizes
-    return torch.empty(0, key_dim, dtype=dtype), torch.empty(0, value_dim, dtype=dtype)
+    nothing = torch.empty(0, dtype=dtype, device="cpu")
+    return nothing.view(0, key_dim), nothing.view(0, value_dim)
 
 
 def _check_fold(given: Mapping[str, Any]) -> None:

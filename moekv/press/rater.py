@@ -242,14 +242,15 @@ class Rater:
             router.backend = routing.backend
         else:
             aware = {"cache_aware": routing.cache_aware} if routing.router_type == "pikv" else {}
-            router = make_router(
-                routing.router_type,
-                states.shape[-1],
-                len(self._own),
-                routing.top_k,
-                backend=routing.backend,
-                **aware,
-            )
+            with states.device:  # whatever the caller's default is
+                router = make_router(
+                    routing.router_type,
+                    states.shape[-1],
+                    len(self._own),
+                    routing.top_k,
+                    backend=routing.backend,
+                    **aware,
+                )
         return router.to(states.device, states.dtype).eval().requires_grad_(False)
 
     # --- Rating -----------------------------------------------------------------------------------

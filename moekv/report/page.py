@@ -64,7 +64,7 @@ def write_page(
 def _tokens(input_ids: Tensor | Sequence[int], recording: Recording, row: int) -> list[int]:
     """Return the real tokens of a row."""
     try:
-        ids = torch.as_tensor(input_ids)
+        ids = torch.as_tensor(input_ids, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"expected input_ids as a tensor, got {input_ids!r:.99}") from None
     if ids.is_floating_point() or ids.dtype == torch.bool:
@@ -89,12 +89,13 @@ def _data(
     """Collect what the page draws. Waits for the device."""
     start = recording.starts[row]
     pieces = split_into_pieces(tokenizer, tokens)
-    begins = torch.tensor([begin for begin, _ in pieces])
-    of_token = torch.zeros(len(tokens), dtype=torch.int64)
+    begins = torch.tensor([begin for begin, _ in pieces], device="cpu")
+    of_token = torch.zeros(len(tokens), dtype=torch.int64, device="cpu")
     of_token[begins[1:]] = 1
     of_token = of_token.cumsum(0)  # the number of each token's piece
     spoken = [_spoken(layer, row, start, len(recording.experts)) for layer in recording.layers]
-    by_piece = torch.zeros(len(spoken), len(recording.experts), len(pieces), dtype=torch.int64)
+    shape = len(spoken), len(recording.experts), len(pieces)
+    by_piece = torch.zeros(shape, dtype=torch.int64, device="cpu")
     by_piece.index_add_(2, of_token, torch.stack(spoken))
     return {
         "press": recording.press,

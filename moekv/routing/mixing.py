@@ -192,6 +192,6 @@ def _best_first(scores: Tensor) -> Tensor:
     """
     bits = (scores.detach() + 0.0).view(torch.int32)  # -0 is 0
     rising = bits ^ (bits >> 31 & 0x7FFFFFFF)
-    keys = (~rising).long() << 32 | torch.arange(scores.shape[-1])
+    keys = (~rising).long() << 32 | torch.arange(scores.shape[-1], device=scores.device)
     keys.numpy().sort(axis=-1)
     return keys & 0xFFFFFFFF

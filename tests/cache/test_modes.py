@@ -128,6 +128,27 @@ def test_other_default_dtypes(name: str) -> None:
         assert compression == outs[0][1]
 
 
+@pytest.mark.parametrize("name", PRESSES)
+def test_other_default_devices(name: str) -> None:
+    """What is made stands where the model is, whatever the caller's default is."""
+    model, logits = tiny_model(), []
+    ids, rows = tokens(1, LENGTH), torch.tensor([1, 0])
+    for default in ("cpu", "meta"):
+        cache: Any = DynamicCache()
+        press = make_press(name, model)
+        with torch.no_grad(), torch.device(default):
+            with press(model):
+                model(ids, past_key_values=cache)
+                out = [model(ids[:, :1], past_key_values=cache).logits for _ in range(4)]
+            cache.batch_repeat_interleave(2)
+            cache.reorder_cache(rows)
+            cache.crop(LENGTH + 3)
+            out.append(model(ids[:, :2].repeat(2, 1), past_key_values=cache).logits)
+            press.get_stats()
+        logits.append(torch.cat([x[:1] for x in out], 1))
+    assert torch.equal(*logits)
+
+
 def test_values_that_are_wider_than_keys() -> None:
     """Then keys are copied to be read, and the cache is still known to be the same."""
     model, cache = tiny_model(), DynamicCache()
