@@ -8,7 +8,9 @@ from torch import nn
 from twins import DIM, GROUP, HEADS, VALUE_DIM, Twin
 
 from moekv import ops
+from moekv.budget import Kept
 from moekv.cache import attention
+from moekv.cache.ragged import RaggedLayer
 from moekv.models.hooks import CROPS_BY_COUNT
 
 STEPS = st.one_of(
@@ -132,3 +134,14 @@ def test_other_misuse_is_named():
         attention.attend(nn.Identity(), query, pairs, None, dropout=0.1)
     with pytest.raises(NotImplementedError, match="output_attentions=False"):
         attention.attend(nn.Identity(), query, pairs, None, output_attentions=True)
+
+
+def test_a_crop_takes_positions_along():
+    """They are those of the context, in files, too, which know how many bytes these take."""
+    keys, values = torch.randn(2, 1, 2, 17, 4)
+    layer = RaggedLayer.compress(keys, values, Kept.from_mask(torch.ones(1, 2, 17).bool()))
+    layer.hold_run(None)
+    assert layer.positions.tolist() == [[[255, 255, 1]] * 2]
+    for length, positions in ((16, [255, 255]), (11, [255, 7])):
+        layer.crop(length)
+        assert layer.positions.tolist() == [[positions] * 2]
