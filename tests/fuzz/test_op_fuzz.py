@@ -47,6 +47,16 @@ def test_padding_of_a_row_that_is_not_finite_stands_out_by_0():
 
 
 @torch.no_grad()
+def test_equal_addends_whose_roundings_do_not_cancel():
+    check(
+        "project_tokens",
+        **{"seed": 833070852, "backend": "torch", "dtype": "float16", "values": "equal"},
+        **{"size": 0.01, "layout": "dense", "batch": 1, "tokens": 95, "channels": 288},
+        **{"projections": 2, "mask": False, "hidden": "value", "poison": "none"},
+    )
+
+
+@torch.no_grad()
 def test_equal_logits_beside_which_rounding_is_large():
     """Shares of a half, of whose bounds one is a number that the other swallows."""
     check(

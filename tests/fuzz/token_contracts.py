@@ -94,7 +94,8 @@ def project_tokens(
         if not clean[b] or not real[b].any():
             continue
         x = exact(hidden[b])[real[b]]
-        error = UNIT * (4 + np.sqrt(channels)) * (np.abs(x) @ np.abs(w).T) + 1e-37
+        # Of equal addends the roundings do not cancel: as many as there are.
+        error = UNIT * (4 + channels) * (np.abs(x) @ np.abs(w).T) + 1e-37
         near(f"projected, row {b}: ", projected[b][real[b]], x @ w.T, error)
         units = x / norm(x)
         total = units.sum(0)
