@@ -335,7 +335,8 @@ class CalibratedRouter(
         """
         key = (index, like.device, like.dtype, backend)
         if key not in self._gates:
-            gate = CalibratedGate(self, index, backend=backend)
+            with torch.device("cpu"):  # whatever the caller's default is
+                gate = CalibratedGate(self, index, backend=backend)
             self._gates[key] = gate.to(like.device, like.dtype)
             gate.freeze()
         return self._gates[key]

@@ -242,7 +242,7 @@ class Rater:
             router.backend = routing.backend
         else:
             aware = {"cache_aware": routing.cache_aware} if routing.router_type == "pikv" else {}
-            with states.device:  # whatever the caller's default is
+            with torch.device("cpu"):  # whatever the caller's default is
                 router = make_router(
                     routing.router_type,
                     states.shape[-1],
