@@ -131,7 +131,7 @@ class RaggedLayer(CompressedLayer):
         )
         layer.first = first_kept(kept)
         layer.num_joined = num_joined
-        if is_worth(kept.shape, len(rows)):
+        if bias is None and is_worth(kept.shape, len(rows)):  # folded pairs stand for several
             layer.positions = pack(kept.mask())
         return layer
 

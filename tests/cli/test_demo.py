@@ -170,11 +170,14 @@ def test_demo_on_a_local_folder(
     length = len(STORY.strip())
     assert f"{length} tokens of context, 1 questions" in out
     assert "Full cache ┃ 50 % removed ┃ 75 % removed" in out
-    # 2 layers, keys and values, 2 heads of 16 numbers of 4 bytes.
-    sizes = [length, length // 2, length // 4]
-    kibibytes = " │ ".join(f"{2 * 2 * 2 * 16 * 4 * n / 2**10:.1f} KiB" for n in sizes)
+    # 2 layers, keys and values, 2 heads of 16 numbers of 4 bytes; and for a head that pairs have
+    # left, where the others begin and end, and their positions, in bits.
+    more = 2 * 2 * (8 + -(-length // 8))
+    full, half, quarter = (2 * 2 * 2 * 16 * 4 * n for n in (length, length // 2, length // 4))
+    sizes = [full, half + more, quarter + more]
+    kibibytes = " │ ".join(f"{n / 2**10:.1f} KiB" for n in sizes)
     assert f"KV cache │ {kibibytes}" in out
-    shares = " │ ".join(f"{100 * n / length:.1f} %" for n in sizes)
+    shares = " │ ".join(f"{100 * n / full:.1f} %" for n in sizes)
     assert f"of the full cache's bytes │ {shares}" in out
     assert re.search(r"of it in the press │ - │ \d\.\d{3} s", out)
     assert re.search(r"Cache +\d+\.\d KiB -> \d+\.\d KiB, 2[45]\.\d % of the full one", out)

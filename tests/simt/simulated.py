@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moekv.ops.reference.expected_attention import rotated
+
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -126,10 +128,14 @@ class Device:
         queries: Tensor,
         keys: Tensor,
         start: Tensor | None = None,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
         *,
         scaling: float = 1.0,
         softcap: float = 0.0,
     ) -> Tensor:
+        if cos is not None and sin is not None:  # as the op does before it calls a CUDA kernel
+            queries = rotated(queries, cos, sin).to(keys.dtype)
         queries, keys = with_dense_rows(queries), with_dense_rows(keys)
         scores = torch.empty(keys.shape[:3])
         if scores.numel() == 0:
