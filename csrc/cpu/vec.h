@@ -423,7 +423,11 @@ inline void store_lanes(Vec a, T* p, int64_t count) {
   }
   float lanes[Vec::kLanes];
   a.store(lanes);
-  for (int64_t i = 0; i < count && i < Vec::kLanes; ++i) p[i] = from_float<T>(lanes[i]);
+  if constexpr (std::is_same_v<T, float>) {
+    std::memcpy(p, lanes, count * sizeof(float));
+  } else {
+    for (int64_t i = 0; i < count && i < Vec::kLanes; ++i) p[i] = from_float<T>(lanes[i]);
+  }
 }
 
 // The numbers of N vectors, as a matrix [kLanes, N] in memory has them, become its columns:
