@@ -125,7 +125,7 @@ class Lockstep:
         """Forget the newest tokens."""
         self.length -= count
         self.cache.crop(-count)
-        self.full.crop(self.length)
+        self.full.crop(-count)
         self.visible = [seen[..., : self.length] for seen in self.visible]
 
     def select(self, rows: list[int], how: str = "reorder_cache") -> None:
