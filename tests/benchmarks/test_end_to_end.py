@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import tiny_model, tokens
 from transformers import PreTrainedModel
 
 from benchmarks.end_to_end import decode, memory, prefill, report, runs
 from benchmarks.measure import RESULTS
+from moekv import MoERouterPress
 
 LENGTH = 80
 
@@ -146,3 +147,10 @@ def test_the_tables_of_the_page_are_those_of_the_results() -> None:
     assert len(blocks) == page.count("<!-- end -->") >= 4
     for _, name, _, _ in blocks:
         assert json.loads((RESULTS / f"{name}.json").read_text())["environment"]["commit"]
+
+
+def test_a_block_knows_hooks_that_are_timed() -> None:
+    model, watch = tiny_model(), prefill.Stopwatch()
+    with torch.no_grad(), watch.of_hooks(), MoERouterPress(0.5, router=None)(model):
+        cache = model(tokens(1, 60), use_cache=True).past_key_values
+    assert sum(layer.nbytes for layer in cache.layers) < 0.6 * 2 * 2 * 2 * 60 * 16 * 4
