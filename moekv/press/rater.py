@@ -141,8 +141,8 @@ class Rater:
     def observes(self) -> bool:
         """Whether what is retained after a prefill depends on the window's queries."""
         alone = self.stands_in or not self.routed
-        experts = self.shared if alone else self.experts
-        return not alone or any(type(x) not in (ExpectedExpert, LearnedExpert) for x in experts)
+        blind = ExpectedExpert, LearnedExpert
+        return not alone or any(type(expert) not in blind for expert in self.shared)
 
     @property
     def expects(self) -> bool:
