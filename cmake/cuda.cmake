@@ -59,7 +59,7 @@ endforeach()
 
 set(cuda_objects)
 foreach(name expected_attention expert_scores gating_topk key_diversity kv_compact lag mix_scores ragged_attention
-             select_kept project_tokens window_attention)
+             ragged_coded quantize_pairs select_kept project_tokens window_attention)
   set(source ${CMAKE_SOURCE_DIR}/csrc/cuda/${name}.cu)
   set(object ${CMAKE_BINARY_DIR}/cuda/${name}.o)
   add_custom_command(

@@ -36,8 +36,8 @@ constexpr Kernels kKernels = {
     .mix_scores = on_the_default_stream<MixScoresParams, cuda::mix_scores>,
     .select_kept = on_the_default_stream<SelectKeptParams, cuda::select_kept>,
     .kv_compact = on_the_default_stream<KvCompactParams, cuda::kv_compact>,
-    .quantize_pairs = nullptr,  // there are no kernels yet, and no workload asks for them
-    .fold_pairs = nullptr,
+    .quantize_pairs = on_the_default_stream<QuantizePairsParams, cuda::quantize_pairs>,
+    .fold_pairs = nullptr,  // there is no kernel yet, and no workload asks for it
     .ragged_attention = on_the_default_stream<RaggedAttentionParams, cuda::ragged_attention>,
 };
 

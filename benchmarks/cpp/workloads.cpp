@@ -248,7 +248,6 @@ Workload kv_compact(int64_t num_keys) {
               memory);
 }
 
-#ifndef MOEKV_CUDA
 Workload quantize_pairs(const std::string& name, int64_t num_keys, int key_bits, int value_bits) {
   Memory memory;
   const int64_t pairs = kHeads * num_keys;
@@ -270,6 +269,7 @@ Workload quantize_pairs(const std::string& name, int64_t num_keys, int key_bits,
               &Kernels::quantize_pairs, p, memory);
 }
 
+#ifndef MOEKV_CUDA
 // A quarter of the pairs stays.
 Workload fold_pairs(int64_t num_keys) {
   Memory memory;
@@ -369,14 +369,14 @@ std::vector<Workload> workloads(int64_t num_keys) {
       select_kept("select_kept, over heads", num_keys, kHeads),
       kv_compact(num_keys),
       ragged_attention("ragged_attention", num_keys, 16, 16),
-#ifndef MOEKV_CUDA
       quantize_pairs("quantize_pairs, k8v8", num_keys, 8, 8),
       quantize_pairs("quantize_pairs, k4v4", num_keys, 4, 4),
+#ifndef MOEKV_CUDA
       fold_pairs(num_keys),
+#endif
       ragged_attention("ragged_attention, k8v8", num_keys, 8, 8),
       ragged_attention("ragged_attention, k8v4", num_keys, 8, 4),
       ragged_attention("ragged_attention, k4v4", num_keys, 4, 4),
-#endif
   };
 }
 

@@ -14,7 +14,7 @@
 //   memory      __ldg __ldcg (through L2, for what other blocks write) __threadfence
 //               __nanosleep (lets other threads and blocks run)
 //               atomicAdd (int, unsigned, unsigned long long), atomicOr atomicMax (unsigned)
-//   math        expf exp2f logf log2f sqrtf rsqrtf tanhf fmaf fminf fmaxf fabsf isnan min max
+//   math        expf exp2f logf log2f sqrtf rsqrtf tanhf fmaf fminf fmaxf fabsf rintf isnan min max
 //   and the macros and functions below, with the same contracts.
 //
 //   MOEKV_LAUNCH(kernel, grid, block, shared_bytes, stream, args...)
@@ -162,6 +162,13 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+// The number that the bits of a half are.
+__device__ __forceinline__ float half_of(uint16_t bits) {
+  __half half;
+  memcpy(&half, &bits, sizeof half);
+  return to_float(half);
+}
 
 // Within 2 ulp; 0 where b is above 2^126.
 __device__ __forceinline__ float divide_fast(float a, float b) {

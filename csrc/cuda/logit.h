@@ -16,12 +16,14 @@ __device__ __forceinline__ float shift_of(float highest) {
 // The largest is subtracted before they are scaled: what is near it keeps its distance, whatever
 // its size.
 struct Logit {
-  float scale, cap, cap_scale;
+  float scale, cap, cap_scale, offset_scale;
 
-  __device__ __forceinline__ Logit(float scaling, float softcap)
+  Logit() = default;
+  __host__ __device__ __forceinline__ Logit(float scaling, float softcap)
       : scale(softcap > 0.0f ? 1.0f : scaling * kLog2E),
         cap(softcap * kLog2E),
-        cap_scale(softcap > 0.0f ? 2.0f * kLog2E * scaling / softcap : 0.0f) {}
+        cap_scale(softcap > 0.0f ? 2.0f * kLog2E * scaling / softcap : 0.0f),
+        offset_scale(softcap > 0.0f ? kLog2E : 1.0f / scaling) {}
 
   __device__ __forceinline__ bool has_cap() const { return cap > 0.0f; }
   // cap * tanh(product * scaling / softcap)
@@ -30,6 +32,10 @@ struct Logit {
   }
   __device__ __forceinline__ float unscaled(float product) const {
     return has_cap() ? capped(product) : product;
+  }
+  // What a logit or a part of one, as it is, makes before it is scaled.
+  __device__ __forceinline__ float unscaled_offset(float natural) const {
+    return natural * offset_scale;
   }
   // 2^(logit - highest) of two logits, both unscaled.
   __device__ __forceinline__ float weight(float value, float highest) const {

@@ -14,216 +14,27 @@
 //
 // More queries of 16 bits go through tensor cores: a warp holds 16 of them, and the block's rows
 // stream past through shared memory.
+//
+// Quantised rows go through tensor cores whatever the number of queries. Their codes stream to
+// shared memory as they are, where the whole block makes numbers of 16 bits of them, tile by tile.
+// The tail has 16 bits as it is and another space of channels where values have 4 bits: it gets
+// blocks of its own, in another launch, and meets the stored rows when all chunks meet.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
-#include "../backend.h"
-#include "block.h"
-#include "device.h"
-#include "logit.h"
-#include "rows.h"
-#include "tiles.h"
+#include "ragged_coded.h"
+#include "ragged_tiles.h"
 
 namespace moekv::cuda {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kWarps = kThreads / kWarpSize;
+using namespace ragged;
+
 constexpr int kChannels = 8;  // of a lane
-constexpr int64_t kMaxDim = 256;
 constexpr int kLeastLanes = 8;
 constexpr int64_t kTargetBlocks = 512;  // a few per SM
 constexpr int kFewQueries = 4;          // more than these, of 16 bits, go through tensor cores
-constexpr int kTileQueries = 16 * kWarps;
-
-struct Arguments {
-  RaggedAttentionParams params;
-  float2* extents;  // [max_chunks, rows]: the largest logit before it is scaled, the sum of weights
-  float* sums;      // [max_chunks, rows, value_dim]: of weighted values
-  int rows;         // queries of a KV head: G * Q
-  int unit;         // chunks are multiples of so many rows
-  int target_chunks, max_chunks;  // of all heads
-  bool vectorized;                // keys, values and queries may be read 16 bytes at a time
-};
-
-// The rows of a head: those stored, then the tail.
-struct HeadRows {
-  int begin, num_stored, length;
-
-  // Ranges that leave the stored rows are cut.
-  __device__ __forceinline__ HeadRows(const RaggedAttentionParams& params, int64_t head) {
-    const int limit = static_cast<int>(params.num_stored);
-    begin = min(max(__ldg(params.begin + head), 0), limit);
-    num_stored = min(max(__ldg(params.end + head), begin), limit) - begin;
-    length = num_stored + static_cast<int>(params.num_tail);
-  }
-};
-
-// Where they lie; null where there is nothing to read.
-template <typename T>
-struct PairRows {
-  const T *stored, *tail;
-  int64_t stored_stride, tail_stride;
-  int num_stored, end;
-  bool vectorized;
-
-  __device__ __forceinline__ const T* at(int row) const {
-    const int tail_row = row - num_stored;
-    return tail_row < 0 ? stored + row * stored_stride : tail + tail_row * tail_stride;
-  }
-  __device__ __forceinline__ const T* operator()(int row) const {
-    return row < end ? at(row) : nullptr;
-  }
-};
-
-// The queries of a KV head: those of its query heads one after another.
-template <typename T>
-struct QueryRows {
-  const T* base;
-  int64_t head_stride, stride;
-  int num_queries, rows;
-  bool vectorized;
-
-  __device__ __forceinline__ const T* at(int row) const {
-    return base + row / num_queries * head_stride + row % num_queries * stride;
-  }
-  __device__ __forceinline__ const T* operator()(int row) const {
-    return row < rows ? at(row) : nullptr;
-  }
-};
-
-// What a query sees of the tail.
-struct Sight {
-  int last;
-  const bool* mask;  // or null
-  int64_t stride;
-
-  __device__ __forceinline__ bool operator()(int tail) const {
-    return tail <= last && (!mask || mask[tail * stride]);
-  }
-};
-
-struct Chunk {
-  int head;
-  int number;  // within the head
-};
-
-// How the rows of all heads are cut into about target_chunks chunks. Every thread of a block must
-// call its functions.
-struct Cut {
-  int num_heads, rows_per_chunk;
-
-  __device__ __forceinline__ explicit Cut(const Arguments& arguments)
-      : num_heads(static_cast<int>(arguments.params.batch * arguments.params.num_kv_heads)) {
-    unsigned units = 0;
-    for (int head = static_cast<int>(threadIdx.x); head < num_heads; head += kThreads) {
-      units +=
-          static_cast<unsigned>(ceil_div(HeadRows(arguments.params, head).length, arguments.unit));
-    }
-    units = block_sum<kThreads>(units);
-    rows_per_chunk = arguments.unit *
-                     max(1, static_cast<int>(ceil_div<unsigned>(units, arguments.target_chunks)));
-  }
-  __device__ __forceinline__ unsigned num_chunks(const RaggedAttentionParams& params,
-                                                 int head) const {
-    return static_cast<unsigned>(ceil_div(HeadRows(params, head).length, rows_per_chunk));
-  }
-
-  // Head num_heads: there is no such chunk.
-  __device__ __forceinline__ Chunk find(const RaggedAttentionParams& params, unsigned chunk) const {
-    MOEKV_SHARED(Chunk, found, 1);
-    if (threadIdx.x == 0) found[0] = {num_heads, 0};
-    unsigned first = 0;  // chunk of the heads at hand
-    for (int base = 0; base < num_heads; base += kThreads) {
-      const int head = base + static_cast<int>(threadIdx.x);
-      const unsigned count = head < num_heads ? num_chunks(params, head) : 0;
-      unsigned total;
-      // The scan's barriers stand between this and the write above.
-      const unsigned begin = first + block_exclusive_scan<kThreads>(count, total);
-      if (begin <= chunk && chunk < begin + count) {
-        found[0] = {head, static_cast<int>(chunk - begin)};
-      }
-      first += total;
-    }
-    __syncthreads();
-    return found[0];
-  }
-  __device__ __forceinline__ unsigned first_chunk(const RaggedAttentionParams& params,
-                                                  int wanted) const {
-    unsigned sum = 0;
-    for (int head = static_cast<int>(threadIdx.x); head < wanted; head += kThreads) {
-      sum += num_chunks(params, head);
-    }
-    return block_sum<kThreads>(sum);
-  }
-};
-
-// What a block works on: rows [begin, end) of a KV head, and queries from the first on.
-struct Part {
-  HeadRows rows;
-  int64_t batch, head, group;
-  int64_t chunk;  // of all
-  int begin, end, first_query;
-
-  __device__ __forceinline__ Part(const Arguments& arguments, const Cut& cut, const Chunk& which,
-                                  int64_t chunk, int first_query)
-      : rows(arguments.params, which.head),
-        batch(which.head / arguments.params.num_kv_heads),
-        head(which.head % arguments.params.num_kv_heads),
-        group(arguments.params.num_query_heads / arguments.params.num_kv_heads),
-        chunk(chunk),
-        begin(which.number * cut.rows_per_chunk),
-        end(min(begin + cut.rows_per_chunk, rows.length)),
-        first_query(first_query) {}
-
-  template <typename T>
-  __device__ __forceinline__ PairRows<T> keys(const Arguments& arguments) const {
-    const RaggedAttentionParams& params = arguments.params;
-    return {static_cast<const T*>(params.keys) + rows.begin * params.key_stride,
-            static_cast<const T*>(params.tail_keys) + batch * params.tail_key_stride[0] +
-                head * params.tail_key_stride[1],
-            params.key_stride,
-            params.tail_key_stride[2],
-            rows.num_stored,
-            end,
-            arguments.vectorized};
-  }
-  template <typename T>
-  __device__ __forceinline__ PairRows<T> values(const Arguments& arguments) const {
-    const RaggedAttentionParams& params = arguments.params;
-    return {static_cast<const T*>(params.values) + rows.begin * params.value_stride,
-            static_cast<const T*>(params.tail_values) + batch * params.tail_value_stride[0] +
-                head * params.tail_value_stride[1],
-            params.value_stride,
-            params.tail_value_stride[2],
-            rows.num_stored,
-            end,
-            arguments.vectorized};
-  }
-  template <typename T>
-  __device__ __forceinline__ QueryRows<T> queries(const Arguments& arguments) const {
-    const RaggedAttentionParams& params = arguments.params;
-    return {static_cast<const T*>(params.query) + batch * params.query_stride[0] +
-                head * group * params.query_stride[1],
-            params.query_stride[1],
-            params.query_stride[2],
-            static_cast<int>(params.num_queries),
-            arguments.rows,
-            arguments.vectorized};
-  }
-  __device__ __forceinline__ Sight sight(const Arguments& arguments, int query) const {
-    const RaggedAttentionParams& params = arguments.params;
-    const int num_queries = static_cast<int>(params.num_queries);
-    const int i = query % num_queries;
-    const int64_t query_head = head * group + query / num_queries;
-    return {static_cast<int>(params.num_tail) - num_queries + i,
-            params.mask ? params.mask + batch * params.mask_stride[0] +
-                              query_head * params.mask_stride[1] + i * params.mask_stride[2]
-                        : nullptr,
-            params.mask_stride[3]};
-  }
-};
 
 // Sums of kCount values over groups of kLanes lanes, dealt out to them: the lane's own come first
 // in x, kCount / kLanes of them, or one that kLanes / kCount lanes have.
@@ -292,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
   const int first_channel = lane * kChannels;
   const int key_dim = static_cast<int>(params.key_dim);
   const int value_dim = static_cast<int>(params.value_dim);
-  const Logit logit(params.scaling, params.softcap);
+  const Logit& logit = arguments.logit;
 
   const QueryRows<T> queries = part.queries<T>(arguments);
   float query[kQueries][kChannels];
@@ -304,7 +115,8 @@ __global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
     raw.unpack(first_channel, key_dim, query[q]);
   }
 
-  const PairRows<T> keys = part.keys<T>(arguments), values = part.values<T>(arguments);
+  const PairRows<T> keys = part.pairs<T>(arguments, arguments.keys);
+  const PairRows<T> values = part.pairs<T>(arguments, arguments.values);
   const int own = lane / kCopies * kOwn;  // the first logit that is the lane's
   const int own_query = first_query + own / kBatch;
   const Sight sees = part.sight(arguments, own_query);
@@ -327,6 +139,12 @@ __global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
       load(false);
     }
 
+    float offsets[kOwn];  // of the lane's logits
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      offsets[j] = part.offset(params, logit, base + (own % kBatch + j) * kSlots + slot);
+    }
+
     float logits[kLogits];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
@@ -345,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
       const int row = base + (own % kBatch + j) * kSlots + slot;
       bool visible = row < end && own_query < arguments.rows;
       if (visible && row >= rows.num_stored) visible = sees(row - rows.num_stored);
-      logits[j] = visible ? logit.unscaled(logits[j]) : -INFINITY;
+      logits[j] = visible ? offset_by(logit.unscaled(logits[j]), offsets[j]) : -INFINITY;
       highest = fmaxf(highest, logits[j]);
     }
 #pragma unroll
@@ -455,399 +273,205 @@ __global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
   }
 }
 
-// Rows that meet the queries of a warp at once: where they lie in shared memory, and how far apart.
-// Values so that lanes which read 16 bytes of every second row, four of them, meet in no bank.
-template <typename T, int kChunks>
-struct Tiles {
-  static constexpr int kRows = kChunks <= 4 ? 32 : 16;  // 16 KiB at most, and registers of logits
-  // Few rows would leave so few products to a chunk of channels that the compiler makes predicates
-  // of the branch around them: all chunks are there, filled up with zeros.
-  static constexpr int kKeyLanes = kRows == 32 ? 4 : 4 * kChunks;
-
-  int key_dim, key_stride, value_stride, values, bytes;
-
-  __host__ __device__ __forceinline__ Tiles(int key_dim, int value_dim)
-      : key_dim(kRows == 32 ? key_dim : 32 * kChunks),
-        key_stride(tile_stride<T>(this->key_dim)),
-        value_stride(ceil_div(value_dim, 64) * 128 + 16),
-        values(kRows * key_stride),
-        bytes(values + kRows * value_stride) {}
-};
-
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  const T pair[2] = {from_float<T>(low), from_float<T>(high)};
-  uint32_t bits;
-  memcpy(&bits, pair, sizeof bits);
-  return bits;
-}
-
-// 16 queries of a warp and rows that stream by. Lane l = 4g + t has, like in the accumulators of
-// m16n8k16, the queries g and g + 8: their logits for rows 8j + 2t and 8j + 2t + 1 of a tile, and
-// their sums for channels 64c + 16t ... 64c + 16t + 15, those of j and of 8 + j in sums[c][j].
-template <typename T, int kChunks>
-struct TileState {
-  static constexpr int kColumns = Tiles<T, kChunks>::kRows / 8;
-  static constexpr int kWideChunks = kChunks / 2;  // of 64 channels
-
-  float highest[2], total[2];  // totals: of the lane's own logits
-  float sums[kWideChunks][8][4];
-
-  __device__ __forceinline__ void reset() {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      highest[half] = -INFINITY;
-      total[half] = 0.0f;
-    }
-#pragma unroll
-    for (int i = 0; i < kWideChunks * 32; ++i) sums[i / 32][i / 4 % 8][i % 4] = 0.0f;
-  }
-
-  // From logits to weights.
-  __device__ __forceinline__ void weigh(float (&x)[kColumns][4], const Logit& logit) {
-    float factor[2];
-    bool grown = false;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float peak = highest[half];
-#pragma unroll
-      for (int i = 0; i < 2 * kColumns; ++i) peak = fmaxf(peak, x[i / 2][2 * half + i % 2]);
-      peak = fmaxf(peak, __shfl_xor_sync(kFullWarp, peak, 1));
-      peak = fmaxf(peak, __shfl_xor_sync(kFullWarp, peak, 2));
-      grown = grown || peak != highest[half];
-      factor[half] = logit.weight(highest[half], peak);
-      highest[half] = peak;
-      total[half] *= factor[half];
-#pragma unroll
-      for (int i = 0; i < 2 * kColumns; ++i) {
-        float& weight = x[i / 2][2 * half + i % 2];
-        weight = logit.weight(weight, peak);
-        total[half] += weight;
-      }
-    }
-    if (__any_sync(kFullWarp, grown)) {
-#pragma unroll
-      for (int i = 0; i < kWideChunks * 32; ++i) {
-        sums[i / 32][i / 4 % 8][i % 4] *= factor[i % 4 / 2];
-      }
-    }
-  }
-
-  // m16n8k16 sums over pairs of neighbouring rows, which lie a row's length apart: a lane takes 16
-  // bytes of each, eight channels, and joins them channel by channel.
-  __device__ __forceinline__ void add(const float (&weights)[kColumns][4], const char* values,
-                                      int stride, int dim) {
-    const int g = static_cast<int>(threadIdx.x) % kWarpSize / 4;
-    const int t = static_cast<int>(threadIdx.x) % 4;
-#pragma unroll
-    for (int step = 0; step < kColumns / 2; ++step) {
-      const auto& left = weights[2 * step];
-      const auto& right = weights[2 * step + 1];
-      const uint32_t a[4] = {pack<T>(left[0], left[1]), pack<T>(left[2], left[3]),
-                             pack<T>(right[0], right[1]), pack<T>(right[2], right[3])};
-#pragma unroll
-      for (int chunk = 0; chunk < kWideChunks; ++chunk) {
-        if (chunk * 64 >= dim) break;
-        uint32_t rows[4][4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const uint4 bits = *reinterpret_cast<const uint4*>(
-              values + (16 * step + i / 2 * 8 + 2 * t + i % 2) * stride + chunk * 128 + g * 16);
-          memcpy(rows[i], &bits, sizeof bits);
-        }
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const auto join = [&](int first) {
-            const uint32_t low = rows[first][j / 2], high = rows[first + 1][j / 2];
-            return __byte_perm(low, high, j % 2 == 0 ? 0x5410 : 0x7632);
-          };
-          mma_m16n8k16<T>(sums[chunk][j], a, {join(0), join(2)});
-        }
-      }
-    }
-  }
-
-  // The same where values may be infinite or NaN: a weight of 0 hides them.
-  __device__ __forceinline__ void add_carefully(float (&weights)[kColumns][4], const char* values,
-                                                int stride, int dim) {
-    const int t = static_cast<int>(threadIdx.x) % 4;
-    const char* row = values;
-#pragma unroll 1
-    for (int column = 0; column < kColumns; ++column) {
-#pragma unroll 1
-      for (int lane = 0; lane < 4; ++lane) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i, row += stride) {
-          const float weight[2] = {__shfl_sync(kFullWarp, weights[0][i], lane, 4),
-                                   __shfl_sync(kFullWarp, weights[0][2 + i], lane, 4)};
-#pragma unroll
-          for (int j = 0; j < kWideChunks * 16; ++j) {
-            const int channel = j / 16 * 64 + 16 * t + j % 16;
-            if (j / 16 * 64 >= dim) break;
-            const float value = to_float(reinterpret_cast<const T*>(row)[channel]);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              float& sum = sums[j / 16][j % 8][2 * half + j % 16 / 8];
-              if (weight[half] != 0.0f) sum = fmaf(weight[half], value, sum);
-            }
-          }
-        }
-      }
-      // The next column becomes the first: registers have no index.
-#pragma unroll
-      for (int i = 0; i < 4 * (kColumns - 1); ++i)
-        weights[i / 4][i % 4] = weights[i / 4 + 1][i % 4];
-    }
-  }
-
-  __device__ __forceinline__ bool is_finite() const {
-    float zero = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kWideChunks * 32; ++i) {
-      zero = fmaf(sums[i / 32][i / 4 % 8][i % 4], 0.0f, zero);
-    }
-    return !isnan(zero);
-  }
-
-  // The queries from `first` on.
-  __device__ __forceinline__ void write(const Arguments& arguments, int64_t chunk_of_all,
-                                        int first) {
-    const int g = static_cast<int>(threadIdx.x) % kWarpSize / 4;
-    const int t = static_cast<int>(threadIdx.x) % 4;
-    const int dim = static_cast<int>(arguments.params.value_dim);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      total[half] += __shfl_xor_sync(kFullWarp, total[half], 1);
-      total[half] += __shfl_xor_sync(kFullWarp, total[half], 2);
-      const int query = first + 8 * half + g;
-      if (query >= arguments.rows) continue;
-      const int64_t state = chunk_of_all * arguments.rows + query;
-      if (t == 0) arguments.extents[state] = make_float2(highest[half], total[half]);
-      float* out = arguments.sums + state * dim;
-#pragma unroll
-      for (int i = 0; i < kWideChunks * 16; i += 4) {
-        const int channel = i / 16 * 64 + 16 * t + i % 16;
-        float four[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          four[j] = sums[i / 16][(i + j) % 8][2 * half + i % 16 / 8];
-        }
-        if (dim % 4 == 0) {
-          if (channel < dim) {
-            *reinterpret_cast<float4*>(out + channel) =
-                make_float4(four[0], four[1], four[2], four[3]);
-          }
-        } else {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            if (channel + j < dim) out[channel + j] = four[j];
-          }
-        }
-      }
-    }
-  }
-};
-
 template <typename T, int kChunks>
 __global__ void __launch_bounds__(kThreads, kChunks <= 4 ? 3 : 2)
     ragged_attention_tiles_kernel(Arguments arguments) {
   MOEKV_SHARED_MEMORY(char, shared);
-  const RaggedAttentionParams& params = arguments.params;
-  const Cut cut(arguments);
-  const unsigned tiles = ceil_div(static_cast<unsigned>(arguments.rows), unsigned{kTileQueries});
-  const unsigned number = blockIdx.x / tiles;
-  const Chunk chunk = cut.find(params, number);
-  if (chunk.head == cut.num_heads) return;
-  const int block_query = static_cast<int>(blockIdx.x % tiles) * kTileQueries;
-  Part part(arguments, cut, chunk, number, block_query);
-  const int num_queries = static_cast<int>(params.num_queries);
-  const int num_stored = part.rows.num_stored;
-  if (params.num_tail > 0) {
-    // What is behind the last of the block's queries is seen by none.
-    const int last_query = min(block_query + kTileQueries, arguments.rows) - 1;
-    const bool one_head = block_query / num_queries == last_query / num_queries;
-    const int last = one_head ? last_query % num_queries : num_queries - 1;
-    part.end =
-        min(part.end, num_stored + static_cast<int>(params.num_tail) - num_queries + last + 1);
-  }
-  // The same for all threads, which the compiler cannot know of what comes from shared memory: the
-  // loop below is to run in whole warps.
-  const int begin = __shfl_sync(kFullWarp, part.begin, 0);
-  const int end = __shfl_sync(kFullWarp, part.end, 0);
-
-  const int key_dim = static_cast<int>(params.key_dim);
-  const int value_dim = static_cast<int>(params.value_dim);
-  using Layout = Tiles<T, kChunks>;
-  const Layout layout(key_dim, value_dim);
-  const PairRows<T> keys = part.keys<T>(arguments), values = part.values<T>(arguments);
-  const auto copy = [&](int row, int stage) {
-    if (row < end) {
-      char* tile = shared + stage * layout.bytes;
-      copy_tile<kThreads, T, Layout::kKeyLanes>(tile, layout.key_stride, keys, row, Layout::kRows,
-                                                key_dim);
-      copy_tile<kThreads, T, 8>(tile + layout.values, layout.value_stride, values, row,
-                                Layout::kRows, value_dim);
-    }
-    copy_async_commit();
-  };
-
-  const int g = static_cast<int>(threadIdx.x) % kWarpSize / 4;
-  const int t = static_cast<int>(threadIdx.x) % 4;
-  const int warp_query = block_query + static_cast<int>(threadIdx.x) / kWarpSize * 16;
-  const bool idle = warp_query >= arguments.rows;
-  uint4 queries[1][2][kChunks];
-  load_fragments(part.queries<T>(arguments), warp_query, key_dim, queries);
-  const Logit logit(params.scaling, params.softcap);
-
-  using State = TileState<T, kChunks>;
-  State state;
-  int rounds = 1;
-#pragma unroll 1
-  for (int round = 0; round < rounds; ++round) {
-    state.reset();
-    copy(begin, 0);
-#pragma unroll 1
-    for (int row = begin, stage = 0; row < end; row += Layout::kRows, stage ^= 1) {
-      copy(row + Layout::kRows, stage ^ 1);
-      copy_async_wait<1>();
-      __syncthreads();
-      if (!idle) {
-        const char* tile = shared + stage * layout.bytes;
-        float logits[1][State::kColumns][4] = {};
-        multiply_tile<T>(queries, tile, layout.key_dim, logits);
-        cap_products(logits, logit);
-        if (row + Layout::kRows > min(end, num_stored)) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int query = min(warp_query + 8 * half + g, arguments.rows - 1);
-            const Sight sees = part.sight(arguments, query);
-#pragma unroll
-            for (int i = 0; i < 2 * State::kColumns; ++i) {
-              const int its_row = row + i / 2 * 8 + 2 * t + i % 2;
-              const bool visible =
-                  its_row < num_stored || (its_row < end && sees(its_row - num_stored));
-              if (!visible) logits[0][i / 2][2 * half + i % 2] = -INFINITY;
-            }
-          }
-        }
-        state.weigh(logits[0], logit);
-        const char* its_values = tile + layout.values;
-        if (round > 0) {
-          state.add_carefully(logits[0], its_values, layout.value_stride, value_dim);
-        } else {
-          state.add(logits[0], its_values, layout.value_stride, value_dim);
-        }
-      }
-      __syncthreads();
-    }
-    // In products 0 times infinity is NaN. That is rare, and then a second round is careful.
-    const int wrong = __syncthreads_or(!state.is_finite());
-    rounds = __shfl_sync(kFullWarp, wrong, 0) != 0 ? 2 : 1;
-  }
-  state.write(arguments, part.chunk, warp_query);
+  attend_tiles<T, kChunks, DenseSource<T, kChunks>>(arguments, shared);
 }
 
-// One block per KV head and query.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) ragged_attention_merge_kernel(Arguments arguments) {
-  const RaggedAttentionParams& params = arguments.params;
-  const Cut cut(arguments);
-  const Logit logit(params.scaling, params.softcap);
-  const int index = static_cast<int>(blockIdx.x) / arguments.rows;
-  const int64_t row = static_cast<int>(blockIdx.x) % arguments.rows;
-  const int64_t first_chunk = cut.first_chunk(params, index);
-  const int num_chunks = static_cast<int>(cut.num_chunks(params, index));
-  const int value_dim = static_cast<int>(params.value_dim);
-  const int64_t rows = arguments.rows;
-  const float2* extents = arguments.extents + first_chunk * rows + row;
-  const float* sums = arguments.sums + (first_chunk * rows + row) * value_dim;
+// What the chunks of a head have left of a query. Every thread of a block must make it.
+struct States {
+  const float2* extents;
+  const float* sums;
+  int num_chunks;
+  int64_t rows, value_dim;
 
-  float highest = -INFINITY;
-  for (int i = 0; i < num_chunks; ++i) highest = fmaxf(highest, extents[i * rows].x);
-  float total = 0.0f;
-  for (int i = 0; i < num_chunks; ++i) {
-    const float2 extent = extents[i * rows];
-    total = fmaf(logit.weight(extent.x, highest), extent.y, total);
+  __device__ __forceinline__ States(const Arguments& arguments, int head, int64_t row)
+      : rows(arguments.rows), value_dim(arguments.params.value_dim) {
+    const Cut cut(arguments);
+    const int64_t first = cut.first_chunk(arguments.params, head);
+    num_chunks = static_cast<int>(cut.num_chunks(arguments.params, head));
+    extents = arguments.extents + first * rows + row;
+    sums = arguments.sums + (first * rows + row) * value_dim;
   }
-  const float inverse = total == 0.0f ? 0.0f : 1.0f / total;  // nothing seen: 0
-
-  const int64_t batch = index / params.num_kv_heads, head = index % params.num_kv_heads;
-  const int64_t group = params.num_query_heads / params.num_kv_heads;
-  const int64_t query_head = head * group + row / params.num_queries;
-  T* output = static_cast<T*>(params.output) +
-              ((batch * params.num_queries + row % params.num_queries) * params.num_query_heads +
-               query_head) *
-                  value_dim;
-  for (int channel = static_cast<int>(threadIdx.x); channel < value_dim; channel += kThreads) {
+  __device__ __forceinline__ float highest(float value) const {
+    for (int i = 0; i < num_chunks; ++i) value = fmaxf(value, extents[i * rows].x);
+    return value;
+  }
+  __device__ __forceinline__ float total(const Logit& logit, float highest) const {
+    float total = 0.0f;
+    for (int i = 0; i < num_chunks; ++i) {
+      const float2 extent = extents[i * rows];
+      total = fmaf(logit.weight(extent.x, highest), extent.y, total);
+    }
+    return total;
+  }
+  __device__ __forceinline__ float sum(const Logit& logit, float highest, int channel) const {
     float sum = 0.0f;
     for (int i = 0; i < num_chunks; ++i) {
       const float factor = logit.weight(extents[i * rows].x, highest);
       sum = fmaf(factor, sums[i * rows * value_dim + channel], sum);
     }
+    return sum;
+  }
+};
+
+// A row of sums back from the space of values of 4 bits, by all threads of the block.
+__device__ __forceinline__ void transform_back(float* sums, int dim) {
+  for (int width = (dim & -dim) / 2; width > 0; width /= 2) {
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < dim / 2; i += kThreads) {
+      float* first = sums + i / width * 2 * width + i % width;
+      const float a = first[0], b = first[width];
+      first[0] = a + b;
+      first[width] = a - b;
+    }
+  }
+  __syncthreads();
+}
+
+// One block per KV head and query. Quantised rows: those and, apart from them, the tail.
+template <typename T, bool kCoded>
+__global__ void __launch_bounds__(kThreads)
+    ragged_attention_merge_kernel(Arguments arguments, Arguments tail_arguments) {
+  const RaggedAttentionParams& params = arguments.params;
+  const Logit& logit = tail_arguments.logit;  // as all chunks have them
+  const int index = static_cast<int>(blockIdx.x) / arguments.rows;
+  const int64_t row = static_cast<int>(blockIdx.x) % arguments.rows;
+  const int value_dim = static_cast<int>(params.value_dim);
+  const States states(arguments, index, row);
+  States tail = states;
+  if constexpr (kCoded) tail = States(tail_arguments, index, row);
+
+  const int64_t batch = index / params.num_kv_heads, head = index % params.num_kv_heads;
+  const int64_t group = params.num_query_heads / params.num_kv_heads;
+  const int64_t query_head = head * group + row / params.num_queries;
+  float highest = states.highest(-INFINITY);
+  if (kCoded) highest = tail.highest(highest);
+  float total = states.total(logit, highest);
+  if (kCoded) total += tail.total(logit, highest);
+  // A sink takes its share where anything else is seen.
+  if (params.sinks && highest > -INFINITY) {
+    total += logit.weight(logit.unscaled_offset(__ldg(params.sinks + query_head)), highest);
+  }
+  const float inverse = total == 0.0f ? 0.0f : 1.0f / total;  // nothing seen: 0
+
+  T* output = static_cast<T*>(params.output) +
+              ((batch * params.num_queries + row % params.num_queries) * params.num_query_heads +
+               query_head) *
+                  value_dim;
+  MOEKV_SHARED(float, sums, kMaxDim);
+  for (int channel = static_cast<int>(threadIdx.x); channel < value_dim; channel += kThreads) {
+    sums[channel] = states.sum(logit, highest, channel);
+  }
+  if (kCoded && params.value_bits == 4) transform_back(sums, value_dim);
+  for (int channel = static_cast<int>(threadIdx.x); channel < value_dim; channel += kThreads) {
+    float sum = sums[channel];
+    if (kCoded) sum += tail.sum(logit, highest, channel);
     output[channel] = from_float<T>(sum * inverse);
   }
 }
 
-bool vectorized(const void* data, const int64_t* stride, int strides, int64_t dim, DType dtype) {
-  const int64_t element = dtype == DType::kFloat ? 4 : 2;
-  int64_t bits = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data)) | dim * element;
+bool vectorized(const void* data, const int64_t* stride, int strides, int64_t bytes,
+                int64_t element) {
+  int64_t bits = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data)) | bytes;
   for (int i = 0; i < strides; ++i) bits |= stride[i] * element;
   return bits % 16 == 0;
 }
 
+bool is_coded(const RaggedAttentionParams& params) { return params.key_bits != 16; }
+
+// Whether tensor cores take it.
+bool in_tiles(const Arguments& arguments) {
+  return is_coded(arguments.params) ||
+         (arguments.params.dtype != DType::kFloat && arguments.rows > kFewQueries);
+}
+
 struct Plan {
-  Arguments arguments;
-  bool tiles;  // whether tensor cores take it
+  Arguments arguments, tail;  // of quantised rows, the tail apart
   size_t workspace_bytes;
 };
 
-Plan plan(const RaggedAttentionParams& params) {
-  const int64_t heads = params.batch * params.num_kv_heads;
-  const auto aligned = [&](const void* data, const int64_t* stride, int strides, int64_t dim) {
-    return vectorized(data, stride, strides, dim, params.dtype);
-  };
-  const int64_t rows = params.num_query_heads / params.num_kv_heads * params.num_queries;
-  const bool tiles = params.dtype != DType::kFloat && rows > kFewQueries;
+// The work on some rows; its states lie in the workspace from a multiple of 16 bytes on.
+Arguments arguments_of(const RaggedAttentionParams& params, size_t& workspace_bytes) {
+  Arguments arguments{};
+  arguments.params = params;
+  arguments.keys = {params.keys, params.tail_keys, params.key_stride, {}};
+  arguments.values = {params.values, params.tail_values, params.value_stride, {}};
+  // Queries are divided by it where they are transformed.
+  const float part =
+      params.key_bits == 4 ? static_cast<float>(params.key_dim & -params.key_dim) : 1.0f;
+  arguments.logit = Logit(params.scaling * part, params.softcap);
+  arguments.extent_unit = params.softcap > 0 ? 1.0f : part;
+  arguments.rows =
+      static_cast<int>(params.num_query_heads / params.num_kv_heads * params.num_queries);
+  std::copy_n(params.tail_key_stride, 3, arguments.keys.tail_stride);
+  std::copy_n(params.tail_value_stride, 3, arguments.values.tail_stride);
+  const int64_t heads = params.batch * params.num_kv_heads, rows = arguments.rows;
+  const bool tiles = in_tiles(arguments);
+  // What a chunk of a tile's queries leaves is as much as 64 pairs.
+  arguments.unit = tiles ? 256 : 64;
   // Many queries fill the device by themselves, and their states would fill its memory.
   const int64_t target_chunks =
       ceil_div(kTargetBlocks, ceil_div<int64_t>(rows, tiles ? kTileQueries : 2 * kFewQueries));
   const int64_t max_chunks = target_chunks + heads;
-  // Behind them the sums begin at a multiple of 16 bytes.
-  const int64_t extents = ceil_div<int64_t>(max_chunks * rows, 2) * 2;
-  auto* const workspace = static_cast<float2*>(params.workspace);
-  return {
-      .arguments =
-          {
-              .params = params,
-              .extents = workspace,
-              .sums = reinterpret_cast<float*>(workspace + extents),
-              .rows = static_cast<int>(rows),
-              // What a chunk of a tile's queries leaves is as much as 64 pairs.
-              .unit = tiles ? 256 : 64,
-              .target_chunks = static_cast<int>(target_chunks),
-              .max_chunks = static_cast<int>(max_chunks),
-              .vectorized =
-                  aligned(params.keys, &params.key_stride, 1, params.key_dim) &&
-                  aligned(params.tail_keys, params.tail_key_stride, 3, params.key_dim) &&
-                  aligned(params.values, &params.value_stride, 1, params.value_dim) &&
-                  aligned(params.tail_values, params.tail_value_stride, 3, params.value_dim) &&
-                  aligned(params.query, params.query_stride, 3, params.key_dim),
-          },
-      .tiles = tiles,
-      .workspace_bytes = static_cast<size_t>(extents) * sizeof(float2) +
-                         static_cast<size_t>(max_chunks * rows * params.value_dim) * sizeof(float),
+  // A head has no more than all rows, of which there may be few.
+  const int64_t units = ceil_div<int64_t>(params.num_stored + params.num_tail, arguments.unit);
+  arguments.target_chunks = static_cast<int>(target_chunks);
+  arguments.max_chunks =
+      static_cast<int>(std::min(max_chunks, heads * std::max<int64_t>(units, 1)));
+  const int64_t element = params.dtype == DType::kFloat ? 4 : 2;
+  const auto aligned = [&](const Plane& plane, int64_t dim, int bits) {
+    const bool coded = bits != 16;
+    return vectorized(plane.stored, &plane.stride, 1, coded ? code_bytes(dim, bits) : dim * element,
+                      coded ? 1 : element) &&
+           vectorized(plane.tail, plane.tail_stride, 3, dim * element, element);
   };
+  arguments.vectorized =
+      aligned(arguments.keys, params.key_dim, params.key_bits) &&
+      aligned(arguments.values, params.value_dim, params.value_bits) &&
+      vectorized(params.query, params.query_stride, 3, params.key_dim * element, element);
+
+  char* const workspace = static_cast<char*>(params.workspace) + workspace_bytes;
+  const int64_t states = arguments.max_chunks * rows;
+  const int64_t extent_bytes =
+      ceil_div<int64_t>(states, 2) * 2 * static_cast<int64_t>(sizeof(float2));
+  arguments.extents = reinterpret_cast<float2*>(workspace);
+  arguments.sums = reinterpret_cast<float*>(workspace + extent_bytes);
+  const int64_t bytes =
+      extent_bytes + states * params.value_dim * static_cast<int64_t>(sizeof(float));
+  workspace_bytes += static_cast<size_t>(ceil_div<int64_t>(bytes, 16) * 16);
+  return arguments;
+}
+
+Plan plan(const RaggedAttentionParams& params) {
+  Plan plan{};
+  if (!is_coded(params)) {
+    plan.arguments = plan.tail = arguments_of(params, plan.workspace_bytes);
+    return plan;
+  }
+  RaggedAttentionParams stored = params, tail = params;
+  stored.tail_keys = stored.tail_values = nullptr;
+  stored.mask = nullptr;
+  stored.num_tail = 0;
+  std::fill_n(stored.tail_key_stride, 3, 0);
+  std::fill_n(stored.tail_value_stride, 3, 0);
+  tail.keys = tail.values = nullptr;
+  tail.bias = nullptr;
+  tail.num_stored = tail.key_stride = tail.value_stride = 0;
+  tail.key_bits = tail.value_bits = 16;
+  plan.arguments = arguments_of(stored, plan.workspace_bytes);
+  plan.tail = arguments_of(tail, plan.workspace_bytes);
+  return plan;
 }
 
 template <typename T, int kChunks>
 void run_tiles(const Arguments& arguments, Stream stream) {
-  const RaggedAttentionParams& params = arguments.params;
   const auto tiles = ceil_div(static_cast<unsigned>(arguments.rows), unsigned{kTileQueries});
-  const Tiles<T, kChunks> layout(static_cast<int>(params.key_dim),
-                                 static_cast<int>(params.value_dim));
   MOEKV_LAUNCH((ragged_attention_tiles_kernel<T, kChunks>),
                static_cast<unsigned>(arguments.max_chunks) * tiles, kThreads,
-               static_cast<size_t>(2 * layout.bytes), stream, arguments);
+               (DenseSource<T, kChunks>::shared_bytes(arguments)), stream, arguments);
 }
 
 template <typename T, int kLanes>
@@ -865,11 +489,10 @@ void run_lanes(const Arguments& arguments, Stream stream) {
 }
 
 template <typename T>
-void run(const Plan& plan, Stream stream) {
-  const Arguments& arguments = plan.arguments;
+void run_dense(const Arguments& arguments, Stream stream) {
   const RaggedAttentionParams& params = arguments.params;
   const int64_t dim = std::max(params.key_dim, params.value_dim);
-  if (plan.tiles) {
+  if (in_tiles(arguments)) {
     if constexpr (!std::is_same_v<T, float>) {
       if (dim <= 128) {
         run_tiles<T, 4>(arguments, stream);
@@ -884,9 +507,23 @@ void run(const Plan& plan, Stream stream) {
   } else {
     run_lanes<T, kWarpSize>(arguments, stream);
   }
-  const int64_t heads = params.batch * params.num_kv_heads;
-  MOEKV_LAUNCH(ragged_attention_merge_kernel<T>, static_cast<unsigned>(heads * arguments.rows),
-               kThreads, 0, stream, arguments);
+}
+
+template <typename T>
+void run(const Plan& plan, Stream stream) {
+  const Arguments& arguments = plan.arguments;
+  const RaggedAttentionParams& params = arguments.params;
+  const auto blocks = static_cast<unsigned>(params.batch * params.num_kv_heads * arguments.rows);
+  if (!is_coded(params)) {
+    run_dense<T>(arguments, stream);
+    MOEKV_LAUNCH((ragged_attention_merge_kernel<T, false>), blocks, kThreads, 0, stream, arguments,
+                 plan.tail);
+  } else if constexpr (!std::is_same_v<T, float>) {
+    attend_coded(arguments, stream);
+    if (plan.tail.params.num_tail > 0) run_dense<T>(plan.tail, stream);
+    MOEKV_LAUNCH((ragged_attention_merge_kernel<T, true>), blocks, kThreads, 0, stream, arguments,
+                 plan.tail);
+  }
 }
 
 }  // namespace
@@ -902,6 +539,11 @@ void ragged_attention(const RaggedAttentionParams& params, Stream stream) {
                              std::to_string(kMaxDim) + " on CUDA, got " +
                              std::to_string(params.key_dim) + " for keys and " +
                              std::to_string(params.value_dim) + " for values");
+  }
+  if (is_coded(params) && params.dtype == DType::kFloat) {
+    throw std::runtime_error(
+        "moekv::ragged_attention: expected a query of float16 or bfloat16 with quantised pairs on "
+        "CUDA, got float32; backend=\"torch\" serves it");
   }
   // The last batch of a chunk counts on beyond a head's rows.
   constexpr int64_t kMaxRows = INT32_MAX - 4 * kThreads;

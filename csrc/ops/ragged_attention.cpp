@@ -67,11 +67,6 @@ Tensor ragged_attention_op(const Tensor& query_in, const Tensor& keys_in, const 
   const auto [key_bits, value_bits] = bits_of(kOp, pairs, true);
   const int64_t value_dim = values_in.size(1) * (value_bits == 4 ? 2 : 1);
   check_stored(query_in, keys_in, values_in, scales_in, key_bits, value_bits);
-#ifdef MOEKV_CUDA
-  MOEKV_CHECK(key_bits == 16 && !bias_in && !sinks_in, kOp,
-              "expected pairs 16, no bias and no sinks on CUDA, got others; backend=\"torch\" "
-              "serves them");
-#endif
   const int64_t num_tail = tail_keys_in && tail_keys_in->dim() == 4 ? tail_keys_in->size(2) : 0;
   MOEKV_CHECK(keys_in.size(0) <= kMaxRows - num_tail, kOp, "expected at most ", kMaxRows,
               " stored rows and tail positions, got ", keys_in.size(0), " and ", num_tail);

@@ -207,14 +207,22 @@ PYBIND11_MODULE(simt_kernels, m) {
     m.def("kv_compact_workspace_bytes", &cuda::kv_compact_workspace_bytes);
   }
   {
+    using P = QuantizePairsParams;
+    Fields<P>(m, "QuantizePairsParams") FIELD(keys) FIELD(values) FIELD(key_codes)
+        FIELD(value_codes) FIELD(scales) FIELD(num_pairs) FIELD(key_dim) FIELD(value_dim)
+            FIELD(key_stride) FIELD(value_stride) FIELD(key_bits) FIELD(value_bits) FIELD(dtype);
+    m.def("quantize_pairs", launcher(&cuda::quantize_pairs));
+  }
+  {
     using P = RaggedAttentionParams;
-    Fields<P>(m, "RaggedAttentionParams") FIELD(query) FIELD(keys) FIELD(values) FIELD(begin)
-        FIELD(end) FIELD(tail_keys) FIELD(tail_values) FIELD(mask) FIELD(output) FIELD(workspace)
-            FIELD(batch) FIELD(num_kv_heads) FIELD(num_query_heads) FIELD(num_queries)
-                FIELD(key_dim) FIELD(value_dim) FIELD(num_stored) FIELD(num_tail)
-                    FIELD(query_stride) FIELD(key_stride) FIELD(value_stride) FIELD(tail_key_stride)
-                        FIELD(tail_value_stride) FIELD(mask_stride) FIELD(scaling) FIELD(softcap)
-                            FIELD(dtype);
+    Fields<P>(m, "RaggedAttentionParams") FIELD(query) FIELD(keys) FIELD(values) FIELD(scales)
+        FIELD(bias) FIELD(sinks) FIELD(scale_stride) FIELD(key_bits) FIELD(value_bits) FIELD(begin)
+            FIELD(end) FIELD(tail_keys) FIELD(tail_values) FIELD(mask) FIELD(output)
+                FIELD(workspace) FIELD(batch) FIELD(num_kv_heads) FIELD(num_query_heads)
+                    FIELD(num_queries) FIELD(key_dim) FIELD(value_dim) FIELD(num_stored)
+                        FIELD(num_tail) FIELD(query_stride) FIELD(key_stride) FIELD(value_stride)
+                            FIELD(tail_key_stride) FIELD(tail_value_stride) FIELD(mask_stride)
+                                FIELD(scaling) FIELD(softcap) FIELD(dtype);
     m.def("ragged_attention", launcher(&cuda::ragged_attention));
     m.def("ragged_attention_workspace_bytes", &cuda::ragged_attention_workspace_bytes);
   }

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moekv.ops import pair_layout
 from moekv.ops.reference.expected_attention import rotated
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -261,6 +262,31 @@ class Device:
             params.packed = packed
             self._launch("kv_compact", params, memory)
 
+    def quantize_pairs(
+        self, keys: Tensor, values: Tensor, *, pairs: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        keys, values = with_dense_rows(keys), with_dense_rows(values)
+        num_pairs, key_dim = keys.shape
+        value_dim = values.shape[1]
+        layout = pair_layout(pairs, key_dim, value_dim)
+        key_codes = torch.empty(num_pairs, layout.key_codes, dtype=torch.uint8)
+        value_codes = torch.empty(num_pairs, layout.value_codes, dtype=torch.uint8)
+        scales = torch.empty(num_pairs, layout.num_scales, dtype=torch.float16)
+        if num_pairs == 0:
+            return key_codes, value_codes, scales
+        with self._memory() as memory:
+            params = self.kernels.QuantizePairsParams()
+            params.keys, params.values = memory.input(keys), memory.input(values)
+            params.key_codes = memory.output(key_codes)
+            params.value_codes = memory.output(value_codes)
+            params.scales = memory.output(scales)
+            params.num_pairs, params.key_dim, params.value_dim = num_pairs, key_dim, value_dim
+            params.key_stride, params.value_stride = keys.stride(0), values.stride(0)
+            params.key_bits, params.value_bits = layout.key_bits, layout.value_bits
+            params.dtype = DTYPES[keys.dtype]
+            self._launch("quantize_pairs", params, memory)
+        return key_codes, value_codes, scales
+
     def ragged_attention(
         self,
         query: Tensor,
@@ -279,17 +305,23 @@ class Device:
         softcap: float = 0.0,
         pairs: str = "16",
     ) -> Tensor:
-        assert pairs == "16" and scales is bias is sinks is None, "the op refuses these on CUDA"
         query, keys, values = (with_dense_rows(x) for x in (query, keys, values))
         begin, end = begin.contiguous(), end.contiguous()
         batch, num_query_heads, num_queries, key_dim = query.shape
-        value_dim = values.shape[1]
+        key_bits, value_bits = bits_of(pairs)
+        value_dim = values.shape[1] * (2 if value_bits == 4 else 1)
         output = query.new_empty(batch, num_queries, num_query_heads, value_dim)
         with self._memory() as memory:
             params = self.kernels.RaggedAttentionParams()
             params.query = memory.input(query)
             params.keys = memory.input(keys)
             params.values = memory.input(values)
+            params.key_bits, params.value_bits = key_bits, value_bits
+            if scales is not None:
+                scales = with_dense_rows(scales)
+                params.scales, params.scale_stride = memory.input(scales), scales.stride(0)
+            params.bias = memory.input(bias)
+            params.sinks = memory.input(sinks)
             params.begin = memory.input(begin)
             params.end = memory.input(end)
             params.output = memory.output(output)
@@ -316,6 +348,11 @@ class Device:
             params.dtype = DTYPES[query.dtype]
             self._launch("ragged_attention", params, memory)
         return output
+
+
+def bits_of(pairs: str) -> tuple[int, int]:
+    """Bits of a key's channel and of a value's; 16: those of the query's dtype."""
+    return (16, 16) if pairs == "16" else (int(pairs[1]), int(pairs[3]))
 
 
 def with_dense_rows(tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moekv.ops import checks, reference, row_checks
-from moekv.ops.backends import for_device, implementation
+from moekv.ops.backends import implementation
 from moekv.ops.formats import pair_layout
 from moekv.ops.registration import register, without_gradient
 
@@ -28,8 +28,7 @@ def quantize_pairs(
     pairs : str
         ``"k8v8"``, ``"k8v4"`` or ``"k4v4"``: the bits of a key's channel and of a value's.
     backend : str
-        One of ``BACKENDS``; ``auto``: native kernels where they are, by the device of ``keys``;
-        on CUDA, PyTorch.
+        One of ``BACKENDS``; ``auto``: native kernels where they are, by the device of ``keys``.
 
     Returns
     -------
@@ -52,7 +51,6 @@ def quantize_pairs(
     ----------
     .. [1] Ashkboos et al., "QuaRot: Outlier-free 4-bit inference in rotated LLMs", 2024.
     """
-    backend = for_device(backend, keys)
     op = implementation("quantize_pairs", keys, backend)
     needs_gradient = keys.requires_grad or values.requires_grad
     if op is reference.quantize_pairs and torch.is_grad_enabled() and needs_gradient:

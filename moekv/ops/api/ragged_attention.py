@@ -1,5 +1,6 @@
 """The op ``ragged_attention``."""
 
+import torch
 from torch import Tensor
 
 from moekv.ops import checks, row_checks
@@ -60,7 +61,7 @@ def ragged_attention(
         One of ``PAIRS``: how the rows are stored; see ``quantize_pairs``. The tail never is.
     backend : str
         One of ``BACKENDS``; ``auto``: native kernels where they are, by the device of ``query``.
-        ``torch`` alone has gradients, and alone serves quantised rows, ``bias`` and ``sinks`` on
+        ``torch`` alone has gradients, and alone serves quantised rows to a float32 ``query`` on
         CUDA: ``auto`` chooses it for them there.
 
     Returns
@@ -82,8 +83,7 @@ def ragged_attention(
     .. [1] Dao et al., "Flash-Decoding for long-context inference", 2023.
     .. [2] OpenAI, "gpt-oss-120b & gpt-oss-20b model card", 2025.
     """
-    is_plain = pairs == "16" and bias is None and sinks is None
-    if not is_plain:
+    if pairs != "16" and getattr(query, "dtype", None) == torch.float32:
         backend = for_device(backend, query)
     op = implementation("ragged_attention", query, backend)
     output: Tensor = op(
