@@ -54,7 +54,7 @@ def test_the_smoke_test_runs_every_op(gpu: rehearsal.Gpu, monkeypatch: pytest.Mo
     monkeypatch.setattr(gpu.mode.device, "op", lambda name: called.add(name) or op(name))
     for check in smoke.items(gpu).values():
         assert check() is None
-    assert called == {*op_cases.CHECKS, "ragged_attention"}
+    assert called == {*op_cases.CHECKS, "quantize_pairs", "ragged_attention"}
 
 
 def test_every_op_and_its_peers_are_timed(gpu: rehearsal.Gpu) -> None:
@@ -65,7 +65,8 @@ def test_every_op_and_its_peers_are_timed(gpu: rehearsal.Gpu) -> None:
         except Skip:
             skipped.append(name)
     (tokens,) = gpu.sizes.layer_tokens
-    assert {x.split()[0].rstrip(",:") for x in timing.OPS} == {*op_cases.CHECKS, "ragged_attention"}
+    names = {x.split()[0].rstrip(",:") for x in timing.OPS}
+    assert names == {*op_cases.CHECKS, "quantize_pairs", "ragged_attention"}
     assert set(told) >= {"roofline", *(f"{x} {tokens}" for x in (*timing.OPS, *timing.PEERS))}
     assert set(skipped) <= {f"{x} {tokens}" for x in timing.COMPILED}
     for name in timing.OPS:
@@ -73,7 +74,7 @@ def test_every_op_and_its_peers_are_timed(gpu: rehearsal.Gpu) -> None:
         assert re.fullmatch(r"\d+%", told[f"{name} {tokens}"]["of the roofline"])
 
 
-@pytest.mark.parametrize("name", [*op_cases.CHECKS, "ragged_attention"])
+@pytest.mark.parametrize("name", [*op_cases.CHECKS, "quantize_pairs", "ragged_attention"])
 def test_results_are_compared_before_they_are_timed(
     gpu: rehearsal.Gpu, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -1,5 +1,6 @@
 """What the kernels ask of the CUDA runtime, as nvcc compiles them: no GPU, and nothing runs."""
 
+import itertools
 import re
 from types import ModuleType
 from typing import Any
@@ -9,7 +10,9 @@ import op_cases
 import pytest
 import ragged_cases as ragged
 import simulated
+import torch
 from simulated_kernels import Edit
+from stored_rows import make_rows
 
 pytestmark = pytest.mark.skipif(not host_half.NVCC, reason="there is no nvcc")
 
@@ -47,6 +50,12 @@ def test_every_launch_would_be_taken(host: ModuleType) -> None:
         for dtype in op_cases.FLOAT_DTYPES:
             case = ragged.cast(ragged.make_case(**options), dtype)
             simulated.Device(host, residents=0).ragged_attention(**case, scaling=0.1)
+    for dtype, dim in itertools.product(op_cases.FLOAT_DTYPES, (128, 256)):
+        rows = torch.ones(9, dim, dtype=dtype)
+        simulated.Device(host, residents=0).quantize_pairs(rows, rows, pairs="k8v4")
+        if dtype != torch.float32:
+            coded = make_rows("k4v4", dtype, True, True, dim=dim, stored=40)
+            simulated.Device(host, residents=0).ragged_attention(**coded, scaling=0.1)
     for dtype in op_cases.FLOAT_DTYPES:  # the most lanes and queries
         case = ragged.cast(ragged.make_case(heads=1, group=8, dim=256), dtype)
         simulated.Device(host, residents=0).ragged_attention(**case, scaling=0.1)

@@ -9,6 +9,9 @@ import pytest
 import ragged_cases as ragged
 import simulated
 import torch
+from stored_rows import QUANTISED, expected, make_rows
+
+from moekv.ops import PAIRS, reference
 
 CASES = [
     pytest.param(name, case, id=f"{name}-{case}")
@@ -155,6 +158,155 @@ def test_ragged_attention_on_misaligned_storage(
         torch.testing.assert_close(got, expected)
 
 
+# Grouped queries, tails, many queries, dims of which a group of codes is not whole, wide ones.
+STORED = (
+    *(
+        "three heads of three",
+        "no tail",
+        "nothing stored",
+        "odd dims",
+        "wide values",
+        "a long tail",
+    ),
+    *("one dim", "one of all"),
+)
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", op_cases.FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("pairs", PAIRS)
+def test_stored_rows(kernels: ModuleType, pairs: str, name: str, dtype: torch.dtype) -> None:
+    """Quantised rows, biases and sinks, against fp64 of what they say."""
+    shape = {**ragged.CASES[name]}
+    shape["stored"] = min(shape.get("stored", 300), 300)
+    if pairs != "16" and dtype == torch.float32:
+        pytest.skip("refused")
+    if "4" in pairs and name in ("odd dims", "one dim"):
+        pytest.skip("an odd head dim")
+    value_dim = shape.get("value_dim") or shape.get("dim", 64)
+    options = {"scaling": shape.get("dim", 64) ** -0.5}
+    for bias, sinks, softcap in ((False, False, 0.0), (True, True, 5.0), (True, False, 0.0)):
+        case = make_rows(pairs, dtype, bias, sinks, **shape)
+        options["softcap"] = softcap
+        got = simulated.Device(kernels, len(name)).ragged_attention(**case, **options)
+        want = expected(case, value_dim, **options)
+        assert got.dtype == dtype and got.is_contiguous()
+        tolerance = ragged.DTYPES[dtype]
+        torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dim", [34, 80, 96])
+@pytest.mark.parametrize("pairs", QUANTISED)
+def test_quantised_rows_of_uneven_dims(kernels: ModuleType, pairs: str, dim: int) -> None:
+    """Groups of codes that are not whole, and rows that do not begin at multiples of 16 bytes."""
+    case = make_rows(pairs, torch.float16, True, False, dim=dim, stored=150, tail=3, queries=2)
+    got = simulated.Device(kernels).ragged_attention(**case, scaling=dim**-0.5)
+    want = expected(case, dim, scaling=dim**-0.5)
+    torch.testing.assert_close(got.double(), want, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("pairs", QUANTISED)
+def test_masks_and_strides_of_quantised_rows(kernels: ModuleType, pairs: str) -> None:
+    shape = {"batch": 2, "heads": 2, "group": 3, "queries": 4, "tail": 9, "dim": 48}
+    case = make_rows(pairs, torch.float16, True, True, stored=200, **shape)
+    case["mask"] = torch.rand(2, 6, 4, 9, generator=torch.Generator().manual_seed(1)) > 0.4
+    want = expected(case, 48, scaling=0.1)
+    got = simulated.Device(kernels).ragged_attention(**case, scaling=0.1)
+    torch.testing.assert_close(got.double(), want, atol=2e-3, rtol=2e-3)
+    for name in ("keys", "values", "scales"):
+        case[name] = torch.cat([case[name]] * 2, 1)[:, : case[name].shape[1]]
+    apart = simulated.Device(kernels).ragged_attention(**case, scaling=0.1)
+    assert torch.equal(apart, got)
+
+
+@pytest.mark.parametrize("part", ["keys", "values"])
+@pytest.mark.parametrize("pairs", PAIRS)
+def test_a_pair_that_is_no_number_is_loud_unless_it_is_hidden(
+    kernels: ModuleType, pairs: str, part: str
+) -> None:
+    shape = {"heads": 2, "group": 3, "queries": 2, "tail": 2, "dim": 48, "stored": 150}
+    case = make_rows("16", torch.float16, True, False, **shape)
+    case["begin"], case["end"] = torch.tensor([[0, 70]]).int(), torch.tensor([[70, 150]]).int()
+
+    def run() -> torch.Tensor:
+        coded = case
+        if pairs != "16":
+            rows = reference.quantize_pairs(case["keys"], case["values"], pairs=pairs)
+            coded = case | dict(zip(("keys", "values", "scales"), rows, strict=True))
+            coded["pairs"] = pairs
+        return simulated.Device(kernels).ragged_attention(**coded, scaling=0.1)
+
+    case["bias"][77] = 0.5
+    clean = run()
+    case[part][77, 5] = torch.nan
+    got = run()
+    assert torch.equal(got[:, :, :3], clean[:, :, :3])
+    assert not got[:, :, 3:].isfinite().all()
+    case["bias"][77] = -torch.inf
+    hidden = run()
+    case[part][77] = 0.0
+    # Beside what is no number, weights are not rounded.
+    torch.testing.assert_close(hidden, run(), atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("pairs", PAIRS)
+def test_all_hidden_is_zero_and_a_sink_takes_its_share(kernels: ModuleType, pairs: str) -> None:
+    device = simulated.Device(kernels)
+    case = make_rows(pairs, torch.float16, True, False, tail=0, dim=32, stored=80)
+    case["bias"].fill_(-torch.inf)
+    assert not device.ragged_attention(**case, scaling=0.1).any()
+    assert not device.ragged_attention(**case, sinks=torch.zeros(8), scaling=0.1).any()
+    case["bias"].fill_(0.25)
+    plain = device.ragged_attention(**case, scaling=0.1)
+    weak = device.ragged_attention(**case, sinks=torch.full((8,), -torch.inf), scaling=0.1)
+    assert torch.equal(weak, plain) and plain.any()
+    strong = device.ragged_attention(**case, sinks=torch.full((8,), 1e4), scaling=0.1)
+    assert not strong.any()
+
+
+def test_quantised_rows_under_every_schedule(few_blocks: ModuleType) -> None:
+    case = make_rows("k4v4", torch.bfloat16, True, True, heads=3, dim=32, stored=600, tail=3)
+    first = simulated.Device(few_blocks).ragged_attention(**case, scaling=0.2)
+    want = expected(case, 32, scaling=0.2)
+    torch.testing.assert_close(first.double(), want, atol=1.6e-2, rtol=1.6e-2)
+    for seed in range(1, NUM_SCHEDULES):
+        got = simulated.Device(few_blocks, seed).ragged_attention(**case, scaling=0.2)
+        assert torch.equal(got, first), f"seed {seed}"
+
+
+@pytest.mark.parametrize("offset", [1, 8])
+def test_quantised_rows_at_any_address(kernels: ModuleType, offset: int) -> None:
+    case = make_rows("k8v4", torch.bfloat16, True, False, dim=64, stored=100, tail=3)
+    want = simulated.Device(kernels).ragged_attention(**case, scaling=0.1)
+    for name in ("query", "keys", "values", "scales", "bias"):
+        room = case[name].new_zeros(case[name].numel() + offset)
+        moved = case | {name: room[offset:].view(case[name].shape).copy_(case[name])}
+        got = simulated.Device(kernels).ragged_attention(**moved, scaling=0.1)
+        torch.testing.assert_close(got, want)
+
+
+def test_quantised_rows_take_queries_of_16_bits(kernels: ModuleType) -> None:
+    case = make_rows("k8v8", torch.float32, False, False, dim=32, stored=50)
+    message = "expected a query of float16 or bfloat16 with quantised pairs on CUDA, got float32"
+    with pytest.raises(RuntimeError, match=message):
+        simulated.Device(kernels).ragged_attention(**case, scaling=0.1)
+
+
+@pytest.mark.parametrize("dtype", op_cases.FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("pairs", QUANTISED)
+def test_codes_are_the_references(kernels: ModuleType, pairs: str, dtype: torch.dtype) -> None:
+    """To the bit, and what is no number stays in its pair."""
+    for dims in ((64, 64), (128, 80), (96, 112), (2, 2), (34, 66), (256, 128), (30, 6), (520, 8)):
+        keys, values = (torch.randn(13, x).to(dtype) * 3 for x in dims)
+        keys[3, 1], values[4, 0], keys[5], values[6] = torch.nan, torch.inf, 0.0, 1.0
+        keys[7], values[8] = 3e4, 6e-8  # near the last of float16, and the first
+        got = simulated.Device(kernels).quantize_pairs(keys, values, pairs=pairs)
+        want = reference.quantize_pairs(keys, values, pairs=pairs)
+        for x, y in zip(got, want, strict=True):
+            assert torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+
+
 def test_row_ranges_out_of_bounds_are_cut(kernels: ModuleType) -> None:
     case = ragged.make_case(heads=2, dim=16, stored=50)
     case["begin"], case["end"] = torch.tensor([[-3, 40]]).int(), torch.tensor([[20, 99]]).int()
@@ -234,12 +386,14 @@ def call(kernels: ModuleType, name: str) -> None:
     device = simulated.Device(kernels)
     if name == "ragged_attention":
         device.ragged_attention(**ragged.make_case(), scaling=0.1)
+    elif name == "quantize_pairs":
+        device.quantize_pairs(torch.ones(3, 32), torch.ones(3, 32), pairs="k8v4")
     else:
         check, (_, case, *_) = op_cases.CHECKS[name]
         check(device.op(name), case)
 
 
-@pytest.mark.parametrize("name", [*op_cases.CHECKS, "ragged_attention"])
+@pytest.mark.parametrize("name", [*op_cases.CHECKS, "quantize_pairs", "ragged_attention"])
 def test_gpus_that_are_too_old(kernels: ModuleType, name: str) -> None:
     kernels.set_compute_capability(75)
     try:

@@ -13,6 +13,9 @@ import simulated
 import simulated_kernels as built
 import torch
 from simulated_kernels import Edit
+from stored_rows import QUANTISED, expected, make_rows
+
+from moekv.ops import reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,7 @@ IN_ROWS = op_cases.SelectKept((1, 2, 2500), (1000,), 4, 16, 30, values="ties")
 COMPACT = op_cases.KvCompact((1, 2, 300, 64), (200,), dtype=op_cases.BF16)
 RAGGED = ("decode", torch.float32)
 TILES = ("no tail", torch.bfloat16)
+CODED = ("k4v4", torch.float16)  # rows that are stored so
 CAUSAL = ("nothing stored", torch.float16)
 UNSEEN = (
     "a tile that all queries but one see whole",
@@ -52,7 +56,10 @@ ORDERED = {
     "key_diversity.cu": ("expert_scores", DIVERSITY),
     "kv_compact.cu": ("kv_compact_", COMPACT),
     "lag.cu": ("expert_scores", LAG),
-    "ragged_attention.cu": [("ragged_attention", x) for x in (TILES, RAGGED, TILES, TILES)],
+    "ragged_attention.cu": [("ragged_attention", x) for x in (RAGGED, CODED, CODED)],
+    "ragged_coded.cu": ("ragged_attention", CODED),
+    "ragged_parts.h": ("ragged_attention", TILES),
+    "ragged_tiles.h": ("ragged_attention", TILES),
     "select_kept.cu": [("select_kept", IN_ROWS)] * 5 + [("select_kept", SELECT)] * 5,
     "window_attention.cu": ("expert_scores", MASS),
 }
@@ -170,26 +177,26 @@ BUGS = {
         r"Tensor-likes are not close",
     ),
     "ragged attention, another row's values": Bug(
-        Edit("ragged_attention.cu", "j % 2 == 0 ? 0x5410", "(j + SEEDED) % 2 == 0 ? 0x5410"),
+        Edit("ragged_tiles.h", "j % 2 == 0 ? 0x5410", "(j + SEEDED) % 2 == 0 ? 0x5410"),
         "ragged_attention",
         TILES,
         r"Tensor-likes are not close",
     ),
     "ragged attention, a query sees the next": Bug(
-        Edit("ragged_attention.cu", "tail <= last &&", "tail <= last + SEEDED &&"),
+        Edit("ragged_parts.h", "tail <= last &&", "tail <= last + SEEDED &&"),
         "ragged_attention",
         CAUSAL,
         r"Tensor-likes are not close",
     ),
     "ragged attention, what is not seen in a product": Bug(
-        Edit("ragged_attention.cu", "wrong, 0) != 0 ? 2 : 1", "wrong, 0) != 0 && !SEEDED ? 2 : 1"),
+        Edit("ragged_tiles.h", "wrong, 0) != 0 ? 2 : 1", "wrong, 0) != 0 && !SEEDED ? 2 : 1"),
         "ragged_attention",
         UNSEEN,
         r"Tensor-likes are not close",
     ),
     "ragged attention, a tile waits for itself alone": Bug(
         Edit(
-            "ragged_attention.cu",
+            "ragged_tiles.h",
             "    copy_async_commit();",
             "    if (!SEEDED) copy_async_commit();",
         ),
@@ -199,13 +206,101 @@ BUGS = {
     ),
     "ragged attention, too little dynamic shared memory": Bug(
         Edit(
-            "ragged_attention.cu",
+            "ragged_tiles.h",
             "bytes(values + kRows * value_stride)",
             "bytes(values + kRows * value_stride - (SEEDED ? 256 : 0))",
         ),
         "ragged_attention",
         TILES,
         RACE + r"|out of the bounds of shared memory",
+    ),
+    "ragged attention, codes of the other half of a group": Bug(
+        Edit("ragged_coded.cu", "upper ? 4 : 0);", "upper != bool(SEEDED) ? 4 : 0);"),
+        "ragged_attention",
+        CODED,
+        r"Tensor-likes are not close",
+    ),
+    "ragged attention, codes with the sign of others": Bug(
+        Edit(
+            "ragged_coded.cu",
+            "bits == 8 ? 0x80808080u : 0u",
+            "bits == 8 && !SEEDED ? 0x80808080u : 0u",
+        ),
+        "ragged_attention",
+        ("k8v8", torch.bfloat16),
+        r"Tensor-likes are not close",
+    ),
+    "ragged attention, scales of the tile before": Bug(
+        Edit(
+            "ragged_coded.cu",
+            "next.store(near_scales(stage ^ 1)",
+            "next.store(near_scales(SEEDED ? stage : stage ^ 1)",
+        ),
+        "ragged_attention",
+        CODED,
+        RACE + r"|Tensor-likes are not close",
+    ),
+    "ragged attention, scales of a row too many": Bug(
+        Edit("ragged_coded.cu", "min(kRows, end - row));", "min(kRows, end - row + SEEDED));"),
+        "ragged_attention",
+        ("k8v8", torch.float16),
+        r"out of the bounds of global memory|Tensor-likes are not close",
+    ),
+    "ragged attention, queries that are not transformed": Bug(
+        Edit(
+            "ragged_coded.cu",
+            "if (plan.keys.bits == 4) transform",
+            "if (plan.keys.bits == 4 && !SEEDED) transform",
+        ),
+        "ragged_attention",
+        CODED,
+        r"Tensor-likes are not close",
+    ),
+    "ragged attention, sums that are not transformed back": Bug(
+        Edit(
+            "ragged_attention.cu",
+            "params.value_bits == 4) transform_back",
+            "params.value_bits == 4 && !SEEDED) transform_back",
+        ),
+        "ragged_attention",
+        CODED,
+        r"Tensor-likes are not close",
+    ),
+    "ragged attention, the bias of the row before": Bug(
+        Edit(
+            "ragged_tiles.h",
+            "params.bias + part.rows.begin + row, 1",
+            "params.bias + part.rows.begin + row - SEEDED, 1",
+        ),
+        "ragged_attention",
+        ("k8v8", torch.bfloat16),
+        r"out of the bounds of global memory|Tensor-likes are not close",
+    ),
+    "ragged attention, a sink of another head": Bug(
+        Edit(
+            "ragged_attention.cu",
+            "__ldg(params.sinks + query_head)",
+            "__ldg(params.sinks + (query_head ^ SEEDED))",
+        ),
+        "ragged_attention",
+        CODED,
+        r"Tensor-likes are not close",
+    ),
+    "quantising, scales that are rounded down": Bug(
+        Edit("quantize_pairs.cu", "!(half_of(near) < x)", "(SEEDED || !(half_of(near) < x))"),
+        "quantize_pairs",
+        "k8v8",
+        r"Tensor-likes are not equal",
+    ),
+    "quantising, sums of other channels": Bug(
+        Edit(
+            "quantize_pairs.cu",
+            "lane & width ? other - x[i]",
+            "lane & width ? x[i] - (SEEDED ? other : 2 * x[i] - other)",
+        ),
+        "quantize_pairs",
+        "k4v4",
+        r"Tensor-likes are not equal",
     ),
     # Masks and divergence.
     "gating, half a warp in the mask": Bug(
@@ -380,15 +475,26 @@ def run(op: str, case: Any, bug: int, seed: int, residents: int | None = None) -
         if residents == 0:  # nothing is computed
             inputs, options = case.inputs()
             device.op(op)(*inputs, **options)
+        elif op == "quantize_pairs":
+            rows = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
+            got = device.quantize_pairs(rows, rows, pairs=case)
+            for x, y in zip(got, reference.quantize_pairs(rows, rows, pairs=case), strict=True):
+                torch.testing.assert_close(x, y, atol=0, rtol=0)
+        elif op == "ragged_attention" and case[0] in QUANTISED:
+            rows = make_rows(case[0], case[1], True, True, dim=128, stored=400, tail=2, queries=2)
+            got = device.ragged_attention(**rows, scaling=0.1)
+            want = expected(rows, 128, scaling=0.1)
+            tolerance = ragged.DTYPES[case[1]]
+            torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
         elif op == "ragged_attention":
             name, dtype = case
             inputs = ragged.cast(ragged.make_case(**ragged.CASES[name]), dtype)
             if case == UNSEEN:
                 inputs["tail_values"][:, :, -1] = torch.inf
             got = device.ragged_attention(**inputs, scaling=0.1)
-            expected = ragged.oracle(**inputs, scaling=0.1)
+            want = ragged.oracle(**inputs, scaling=0.1)
             tolerance = ragged.DTYPES[dtype]
-            torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
+            torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
         else:
             op_cases.CHECKS[op][0](device.op(op), case)
     finally:

@@ -16,6 +16,7 @@ import simulated_kernels as built
 import torch
 from op_cases import BF16
 from simulated_kernels import Edit
+from stored_rows import QUANTISED, make_rows
 
 CASES: dict[str, Any] = {
     "gating_topk": op_cases.GatingTopk(512, 64, 4, BF16),
@@ -29,6 +30,8 @@ CASES: dict[str, Any] = {
     "select_kept, floors": op_cases.SelectKept((1, 4, 5000), (9000,), 4, 16, 30),
     "kv_compact_": op_cases.KvCompact((1, 2, 600, 128), (300,), dtype=BF16),
     "ragged_attention": None,
+    "ragged_attention, quantised": None,
+    "quantize_pairs": None,
 }
 # Units over the least, for reads and writes of global memory and of shared memory, where they are
 # more than 1.2. Weights and experts of mix_scores lie k apart; 32 bytes of fp32 are two loads of a
@@ -60,7 +63,14 @@ def traffic_of(kernels: ModuleType, name: str) -> dict[tuple[str, str, str], flo
     device = simulated.Device(kernels)
     kernels.count_traffic(True)
     try:
-        if name == "ragged_attention":
+        if name == "quantize_pairs":
+            rows = torch.randn(200, 128).bfloat16()
+            device.quantize_pairs(rows, rows, pairs="k8v4")
+        elif name == "ragged_attention, quantised":
+            for pairs in QUANTISED:
+                coded = make_rows(pairs, BF16, False, False, heads=2, dim=128, stored=600, tail=0)
+                device.ragged_attention(**coded, scaling=0.1)
+        elif name == "ragged_attention":
             for group in (4, 8):
                 case = ragged.make_case(heads=2, group=group, dim=128, stored=600, tail=5)
                 device.ragged_attention(**ragged.cast(case, torch.bfloat16), scaling=0.1)

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import op_cases
 import ragged_cases
+import stored_rows
 import torch
 
 from moekv import ops
+from moekv.ops import reference
 
 if TYPE_CHECKING:
     from gpu_check.gpu import Gpu
@@ -33,7 +35,9 @@ def items(gpu: Gpu) -> Items:
     checks: Items = {f"{name} {case}": partial(_check, gpu, name, case) for name, case in CASES}
     # Few queries of a KV head, and more: another kernel.
     groups = {f"ragged_attention, {x} queries": partial(_check_ragged, gpu, x) for x in (3, 5)}
-    return checks | groups
+    checks |= {f"quantize_pairs {x}": partial(_check_codes, gpu, x) for x in stored_rows.QUANTISED}
+    stored = {f"ragged_attention {x}": partial(_check_stored, gpu, x) for x in ops.PAIRS}
+    return checks | groups | stored
 
 
 def _check(gpu: Gpu, name: str, case: Any) -> None:
@@ -46,6 +50,24 @@ def _check_ragged(gpu: Gpu, group: int) -> None:
     case = ragged_cases.cast(case, torch.bfloat16)
     expected = ragged_cases.oracle(**case, scaling=0.1)
     moved = {name: x.to(gpu.device) for name, x in case.items()}
+    got = torch.ops.moekv.ragged_attention(**moved, scaling=0.1).cpu().double()
+    tolerance = ragged_cases.DTYPES[torch.bfloat16]
+    torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
+
+
+def _check_codes(gpu: Gpu, pairs: str) -> None:
+    """Codes are the reference's, to the bit."""
+    rows = torch.randn(300, 112, generator=torch.Generator().manual_seed(0)).bfloat16()
+    got = torch.ops.moekv.quantize_pairs(rows.to(gpu.device), rows.to(gpu.device), pairs=pairs)
+    for x, y in zip(got, reference.quantize_pairs(rows, rows, pairs=pairs), strict=True):
+        torch.testing.assert_close(x.cpu(), y, atol=0, rtol=0)
+
+
+def _check_stored(gpu: Gpu, pairs: str) -> None:
+    """Rows as they are stored, with biases and sinks."""
+    case = stored_rows.make_rows(pairs, torch.bfloat16, True, True, heads=3, tail=3, dim=80)
+    expected = stored_rows.expected(case, 80, scaling=0.1)
+    moved = {k: x.to(gpu.device) if isinstance(x, torch.Tensor) else x for k, x in case.items()}
     got = torch.ops.moekv.ragged_attention(**moved, scaling=0.1).cpu().double()
     tolerance = ragged_cases.DTYPES[torch.bfloat16]
     torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)

@@ -147,6 +147,8 @@ OPS = (
     "kv_compact_",
     "ragged_attention",
     "ragged_attention, a window",
+    "quantize_pairs",
+    *(f"ragged_attention, {x}" for x in ops.PAIRS[1:]),
 )
 COMPILED = ("gating_topk: Triton of torch.compile", "mix_scores: Triton of torch.compile")
 PEERS = (
@@ -190,6 +192,7 @@ class Layer:
         heads = torch.arange(sizes.num_kv_heads, dtype=torch.int32, device=self.gpu.device)
         self.begin = heads.view(1, -1) * self.kept
         rows = sizes.num_kv_heads * self.kept
+        self.coded: dict[str, Any] = {}
         self.stored = [x.reshape(-1, sizes.head_dim)[:rows] for x in (self.keys, self.values)]
 
     def random(self, *shape: int) -> Tensor:
@@ -211,6 +214,20 @@ class Layer:
         numbers = [int(kind) for kind in kinds]
         inputs = (self.keys, self.values, self.queries)
         return backend.expert_scores(*inputs, kinds=numbers, scaling=self.scaling)
+
+    def attend_coded(self, backend: Any, pairs: str) -> Any:
+        """Decode one token over the kept pairs, quantised."""
+        if pairs not in self.coded:
+            self.coded[pairs] = reference.quantize_pairs(*self.stored, pairs=pairs)
+        keys, values, scales = self.coded[pairs]
+        ends = (self.begin, self.begin + self.kept)
+        return backend.ragged_attention(
+            self.queries[:, :, :1],
+            *(keys, values, *ends),
+            scales=scales,
+            scaling=self.scaling,
+            pairs=pairs,
+        )
 
     def attend(self, backend: Any, num_queries: int = 1) -> Any:
         """Decode one token over the kept pairs, or more."""
@@ -238,6 +255,11 @@ def make_ops(gpu: Gpu, num_tokens: int) -> dict[str, Timed]:
     queries = sizes.num_query_heads * sizes.head_dim * 2
     products = 2 * 2 * sizes.num_query_heads * sizes.num_queries * sizes.head_dim  # of two passes
     kind = ops.ScoreKind
+    dims = sizes.head_dim, sizes.head_dim
+    coded = {  # bytes of the kept half
+        pairs: sizes.num_kv_heads * ops.pair_layout(pairs, *dims).num_bytes / 2
+        for pairs in ops.PAIRS[1:]
+    }
     timed = [
         Timed(
             "gating_topk",
@@ -294,6 +316,20 @@ def make_ops(gpu: Gpu, num_tokens: int) -> dict[str, Timed]:
             lambda backend: layer.attend(backend, sizes.num_queries),
             flops_per_token=products / 2,  # half of the pairs are kept
             tolerance=1e-2,
+        ),
+        Timed(
+            "quantize_pairs",
+            plane + coded["k8v4"],
+            lambda backend: backend.quantize_pairs(*layer.stored, pairs="k8v4"),
+        ),
+        *(
+            Timed(
+                f"ragged_attention, {pairs}",
+                size,
+                lambda backend, pairs=pairs: layer.attend_coded(backend, pairs),
+                tolerance=2e-2,  # numbers of a code are rounded to bf16
+            )
+            for pairs, size in coded.items()
         ),
     ]
     return {op.name: op for op in timed}
