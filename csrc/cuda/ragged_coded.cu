@@ -21,64 +21,65 @@ constexpr int kMaxHalves = 4;
 struct Codes {
   int bits, dim;
   int bytes, stride, num_scales;  // of a row; its bytes in shared memory
-  unsigned keep, flip;            // bits of a word of codes
-  unsigned around, selector, next;
-  float zero;  // what a code of 0 is with the bits around it
 
   Codes(int bits, int64_t dim)
       : bits(bits),
         dim(static_cast<int>(dim)),
         bytes(static_cast<int>(code_bytes(dim, bits))),
         stride(ceil_div(bytes, 16) * 16),
-        num_scales(static_cast<int>(code_scales(dim, bits))),
-        keep(bits == 8 ? 0xffffffffu : 0x0f0f0f0fu),
-        flip(bits == 8 ? 0x80808080u : 0u),
-        // Byte 1 of 2^15, byte 2 of 2^7: there a step of the code is a step of 1.
-        around(bits == 8 ? 0x47000000u : 0x43000000u),
-        selector(bits == 8 ? 0x7404u : 0x7044u),
-        next(bits == 8 ? 0x10u : 0x100u),
-        zero(bits == 8 ? 32768.0f + 128.0f : 128.0f) {}
+        num_scales(static_cast<int>(code_scales(dim, bits))) {}
 
-  // The codes of channels 8i ... 8i + 7, a byte each; anything beyond the last.
+  // The codes of channels 8i ... 8i + 7, a byte each; anything beyond the last. Those of 8 bits
+  // without a sign, 128 more than they are.
+  template <int kBits>
   __device__ __forceinline__ uint2 item(const char* row, int i) const {
-    const auto words_at = [&](int offset, int shift) {
-      uint2 words = *reinterpret_cast<const uint2*>(row + offset);
-      words.x = (words.x >> shift & keep) ^ flip;
-      words.y = (words.y >> shift & keep) ^ flip;
-      return words;
-    };
-    if (bits == 8) return words_at(i * kItem, 0);
+    if constexpr (kBits == 8) {
+      const uint2 words = *reinterpret_cast<const uint2*>(row + i * kItem);
+      return make_uint2(words.x ^ 0x80808080u, words.y ^ 0x80808080u);
+    }
     constexpr int kItems = kCodeGroup / kItem;
     const char* group = row + i / kItems * (kCodeGroup / 2);
     const int first = i % kItems * kItem;
     const int half = min(kCodeGroup, dim - i / kItems * kCodeGroup) / 2;
     if (half % kItem == 0) {
       const bool upper = first >= half;
-      return words_at(static_cast<int>(group - row) + first - (upper ? half : 0), upper ? 4 : 0);
+      const uint2 words = *reinterpret_cast<const uint2*>(group + (upper ? first - half : first));
+      const int shift = upper ? 4 : 0;
+      return make_uint2(words.x >> shift & 0x0f0f0f0fu, words.y >> shift & 0x0f0f0f0fu);
     }
     unsigned words[2] = {0, 0};
-#pragma unroll
-    for (int j = 0; j < kItem; ++j) {
+#pragma unroll 1
+    for (int j = 0; j < kItem && first + j < 2 * half; ++j) {
       const bool upper = first + j >= half;
-      if (first + j >= 2 * half) break;
       const auto byte = static_cast<unsigned char>(group[first + j - (upper ? half : 0)]);
-      words[j / 4] |= (upper ? byte >> 4 : byte & 15u) << j % 4 * 8;
+      const unsigned code = (upper ? byte >> 4 : byte & 15u) << j % 4 * 8;
+      (j < 4 ? words[0] : words[1]) |= code;
     }
     return make_uint2(words[0], words[1]);
   }
 
   // Their numbers, zeros beyond the last channel. `scales`: of the row.
-  template <typename T>
+  template <typename T, int kBits>
   __device__ __forceinline__ uint4 numbers(const char* row, const uint16_t* scales, int i) const {
-    const uint2 words = item(row, i);
-    const uint16_t* its = bits == 8 ? scales : scales + i * kItem / kCodeGroup * 2;
-    const float step = half_of(bits == 8 ? its[0] : its[1]);
-    const float lo = fmaf(-zero, step, bits == 8 ? 0.0f : half_of(its[0]));
+    const uint2 words = item<kBits>(row, i);
+    float lo = 0.0f, step;
+    if constexpr (kBits == 8) {
+      step = half_of(scales[0]);
+    } else {
+      const uint16_t* its = scales + i * kItem / kCodeGroup * 2;
+      lo = half_of(its[0]);
+      step = half_of(its[1]);
+    }
+    // Byte 1 of 2^15, byte 2 of 2^7: there a step of the code is a step of 1.
+    constexpr unsigned kAround = kBits == 8 ? 0x47000000u : 0x43000000u;
+    constexpr float kZero = kBits == 8 ? 32768.0f + 128.0f : 128.0f;
+    lo = fmaf(-kZero, step, lo);
     float x[kItem];
 #pragma unroll
     for (int j = 0; j < kItem; ++j) {
+      const unsigned selector = kBits == 8 ? 0x7404u + 0x10u * (j % 4) : 0x7044u + 0x100u * (j % 4);
       const unsigned word = j < 4 ? words.x : words.y;
-      x[j] = fmaf(__uint_as_float(__byte_perm(word, around, selector + j % 4 * next)), step, lo);
+      x[j] = fmaf(__uint_as_float(__byte_perm(word, kAround, selector)), step, lo);
     }
     if ((i + 1) * kItem > dim) {
 #pragma unroll
@@ -88,18 +89,28 @@ struct Codes {
                       pack<T>(x[6], x[7]));
   }
 
-  // A tile of rows. Lanes of a row read and write 16 bytes side by side.
-  template <typename T>
-  __device__ __forceinline__ void decode(const char* rows, const uint16_t* scales, int num_scales,
-                                         int num_rows, char* target, int target_stride) const {
+  // A tile of rows. Lanes of a row read and write side by side.
+  template <typename T, int kBits>
+  __device__ __forceinline__ void decode_as(const char* rows, const uint16_t* scales,
+                                            int num_scales, int num_rows, char* target,
+                                            int target_stride) const {
     const int items = ceil_div(dim, kItem);
     const int lanes = items > 8 ? 16 : 8;
     const int thread = static_cast<int>(threadIdx.x);
     for (int row = thread / lanes; row < num_rows; row += kThreads / lanes) {
       for (int i = thread % lanes; i < items; i += lanes) {
         *reinterpret_cast<uint4*>(target + row * target_stride + i * 16) =
-            numbers<T>(rows + row * stride, scales + row * num_scales, i);
+            numbers<T, kBits>(rows + row * stride, scales + row * num_scales, i);
       }
+    }
+  }
+  template <typename T>
+  __device__ __forceinline__ void decode(const char* rows, const uint16_t* scales, int num_scales,
+                                         int num_rows, char* target, int target_stride) const {
+    if (bits == 8) {
+      decode_as<T, 8>(rows, scales, num_scales, num_rows, target, target_stride);
+    } else {
+      decode_as<T, 4>(rows, scales, num_scales, num_rows, target, target_stride);
     }
   }
 };

@@ -215,7 +215,7 @@ BUGS = {
         RACE + r"|out of the bounds of shared memory",
     ),
     "ragged attention, codes of the other half of a group": Bug(
-        Edit("ragged_coded.cu", "upper ? 4 : 0);", "upper != bool(SEEDED) ? 4 : 0);"),
+        Edit("ragged_coded.cu", "shift = upper ? 4 : 0;", "shift = upper != bool(SEEDED) ? 4 : 0;"),
         "ragged_attention",
         CODED,
         r"Tensor-likes are not close",
@@ -223,8 +223,8 @@ BUGS = {
     "ragged attention, codes with the sign of others": Bug(
         Edit(
             "ragged_coded.cu",
-            "bits == 8 ? 0x80808080u : 0u",
-            "bits == 8 && !SEEDED ? 0x80808080u : 0u",
+            "words.x ^ 0x80808080u,",
+            "words.x ^ (SEEDED ? 0u : 0x80808080u),",
         ),
         "ragged_attention",
         ("k8v8", torch.bfloat16),
