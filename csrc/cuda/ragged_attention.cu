@@ -219,7 +219,9 @@ __global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
   // The slots of a warp, then the warps.
   MOEKV_SHARED(float, warp_highest, kWarps* kQueries);
   MOEKV_SHARED(float, warp_total, kWarps* kQueries);
-  MOEKV_SHARED(float, warp_sums, kWarps * kQueries * static_cast<int>(kMaxDim));
+  constexpr int kStride = static_cast<int>(kMaxDim);
+  MOEKV_SHARED(float4, aligned_sums, kWarps * kQueries * kStride / 4);
+  float* const warp_sums = reinterpret_cast<float*>(aligned_sums);
   const int warp = thread / kWarpSize;
 #pragma unroll
   for (int q = 0; q < kQueries; ++q) {
@@ -237,9 +239,17 @@ __global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
         warp_highest[warp * kQueries + q] = state[q].highest;
         warp_total[warp * kQueries + q] = state[q].total;
       }
+      // Lanes lie 32 bytes apart: every other four of them begin with their second half, so that
+      // those which write at once have all banks between them.
 #pragma unroll
-      for (int i = 0; i < kChannels; ++i) {
-        warp_sums[(warp * kQueries + q) * kMaxDim + first_channel + i] = state[q].sums[i];
+      for (int i = 0; i < 2; ++i) {
+        const bool second = (lane / 4 + i) % 2 != 0;
+        const float* low = state[q].sums;
+        const float* high = low + 4;
+        float* target = warp_sums + (warp * kQueries + q) * kStride + first_channel;
+        *reinterpret_cast<float4*>(target + (second ? 4 : 0)) =
+            make_float4(second ? high[0] : low[0], second ? high[1] : low[1],
+                        second ? high[2] : low[2], second ? high[3] : low[3]);
       }
     }
   }
@@ -258,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
       float sum = 0.0f;
 #pragma unroll
       for (int i = 0; i < kWarps; ++i) {
-        sum = fmaf(factor[i], warp_sums[(i * kQueries + q) * kMaxDim + channel], sum);
+        sum = fmaf(factor[i], warp_sums[(i * kQueries + q) * kStride + channel], sum);
       }
       out[channel] = sum;
     }
@@ -317,11 +327,14 @@ struct States {
   }
 };
 
-// A row of sums back from the space of values of 4 bits, by all threads of the block.
+// A row of sums back from the space of values of 4 bits, by all threads of the block: those a warp
+// or more apart by pairs, the rest in registers.
 __device__ __forceinline__ void transform_back(float* sums, int dim) {
-  for (int width = (dim & -dim) / 2; width > 0; width /= 2) {
+  const int block = dim & -dim;
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int width = block / 2; width >= kWarpSize; width /= 2) {
     __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < dim / 2; i += kThreads) {
+    for (int i = thread; i < dim / 2; i += kThreads) {
       float* first = sums + i / width * 2 * width + i % width;
       const float a = first[0], b = first[width];
       first[0] = a + b;
@@ -329,6 +342,14 @@ __device__ __forceinline__ void transform_back(float* sums, int dim) {
     }
   }
   __syncthreads();
+  for (int i = thread; i < ceil_div(dim, kThreads) * kThreads; i += kThreads) {
+    float own = i < dim ? sums[i] : 0.0f;
+    for (int width = min(block, kWarpSize) / 2; width > 0; width /= 2) {
+      const float other = __shfl_xor_sync(kFullWarp, own, width);
+      own = i & width ? other - own : own + other;
+    }
+    if (i < dim) sums[i] = own;
+  }
 }
 
 // One block per KV head and query. Quantised rows: those and, apart from them, the tail.

@@ -42,6 +42,7 @@ ABOVE = {
     ("expected_attention_kernel", "shared", "write"): 1.3,
     ("gating_topk_kernel", "shared", "write"): 3.1,
     ("mix_scores_kernel", "global", "read"): 2.6,
+    ("ragged_attention_coded_kernel", "global", "write"): 2.0,
     ("ragged_attention_tiles_kernel", "global", "write"): 2.0,
     ("select_kept_begin_kernel", "global", "write"): 1.8,
     ("select_kept_count_kernel", "global", "read"): 1.9,
