@@ -294,25 +294,25 @@ __global__ void __launch_bounds__(kThreads, kChunks <= 4 ? 3 : 2)
 struct States {
   const float2* extents;
   const float* sums;
-  int num_chunks;
-  int64_t rows, value_dim;
+  int num_chunks, rows;
+  int64_t stride;  // of a chunk's sums
 
   __device__ __forceinline__ States(const Arguments& arguments, int head, int64_t row)
-      : rows(arguments.rows), value_dim(arguments.params.value_dim) {
+      : rows(arguments.rows), stride(rows * arguments.params.value_dim) {
     const Cut cut(arguments);
     const int64_t first = cut.first_chunk(arguments.params, head);
     num_chunks = static_cast<int>(cut.num_chunks(arguments.params, head));
     extents = arguments.extents + first * rows + row;
-    sums = arguments.sums + (first * rows + row) * value_dim;
+    sums = arguments.sums + (first * rows + row) * arguments.params.value_dim;
   }
   __device__ __forceinline__ float highest(float value) const {
-    for (int i = 0; i < num_chunks; ++i) value = fmaxf(value, extents[i * rows].x);
+    for (int i = 0; i < num_chunks; ++i) value = fmaxf(value, extents[int64_t{i} * rows].x);
     return value;
   }
   __device__ __forceinline__ float total(const Logit& logit, float highest) const {
     float total = 0.0f;
     for (int i = 0; i < num_chunks; ++i) {
-      const float2 extent = extents[i * rows];
+      const float2 extent = extents[int64_t{i} * rows];
       total = fmaf(logit.weight(extent.x, highest), extent.y, total);
     }
     return total;
@@ -320,8 +320,8 @@ struct States {
   __device__ __forceinline__ float sum(const Logit& logit, float highest, int channel) const {
     float sum = 0.0f;
     for (int i = 0; i < num_chunks; ++i) {
-      const float factor = logit.weight(extents[i * rows].x, highest);
-      sum = fmaf(factor, sums[i * rows * value_dim + channel], sum);
+      const float factor = logit.weight(extents[int64_t{i} * rows].x, highest);
+      sum = fmaf(factor, sums[i * stride + channel], sum);
     }
     return sum;
   }
@@ -335,7 +335,7 @@ __device__ __forceinline__ void transform_back(float* sums, int dim) {
   for (int width = block / 2; width >= kWarpSize; width /= 2) {
     __syncthreads();
     for (int i = thread; i < dim / 2; i += kThreads) {
-      float* first = sums + i / width * 2 * width + i % width;
+      float* first = sums + i + (i & -width);  // i / width * 2 * width + i % width
       const float a = first[0], b = first[width];
       first[0] = a + b;
       first[width] = a - b;

@@ -197,8 +197,13 @@ def check_pairs(
     ValueError
         It cannot.
     RuntimeError
-        The backend cannot.
+        The backend cannot, or is not available.
     """
+    if backend == "cuda" and dtype == torch.float32:
+        raise RuntimeError(
+            f"expected keys and values of float16 or bfloat16 for pairs {pairs!r} with backend "
+            "'cuda', got torch.float32; backend 'auto' serves them by PyTorch"
+        )
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(
             f"expected keys and values of float32, float16 or bfloat16 for pairs {pairs!r}, got "

@@ -155,17 +155,22 @@ class Options:
         """Whether caches are changed."""
         return self.evicts or self.quantises
 
-    def in_format(self, sizes: tuple[int, int, torch.dtype] | None) -> Options:
+    def in_format(
+        self, sizes: tuple[int, int, torch.dtype] | None, device: torch.device | None = None
+    ) -> Options:
         """Return what ``pairs="auto"`` stands for.
 
         Parameters
         ----------
         sizes : tuple of int, int, torch.dtype, or None
             Channels of a key and a value, and their dtype; None: they keep that dtype.
+        device : torch.device, optional
+            Of the pairs; the CPU by default.
         """
         if self.pairs != "auto":
             return self
-        return replace(self, pairs=_best_pairs(1 - self.compression_ratio, sizes, self.backend))
+        room, device = 1 - self.compression_ratio, device or torch.device("cpu")
+        return replace(self, pairs=_best_pairs(room, sizes, device=device, backend=self.backend))
 
     def unfolded(
         self,
@@ -203,7 +208,9 @@ class Options:
         return None
 
 
-def _best_pairs(room: float, sizes: tuple[int, int, torch.dtype] | None, backend: str) -> str:
+def _best_pairs(
+    room: float, sizes: tuple[int, int, torch.dtype] | None, *, device: torch.device, backend: str
+) -> str:
     """Name the format that loses least where this share of the bytes is retained."""
     if sizes is None or room == 1:
         return "16"
@@ -212,7 +219,7 @@ def _best_pairs(room: float, sizes: tuple[int, int, torch.dtype] | None, backend
         best = "k8v8"
     for pairs in (best, "k8v8"):
         try:
-            check_pairs(pairs, *sizes, backend=backend)
+            check_pairs(pairs, *sizes, device=device, backend=backend)
         except (RuntimeError, ValueError):
             continue
         return pairs

@@ -162,7 +162,7 @@ class Planner:
         self._check(options)
         dense = self._reads_dense or is_static(cache)
         sizes = None if dense else habits_of(self.layers[0], self._rotary).sizes
-        options = options.in_format(sizes)
+        options = options.in_format(sizes, device_of(self.layers[0]))
         if cache is not None and num_cached and self._goes_on(options):
             self._check_grown(options, cache)
         plan = self._plan(options, cache, wanted, num_tokens)

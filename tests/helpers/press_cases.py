@@ -51,6 +51,17 @@ def compressed(**options: Any) -> Callable[[PreTrainedModel, Tensor], Tensor]:
     return run
 
 
+def quantised(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """In 16 bits, which quantised pairs ask of queries on a GPU. The best format is this one."""
+    model = model.to(torch.float16)
+    press = MoERouterPress(pairs="auto", fold=False, backend=input_ids.device.type)
+    with press(model):
+        cache = DynamicCache()
+        logits = generate(model, input_ids, cache)
+    assert {layer.rows.pairs for layer in cache.layers} == {"k8v4"}
+    return logits.float()
+
+
 def padded(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     input_ids = input_ids.repeat(2, 1)
     mask = torch.ones_like(input_ids)
@@ -101,6 +112,9 @@ def another_press(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
         return generate(model, input_ids, DynamicCache())
 
 
+# Those in 16 bits, whose sums are rounded after each layer.
+ROUNDED = {"quantised pairs"}
+
 CASES = {
     "uniform": compressed(),
     "over heads": compressed(budget="head"),
@@ -110,6 +124,7 @@ CASES = {
     "one expert rules": compressed(policy="dominant"),
     "grouped experts": compressed(router_type="hierarchical", cache_aware=None),
     "a dense cache that grows": compressed(decoding=DecodingConfig(target=20, interval=4)),
+    "quantised pairs": quantised,
     "left padding": padded,
     "beams": beams,
     "in chunks": in_chunks,

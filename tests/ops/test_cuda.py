@@ -7,6 +7,7 @@ import op_cases
 import pytest
 import ragged_cases as ragged
 import torch
+from stored_rows import make_rows
 from torch import Tensor
 
 from moekv import ops
@@ -15,15 +16,23 @@ pytestmark = pytest.mark.skipif(
     ops.available_backends()["cuda"] is not None, reason="needs a GPU and the CUDA library"
 )
 
-OPS = [*op_cases.CHECKS, "ragged_attention"]
+STORED = "ragged_attention, quantised"
+OPS = [*op_cases.CHECKS, "quantize_pairs", "ragged_attention", STORED]
 
 
 def calls(name: str, device: str = "cuda") -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
     """Inputs of an op, and a call of it that returns all tensors that it gives or writes."""
-    op = getattr(torch.ops.moekv, name)
-    if name == "ragged_attention":
-        case = {key: tensor.to(device) for key, tensor in ragged.make_case().items()}
-        return list(case.values()), lambda: [op(**case, scaling=0.1)]
+    op = getattr(torch.ops.moekv, name.split(",")[0])
+    if name.startswith("ragged_attention"):
+        case: dict[str, Any] = ragged.make_case()
+        if name == STORED:
+            case = make_rows("k8v4", torch.bfloat16, True, True, tail=3)
+        case = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in case.items()}
+        tensors = [x for x in case.values() if isinstance(x, Tensor)]
+        return tensors, lambda: [op(**case, scaling=0.1)]
+    if name == "quantize_pairs":
+        rows = torch.randn(50, 96, generator=torch.Generator().manual_seed(0)).to(device)
+        return [rows], lambda: list(op(rows, rows, pairs="k8v4"))
     inputs, options = op_cases.CHECKS[name][1][4].inputs(device)
 
     def run() -> list[Tensor]:

@@ -53,6 +53,13 @@ def test_sizes_and_dtypes_that_no_format_serves() -> None:
         check_pairs("k8v8", 16, 16, torch.float64)
 
 
+def test_quantised_pairs_of_float32_and_kernels_for_16_bits() -> None:
+    """They would be refused by the first token that is decoded."""
+    message = "expected keys and values of float16 or bfloat16 for pairs 'k8v4' with backend 'cuda'"
+    with pytest.raises(RuntimeError, match=message):
+        check_pairs("k8v4", 16, 16, torch.float32, backend="cuda")
+
+
 def spoiling(
     model: PreTrainedModel, place: int, bad: float, layers: Sequence[int] = (0, 1)
 ) -> AbstractContextManager[None]:

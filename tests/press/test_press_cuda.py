@@ -19,4 +19,5 @@ def test_as_on_the_cpu(name: str) -> None:
     expected = run(tiny_model(), input_ids)
     logits = run(tiny_model().to("cuda"), input_ids.to("cuda"))
     # A pair that stays elsewhere would show; the order of sums in a matrix product does not.
-    torch.testing.assert_close(logits.cpu(), expected, atol=1e-3, rtol=0)
+    tolerance = 3e-2 if name in press_cases.ROUNDED else 1e-3
+    torch.testing.assert_close(logits.cpu(), expected, atol=tolerance, rtol=0)

@@ -26,6 +26,7 @@ RUNS = {
     "expected attention": {"expected_attention", "select_kept", "ragged_attention"},
     "a calibrated router, in chunks": {"expert_scores", "gating_topk", "mix_scores"},
     "a static cache": {"kv_compact_", "project_tokens"},
+    "quantised pairs": {"quantize_pairs", "ragged_attention"},
 }
 
 
@@ -41,12 +42,13 @@ def test_as_on_the_cpu(
     with gpu:
         logits = run(tiny_model().to("cuda"), input_ids.to("cuda"))
         assert logits.device == pretended.GPU
-    torch.testing.assert_close(pretended.on_cpu(logits), expected, atol=3e-5, rtol=0)
+    tolerance = 2e-2 if name in press_cases.ROUNDED else 3e-5
+    torch.testing.assert_close(pretended.on_cpu(logits), expected, atol=tolerance, rtol=0)
     assert called >= RUNS.get(name, set())
 
 
 def test_every_kernel_is_seen_to_run() -> None:
-    assert set().union(*RUNS.values()) == {*op_cases.CHECKS, "ragged_attention"}
+    assert set().union(*RUNS.values()) == {*op_cases.CHECKS, "quantize_pairs", "ragged_attention"}
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ def test_the_paths_of_its_table_are_there() -> None:
         for path in re.findall(r"`((?:moekv|tests|csrc)/[^`]+)`", row):
             names = NAMES[what] if "<" in path else {""}
             if path.startswith("csrc/cuda/"):
-                names = names - {"quantize_pairs", "fold_pairs"}  # as the page says
+                names = names - {"fold_pairs"}  # as the page says
             choices = re.findall(r"\{(.+)\}", path)
             for name, choice in product(names, choices[0].split(",") if choices else [""]):
                 whole = re.sub(r"\{.+\}", choice, re.sub("<.+>", name, path))
