@@ -41,7 +41,7 @@ LOOP_SLACK = 1.1
 WIDE = re.compile(
     r"gating_topk_kernel|attention_(rows|columns)_kernel|key_diversity_(sum|cosine)_kernel"
     r"|lag\w*_kernel|select_kept_(histogram|count|write|group)_kernel|kv_compact_kernel<uint4>"
-    r"|ragged_attention_(tiles_)?kernel|expected_attention_kernel"
+    r"|ragged_attention_((tiles|coded)_)?kernel|expected_attention_kernel"
     r"|token_(norms|directions|distances)_kernel"
 )
 # Kernels that read rows of keys, values or tokens into registers, and must not wait for each load.
@@ -52,7 +52,7 @@ STREAMING = re.compile(
 LEAST_IN_FLIGHT = 4
 TENSOR_CORES = re.compile(
     r"(attention_(rows|columns)|expected_attention)_kernel<__(half|nv_bfloat16)"
-    r"|ragged_attention_tiles_kernel"
+    r"|ragged_attention_(tiles|coded)_kernel"
 )
 INSTRUCTION = re.compile(r"\s*/\*(\w+)\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);")
 
