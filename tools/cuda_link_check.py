@@ -22,6 +22,7 @@ package = types.ModuleType("moekv")
 package.__path__ = [str(ROOT / "moekv")]
 sys.modules["moekv"] = package
 ops = __import__("moekv.ops", fromlist=["ops"])
+backends = __import__("moekv.ops.backends", fromlist=["backends"])
 
 OPS = (
     "expected_attention",
@@ -30,6 +31,7 @@ OPS = (
     "kv_compact_",
     "mix_scores",
     "project_tokens",
+    "quantize_pairs",
     "ragged_attention",
     "select_kept",
 )
@@ -53,10 +55,12 @@ def select(
     bounds = offsets.view(-1)
     begin = bounds[:-1].view(batch, num_kv_heads)
     end = bounds[1:].view(batch, num_kv_heads)
-    attention: Tensor = ops.ragged_attention(
-        queries, keys.view(-1, head_dim), values.view(-1, head_dim), begin, end, scaling=0.1
+    stored = keys.view(-1, head_dim), values.view(-1, head_dim)
+    attention: Tensor = ops.ragged_attention(queries, *stored, begin, end, scaling=0.1)
+    *codes, scales = ops.quantize_pairs(*stored, pairs="k8v4")
+    return attention + ops.ragged_attention(
+        queries, *codes, begin, end, scaling=0.1, pairs="k8v4", scales=scales
     )
-    return attention
 
 
 def fake_inputs() -> list[Tensor]:
@@ -69,7 +73,7 @@ def main() -> None:
     """Run all checks."""
     if torch.version.cuda is None:
         sys.exit(f"expected a CUDA build of torch, got {torch.__version__}")
-    failure = ops._failures["cuda"]
+    failure = backends.FAILURES["cuda"]
     if failure is not None:
         sys.exit(failure)
     for op in OPS:
