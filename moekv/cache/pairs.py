@@ -98,8 +98,9 @@ class DensePairs(Tensor):
 class RaggedPairs:
     """The keys or the values of a :class:`RaggedLayer`, as the cache hands them to attention.
 
-    Has the ``shape`` [B, H, T, D] of the true length, ``dtype`` and ``device`` of a tensor, can be
-    cropped by a slice of positions, and refuses everything else: no dense tensor exists.
+    Has the ``shape`` [B, H, T, D] of the true length, ``numel()``, ``dtype`` and ``device`` of a
+    tensor, can be cropped by a slice of positions, and refuses everything else: no dense tensor
+    exists.
 
     Parameters
     ----------
@@ -135,6 +136,22 @@ class RaggedPairs:
     def device(self) -> torch.device:
         """The device of the stored pairs."""
         return self.layer.device
+
+    def numel(self) -> int:
+        """Count the numbers of that shape: models ask whether there are any (Mllama)."""
+        return self.shape.numel()
+
+    def to(self, device: torch.device) -> RaggedPairs:
+        """Return them as they are: layers that share pairs ask for them where they are (Gemma 3n).
+
+        Raises
+        ------
+        TypeError
+            They are on another device.
+        """
+        if torch.device(device) != self.device:
+            raise TypeError(f"expected {self.device} to take a ragged cache to, got {device}")
+        return self
 
     def __getitem__(self, index: Any) -> RaggedPairs:
         """Crop to the first positions: ``pairs[:, :, :n]`` or ``pairs[..., :n, :]``."""

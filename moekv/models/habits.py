@@ -172,14 +172,22 @@ def check_attention(layer: nn.Module, rotary: nn.Module | None, what: str) -> No
 def rotary_of(rotary: nn.Module, layer: nn.Module, states: Any, positions: Any) -> Any:
     """Call a rotary embedding for a layer, at positions [B or 1, N]."""
     options: dict[str, Any] = {}
-    if "layer_type" in inspect.signature(rotary.forward).parameters:
+    by_kind = not isinstance(getattr(rotary, "rope_type", None), str)  # Phi-MoE's has one for all
+    if by_kind and "layer_type" in inspect.signature(rotary.forward).parameters:
         kinds = getattr(getattr(layer, "config", None), "layer_types", None)
         kind = getattr(layer, "layer_type", None)
         options["layer_type"] = kind or (kinds[layer.layer_idx] if kinds else "full_attention")
-    config: Any = getattr(rotary, "config", None)
-    has_sections = hasattr(rotary, "mrope_section") or "mrope_section" in str(
-        getattr(config, "rope_parameters", None)
-    )
-    if has_sections:  # time, height and width (M-RoPE)
-        positions = positions.expand(3, *positions.shape)
+    if axes := _num_axes(rotary):
+        positions = positions.expand(axes, *positions.shape)
     return rotary(states, positions, **options)
+
+
+def _num_axes(rotary: Any) -> int:
+    """Count what a position consists of, such as time, height and width (M-RoPE); 0: a number."""
+    parameters = getattr(getattr(rotary, "config", None), "rope_parameters", None) or {}
+    kinds = [parameters, *(kind for kind in parameters.values() if isinstance(kind, dict))]
+    given = next((kind["mrope_section"] for kind in kinds if kind.get("mrope_section")), None)
+    sections = given or getattr(rotary, "mrope_section", None) or ()
+    if isinstance(sections, dict):  # for each kind of layer
+        sections = next(iter(sections.values()))
+    return len(sections)

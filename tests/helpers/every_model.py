@@ -72,12 +72,15 @@ _VISION: dict[str, Any] = {
     **dict.fromkeys(("num_hidden_layers", "depth", "num_layers"), 2),
     **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "num_heads", "num_key_value_heads"), 2),
+    **dict.fromkeys(("encoder_attention_heads",), 2),
     **dict.fromkeys(("codebook_size", "num_embeddings", "out_hidden_size"), 64),
+    "text_hidden_size": 64,
     "image_size": 56,
     "patch_size": 14,
     "head_dim": 16,
 }
 
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 _WITH_MROPE = ("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm46v_text", "glm_ocr_text")
 _WITH_MROPE += ("paddleocr_vl_text", "qwen2_5_omni_text")
@@ -89,9 +92,18 @@ _OWN: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "dots1": {"first_k_dense_replace": 1, "n_shared_experts": 1, "n_routed_experts": 4},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
+    "dots1": {
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "ernie4_5_vl_moe_text": {"rope_parameters": _MROPE | {"mrope_section": [3, 3, 2]}},
     "gemma3n_text": {
         "num_kv_shared_layers": 1,
+        "intermediate_size": 96,
         "activation_sparsity_pattern": None,
         "layer_types": [
             *("sliding_attention", "full_attention", "sliding_attention"),
@@ -112,8 +124,22 @@ _OWN: dict[str, dict[str, Any]] = {
     "kimi_linear": {"head_dim": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"layer_types": None, "num_heads": 8, "head_dim": 16},
+    "hunyuan_vl_text": {"rope_parameters": _ROPE | {"mrope_section": [2, 2, 2, 2]}},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+    **dict.fromkeys(
+        ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), {"vision_start_token_id": 122}
+    ),
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 32,
+        "indexer_compress_ratio": 4,
+    },
     "rwkv": {"attention_hidden_size": 64},
+    "step3p5": {"sliding_window": 16},
     "xmod": {"default_language": "en_XX"},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_key_value_heads": 4},
     "zaya": {"num_experts_per_tok": 1},
 }
 """What sizes alone do not make consistent."""
@@ -130,9 +156,10 @@ def tiny_config(kind: type[PreTrainedConfig], is_text: bool = True) -> PreTraine
             speaks = any(x in name for x in ("text", "thinker", "llm", "decoder", "language"))
             sizes[name] = tiny_config(type(part), speaks)
     for name, value in (_SIZES if is_text else _VISION).items():
-        given = name in _ALWAYS or getattr(default, name, None) is not None
+        own = _default(default, name)
+        given = name in _ALWAYS or own is not None
         if name in known and name not in kind.sub_configs and given:
-            sizes[name] = value
+            sizes[name] = [value] * len(own) if isinstance(own, list | tuple) else value
     if is_text:
         sizes |= _text_sizes(kind, default, known)
     if "qk_rope_head_dim" in sizes:  # all heads are made of one latent
@@ -140,10 +167,22 @@ def tiny_config(kind: type[PreTrainedConfig], is_text: bool = True) -> PreTraine
     sizes |= _OWN.get(kind.model_type, {})
     sizes = {name: x for name, x in sizes.items() if x is not None or name != "layer_types"}
     try:
-        return kind(**sizes)
+        made = kind(**sizes)
     except AttributeError:  # whose kinds of layers follow from others of its options
         sizes.pop("layer_types", None)
-        return kind(**sizes)
+        made = kind(**sizes)
+    parts = {name: sizes[name] for name in kind.sub_configs if name in sizes}
+    if not all(hasattr(made, name) for name in parts):  # older ones read mappings
+        made = kind(**sizes | {name: part.to_dict() for name, part in parts.items()})
+    return made
+
+
+def _default(config: Any, name: str) -> Any:
+    """Read an option; None where each layer has its own."""
+    try:
+        return getattr(config, name, None)
+    except (RuntimeError, ValueError):
+        return None
 
 
 def _text_sizes(kind: type[PreTrainedConfig], default: Any, known: set[str]) -> dict[str, Any]:
@@ -179,8 +218,9 @@ def build(name: str) -> PreTrainedModel:
     if isinstance(of, tuple):
         of = of[0]
     config = tiny_config(kind)
-    if not issubclass(kind, of.config_class):
-        config = config.get_text_config()
+    if not issubclass(kind, of.config_class) and kind is not of.config_class:
+        text = config.get_text_config(decoder=True)
+        config = text if isinstance(text, of.config_class) else config
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return of(config).eval()

@@ -134,20 +134,35 @@ class Recorder:
         return getattr(module, "layer_idx", -1)
 
 
-def _feed(model: Any, cache: Any, ids: Tensor, first: int, *, told: bool = False) -> Tensor:
-    """Logits of the last token. Told its positions, a model does not take them from its pairs."""
-    inputs: dict[str, Any] = {"attention_mask": torch.ones(1, first + ids.shape[1]).long()}
+def _feed(
+    model: Any,
+    cache: Any,
+    ids: Tensor,
+    first: int,
+    *,
+    told: bool = False,
+    masked: bool = True,
+    **seen: Any,
+) -> Tensor:
+    """Logits of the last token. Told its positions, a model does not take them from its pairs.
+
+    By a mask, some count them that stand behind an image, and want them of all tokens.
+    """
+    inputs: dict[str, Any] = {}
+    if masked:
+        inputs["attention_mask"] = torch.ones(1, first + ids.shape[1]).long()
     if told and "position_ids" in inspect.signature(model.forward).parameters:
         inputs = {"position_ids": torch.arange(first, first + ids.shape[1])[None]}
     elif told:
         inputs, cache.get_seq_length = {}, lambda *_, **__: first
-    out = model(input_ids=ids, use_cache=True, **inputs, **cache_argument(model, cache))
+    inputs |= seen | cache_argument(model, cache)
+    out = model(input_ids=ids, use_cache=True, **inputs)
     return out.logits[:, -1]  # type: ignore[no-any-return]
 
 
-def _steps(model: Any, cache: Any, ids: Tensor, *, told: bool = False) -> list[Tensor]:
+def _steps(model: Any, cache: Any, ids: Tensor, **how: bool) -> list[Tensor]:
     ahead = range(LENGTH, LENGTH + STEPS)
-    return [_feed(model, cache, ids[:, i : i + 1], i, told=told) for i in ahead]
+    return [_feed(model, cache, ids[:, i : i + 1], i, **how) for i in ahead]
 
 
 def _kept(layer: Any, full: Any) -> Tensor:
@@ -188,8 +203,16 @@ def _sees_all(layer: Any) -> bool:
 
 
 @torch.no_grad()
-def try_press(model: PreTrainedModel) -> str:
+def try_press(model: PreTrainedModel, image: tuple[int, ...] = (), **seen: Any) -> str:
     """Say what a press does on a model.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    image : tuple of int
+        Tokens that stand for an image within the prompt.
+    **seen
+        Inputs of the prompt beside its tokens, such as ``pixel_values``.
 
     Returns
     -------
@@ -205,22 +228,24 @@ def try_press(model: PreTrainedModel) -> str:
         without a press; or an expert saw other queries than attention.
     """
     ids = torch.randint(3, 100, (1, LENGTH + STEPS), generator=torch.Generator().manual_seed(1))
+    ids[:, 20 : 20 + len(image)] = torch.tensor(image, dtype=torch.long)
     prompt, recorder = ids[:, :LENGTH], Recorder()
     with recorder.at_work():
         try:
             full = DynamicCache(config=model.config)
-            plain = _feed(model, full, prompt, 0)
+            plain = _feed(model, full, prompt, 0, **seen)
         except Exception as error:
             return f"not tried: {_short(error)}"
         own = {i: layer for i, layer in enumerate(full.layers) if _is_full(layer)}
-        if {int(layer.get_seq_length()) for layer in own.values()} - {LENGTH}:
+        if own and not any(layer.get_seq_length() for layer in own.values()):
             return "not tried: it fills no cache"
+        crossed = {i: own.pop(i) for i in [*own] if own[i].get_seq_length() != LENGTH}
         half, ran = DynamicCache(config=model.config), []
         embedding = next(x for x in model.modules() if isinstance(x, nn.Embedding))
         handle = embedding.register_forward_hook(lambda *_: ran.append(1))
         try:
             with MoERouterPress(0.5)(model):
-                _feed(model, half, prompt, 0)
+                _feed(model, half, prompt, 0, **seen)
         except Exception as error:
             if ran or not str(error).startswith("expected"):
                 raise
@@ -228,44 +253,58 @@ def try_press(model: PreTrainedModel) -> str:
             return f"{said}: {_short(error)}"
         finally:
             handle.remove()
+        for i, layer in crossed.items():
+            if layer.get_seq_length() and not torch.equal(half.layers[i].keys, layer.keys):
+                raise WrongError("pairs of a cross attention have left")
         if not own:
             raise WrongError("it was served without a layer of full attention")
         recorder.visible = {i: _kept(half.layers[i], layer) for i, layer in own.items()}
         kept = sum(int(seen.sum()) for seen in recorder.visible.values())
         if kept != sum(seen.numel() for seen in recorder.visible.values()) // 2:
             raise WrongError(f"{kept} pairs are kept")
-        _compare_steps(model, recorder, full, half, ids)
-        _compare_prefill(model, recorder, plain, prompt)
+        _compare_steps(model, recorder, full, half, ids, seen)
+        _compare_prefill(model, recorder, plain, prompt, seen)
     return f"works: {len(own)} of {len(full.layers)} layers"
 
 
 def _compare_steps(
-    model: PreTrainedModel, recorder: Recorder, full: Any, half: Any, ids: Tensor
+    model: PreTrainedModel,
+    recorder: Recorder,
+    full: Any,
+    half: Any,
+    ids: Tensor,
+    seen: dict[str, Any],
 ) -> None:
     visible, recorder.full = recorder.visible, full.layers
-    expected = _steps(model, full, ids)
+    masked = not any(hasattr(module, "rope_deltas") for module in model.modules())
+    expected = _steps(model, full, ids, masked=masked)
     recorder.visible, recorder.full = {}, []
     if not set(visible) <= recorder.masked:  # layers that attend by themselves
         if recorder.masked:
             raise WrongError("attention that cannot be masked")
         cut = DynamicCache(config=model.config)
-        _feed(model, cut, ids[:, :LENGTH], 0)
-        for i, seen in visible.items():
+        _feed(model, cut, ids[:, :LENGTH], 0, **seen)
+        for i, kept in visible.items():
             layer: Any = cut.layers[i]
-            at = seen.nonzero()[:, 2].view(*seen.shape[:2], -1, 1)
+            at = kept.nonzero()[:, 2].view(*kept.shape[:2], -1, 1)
             layer.keys, layer.values = (x.take_along_dim(at, 2) for x in (layer.keys, layer.values))
         expected = _steps(model, cut, ids, told=True)
-    for got, wanted in zip(_steps(model, half, ids), expected, strict=True):
+    for got, wanted in zip(_steps(model, half, ids, masked=masked), expected, strict=True):
         _close(got, wanted, "decoding at .5")
 
 
 def _compare_prefill(
-    model: PreTrainedModel, recorder: Recorder, plain: Tensor, prompt: Tensor
+    model: PreTrainedModel,
+    recorder: Recorder,
+    plain: Tensor,
+    prompt: Tensor,
+    seen: dict[str, Any],
 ) -> None:
     spy = Spy()
     recorder.queries.clear()
     with MoERouterPress(0.0, experts=[spy], top_k=1, window=WINDOW)(model):
-        _close(_feed(model, DynamicCache(config=model.config), prompt, 0), plain, "ratio 0")
+        got = _feed(model, DynamicCache(config=model.config), prompt, 0, **seen)
+    _close(got, plain, "ratio 0")
     for layer, queries in spy.queries.items():
         if layer in recorder.queries:
             _close(queries, recorder.queries[layer][:, :, -WINDOW:], "queries")
