@@ -225,7 +225,7 @@ EXPERT_SCORES = [
     ExpertScores((2, 1, 1100, 128), 4, 64, start=(0, 333), pool=5, lag=128, dtype=BF16),
     ExpertScores((1, 1, 200, 256), dtype=BF16),
     *(ExpertScores((1, 2, 70, 7), dtype=dtype, lag=20) for dtype in (FP16, BF16)),
-    ExpertScores((1, 1, 900, 16), 7, 401, pool=1001, lag=300),
+    ExpertScores((1, 1, 900, 16), 7, 201, pool=1001, lag=300),
     ExpertScores((1, 1, 385, 32), 1, 385, lag=383),
     *(ExpertScores((1, 2, 60, 32), kinds=(kind,)) for kind in range(4)),
     # One real key in a tile.

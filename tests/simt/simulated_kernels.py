@@ -74,7 +74,12 @@ COMMON_FLAGS = [
 ]
 
 # Of the bindings: nothing of them takes time but to compile.
-PYTHON_FLAGS = ["-O0", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+PYTHON_FLAGS = [
+    "-O0",
+    "-g0",
+    f"-I{pybind11.get_include()}",
+    f"-I{sysconfig.get_paths()['include']}",
+]
 
 
 @dataclasses.dataclass(frozen=True)

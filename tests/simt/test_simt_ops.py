@@ -18,7 +18,7 @@ CASES = [
     for name, (_, cases) in op_cases.CHECKS.items()
     for case in cases
 ]
-NUM_SCHEDULES = 20
+NUM_SCHEDULES = 10
 
 # A few inputs per op that take every path and fit in several blocks.
 SCHEDULED: list[tuple[str, Any]] = [
@@ -186,7 +186,9 @@ def test_stored_rows(kernels: ModuleType, pairs: str, name: str, dtype: torch.dt
         pytest.skip("an odd head dim")
     value_dim = shape.get("value_dim") or shape.get("dim", 64)
     options = {"scaling": shape.get("dim", 64) ** -0.5}
-    for bias, sinks, softcap in ((False, False, 0.0), (True, True, 5.0), (True, False, 0.0)):
+    kinds = ((True, True, 5.0), (False, False, 0.0), (True, False, 0.0))
+    # What the others add is the same in every dtype.
+    for bias, sinks, softcap in kinds[: 3 if dtype == torch.bfloat16 else 1]:
         case = make_rows(pairs, dtype, bias, sinks, **shape)
         options["softcap"] = softcap
         got = simulated.Device(kernels, len(name)).ragged_attention(**case, **options)

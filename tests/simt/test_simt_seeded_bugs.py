@@ -25,7 +25,7 @@ class Bug:
     case: Any
     report: str  # what the simulator says of it, or the comparison with the reference
     residents: int | None = None  # blocks at once, where the usual few show nothing
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: tuple[int, ...] = (0, 1, 2)
 
 
 RACE = r"races with|nobody has written"
@@ -36,7 +36,7 @@ MASS = op_cases.ExpertScores((1, 1, 150, 32), dtype=op_cases.BF16, num_queries=4
 SELECT = op_cases.SelectKept((1, 2, 2500), (1000,), 4, 16, 8, values="ties")
 IN_ROWS = op_cases.SelectKept((1, 2, 2500), (1000,), 4, 16, 30, values="ties")
 COMPACT = op_cases.KvCompact((1, 2, 300, 64), (200,), dtype=op_cases.BF16)
-RAGGED = ("decode", torch.float32)
+RAGGED = ("three heads of three", torch.float32)
 TILES = ("no tail", torch.bfloat16)
 CODED = ("k4v4", torch.float16)  # rows that are stored so
 CAUSAL = ("nothing stored", torch.float16)

@@ -16,7 +16,7 @@ import pytest
 from gpu_check import build, driver, machine, profile, sanitizer, suite
 from gpu_check.driver import ROOT, Step
 from gpu_check.machine import Finding
-from gpu_check.worker import Skip
+from gpu_check.worker import Place, Skip
 
 DEVICE = """
 import contextlib
@@ -34,7 +34,7 @@ class Gpu:
 """
 STEP = """
 import os, signal, time
-from gpu_check.worker import Skip
+from gpu_check.worker import Place, Skip
 
 def items(gpu):
     def wrong():
@@ -353,13 +353,6 @@ def test_it_says_at_once_that_there_is_no_gpu() -> None:
 # --- Steps that call other programs ---------------------------------------------------------------
 
 
-class Device:
-    __module__ = "no_device"
-
-    def __init__(self, folder: Path) -> None:
-        self.results = folder / "gpu-check.json"
-
-
 def test_the_build_is_for_the_gpu_that_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,7 +402,7 @@ def test_what_the_sanitizer_reports(
         f'echo "{done}" > "$2"; echo "========= {summary}"',
     )
     monkeypatch.setattr(machine, "find_program", lambda name: str(tmp_path / name))
-    run_tool = sanitizer.items(Device(tmp_path))[tool]  # type: ignore[arg-type]
+    run_tool = sanitizer.items(Place(tmp_path / "gpu-check.json", "no_device"))[tool]
     if wrong:
         with pytest.raises(AssertionError, match="SUMMARY: 2"):
             run_tool()
@@ -434,7 +427,7 @@ TABLE = (
 
 def test_what_ncu_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "find_program", lambda name: str(tmp_path / name))
-    device: Any = Device(tmp_path)
+    place = Place(tmp_path / "gpu-check.json", "no_device")
     program(
         tmp_path / "ncu",
         'if [ "$1" = --import ]; then cat <<EOF',
@@ -443,7 +436,7 @@ def test_what_ncu_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         "EOF",
         'else while [ "$1" != -o ]; do shift; done; touch "$2"; fi',
     )
-    told = profile._profile(device, "expert_scores, all four", 4096)
+    told = profile._profile(place, "expert_scores, all four", 4096)
     assert told == {
         "kernel": "void moekv::large_kernel<float>",
         "µs": 64.0,
@@ -454,10 +447,10 @@ def test_what_ncu_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         path.unlink()
     program(tmp_path / "ncu", "echo ERR_NVGPUCTRPERM: no permission")
     with pytest.raises(Skip, match="may not read the GPU's counters"):
-        profile._profile(device, "mix_scores", 4096)
+        profile._profile(place, "mix_scores", 4096)
     program(tmp_path / "ncu", "echo what is this")
     with pytest.raises(RuntimeError, match="ncu wrote no report: what is this"):
-        profile._profile(device, "mix_scores", 4096)
+        profile._profile(place, "mix_scores", 4096)
 
 
 def test_profiles_are_of_what_is_furthest_from_the_roofline(tmp_path: Path) -> None:

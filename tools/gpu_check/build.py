@@ -11,8 +11,7 @@ from gpu_check import machine
 from gpu_check.driver import ROOT
 
 if TYPE_CHECKING:
-    from gpu_check.gpu import Gpu
-    from gpu_check.worker import Items
+    from gpu_check.worker import Items, Place
 
 ON_GPU = False
 FOLDER = ROOT / "build" / "gpu"
@@ -24,7 +23,7 @@ IMPORT = (
 )
 
 
-def items(gpu: Gpu) -> Items:
+def items(place: Place) -> Items:
     """Return a build and, for a second process, torch's own first steps."""
     return {"libraries": _build, "torch on the GPU": _import}
 

@@ -22,8 +22,7 @@ from gpu_check import machine, timing
 from gpu_check.worker import Skip
 
 if TYPE_CHECKING:
-    from gpu_check.gpu import Gpu
-    from gpu_check.worker import Items
+    from gpu_check.worker import Items, Place
 
 ON_GPU = False  # the processes below are
 COUNT = 3
@@ -40,11 +39,12 @@ MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1e
 EXPECTED = ("ragged_attention", "expert_scores DIVERSITY", "project_tokens")
 
 
-def items(gpu: Gpu) -> Items:
+def items(place: Place) -> Items:
     """Return a profile of each op."""
-    tokens = gpu.sizes.layer_tokens[len(gpu.sizes.layer_tokens) // 2]
-    chosen = _slowest(gpu.results, tokens)
-    return {f"{name} {tokens}": partial(_profile, gpu, name, tokens) for name in chosen}
+    sizes = importlib.import_module(place.device).Gpu(place.results).sizes
+    tokens = sizes.layer_tokens[len(sizes.layer_tokens) // 2]
+    chosen = _slowest(place.results, tokens)
+    return {f"{name} {tokens}": partial(_profile, place, name, tokens) for name in chosen}
 
 
 def _slowest(results: Path, tokens: int) -> list[str]:
@@ -59,16 +59,16 @@ def _slowest(results: Path, tokens: int) -> list[str]:
     return sorted(shares, key=shares.__getitem__)[:COUNT] or list(EXPECTED)
 
 
-def _profile(gpu: Gpu, name: str, tokens: int) -> dict[str, Any]:
+def _profile(place: Place, name: str, tokens: int) -> dict[str, Any]:
     program = machine.find_program("ncu")
     if program is None:
         raise Skip("no ncu in the PATH")
-    report = gpu.results.parent / f"{name.replace(' ', '_').replace(',', '')}-{tokens}.ncu-rep"
+    report = place.results.parent / f"{name.replace(' ', '_').replace(',', '')}-{tokens}.ncu-rep"
     told = _run(
         *(program, "--set", "full", "--profile-from-start", "off", "-f", "-o", str(report)),
         *("--kernel-name-base", "mangled", "--kernel-name", "regex:moekv"),
         *(sys.executable, "-m", "gpu_check.profile", name, str(tokens)),
-        *("--device", type(gpu).__module__, "--results", str(gpu.results)),
+        *("--device", place.device, "--results", str(place.results)),
     )
     if "ERR_NVGPUCTRPERM" in told:
         raise Skip("this user may not read the GPU's counters (ERR_NVGPUCTRPERM)")

@@ -17,8 +17,7 @@ from gpu_check.report import OK
 from gpu_check.worker import Skip
 
 if TYPE_CHECKING:
-    from gpu_check.gpu import Gpu
-    from gpu_check.worker import Items
+    from gpu_check.worker import Items, Place
 
 ON_GPU = False  # the processes below are
 OF_MOEKV = ("--kernel-name", "kernel_substring=moekv")
@@ -32,12 +31,12 @@ TOOLS = {
 }
 
 
-def items(gpu: Gpu) -> Items:
+def items(place: Place) -> Items:
     """Return a run of each tool."""
-    return {tool: partial(_run, gpu, tool) for tool in TOOLS}
+    return {tool: partial(_run, place, tool) for tool in TOOLS}
 
 
-def _run(gpu: Gpu, tool: str) -> None:
+def _run(place: Place, tool: str) -> None:
     program = machine.find_program("compute-sanitizer")
     if program is None:
         raise Skip("no compute-sanitizer in the PATH")
@@ -47,8 +46,8 @@ def _run(gpu: Gpu, tool: str) -> None:
             [
                 *(program, "--tool", tool, *TOOLS[tool]),
                 *(sys.executable, "-m", "gpu_check.worker", "gpu_check.smoke"),
-                *("--lines", str(lines), "--results", str(gpu.results)),
-                *("--device", type(gpu).__module__),
+                *("--lines", str(lines), "--results", str(place.results)),
+                *("--device", place.device),
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -65,7 +65,9 @@ def _check_codes(gpu: Gpu, pairs: str) -> None:
 
 def _check_stored(gpu: Gpu, pairs: str) -> None:
     """Rows as they are stored, with biases and sinks."""
-    case = stored_rows.make_rows(pairs, torch.bfloat16, True, True, heads=3, tail=3, dim=80)
+    case = stored_rows.make_rows(
+        pairs, torch.bfloat16, True, True, heads=3, tail=3, dim=80, stored=300
+    )
     expected = stored_rows.expected(case, 80, scaling=0.1)
     moved = {k: x.to(gpu.device) if isinstance(x, torch.Tensor) else x for k, x in case.items()}
     got = torch.ops.moekv.ragged_attention(**moved, scaling=0.1).cpu().double()

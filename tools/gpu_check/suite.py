@@ -11,8 +11,7 @@ import pytest
 from gpu_check.driver import ROOT
 
 if TYPE_CHECKING:
-    from gpu_check.gpu import Gpu
-    from gpu_check.worker import Items
+    from gpu_check.worker import Items, Place
 
 ON_GPU = False  # each test says for itself where it runs
 KEYWORD = "cuda"
@@ -35,7 +34,7 @@ class Count:
             self.failed.append(f"{report.nodeid}: {getattr(crash, 'message', '')[:200]}")
 
 
-def items(gpu: Gpu) -> Items:
+def items(place: Place) -> Items:
     """Return a run of each file, what concerns the GPU alone first."""
     others = sorted(x for x in (ROOT / "tests/ops").glob("test_*.py") if x not in FIRST)
     return {str(x.relative_to(ROOT)): partial(_run, x) for x in [*FIRST, *others]}

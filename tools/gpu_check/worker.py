@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import json
 import sys
@@ -26,6 +27,17 @@ Items = dict[str, Callable[[], "dict[str, Any] | None"]]
 
 class Skip(Exception):
     """An item that cannot run here, and why; no failure."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What items get that run on no GPU, or in processes of their own: importing one takes seconds.
+
+    ``results``: the report so far. ``device``: the module with a Gpu.
+    """
+
+    results: Path
+    device: str
 
 
 def run_item(run: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
@@ -62,8 +74,10 @@ def main(argv: list[str] | None = None) -> int:
             stream.write(json.dumps(event) + "\n")
 
         module = importlib.import_module(arguments.step)
-        gpu = importlib.import_module(arguments.device).Gpu(arguments.results)
         on_gpu = getattr(module, "ON_GPU", True)
+        gpu: Any = Place(arguments.results, arguments.device)
+        if on_gpu:
+            gpu = importlib.import_module(gpu.device).Gpu(gpu.results)
         with gpu.active() if on_gpu else contextlib.nullcontext():
             items: Items = dict(list(module.items(gpu).items())[part::parts])
             tell(event="items", items=list(items))
