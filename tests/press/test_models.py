@@ -1,10 +1,12 @@
 """The press on every attention of transformers that it supports."""
 
+import copy
+
 import pytest
 import torch
 from model_sweep import try_press
 from tiny_models import TINY_MODELS, prefill, tiny_model, tokens
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, Phi3ForCausalLM, PreTrainedModel
 
 from moekv import Expert, LayerView, MoERouterPress
 from moekv.models import habits
@@ -124,6 +126,34 @@ def test_sliding_layers_stay_as_they_are(name: str) -> None:
     assert bool(sliding) == name.startswith("gemma")
     for i in sliding:
         assert torch.equal(compressed.layers[i].keys, full.layers[i].keys)
+
+
+@pytest.mark.parametrize("window", [64, 512, 1024])
+def test_windows_that_never_fill_hide_nothing(window: int) -> None:
+    """Phi-3.5 and Phi-4 have windows longer than the context; one that is shorter is no such."""
+    plain = tiny_model("phi3")
+    config = copy.deepcopy(plain.config)
+    config.sliding_window, config.max_position_embeddings = window, 512
+    model = Phi3ForCausalLM(config).eval()
+    model.load_state_dict(plain.state_dict())
+    if window < 512:
+        with pytest.raises(ValueError, match="sliding windows in all"), MoERouterPress()(model):
+            pass
+        return
+    found = []
+    for one in (plain, model):
+        press = MoERouterPress(0.5)
+        with press(one):
+            out = one.generate(
+                tokens(1, LENGTH),
+                max_new_tokens=4,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        assert press.get_stats()["compression"]["ratio"] == 0.5
+        found.append(torch.stack(out.logits))
+    assert torch.equal(*found)
 
 
 def test_beams_share_the_compressed_prompt() -> None:
