@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moekv import ops
+from moekv.cache.graphs import attend_ragged, traced
 from moekv.cache.masks import (
     as_seen,
     check_masks,
@@ -26,8 +27,10 @@ from moekv.cache.masks import (
     parts_of,
     shows_or_hides,
     slots_of,
+    widened,
 )
 from moekv.cache.pairs import DensePairs, RaggedPairs, keep_pairs_in_their_layers
+from moekv.cache.rows import Rows
 from moekv.models.watching import Asked, report, watched
 
 _NATIVE = ops.available_backends()["cpu"] is None
@@ -93,8 +96,11 @@ def _shown(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _fitted(mask: Any, key: Any) -> Any:
     """Bring a mask, if there is one, to the pairs of a dense layer that has been compressed."""
+    shown = traced.take_shown() if torch.compiler.is_compiling() else None
     if not isinstance(mask, Tensor) or isinstance(key, RaggedPairs):
         return mask
+    if shown is not None:
+        return widened(mask, key.shape[2])
     if isinstance(key, DensePairs):
         return held_of(mask, key.layer, key.shape[2])
     return mask if torch.compiler.is_compiling() else slots_of(mask, key)
@@ -255,39 +261,60 @@ def attend(
             "expected output_attentions=False with a compressed cache, whose attention has no "
             "weights to return; a budget of 'uniform' or 'layer' keeps the model's own attention"
         )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if attention_mask is None or not torch.compiler.is_compiling() or _learns(query, key):
+        return attend_masked(query, key, attention_mask, scaling, softcap or 0.0, s_aux)
+    query, rows, tail = _cast(query, key)
+    return attend_ragged(query, key.layer, rows, tail, attention_mask, scaling, softcap, s_aux)
+
+
+def attend_masked(
+    query: Tensor,
+    key: RaggedPairs,
+    attention_mask: Tensor | None,
+    scaling: float,
+    softcap: float,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """Attend as :func:`attend` does, which says what is what. Reads the mask."""
     layer = key.layer
     mask, context = parts_of(attention_mask, layer, layer.tail_length)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    softcap = softcap or 0.0
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, *key.tail))
     ahead = looks_ahead(attention_mask, query.shape[2])
-    if learns or ahead or context is not None:
+    if _learns(query, key) or ahead or context is not None:
         stored = None if context is None else layer.stored_of(context, query.shape[1])
         seen = None if mask is None else (stored, mask)
         return _attend_plainly(query, key, seen, scaling, softcap, s_aux, causal=not ahead)
-    sinks = None if s_aux is None else s_aux.detach().float()
-    rows, (tail_keys, tail_values) = key.rows, key.tail
-    if torch.is_autocast_enabled(query.device.type):  # as PyTorch's own attention
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, tail_keys, tail_values = (x.to(dtype) for x in (query, tail_keys, tail_values))
-        rows = rows.read_as(dtype, dtype)
+    query, rows, tail = _cast(query, key)
     return ops.ragged_attention(
         query,
         rows.keys,
         rows.values,
         layer.begin,
         layer.end,
-        tail_keys,
-        tail_values,
+        *tail,
         mask,
         scaling=scaling,
         softcap=softcap,
         pairs=rows.pairs,
         scales=rows.scales,
         bias=rows.bias,
-        sinks=sinks,
+        sinks=None if s_aux is None else s_aux.detach().float(),
         backend=layer.backend,
     )
+
+
+def _learns(query: Tensor, key: RaggedPairs) -> bool:
+    """Whether gradients are to reach queries or later tokens."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in (query, *key.tail))
+
+
+def _cast(query: Tensor, key: RaggedPairs) -> tuple[Tensor, Rows, tuple[Tensor, Tensor]]:
+    """Give queries, stored pairs and tail in autocast's dtype, as PyTorch's own attention does."""
+    rows, (keys, values) = key.rows, key.tail
+    if not torch.is_autocast_enabled(query.device.type):
+        return query, rows, (keys, values)
+    dtype = torch.get_autocast_dtype(query.device.type)
+    return query.to(dtype), rows.read_as(dtype, dtype), (keys.to(dtype), values.to(dtype))
 
 
 def _attend_plainly(

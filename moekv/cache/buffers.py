@@ -61,7 +61,8 @@ def append(buffer: Tensor, length: int, states: Tensor, most: int | None) -> Ten
 
 def is_writable(buffer: Tensor) -> bool:
     """Whether a tensor may be written to in place: in this mode, and without undoing gradients."""
-    if buffer.is_inference() and not torch.is_inference_mode_enabled():
+    is_compiling = torch.compiler.is_compiling()
+    if not is_compiling and buffer.is_inference() and not torch.is_inference_mode_enabled():
         return False
     return not buffer.requires_grad
 

@@ -13,6 +13,7 @@ from moekv import ops
 from moekv.budget import Kept
 from moekv.cache.attention import install
 from moekv.cache.buffers import append, first_kept, gather_rows, storage_bytes, writable
+from moekv.cache.graphs import traced
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.masks import offset_of
 from moekv.cache.pairs import DensePairs
@@ -43,8 +44,8 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
     """
 
     def __init__(self, keys: Tensor, values: Tensor, *, backend: str = "auto") -> None:
-        self._keys = self._key_buffer = keys.detach()
-        self._values = self._value_buffer = values.detach()
+        self._key_buffer, self._value_buffer = keys.detach(), values.detach()
+        self._held = keys.shape[2]
         super().__init__(backend=backend)
         install()
         self.dtype, self.device = keys.dtype, keys.device
@@ -101,8 +102,7 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
         indices = kept.indices.view(batch, num_kv_heads, kept.per_head)
         self.notes = notes = self.whole_notes()
         self._key_buffer, self._value_buffer = map(writable, (self._key_buffer, self._value_buffer))
-        self._keys = self._key_buffer[:, :, :length]
-        self._values = self._value_buffer[:, :, :length]
+        self._held = length
         ops.kv_compact_(self._keys, self._values, indices, backend=self.backend)
         if notes is not None:
             notes.recompress(kept)
@@ -110,8 +110,7 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
             room = max(self.most, kept.per_head)
             self._key_buffer = self._key_buffer[:, :, :room].clone()
             self._value_buffer = self._value_buffer[:, :, :room].clone()
-        self._keys = self._key_buffer[:, :, : kept.per_head]
-        self._values = self._value_buffer[:, :, : kept.per_head]
+        self._held = kept.per_head
         self.num_moves += 1
         if not self.evicted:  # places are positions
             self.first = first_kept(kept)
@@ -119,6 +118,14 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
         self.context_length = self.get_seq_length()
 
     # -- what transformers asks of a layer ---------------------------------------------------------
+
+    @property
+    def _keys(self) -> Tensor:
+        return self._key_buffer[:, :, : self._held]
+
+    @property
+    def _values(self) -> Tensor:
+        return self._value_buffer[:, :, : self._held]
 
     @property
     def keys(self) -> Tensor:
@@ -129,7 +136,7 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
     def keys(self, pairs: Tensor | None) -> None:
         if pairs is not None and not self._is_cropped_by(pairs):
             self._check_none_left(pairs, self._keys)
-            self._keys = self._key_buffer = pairs.as_subclass(Tensor)
+            self._key_buffer, self._held = pairs.as_subclass(Tensor), pairs.shape[2]
 
     @property
     def values(self) -> Tensor:
@@ -140,7 +147,7 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
     def values(self, pairs: Tensor | None) -> None:
         if pairs is not None and not self._is_cropped_by(pairs):
             self._check_none_left(pairs, self._values)
-            self._values = self._value_buffer = pairs.as_subclass(Tensor)
+            self._value_buffer, self._held = pairs.as_subclass(Tensor), pairs.shape[2]
 
     def _shown(self, pairs: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or type(pairs) is not Tensor:
@@ -194,18 +201,17 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
             All keys and values that are held.
         """
         self._expect(len(key_states))
-        length = self._keys.shape[2]
-        self._key_buffer = append(self._key_buffer, length, key_states, self.most)
-        self._value_buffer = append(self._value_buffer, length, value_states, self.most)
-        length += key_states.shape[2]
-        self._keys = self._key_buffer[:, :, :length]
-        self._values = self._value_buffer[:, :, :length]
-        self.dtype = self._keys.dtype
+        self._key_buffer = append(self._key_buffer, self._held, key_states, self.most)
+        self._value_buffer = append(self._value_buffer, self._held, value_states, self.most)
+        self._held += key_states.shape[2]
+        self.dtype = self._key_buffer.dtype
+        if torch.compiler.is_compiling():
+            traced.shown = self
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
         """Positions seen so far, those of evicted pairs and of left padding included."""
-        return self.evicted + self._keys.shape[2]
+        return self.evicted + self._held
 
     def get_mask_sizes(self, fed: Tensor | int) -> tuple[int, int]:
         """Length and offset of the mask, before the new tokens are appended.
@@ -213,23 +219,20 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
         What is held stands for the last positions: whichever these are, all come before the new
         tokens, which see each other's past alone.
         """
-        return self._keys.shape[2] + num_fed(fed), offset_of(self, self.evicted)
+        return self._held + num_fed(fed), offset_of(self, self.evicted)
 
     def _copy_buffers(self) -> None:
-        self._keys = self._key_buffer = self._keys.clone()
-        self._values = self._value_buffer = self._values.clone()
+        self._key_buffer, self._value_buffer = self._keys.clone(), self._values.clone()
 
     def _forget(self, count: int) -> None:
-        held = self._keys.shape[2] - count
+        self._held -= count
         # As the buffers, too: what is appended next goes elsewhere, and views of these tokens stay.
-        self._keys = self._key_buffer = self._keys[:, :, :held]
-        self._values = self._value_buffer = self._values[:, :, :held]
+        self._key_buffer, self._value_buffer = self._keys, self._values
 
     def _select_rows(self, indices: Tensor) -> None:
         self.num_moves += 1
-        indices = indices.to(self._keys.device)
-        self._keys = self._key_buffer = self._keys[indices]
-        self._values = self._value_buffer = self._values[indices]
+        indices = indices.to(self._key_buffer.device)
+        self._key_buffer, self._value_buffer = self._keys[indices], self._values[indices]
 
     # -- what moekv asks of a layer ----------------------------------------------------------------
 

@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.cache_utils import StaticLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+
+from moekv.cache.graphs import assert_shown, shown_context, traced
 
 if TYPE_CHECKING:
     from moekv.cache.layer import CompressedLayer
@@ -54,7 +57,10 @@ class Offset(int):
 
 def offset_of(layer: "CompressedLayer | CompactStaticLayer", offset: int) -> int:
     """Return where a layer's mask begins, so that the mask is checked when it is made."""
-    if torch.compiler.is_compiling() or not layer.context_length:
+    if torch.compiler.is_compiling():
+        traced.asked = layer if layer.context_length else None
+        return offset
+    if not layer.context_length:
         return offset
     marked = Offset(offset)
     marked.layer = layer
@@ -71,6 +77,8 @@ def check_masks() -> None:
 def _checking(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def make(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return _make_in_graph(function, args, kwargs)
         offset, given = kwargs.get("kv_offset"), kwargs.get("attention_mask")
         if not isinstance(offset, Offset):
             return function(*args, **kwargs)
@@ -82,6 +90,30 @@ def _checking(function: Callable[..., Any]) -> Callable[..., Any]:
 
     make.checks_masks = True  # type: ignore[attr-defined]
     return make
+
+
+def _make_in_graph(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Make a mask while a model is traced: the caller's is checked when the graph runs."""
+    layer, given = traced.take_asked(), kwargs.get("attention_mask")
+    if layer is None:
+        return function(*args, **kwargs)
+    if isinstance(layer, StaticLayer):
+        if isinstance(given, Tensor):
+            assert_shown(given, layer.context)
+        return function(*args, **kwargs)
+    if isinstance(given, Tensor):
+        return function(*args, **kwargs | {"attention_mask": shown_context(given, layer)})
+    is_causal = kwargs.get("mask_function") is causal_mask_function
+    # One token sees all that there is: transformers makes no mask then, but of graphs it does.
+    return None if is_causal and _num_queries(kwargs) == 1 else function(*args, **kwargs)
+
+
+def _num_queries(kwargs: dict[str, Any]) -> int:
+    """Count the tokens that ask, by the arguments of a mask function."""
+    positions = kwargs.get("cache_position")  # before transformers 5.4 or so
+    return int(kwargs["q_length"]) if positions is None else len(positions)
 
 
 def check_context(seen: Tensor, layer: "CompressedLayer | CompactStaticLayer") -> bool:
@@ -100,14 +132,18 @@ def check_context(seen: Tensor, layer: "CompressedLayer | CompactStaticLayer") -
     ValueError
         It does, and the layer cannot follow it.
     """
-    length = layer.context_length
+    return check_hidden(seen, layer.first, layer.context_length, follows=layer.follows_masks)
+
+
+def check_hidden(seen: Tensor, first: Tensor | None, length: int, *, follows: bool) -> bool:
+    """Do what :func:`check_context` does, by what it needs to know of a layer."""
     hidden = ~seen[..., :length]
-    if layer.first is not None:
-        first = layer.first.to(seen.device).view(-1, *[1] * (seen.dim() - 1))
+    if first is not None:
+        first = first.to(seen.device).view(-1, *[1] * (seen.dim() - 1))
         hidden = hidden & (torch.arange(hidden.shape[-1], device=seen.device) >= first)
     hides = bool(hidden.any())
-    if seen.shape[-1] < length or (hides and not layer.follows_masks):
-        _refuse(layer, seen.shape[-1])
+    if seen.shape[-1] < length or (hides and not follows):
+        _refuse(length, seen.shape[-1])
     return hides
 
 
@@ -139,9 +175,9 @@ def check_shown(mask: Any, layer: "CompressedLayer") -> None:
         )
 
 
-def _refuse(layer: "CompressedLayer | CompactStaticLayer", width: int) -> None:
+def _refuse(length: int, width: int) -> None:
     raise ValueError(
-        f"expected an attention mask that shows the {layer.context_length} positions that were "
+        f"expected an attention mask that shows the {length} positions that were "
         f"compressed together, but for padding at their left, got one over {width} that hides some "
         "of them: the pairs that a layer holds of these do not know their positions, or hold more "
         "than their own (docs/errors.md)"
@@ -236,7 +272,7 @@ def parts_of(
     if mask not in _seen_whole:
         hides = check_context(seen, layer)
     elif (hides := _seen_whole[mask].hides) and not layer.follows_masks:  # as the first layer does
-        _refuse(layer, length)
+        _refuse(layer.context_length, length)
     context = length - tail_length
     return seen[..., context:], seen[..., :context] if hides else None
 
@@ -259,25 +295,26 @@ def held_of(mask: Tensor, layer: "CompressedLayer", held: int) -> Tensor:
     length, width = layer.get_seq_length(), mask.shape[-1]
     if mask in _seen_whole:
         if _seen_whole[mask].hides and not layer.follows_masks:  # as the first layer does
-            _refuse(layer, width)
-        return mask if width == held else _widened(mask, held)
+            _refuse(layer.context_length, width)
+        fitted = widened(mask, held)
+        _seen_whole[fitted] = _seen_whole[mask]
+        return fitted
     if held == length or width not in (held, length):
         return mask  # places are positions; or it does not fit
     context = layer.context_length - (length - width)
     part = mask[..., :context]
     seen = part == 0 if part.is_floating_point() else part.bool()
     if not bool(seen.all()):
-        _refuse(layer, width)
+        _refuse(layer.context_length, width)
     return mask[..., width - held :]
 
 
-def _widened(mask: Tensor, width: int) -> Tensor:
+def widened(mask: Tensor, width: int) -> Tensor:
     """Cut a mask at its left, or show what is before it."""
+    if mask.shape[-1] == width:
+        return mask
     shown = 0.0 if mask.is_floating_point() else 1
-    known = _seen_whole[mask]
-    mask = functional.pad(mask, (width - mask.shape[-1], 0), value=shown)
-    _seen_whole[mask] = known
-    return mask
+    return functional.pad(mask, (width - mask.shape[-1], 0), value=shown)
 
 
 def remember_buffer(keys: Tensor, layer: "CompactStaticLayer") -> None:
@@ -326,7 +363,7 @@ def slots_of(mask: Tensor, keys: Tensor) -> Tensor:
             f"the static cache, that shows the newest token itself, got one over {width}"
         )
     if not bool(seen[..., :context].all()):
-        _refuse(layer, width)
+        _refuse(layer.context_length, width)
     missing = slots - made.shape[-1]
     hidden = torch.finfo(mask.dtype).min if mask.is_floating_point() else 0
     return functional.pad(made, (0, missing), value=hidden) if missing else made

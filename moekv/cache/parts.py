@@ -286,8 +286,7 @@ def _static(parts: Mapping[str, Tensor], description: Mapping[str, Any]) -> Stat
 def _compact_static(parts: Mapping[str, Tensor], description: Mapping[str, Any]) -> StaticLayer:
     layer = CompactStaticLayer(description["slots"])
     _filled(layer, parts, parts["keys"].shape[2])
-    layer.set_evicted(description["evicted"])
-    layer.context_length = description["context_length"]
+    layer.set_evicted(description["evicted"], description["context_length"])
     return layer
 
 

@@ -239,6 +239,10 @@ class RaggedLayer(CompressedLayer):
         self.crop_by_slice(pairs.length)
         return False
 
+    def put_tail(self, keys: Tensor, values: Tensor) -> None:
+        """Have these [B, H, S, D] and [B, H, S, Dv] be the tokens since compression."""
+        self._tail.put_back(keys, values, keys.shape[2])
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: a ragged layer is made with its pairs."""
 

@@ -21,6 +21,7 @@ from transformers.cache_utils import StaticLayer
 from moekv import ops
 from moekv.budget import Kept
 from moekv.cache.attention import install
+from moekv.cache.graphs import traced
 from moekv.cache.masks import offset_of, remember_buffer
 from moekv.models.hooks import STATIC_COUNTS_SLOTS
 
@@ -39,6 +40,8 @@ class CompactStaticLayer(StaticLayer):
     ----------
     evicted : Tensor, scalar int64
         Pairs that have left each head, on the layer's device.
+    context : Tensor, scalar int64
+        ``context_length``, on the layer's device.
     context_length : int
         Positions that were compressed together.
     """
@@ -50,6 +53,7 @@ class CompactStaticLayer(StaticLayer):
         super().__init__(max_cache_len)
         self._num_evicted = self.context_length = 0
         self.evicted: Tensor
+        self.context: Tensor
 
     @classmethod
     def take_over(cls, layer: StaticLayer) -> "CompactStaticLayer":
@@ -68,8 +72,10 @@ class CompactStaticLayer(StaticLayer):
 
     def _init_evicted(self) -> None:
         self.evicted = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.context = torch.zeros_like(self.evicted)
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.evicted)
+            torch._dynamo.mark_static_address(self.context)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the buffers."""
@@ -113,6 +119,7 @@ class CompactStaticLayer(StaticLayer):
     def get_mask_sizes(self, fed: Tensor | int) -> tuple[int, int]:
         """Slots, and the position that the first one stands for."""
         if torch.compiler.is_compiling():  # a number would be compiled in
+            traced.asked = self if self.is_initialized else None
             return self.max_cache_len, self.evicted  # type: ignore[return-value]
         return self.max_cache_len, offset_of(self, self._num_evicted)
 
@@ -125,18 +132,21 @@ class CompactStaticLayer(StaticLayer):
         """Empty the layer."""
         super().reset()
         if self.is_initialized:
-            self._num_evicted = self.context_length = 0
-            self.evicted.zero_()
+            self.set_evicted(0, 0)
 
     @property
     def num_evicted(self) -> int:
         """Pairs that have left each head."""
         return self._num_evicted
 
-    def set_evicted(self, count: int) -> None:
-        """Set how many pairs have left each head of a layer whose slots are filled already."""
-        self._num_evicted = count
+    def set_evicted(self, count: int, context_length: int) -> None:
+        """Set how many pairs have left each head, of how many positions.
+
+        The layer's slots are filled already.
+        """
+        self._num_evicted, self.context_length = count, context_length
         self.evicted.fill_(count)
+        self.context.fill_(context_length)
 
     def compact(self, kept: Kept, *, backend: str) -> None:
         """Move the chosen pairs to the front of each head, in place, and clear what was behind.
@@ -157,8 +167,8 @@ class CompactStaticLayer(StaticLayer):
             pairs[:, :, count:length].zero_()
         if STATIC_COUNTS_SLOTS:
             self.cumulative_length.sub_(length - count)  # type: ignore[attr-defined]
-        self.context_length = length + self._num_evicted
-        self.set_evicted(self._num_evicted + length - count)
+        context_length = length + self._num_evicted
+        self.set_evicted(context_length - count, context_length)
 
 
 def is_compact(cache: Cache | None) -> bool:
