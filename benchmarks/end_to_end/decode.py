@@ -12,6 +12,7 @@ the results.
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -40,6 +41,7 @@ RATIO = 0.75
 FULL, UNIFORM, RAGGED = "full cache", "moekv, uniform", "moekv, budget=model"
 PEER_UNIFORM = "kvpress KeyDiff, uniform"
 FLOOR = "16 tokens of context"  # the model alone, which no cache makes faster
+QUANTISED = ("k8v8", "k8v4", "k4v4")  # the same pairs
 READ = "adding up a quarter of it"  # reading alone, which no attention makes faster
 
 METHODS: dict[str, Callable[[], Any]] = {
@@ -89,11 +91,22 @@ def cache_bytes(cache: Cache) -> int:
     )
 
 
-class Decoder:
-    """Feeds one token after the other to a cache of its own."""
+def quantised(cache: DynamicCache, pairs: str) -> DynamicCache:
+    """Copy a cache of ragged layers, with its pairs in another format."""
+    quantised = copy.deepcopy(cache)
+    for layer in quantised.layers:
+        layer.rows = layer.rows.in_format(pairs)
+    return quantised
 
-    def __init__(self, model: PreTrainedModel, cache: DynamicCache, length: int) -> None:
+
+class Decoder:
+    """Feeds one token after the other to a cache of its own, by the model's forward or another."""
+
+    def __init__(
+        self, model: PreTrainedModel, cache: DynamicCache, length: int, forward: Any = None
+    ) -> None:
         self.model, self.cache, self.position = model, cache, length
+        self.forward = model if forward is None else forward
         # kvpress's masked positions are on the modules: caches must not share them.
         self.masks = [_swap_mask(layer, None) for layer in model.model.layers]
 
@@ -103,7 +116,7 @@ class Decoder:
         layers = self.model.model.layers
         for layer, mask in zip(layers, self.masks, strict=True):
             _swap_mask(layer, mask)
-        logits = self.model(
+        logits = self.forward(
             torch.full((1, 1), 7),
             past_key_values=self.cache,
             position_ids=torch.tensor([[self.position]]),
@@ -170,6 +183,12 @@ def attentions(model: PreTrainedModel, caches: dict[str, DynamicCache]) -> dict[
         "SDPA, a quarter of it": partial(dense, PEER_UNIFORM),
         "ragged_attention, a quarter, dense": served,
         "ragged_attention, a quarter, ragged": partial(compressed, RAGGED),
+        **{
+            f"ragged_attention, a quarter, ragged, {pairs}": partial(
+                compressed, f"{RAGGED}, {pairs}"
+            )
+            for pairs in QUANTISED
+        },
         READ: read,
     }
 
@@ -197,6 +216,7 @@ def measure(
     *,
     seconds: float,
     steps: int,
+    compiled: bool = False,
 ) -> list[dict[str, Any]]:
     """One row per method for a whole token behind a context, and per way to attend to it."""
     length = recording.input_ids.shape[1]
@@ -205,6 +225,19 @@ def measure(
         cache = replay(model, recording, METHODS[name]())
         sizes[name] = cache_bytes(cache)
         decoders[name] = Decoder(model, cache, length)
+        if name == RAGGED:
+            for pairs in QUANTISED:
+                other = quantised(cache, pairs)
+                sizes[f"{name}, {pairs}"] = cache_bytes(other)
+                decoders[f"{name}, {pairs}"] = Decoder(model, other, length)
+    if compiled:
+        forward = torch.compile(model.forward, fullgraph=True, dynamic=True)
+        for name in {FULL, RAGGED} & set(decoders):
+            cache = copy.deepcopy(decoders[name].cache)
+            decoder = Decoder(model, cache, length, forward)
+            sizes[f"{name}, compiled"], decoders[f"{name}, compiled"] = sizes[name], decoder
+            for _ in range(3):  # the first step has a graph of its own
+                decoder()
     short = replay(model, random_context(model, 16), None)
     sizes[FLOOR], decoders[FLOOR] = cache_bytes(short), Decoder(model, short, length)
     gc.collect()
@@ -229,13 +262,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--random-context", action="store_true", help="do not prefill")
     add("--seconds", type=float, default=5.0, help="of timing for each method")
     add("--steps", type=int, default=12, help="timed steps at least")
+    add("--compiled", action="store_true", help="as well, with the model's forward compiled")
     args, model = run.begin(arguments), run.model
     for length in args.lengths:
         if args.random_context:
             recording = random_context(model, length)
         else:
             recording = record(model, random_ids(model, length))
-        measured = measure(model, recording, args.methods, seconds=args.seconds, steps=args.steps)
+        measured = measure(
+            model,
+            recording,
+            args.methods,
+            seconds=args.seconds,
+            steps=args.steps,
+            compiled=args.compiled,
+        )
         run.add(measured)
         for row in measured:
             first, median, third = (1e3 * x for x in row["wall_s"])

@@ -50,10 +50,16 @@ def _memory(rows: Rows) -> list[list[str]]:
     return table
 
 
-def _times(rows: Rows, head: list[str], cells: Callable[[dict[str, Any]], list[str]]) -> Any:
+def _times(
+    rows: Rows,
+    head: list[str],
+    cells: Callable[[dict[str, Any]], list[str]],
+    *,
+    behind: str = "context",
+) -> Any:
     """Medians of each method, by the clock and of processor time, and ratios to the first."""
     fast = ["ms", "quartiles", "times as fast", "processor, ms", "times as fast"]
-    table = [["context", "method", *head, *fast]]
+    table = [[behind, "method", *head, *fast]]
     for row in rows:
         full = next(r for r in rows if r["length"] == row["length"])
         first, median, third = (1e3 * x for x in row["wall_s"])
@@ -81,10 +87,15 @@ def _attention(rows: Rows) -> list[list[str]]:
     return _times([row for row in rows if row["step"] == "attention"], [], lambda row: [])
 
 
+def _batch(rows: Rows) -> list[list[str]]:
+    return _times(rows, ["cache, MiB"], lambda row: [_mib(row["cache_bytes"])], behind="rows")
+
+
 TABLES: dict[str, Callable[[Rows], list[list[str]]]] = {
     "memory": _memory,
     "token": _token,
     "attention": _attention,
+    "batch": _batch,
 }
 
 

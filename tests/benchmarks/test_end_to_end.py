@@ -10,7 +10,7 @@ import torch
 from tiny_models import tiny_model, tokens
 from transformers import PreTrainedModel
 
-from benchmarks.end_to_end import decode, memory, prefill, report, runs
+from benchmarks.end_to_end import batches, decode, memory, prefill, report, runs
 from benchmarks.measure import RESULTS
 from moekv import MoERouterPress
 
@@ -34,9 +34,11 @@ def test_decode_measures_every_method_and_the_attention_alone(prefilled: bool) -
     full = 2 * 2 * config.num_key_value_heads * LENGTH * 16 * 4  # K and V, layers, ..., fp32
     assert sizes.pop(decode.FLOOR) == full * 16 // LENGTH
     assert sizes.pop(decode.FULL) == sizes.pop("kvpress AdaKV(KeyDiff), masked") == full
+    coded = [sizes.pop(f"{decode.RAGGED}, {pairs}") for pairs in decode.QUANTISED]
+    assert coded == sorted(coded, reverse=True) and full // 32 < coded[2] < coded[0] < full // 8
     assert set(sizes.values()) == {full // 4}
     attention = [row for row in rows if row["step"] == "attention"]
-    assert len(attention) == 6 and all(row["calls"] >= 2 for row in rows)
+    assert len(attention) == 9 and all(row["calls"] >= 2 for row in rows)
     # Every decoder has appended to its own cache, at its own position, and left no mask behind.
     assert not any(getattr(m, "masked_key_indices", None) for m in model.modules())
 
@@ -61,6 +63,21 @@ def test_a_decoder_feeds_tokens_at_their_true_positions() -> None:
 
 
 @pytest.mark.thorough
+def test_a_row_of_a_batch_decodes_as_it_does_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "SHORTEST", 20)
+    monkeypatch.setattr(batches, "LONGEST", 30)
+    model = tiny_model()
+    batch = batches.Batch(model, 3, None)
+    begin = 30 - int(batch.position[1])
+    first = torch.randint(
+        5, model.config.vocab_size, (3, 30), generator=torch.Generator().manual_seed(0)
+    )[1:2, begin:]
+    for step in range(2):
+        alone = torch.cat([first, torch.full((1, step + 1), 7)], 1)
+        expected = model(alone).logits[:, -1]
+        torch.testing.assert_close(batch()[1], expected, atol=1e-4, rtol=1e-4)
+
+
 def test_memory_counts_storages_and_sees_the_peak() -> None:
     model = tiny_model()
     rows = {name: memory.measure(model, LENGTH, name) for name in memory.PRESSES}
@@ -80,10 +97,11 @@ def test_memory_counts_storages_and_sees_the_peak() -> None:
     ("module", "options"),
     [
         (decode, ["--seconds", "0.01", "--steps", "2", "--random-context"]),
+        (batches, ["--seconds", "0.01", "--steps", "2"]),
         (memory, []),
         (prefill, ["--rounds", "1"]),
     ],
-    ids=["decode", "memory", "prefill"],
+    ids=["decode", "batches", "memory", "prefill"],
 )
 def test_a_run_records_its_command_and_all_rows(
     module: Any, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
