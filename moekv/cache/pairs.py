@@ -153,13 +153,20 @@ class RaggedPairs:
             raise TypeError(f"expected {self.device} to take a ragged cache to, got {device}")
         return self
 
+    def beside(self, dim: int) -> RaggedPairs:
+        """Give the other half of the same pairs: of keys their values."""
+        return self._part(dim, self.length)
+
+    def _part(self, dim: int, length: int) -> RaggedPairs:
+        part = RaggedPairs.__new__(RaggedPairs)
+        part.__dict__ |= self.__dict__ | {"dim": dim, "length": length}
+        return part
+
     def __getitem__(self, index: Any) -> RaggedPairs:
         """Crop to the first positions: ``pairs[:, :, :n]`` or ``pairs[..., :n, :]``."""
         length = cropped_to(index, self.length)
         if length is not None:
-            part = RaggedPairs(self.layer, self.dim, length)
-            part.rows, part.tail, part.taken = self.rows, self.tail, self.taken
-            return part
+            return self._part(self.dim, length)
         raise TypeError(f"expected a crop such as pairs[:, :, :n], got pairs[{index}]: {NOT_DENSE}")
 
     def __getattr__(self, name: str) -> NoReturn:

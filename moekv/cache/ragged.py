@@ -271,7 +271,8 @@ class RaggedLayer(CompressedLayer):
         self._tail.append(key_states, value_states, self.most)
         keys, values = self._tail.buffers
         self.rows = self.rows.read_as(keys.dtype, values.dtype)
-        return self.keys, self.values
+        pairs = self.keys
+        return pairs, pairs.beside(self.rows.value_dim)
 
     def get_seq_length(self) -> int:
         """Positions seen so far, those of evicted pairs and of left padding included."""

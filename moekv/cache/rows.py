@@ -126,7 +126,10 @@ class Rows:
     def read_as(self, key_dtype: torch.dtype, value_dtype: torch.dtype) -> Rows:
         """Give the same rows, to be read in other dtypes."""
         if self.pairs != "16":
-            return replace(self, dtype=torch.promote_types(key_dtype, value_dtype))
+            dtype = torch.promote_types(key_dtype, value_dtype)
+            return self if dtype == self.dtype else replace(self, dtype=dtype)
+        if (key_dtype, value_dtype) == (self.keys.dtype, self.values.dtype):
+            return self
         keys, values = self.keys.to(key_dtype), self.values.to(value_dtype)
         return replace(self, keys=keys, values=values, dtype=keys.dtype)
 
