@@ -1,5 +1,6 @@
 """Files that are written whole or not at all."""
 
+import errno
 import os
 import secrets
 import stat
@@ -16,10 +17,12 @@ def check_file(path: str | os.PathLike[str]) -> None:
     TypeError
         It is not a path.
     ValueError
-        There is a folder, a device or a pipe.
+        The path is empty, or there is a folder, a device or a pipe.
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"expected the path of a file, got {type(path).__name__}")
+    if not os.fspath(path):
+        raise ValueError("expected the path of a file, got an empty one")
     if os.path.isdir(path):
         raise ValueError(f"expected a file, got the folder {os.fspath(path)}")
     if os.path.exists(path) and not os.path.isfile(path):
@@ -46,12 +49,14 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[str]:
     Raises
     ------
     ValueError
-        There is a folder, a device or a pipe.
+        The path is empty, or there is a folder, a device or a pipe.
     OSError
-        The file cannot be written.
+        The file cannot be written, or links lead in a circle.
     """
     check_file(path)
     target = Path(os.path.realpath(path))
+    if target.is_symlink():  # real paths have no links
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), os.fspath(path))
     if not target.parent.is_dir():
         raise FileNotFoundError(
             f"expected a file in a folder that is there, got {os.fspath(path)}: there is no folder "

@@ -57,6 +57,18 @@ def test_links_stay_links(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "there") == ["x"]
 
 
+def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(OSError, match=r"levels of symbolic links.*loop"):
+        write(tmp_path / "loop", "a")
+    with (
+        pytest.raises(ValueError, match="expected the path of a file, got an empty one"),
+        whole_file(""),
+    ):
+        pass
+    assert os.listdir(tmp_path) == ["loop"] and (tmp_path / "loop").is_symlink()
+
+
 def test_what_was_there_stays_after_an_exception(tmp_path: Path) -> None:
     write(tmp_path / "x", "old")
     with pytest.raises(KeyError), whole_file(tmp_path / "x") as temporary:

@@ -21,6 +21,7 @@ from transformers.cache_utils import StaticLayer
 from moekv import ops
 from moekv.budget import Kept
 from moekv.cache.attention import install
+from moekv.cache.buffers import writable
 from moekv.cache.graphs import traced
 from moekv.cache.masks import offset_of, remember_buffer
 from moekv.models.hooks import STATIC_COUNTS_SLOTS
@@ -151,6 +152,8 @@ class CompactStaticLayer(StaticLayer):
     def compact(self, kept: Kept, *, backend: str) -> None:
         """Move the chosen pairs to the front of each head, in place, and clear what was behind.
 
+        Buffers that have recorded gradients, which reach no compressed context, are copied before.
+
         Parameters
         ----------
         kept : Kept
@@ -162,6 +165,8 @@ class CompactStaticLayer(StaticLayer):
         count = kept.per_head
         assert count is not None and self.keys is not None and self.values is not None
         indices = kept.indices.view(batch, num_heads, count)
+        # A graph would take what is moved here for what was there before.
+        self.keys, self.values = writable(self.keys), writable(self.values)
         ops.kv_compact_(self.keys, self.values, indices, backend=backend)
         for pairs in (self.keys, self.values):  # where StaticLayer counts slots that are not zero
             pairs[:, :, count:length].zero_()

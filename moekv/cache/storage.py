@@ -145,7 +145,8 @@ def load_filled(
                 layers = _check_header(header, found, model)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
-            tensors = {name: file.get_tensor(name) for name in names}
+            # Copies: what is read from a file is a view of it, and changes with it.
+            tensors = {name: file.get_tensor(name).clone() for name in names}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     if header.pop("sha256") != _checksum(header, tensors):

@@ -10,9 +10,11 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_count(name: str, value: object, least: int) -> None:
-    """Raise ``ValueError`` unless a value is an integer that is large enough."""
+    """Raise ``ValueError`` unless a value is an integer of 64 bits that is large enough."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"expected {name} an integer >= {least}, got {value!r}")
+    if value >= 2**63:
+        raise ValueError(f"expected {name} an integer of 64 bits, got {value!r}")
 
 
 def check_flag(name: str, value: object) -> None:

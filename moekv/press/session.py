@@ -37,6 +37,9 @@ from moekv.press.rater import Rater
 from moekv.press.stats import Statistics
 from moekv.report.recording import Recording
 
+_BEGINNING = threading.Lock()
+"""Held while a block puts up the hook by which others know of it."""
+
 
 def _between_graphs(function: Callable[..., None]) -> Callable[..., None]:
     """Keep a function out of the graph of a model that is being compiled."""
@@ -94,12 +97,8 @@ class Session:
         install()  # reports the queries of attention layers
         self.model = model
         self.decoder: Any = decoder
-        if is_in_session(self.decoder) or any(is_pressed(layer) for layer in layers):
-            raise RuntimeError(
-                "expected a model without an open press, got one inside another press's block; "
-                "kvpress.ComposedPress chains presses"
-            )
         self.all_layers = layers
+        self._check_free()
         config = model.config.get_text_config(decoder=True)
         self.layers = [layer for layer in layers if not is_sliding(layer, config)]
         if not self.layers:
@@ -128,9 +127,22 @@ class Session:
 
     # --- The block --------------------------------------------------------------------------------
 
+    def _check_free(self) -> None:
+        if is_in_session(self.decoder) or any(is_pressed(layer) for layer in self.all_layers):
+            raise RuntimeError(
+                "expected a model without an open press, got one inside another press's block; "
+                "kvpress.ComposedPress chains presses"
+            )
+
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Install the hooks for a block."""
+        """Install the hooks for a block.
+
+        Raises
+        ------
+        RuntimeError
+            Another thread has begun a block on the model meanwhile.
+        """
         rater = self._planner.rater
         with ExitStack() as stack:
 
@@ -138,9 +150,11 @@ class Session:
                 stack.callback(handle.remove)
 
             stack.callback(self._close)
+            with _BEGINNING:
+                self._check_free()
+                hook(self.decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True))
             if self.model is not self.decoder:
                 hook(self.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
-            hook(self.decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True))
             for layer in self.layers:
                 hook(layer.register_forward_hook(self._after_attention, with_kwargs=True))
             for router in routers_in(self.decoder) if rater.reads_choice else ():
@@ -199,8 +213,14 @@ class Session:
 
     @property
     def _is_draft(self) -> bool:
-        """Whether the first layers run alone, for a cache of its own (assistant_early_exit)."""
-        return bool(option(self.decoder.config, "num_hidden_layers") != self._depth)
+        """Whether the first layers run alone, for a cache of its own (assistant_early_exit).
+
+        The others are still there: where somebody has taken them out, the forward will be missing
+        them, and raise.
+        """
+        if option(self.decoder.config, "num_hidden_layers") == self._depth:
+            return False
+        return set(self.all_layers) <= set(self.decoder.modules())
 
     # --- Hooks ------------------------------------------------------------------------------------
 
@@ -218,6 +238,7 @@ class Session:
 
     @_between_graphs
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        _check_numbers()
         if (thread := threading.get_ident()) not in self._threads:
             with self._lock:
                 self._threads.add(thread)
@@ -332,6 +353,22 @@ class Session:
             return True
         forward.strategy.abort()
         return False
+
+
+def _check_numbers() -> None:
+    """Raise where tensors have no numbers by which pairs could be chosen."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        what = "a transform of torch.func (vmap, grad, vjp, jvp)"
+    elif torch.compiler.is_exporting():
+        what = "torch.export"
+    elif torch._C._get_tracing_state() is not None:
+        what = "torch.jit.trace"
+    else:
+        return
+    raise RuntimeError(
+        f"expected a forward that runs in a press's block, got one under {what}, where pairs "
+        "cannot be chosen. Leave the block for it; torch.compile is served"
+    )
 
 
 def _is_compiled_step(tokens: Any, kwargs: Mapping[str, Any]) -> bool:

@@ -167,3 +167,23 @@ def test_defaults_serve_a_cache_implementation() -> None:
     with MoERouterPress()(model):
         assert torch.equal(out, model.generate(tokens(1, 40), max_new_tokens=4, do_sample=False))
     assert press.get_stats()["compression"]["ratio"] == 0.5
+
+
+def test_gradients_of_a_prefill_are_not_those_of_other_pairs() -> None:
+    """Pairs move in place: none of later tokens reaches the context, as in other caches."""
+    model, ids = tiny_model(), tokens(1, 40)
+    grads = []
+    for cache in (static_cache(model), None):
+        embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+        model.zero_grad()
+        with make_press(0.5, experts=EXPERTS, budget="uniform")(model):
+            out = model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
+        past = {"past_key_values": out.past_key_values, "cache_position": torch.tensor([40])}
+        model(tokens(1, 1, seed=1), **past).logits.sum().backward(retain_graph=True)
+        assert embeddings.grad is None
+        grads.append({name: x.grad.clone() for name, x in model.named_parameters()})
+        model.zero_grad()
+        out.logits.sum().backward()  # the prefill's own are as they were
+        grads[-1]["prefill"] = embeddings.grad
+    for name, own in grads[0].items():
+        torch.testing.assert_close(own, grads[1][name], atol=1e-3, rtol=1e-3)

@@ -83,6 +83,17 @@ def test_a_cache_that_was_filled_with_gradients_is_saved(model, tmp_path):
     assert load_cache(tmp_path / "x", model).get_seq_length() == 11
 
 
+def test_what_is_loaded_does_not_change_with_its_file(model, cache, tmp_path):
+    path = tmp_path / "x"
+    save_cache(cache, path, model)
+    loaded = load_cache(path, model)
+    with torch.no_grad():
+        expected = model(torch.tensor([[7]]), past_key_values=cache).logits
+        with open(path, "r+b") as file:  # as cp does, which writes to the file that there is
+            file.write(b"\xff" * path.stat().st_size)
+        assert torch.equal(model(torch.tensor([[7]]), past_key_values=loaded).logits, expected)
+
+
 def test_the_file_holds_the_kept_pairs_only(model, cache, tmp_path):
     path = tmp_path / "context.safetensors"
     save_cache(cache, path, model)

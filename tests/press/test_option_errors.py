@@ -156,6 +156,14 @@ def test_counts(make: Callable[..., Any], option: str, value: Any) -> None:
         make(**{option: value})
 
 
+@pytest.mark.parametrize("option", ["sinks", "recent", "window"])
+def test_counts_beyond_64_bits(option: str) -> None:
+    with pytest.raises(ValueError, match=f"expected {option} an integer of 64 bits, got 9223"):
+        MoERouterPress(**{option: 2**63})
+    with MoERouterPress(**{option: 2**63 - 1})(model := tiny_model()):
+        prefill(model, tokens(1, LENGTH))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from tiny_models import prefill, tiny_model, tokens
 from transformers import DynamicCache
 
 from moekv import DecodingConfig, MoERouterPress
+from moekv.press.session import Session
 
 
 def test_one_press_in_two_blocks() -> None:
@@ -165,3 +167,71 @@ def test_a_model_that_is_copied_in_a_block(copied: Callable[[Any], Any]) -> None
         cache = prefill(model, tokens(1, LENGTH))  # which goes on
     assert lengths(cache) == [LENGTH // 2] * 2
     copied(model)
+
+
+@pytest.mark.parametrize("way", ["vmap", "grad", "export", "trace"])
+def test_forwards_without_numbers(way: str) -> None:
+    model, press, ids = tiny_model(), MoERouterPress(budget="uniform"), tokens(1, LENGTH)
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.model(input_ids, use_cache=True).logits
+
+    def loss(embeddings: torch.Tensor) -> torch.Tensor:
+        return model(inputs_embeds=embeddings, use_cache=True).logits.sum()
+
+    ways: dict[str, Callable[[], Any]] = {
+        "vmap": lambda: torch.vmap(lambda row: Logits()(row[None]))(ids),
+        "grad": lambda: torch.func.grad(loss)(model.get_input_embeddings()(ids).detach()),
+        "export": lambda: torch.export.export(Logits(), (ids,), strict=False),
+        "trace": lambda: torch.jit.trace(Logits(), (ids,), check_trace=False),
+    }
+    named = {"vmap": "torch.func", "grad": "torch.func", "trace": "torch.jit.trace"}
+    with press(model), pytest.raises(RuntimeError, match=named.get(way, "torch.export")):
+        ways[way]()
+    assert_untouched(model, press)
+
+
+@torch.no_grad()
+def test_layers_that_are_taken_out_in_a_block() -> None:
+    model, press = tiny_model(), MoERouterPress(budget="uniform")
+    with press(model):
+        del model.model.layers[1]
+        model.config.num_hidden_layers = 1
+        with pytest.raises(RuntimeError, match="compressed nothing"):
+            model(tokens(1, LENGTH), past_key_values=DynamicCache())
+
+
+def test_presses_that_begin_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have found the model free before either has put up its hooks."""
+    model, both = tiny_model(), threading.Barrier(2, timeout=20)
+    opened, refused = [], []
+    begin = Session.__init__
+
+    def together(self: Session, *args: Any, **options: Any) -> None:
+        begin(self, *args, **options)
+        both.wait()
+
+    monkeypatch.setattr(Session, "__init__", together)
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            with MoERouterPress(budget="uniform")(model):
+                opened.append(1)
+                done.wait(20)
+        except RuntimeError as error:
+            refused.append(str(error))
+            done.set()
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(opened) == 1 and "without an open press" in refused[0]
+    assert not any(x._forward_hooks or x._forward_pre_hooks for x in model.modules())
