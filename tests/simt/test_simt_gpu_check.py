@@ -155,14 +155,25 @@ sys.exit(driver.main(arguments, known))
 """
 
 
-# That all files are collected without these packages, tests/tools/test_gpu_check.py shows.
+# Some files run, and all are collected where only torch, transformers, pytest and hypothesis are.
 SOME_TESTS = """
+import sys
+
+for name in ("pybind11", "rich", "xdist"):
+    sys.modules[name] = None
+
+import pytest
 from gpu_check import suite
 
 ON_GPU = False
 
+def collect_all():
+    files = [*suite.FIRST, suite.ROOT / "tests" / "ops"]
+    code = pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", *map(str, files)])
+    assert code == 0, code
+
 def items(place):
-    return dict(list(suite.items(place).items())[:3])
+    return dict(list(suite.items(place).items())[:3]) | {"all": collect_all}
 """
 
 
@@ -194,6 +205,7 @@ def test_the_whole_check_needs_no_more_than_it_says(kernels: ModuleType, tmp_pat
     statuses = {name: {x["status"] for x in step["lines"]} for name, step in steps.items()}
     assert all(statuses[name] == {"ok"} for name in "acd")
     assert statuses["b"] <= {"ok", "skipped"} and len(steps["b"]["lines"]) > len(timing.OPS)
+    assert {x["item"] for x in steps["d"]["lines"]} > {"tests/press/test_press_cuda.py", "all"}
     # Where the tools are, they would need a GPU.
     assert statuses["e"] | statuses["f"] <= {"ok", "skipped"}
 

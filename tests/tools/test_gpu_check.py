@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gpu_check import build, driver, machine, profile, sanitizer, suite
+from gpu_check import build, driver, machine, profile, sanitizer
 from gpu_check.driver import ROOT, Step
 from gpu_check.machine import Finding
 from gpu_check.worker import Place, Skip
@@ -493,13 +493,6 @@ def test_what_the_tests_report(tmp_path: Path) -> None:
     assert told[1].startswith("TOLD 1 failed: ") and "assert 1 == 2" in told[1]
 
 
-BLOCKED = """
-import sys
-for name in ("gguf", "kvpress", "matplotlib", "pybind11", "rich", "xdist"):
-    sys.modules[name] = None
-"""
-
-
 def test_the_first_steps_do_not_wait_for_transformers() -> None:
     """Importing it takes longer than checking the ops; compute-sanitizer does it four times."""
     script = (
@@ -514,20 +507,3 @@ def test_the_first_steps_do_not_wait_for_transformers() -> None:
         check=True,
     )
     assert done.stdout == "[]\n"
-
-
-def test_the_tests_for_a_gpu_need_nothing_else(tmp_path: Path) -> None:
-    """They are collected where only torch, transformers, pytest and hypothesis are installed."""
-    (tmp_path / "blocked.py").write_text(BLOCKED)
-    files = [str(x) for x in suite.FIRST]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "blocked", "-p", "no:cacheprovider"]
-        + ["--collect-only", "-q", *files, "tests/ops"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert "tests/press/test_press_cuda.py" in done.stdout
