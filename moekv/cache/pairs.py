@@ -147,10 +147,10 @@ class RaggedPairs:
         Raises
         ------
         TypeError
-            They are on another device.
+            Anywhere else.
         """
-        if torch.device(device) != self.device:
-            raise TypeError(f"expected {self.device} to take a ragged cache to, got {device}")
+        if device != self.device:
+            raise TypeError(f"a ragged cache has no dense tensor to take to {device}: {NOT_DENSE}")
         return self
 
     def beside(self, dim: int) -> RaggedPairs:

@@ -264,6 +264,7 @@ def test_ragged_cache_for_code_that_expects_dense_tensors() -> None:
     eager = tiny_model(attention="eager")
     where = torch.tensor([[LENGTH]])
     keys = cache.layers[0].keys
+    assert keys.to(keys.device) is keys and keys.numel() == keys.shape.numel()
     for use in (
         lambda: eager(tokens(1, 1), past_key_values=cache, position_ids=where),
         lambda: torch.cat([keys, keys], dim=2),
@@ -271,6 +272,8 @@ def test_ragged_cache_for_code_that_expects_dense_tensors() -> None:
         lambda: keys + 1,
         lambda: keys[:, :, 3:],
         lambda: keys[0],
+        lambda: keys.to("meta"),
+        lambda: keys.to(torch.float16),
         lambda: [pair for layer in cache for pair in layer[0]],
     ):
         with pytest.raises(TypeError, match=r"to_dense\(\)"), torch.no_grad():
