@@ -97,6 +97,7 @@ class Session:
         install()  # reports the queries of attention layers
         self.model = model
         self.decoder: Any = decoder
+        self._name = next((name for name, x in model.named_children() if x is decoder), "")
         self.all_layers = layers
         self._check_free()
         config = model.config.get_text_config(decoder=True)
@@ -215,18 +216,26 @@ class Session:
     def _is_draft(self) -> bool:
         """Whether the first layers run alone, for a cache of its own (assistant_early_exit).
 
-        The others are still there: where somebody has taken them out, the forward will be missing
-        them, and raise.
+        Raises
+        ------
+        RuntimeError
+            Somebody has added layers, or taken some out: a draft leaves them where they are.
         """
-        if option(self.decoder.config, "num_hidden_layers") == self._depth:
+        depth = option(self.decoder.config, "num_hidden_layers")
+        if depth == self._depth:
             return False
-        return set(self.all_layers) <= set(self.decoder.modules())
+        if depth > self._depth or not set(self.all_layers) <= set(self.decoder.modules()):
+            _changed(f"{self._depth} layers", f"{depth}")
+        return True
 
     # --- Hooks ------------------------------------------------------------------------------------
 
     def _before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Note how many tokens the caller asks logits of: all but the first may be rejected."""
         if not torch.compiler.is_compiling():
+            is_here = getattr(module, self._name, None) is self.decoder  # or further inside
+            if not is_here and not any(part is self.decoder for part in module.modules()):
+                _changed(f"its {type(self.decoder).__name__}", "another")
             wanted = kwargs.get("logits_to_keep")
             self._local.wanted = wanted if isinstance(wanted, int) else 0
 
@@ -353,6 +362,13 @@ class Session:
             return True
         forward.strategy.abort()
         return False
+
+
+def _changed(had: str, has: str) -> NoReturn:
+    raise RuntimeError(
+        f"expected a model with {had}, as when the block began, got {has}: MoERouterPress would "
+        "compress nothing. Begin another block"
+    )
 
 
 def _check_numbers() -> None:

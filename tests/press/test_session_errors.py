@@ -197,13 +197,21 @@ def test_forwards_without_numbers(way: str) -> None:
 
 
 @torch.no_grad()
-def test_layers_that_are_taken_out_in_a_block() -> None:
-    model, press = tiny_model(), MoERouterPress(budget="uniform")
+@pytest.mark.parametrize("change", ["fewer layers", "more layers", "another decoder"])
+def test_models_that_change_in_a_block(change: str) -> None:
+    model, press, cache = tiny_model(), MoERouterPress(budget="uniform"), DynamicCache()
     with press(model):
-        del model.model.layers[1]
-        model.config.num_hidden_layers = 1
-        with pytest.raises(RuntimeError, match="compressed nothing"):
-            model(tokens(1, LENGTH), past_key_values=DynamicCache())
+        if change == "fewer layers":
+            del model.model.layers[1]
+            model.config.num_hidden_layers = 1
+        elif change == "more layers":
+            model.model.layers.append(model.model.layers[1])
+            model.config.num_hidden_layers = 3
+        else:
+            model.model = tiny_model().model
+        with pytest.raises(RuntimeError, match="as when the block began, got .* compress nothing"):
+            model(tokens(1, LENGTH), past_key_values=cache)
+    assert not cache.layers or not cache.get_seq_length()
 
 
 def test_presses_that_begin_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
