@@ -94,6 +94,11 @@ def check_block(
             f"{type(layers[0]).__name__} with {implementation_of(layers[0])!r}; "
             "use budget='uniform'"
         )
+    if options.fold is True and backend == "cuda":
+        raise RuntimeError(
+            "expected backend 'auto' or 'torch' with fold=True on a GPU, got 'cuda', which has no "
+            "kernel of fold_pairs"
+        )
     if options.pairs not in ("16", "auto"):
         check_attention(layers[0], rotary, f"pairs {options.pairs!r}")
         device = device_of(layers[0])

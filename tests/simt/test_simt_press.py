@@ -51,6 +51,19 @@ def test_every_kernel_is_seen_to_run() -> None:
     assert set().union(*RUNS.values()) == {*op_cases.CHECKS, "quantize_pairs", "ragged_attention"}
 
 
+def test_folding_has_no_kernel_on_a_gpu(gpu: pretended.PretendedGpu) -> None:
+    model = tiny_model()
+    press = MoERouterPress(0.9, pairs="k8v4", fold=True, backend="cuda")
+    message = "'auto' or 'torch' with fold=True on a GPU, got 'cuda'"
+    with pytest.raises(RuntimeError, match=message), press(model):
+        pytest.fail("the block began")
+    with gpu:
+        x = torch.zeros(1, 2, 8, 16, device="cuda")
+        indices, offsets = (torch.zeros(n, dtype=torch.int32, device="cuda") for n in (4, 3))
+        with pytest.raises(RuntimeError, match="moekv::fold_pairs: expected backend 'auto' or"):
+            ops.fold_pairs(x, x, x, indices, offsets, scaling=1.0, backend="cuda")
+
+
 @torch.no_grad()
 def test_more_layers_do_not_mean_more_waiting(gpu: pretended.PretendedGpu) -> None:
     """Rows are padded: where they begin is read once, and copied once, for all layers."""

@@ -88,6 +88,11 @@ def fold_pairs(
     """
     backend = for_device(backend, queries)
     op = implementation("fold_pairs", queries, for_heads(backend, keys, values))
+    if backend == "cuda":
+        raise RuntimeError(
+            "moekv::fold_pairs: expected backend 'auto' or 'torch' for tensors on a GPU, got "
+            "'cuda', which has no kernel of it"
+        )
     tensors = queries, keys, values
     needs_gradient = any(tensor.requires_grad for tensor in tensors)
     if op is reference.fold_pairs and torch.is_grad_enabled() and needs_gradient:
