@@ -203,9 +203,12 @@ def test_the_whole_check_needs_no_more_than_it_says(kernels: ModuleType, tmp_pat
     steps = json.loads((out / "gpu-check.json").read_text())["steps"]
     assert list(steps) == ["machine", "build", *"abcdef"]
     statuses = {name: {x["status"] for x in step["lines"]} for name, step in steps.items()}
-    assert all(statuses[name] == {"ok"} for name in "acd")
+    assert all(statuses[name] == {"ok"} for name in "ac")
     assert statuses["b"] <= {"ok", "skipped"} and len(steps["b"]["lines"]) > len(timing.OPS)
-    assert {x["item"] for x in steps["d"]["lines"]} > {"tests/press/test_press_cuda.py", "all"}
+    told = {x["item"]: x["status"] for x in steps["d"]["lines"]}
+    # The pretended GPU is none to pytest: tests are there, and none of them says that it ran.
+    assert told.pop("all") == "ok" and "tests/press/test_press_cuda.py" in told
+    assert set(told.values()) <= {"ok", "skipped"}
     # Where the tools are, they would need a GPU.
     assert statuses["e"] | statuses["f"] <= {"ok", "skipped"}
 

@@ -473,12 +473,17 @@ def test_what_the_tests_report(tmp_path: Path) -> None:
         "def test_cuda_elsewhere(): pass\n"
     )
     (tmp_path / "test_two.py").write_text("def test_cuda_wrong(): assert 1 == 2\n")
+    (tmp_path / "test_three.py").write_text(
+        "import pytest\n@pytest.mark.skip(reason='no GPU')\ndef test_cuda_elsewhere(): pass\n"
+    )
     script = (
         "from pathlib import Path; from gpu_check import suite\n"
         f"folder = Path({str(tmp_path)!r})\n"
         "print('TOLD', suite._run(folder / 'test_one.py'))\n"
         "try: suite._run(folder / 'test_two.py')\n"
         "except AssertionError as error: print('TOLD', error)\n"
+        "try: suite._run(folder / 'test_three.py')\n"
+        "except suite.Skip as reason: print('TOLD', reason)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -491,6 +496,31 @@ def test_what_the_tests_report(tmp_path: Path) -> None:
     told = [x for x in done.stdout.splitlines() if x.startswith("TOLD")]
     assert told[0] == "TOLD {'passed': 1, 'failed': 0, 'skipped': 1}"
     assert told[1].startswith("TOLD 1 failed: ") and "assert 1 == 2" in told[1]
+    assert told[2] == "TOLD none of its 1 tests ran: Skipped: no GPU"
+
+
+def test_an_archive_knows_its_commit(tmp_path: Path) -> None:
+    """The machine with a GPU gets a tree without the repository."""
+    known = machine.output_of("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
+    if known is None:
+        pytest.skip("not a repository")
+    archive = subprocess.run(
+        ["git", "-C", str(ROOT), "archive", "HEAD", "tools"], capture_output=True, check=True
+    )
+    subprocess.run(["tar", "x", "-C", str(tmp_path)], input=archive.stdout, check=True)
+    assert machine.commit_of(tmp_path) == known.strip()
+    (tmp_path / "tools" / "gpu_check" / "commit.txt").unlink()
+    assert machine.commit_of(tmp_path) == "unknown"
+
+
+def test_programs_beside_nvcc_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "CUDA_FOLDER", tmp_path)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    for name in ("nvcc", "ncu"):
+        program(tmp_path / name, "exit 0")
+    assert machine.find_program("ncu") == str(tmp_path / "ncu")
+    assert machine.find_program("compute-sanitizer") is None
 
 
 def test_the_first_steps_do_not_wait_for_transformers() -> None:

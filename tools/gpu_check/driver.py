@@ -230,8 +230,7 @@ def main(argv: Sequence[str] | None = None, known: Mapping[str, Step] = STEPS) -
         parser.error(f"expected steps among {', '.join(letters)}, got {', '.join(unknown)}")
 
     findings = machine.look()
-    commit = machine.output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty=+")
-    about = {"commit": commit or "unknown", "python": sys.version.split()[0]}
+    about = {"commit": machine.commit_of(ROOT), "python": sys.version.split()[0]}
     report = Report(arguments.out, about)
     can_run = _note_machine(report, findings)
     for x in findings:

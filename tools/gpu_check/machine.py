@@ -46,9 +46,12 @@ def architecture(findings: list[Finding]) -> str:
 
 
 def find_program(name: str) -> str | None:
-    """Return the path of a program, that of this interpreter first."""
+    """Return the path of a program: that of this interpreter first, one beside nvcc last."""
     folders = [sysconfig.get_path("scripts"), str(Path(sys.executable).parent)]
-    return shutil.which(name, path=os.pathsep.join([*folders, os.environ.get("PATH", "")]))
+    folders.append(os.environ.get("PATH", ""))
+    if nvcc := find_nvcc():
+        folders.append(str(Path(nvcc).parent))
+    return shutil.which(name, path=os.pathsep.join(folders))
 
 
 def find_nvcc() -> str | None:
@@ -57,6 +60,14 @@ def find_nvcc() -> str | None:
     packages = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu[0-9]*/bin"))
     folders = [*map(str, home), os.environ.get("PATH", ""), str(CUDA_FOLDER), *map(str, packages)]
     return shutil.which("nvcc", path=os.pathsep.join(folders))
+
+
+def commit_of(root: Path) -> str:
+    """Return the commit of a tree: as git knows it, or as ``git archive`` has written it there."""
+    known = output_of("git", "-C", str(root), "describe", "--always", "--dirty=+")
+    file = root / "tools" / "gpu_check" / "commit.txt"
+    archived = file.read_text().strip() if file.exists() else ""
+    return known or ("unknown" if archived.startswith("$") else archived) or "unknown"
 
 
 def find_torch() -> Path | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from gpu_check.driver import ROOT
+from gpu_check.worker import Skip
 
 if TYPE_CHECKING:
     from gpu_check.worker import Items, Place
@@ -24,11 +25,14 @@ class Count:
     def __init__(self) -> None:
         self.outcomes = {"passed": 0, "failed": 0, "skipped": 0}
         self.failed: list[str] = []
+        self.reason = "none is about the GPU"
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Take in one phase of a test."""
         if report.when == "call" or report.outcome != "passed":
             self.outcomes[report.outcome] += 1
+        if report.skipped and isinstance(report.longrepr, tuple):
+            self.reason = str(report.longrepr[2])
         if report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
             self.failed.append(f"{report.nodeid}: {getattr(crash, 'message', '')[:200]}")
@@ -48,4 +52,6 @@ def _run(path: Path) -> dict[str, Any]:
         raise AssertionError(f"{len(count.failed)} failed: " + "; ".join(count.failed[:5]))
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         raise RuntimeError(f"pytest ended with {code!r}")
+    if not count.outcomes["passed"]:
+        raise Skip(f"none of its {count.outcomes['skipped']} tests ran: {count.reason}")
     return dict(count.outcomes)
