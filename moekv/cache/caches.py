@@ -128,7 +128,9 @@ def present(cache: Cache, index: int) -> Iterator[None]:
 
 def num_rows(cache: Cache) -> int:
     """Count the rows of a cache that is not empty."""
-    layer: Any = next(x for x in cache.layers if x.get_seq_length())
+    # Layers with states instead of pairs count no tokens.
+    counted = (x for x in cache.layers if hasattr(x, "get_seq_length"))
+    layer: Any = next(x for x in counted if x.get_seq_length())
     return int(layer.batch_size if isinstance(layer, CompressedLayer) else len(layer.keys))
 
 

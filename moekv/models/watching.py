@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -218,7 +219,9 @@ def ask(
     """
     stand_in: Any = StandIn(cache) if isinstance(cache, int) else cache
     names = {"hidden_states", "cache", *cache_argument(module, stand_in)}
-    given = {n: x for n, x in kwargs.items() if n not in names} | cache_argument(module, stand_in)
+    # What layers share their pairs in (Gemma 3n) is theirs to write to, and not that of this call.
+    own = {n: copy.copy(x) if isinstance(x, MutableMapping) else x for n, x in kwargs.items()}
+    given = {n: x for n, x in own.items() if n not in names} | cache_argument(module, stand_in)
     given["attention_mask"] = None
     before = getattr(_asking, "module", None)
     _asking.module = module

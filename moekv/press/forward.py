@@ -46,6 +46,9 @@ class Plan:
         Later hit rates of the block's caches.
     unfolded : str or None
         Why pairs that leave join no others; None: they do.
+    shares : bool
+        Whether further layers attend to the pairs of these. They come later in a forward, at whose
+        end caches are compressed then.
     """
 
     options: Options
@@ -58,6 +61,7 @@ class Plan:
     note: Callable[[Recording], None] | None = None
     later: Later = field(default_factory=Later)
     unfolded: str | None = OFTEN
+    shares: bool = False
 
     @property
     def goes_on(self) -> bool:
@@ -175,6 +179,10 @@ class Strategy(ABC):
     def is_done(self) -> bool:
         """Whether all layers have been handled."""
         return self.num_taken == len(self.plan.layers)
+
+    def finish(self) -> Cache | None:
+        """Do what was put off until the forward's end; return the cache, None: nothing was."""
+        return None
 
     def abort(self) -> None:  # noqa: B027  # most have nothing to undo
         """Clean up after a forward that failed: no cache stays half compressed."""

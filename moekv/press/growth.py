@@ -105,6 +105,7 @@ class Growth(Strategy):
         self._shrinking: Shrinking | None = None
         self._rated: list[Rated] = []
         self._measures = False
+        self._waiting: Cache | None = None
         self._ranks = ALONE  # that share out the heads of the layer
 
     def take(self, call: Call) -> None:
@@ -139,8 +140,18 @@ class Growth(Strategy):
         with torch.no_grad():
             with present(call.cache, call.index):
                 self._rate(call, layer, self._shrinking)
-            if self.is_done:
+            if self.is_done and plan.shares:
+                self._waiting = call.cache
+            elif self.is_done:
                 self._shrink(call.cache, self._shrinking)
+
+    @torch.no_grad()
+    def finish(self) -> Cache | None:
+        """Compress what later layers have attended to as well."""
+        cache, self._waiting = self._waiting, None
+        if cache is not None and self._shrinking is not None:
+            self._shrink(cache, self._shrinking)
+        return cache
 
     def _growing(self, cache: Cache, index: int) -> CompressedLayer:
         layer = cache.layers[index]

@@ -65,6 +65,8 @@ class Planner:
         Takes the record of every prefill.
     mesh : DeviceMesh, optional
         Processes over which the model is spread, see ``moekv.models.weights.mesh_of``.
+    shares : bool
+        Whether later layers attend to the pairs of these, too.
 
     Raises
     ------
@@ -83,12 +85,13 @@ class Planner:
         context_length: int | None,
         note: Callable[[Recording], None] | None = None,
         mesh: Any = None,
+        shares: bool = False,
     ) -> None:
         if context_length is not None:
             check_count("context_length", context_length, 1)
         self.layers = layers
         self._mark = _Mark()
-        self._rotary, self._mesh = rotary, mesh
+        self._rotary, self._mesh, self._shares = rotary, mesh, shares
         self._options, self._rater, self._statistics = options, rater, statistics
         self._context_length = context_length
         self._note = note
@@ -221,6 +224,7 @@ class Planner:
             recent,
             self._note,
             self._later,
+            shares=self._shares,
         )
 
     def _automatic(self, options: Options, rater: Rater, cache: Any) -> str:

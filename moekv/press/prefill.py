@@ -174,11 +174,23 @@ class Prefill(Strategy):
         return is_last or num_unrated == TOGETHER
 
     def _act(self, is_last: bool) -> None:
-        """Compress, if this was the last layer."""
-        if is_last:
-            rated, self.rated = self.rated, []
-            self._commit(rated)
-            self.committed = True
+        """Compress, if this was the last layer, and none that shares pairs is to come."""
+        if is_last and not self.plan.shares:
+            self._compress()
+
+    def _compress(self) -> None:
+        rated, self.rated = self.rated, []
+        self._commit(rated)
+        self.committed = True
+
+    @torch.no_grad()
+    def finish(self) -> Cache | None:
+        """Compress what later layers have attended to as well."""
+        if len(self.rated) < len(self.plan.layers):
+            return None
+        cache = self.rated[0].cache
+        self._compress()
+        return cache
 
     def _commit(self, rated: list[Rated]) -> None:
         """Compress rated layers; whatever is likely to fail comes before the first is changed."""

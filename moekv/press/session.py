@@ -30,7 +30,7 @@ from moekv.models.hooks import (
 )
 from moekv.models.watching import Asked, watched
 from moekv.models.weights import mesh_of
-from moekv.press.forward import Call, Forward
+from moekv.press.forward import Call, Forward, Strategy
 from moekv.press.options import Options
 from moekv.press.planning import Planner
 from moekv.press.rater import Rater
@@ -117,6 +117,7 @@ class Session:
             context_length=context_length,
             note=note,
             mesh=mesh_of(model),
+            shares=any(getattr(x, "is_kv_shared_layer", False) for x in decoder.modules()),
         )
         self._depth = option(self.decoder.config, "num_hidden_layers")
         self._local = threading.local()
@@ -323,6 +324,8 @@ class Session:
                 self._busy.discard(threading.current_thread())
         if output is not None:
             self._take_down()
+            if forward is not None and forward.strategy is not None:
+                self._finish(forward.strategy)
         plan = None if forward is None or forward.strategy is None else forward.strategy.plan
         if forward is None or self._end(forward) or output is None or plan is None:
             return
@@ -334,6 +337,12 @@ class Session:
                 f"were called (transformers {transformers.__version__})"
             )
             raise RuntimeError(f"MoERouterPress compressed nothing: {why}")
+
+    @_between_graphs
+    def _finish(self, strategy: Strategy) -> None:
+        cache = strategy.finish()
+        if cache is not None:
+            self._planner.note(cache)
 
     def _put_up(self) -> None:
         with self._lock:

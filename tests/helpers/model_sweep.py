@@ -245,7 +245,7 @@ def try_press(model: PreTrainedModel, image: tuple[int, ...] = (), **seen: Any) 
         handle = embedding.register_forward_hook(lambda *_: ran.append(1))
         try:
             with MoERouterPress(0.5)(model):
-                _feed(model, half, prompt, 0, **seen)
+                first = _feed(model, half, prompt, 0, **seen)
         except Exception as error:
             if ran or not str(error).startswith("expected"):
                 raise
@@ -258,6 +258,7 @@ def try_press(model: PreTrainedModel, image: tuple[int, ...] = (), **seen: Any) 
                 raise WrongError("pairs of a cross attention have left")
         if not own:
             raise WrongError("it was served without a layer of full attention")
+        _close(first, plain, "a first prompt at .5")
         recorder.visible = {i: _kept(half.layers[i], layer) for i, layer in own.items()}
         kept = sum(int(seen.sum()) for seen in recorder.visible.values())
         if kept != sum(seen.numel() for seen in recorder.visible.values()) // 2:
@@ -348,10 +349,10 @@ def render(found: dict[str, str], version: str) -> str:
         "all. [Below](#how-models-are-run): several processes and devices, and weights that are",
         "stored in other ways.",
         "",
-        "- *works*: at ratio 0 logits are those without a press; experts see the queries that the",
-        "  model's own attention asks; behind a prompt half of whose pairs have left, decoding is",
-        "  that over the full cache with these pairs masked. Layers that see the whole past are",
-        "  compressed, so many of the tiny model's; others are left alone.",
+        "- *works*: a prompt's logits are those without a press, at ratio 0 and where half of its",
+        "  pairs leave behind it; experts see the queries that the model's own attention asks;",
+        "  decoding then is that over the full cache with these pairs masked. Layers that see the",
+        "  whole past are compressed, so many of the tiny model's; others are left alone.",
         "- *refused*: an error before anything ran.",
         "- *left alone*: the same, where no layer has full attention: states, windows, indices.",
         "- *not tried*: the shrunk configuration makes no model that reads text into a cache. That",
