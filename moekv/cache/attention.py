@@ -22,12 +22,12 @@ from moekv.cache.graphs import attend_ragged, traced
 from moekv.cache.masks import (
     as_seen,
     check_masks,
+    held_in_graph,
     held_of,
     looks_ahead,
     parts_of,
     shows_or_hides,
     slots_of,
-    widened,
 )
 from moekv.cache.pairs import DensePairs, RaggedPairs, keep_pairs_in_their_layers
 from moekv.cache.rows import Rows
@@ -100,7 +100,7 @@ def _fitted(mask: Any, key: Any) -> Any:
     if not isinstance(mask, Tensor) or isinstance(key, RaggedPairs):
         return mask
     if shown is not None:
-        return widened(mask, key.shape[2])
+        return held_in_graph(mask, shown, key.shape[2])
     if isinstance(key, DensePairs):
         return held_of(mask, key.layer, key.shape[2])
     return mask if torch.compiler.is_compiling() else slots_of(mask, key)

@@ -69,6 +69,12 @@ def shown_context(mask: Tensor, layer: CompressedLayer) -> Tensor:
     return shown
 
 
+def shown_part(mask: Tensor, count: int) -> Tensor:
+    """Copy a mask [..., T] for a graph that refuses one which hides any of its first columns."""
+    shown: Tensor = torch.ops.moekv.shown_context(mask, None, count, False)
+    return shown
+
+
 def assert_shown(mask: Tensor, context: Tensor) -> None:
     """Have a graph refuse a caller's mask [B, T] that hides positions before a number of them.
 
@@ -137,7 +143,8 @@ def attend_ragged(
 def _shown_context(mask: Tensor, first: Tensor | None, length: int, follows: bool) -> Tensor:
     from moekv.cache.masks import check_hidden
 
-    check_hidden(mask.bool(), first, length, follows=follows)
+    seen = mask == 0 if mask.is_floating_point() else mask.bool()
+    check_hidden(seen, first, length, follows=follows)
     return mask.clone()
 
 

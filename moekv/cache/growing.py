@@ -45,7 +45,7 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
 
     def __init__(self, keys: Tensor, values: Tensor, *, backend: str = "auto") -> None:
         self._key_buffer, self._value_buffer = keys.detach(), values.detach()
-        self._held = keys.shape[2]
+        self._held, self._held_values = keys.shape[2], values.shape[2]
         super().__init__(backend=backend)
         install()
         self.dtype, self.device = keys.dtype, keys.device
@@ -102,7 +102,7 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
         indices = kept.indices.view(batch, num_kv_heads, kept.per_head)
         self.notes = notes = self.whole_notes()
         self._key_buffer, self._value_buffer = map(writable, (self._key_buffer, self._value_buffer))
-        self._held = length
+        self._held = self._held_values = length
         ops.kv_compact_(self._keys, self._values, indices, backend=self.backend)
         if notes is not None:
             notes.recompress(kept)
@@ -110,7 +110,7 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
             room = max(self.most, kept.per_head)
             self._key_buffer = self._key_buffer[:, :, :room].clone()
             self._value_buffer = self._value_buffer[:, :, :room].clone()
-        self._held = kept.per_head
+        self._held = self._held_values = kept.per_head
         self.num_moves += 1
         if not self.evicted:  # places are positions
             self.first = first_kept(kept)
@@ -125,7 +125,7 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
 
     @property
     def _values(self) -> Tensor:
-        return self._value_buffer[:, :, : self._held]
+        return self._value_buffer[:, :, : self._held_values]
 
     @property
     def keys(self) -> Tensor:
@@ -147,7 +147,7 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
     def values(self, pairs: Tensor | None) -> None:
         if pairs is not None and not self._is_cropped_by(pairs):
             self._check_none_left(pairs, self._values)
-            self._value_buffer, self._held = pairs.as_subclass(Tensor), pairs.shape[2]
+            self._value_buffer, self._held_values = pairs.as_subclass(Tensor), pairs.shape[2]
 
     def _shown(self, pairs: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or type(pairs) is not Tensor:
@@ -202,8 +202,9 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
         """
         self._expect(len(key_states))
         self._key_buffer = append(self._key_buffer, self._held, key_states, self.most)
-        self._value_buffer = append(self._value_buffer, self._held, value_states, self.most)
+        self._value_buffer = append(self._value_buffer, self._held_values, value_states, self.most)
         self._held += key_states.shape[2]
+        self._held_values += value_states.shape[2]
         self.dtype = self._key_buffer.dtype
         if torch.compiler.is_compiling():
             traced.shown = self
@@ -225,7 +226,7 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
         self._key_buffer, self._value_buffer = self._keys.clone(), self._values.clone()
 
     def _forget(self, count: int) -> None:
-        self._held -= count
+        self._held, self._held_values = self._held - count, self._held_values - count
         # As the buffers, too: what is appended next goes elsewhere, and views of these tokens stay.
         self._key_buffer, self._value_buffer = self._keys, self._values
 

@@ -20,9 +20,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
-from moekv.cache.graphs import assert_shown, shown_context, traced
+from moekv.cache.graphs import assert_shown, shown_context, shown_part, traced
 
 if TYPE_CHECKING:
+    from moekv.cache.growing import GrowingLayer
     from moekv.cache.layer import CompressedLayer
     from moekv.cache.static import CompactStaticLayer
 
@@ -307,6 +308,12 @@ def held_of(mask: Tensor, layer: "CompressedLayer", held: int) -> Tensor:
     if not bool(seen.all()):
         _refuse(layer.context_length, width)
     return mask[..., width - held :]
+
+
+def held_in_graph(mask: Tensor, layer: "GrowingLayer", held: int) -> Tensor:
+    """Do what :func:`held_of` does in a graph, which checks any mask as it runs."""
+    context = layer.context_length - (layer.get_seq_length() - mask.shape[-1])
+    return widened(shown_part(mask, context) if layer.evicted and context > 0 else mask, held)
 
 
 def widened(mask: Tensor, width: int) -> Tensor:

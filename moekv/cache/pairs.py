@@ -45,8 +45,9 @@ def cropped_to(index: Any, length: int) -> int | None:
         positions = index[2] if index[3:] in ((), (everything,)) else None
     elif len(index) == 3 and index[0] is Ellipsis and index[2] == everything:
         positions = index[1]
-    if isinstance(positions, slice) and positions.start is None and positions.step is None:
-        return positions.indices(length)[1]
+    if isinstance(positions, slice):
+        first, end, step = positions.indices(length)
+        return end if (first, step) == (0, 1) else None
     return None
 
 

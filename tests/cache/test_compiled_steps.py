@@ -109,6 +109,20 @@ def test_graphs_refuse_masks_over_pairs_without_positions(name: str) -> None:
         ask(forward, cache, shown(1, LENGTH + 1, 12))
 
 
+def test_graphs_refuse_the_callers_own_masks_over_dense_layers() -> None:
+    """In four dimensions, over all positions: attention gets it as it is."""
+    model = tiny_model()
+    cache = compressed(model, "uniform")
+    forward = torch.compile(model.forward, fullgraph=True, dynamic=True, backend="aot_eager")
+    mask = torch.ones(1, 1, 1, LENGTH + 1, dtype=torch.bool)
+    expected = ask(model, copy.deepcopy(cache), mask)
+    got = ask(forward, copy.deepcopy(cache), mask)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    mask[..., 7] = False
+    with pytest.raises(ValueError, match="positions that were compressed"):
+        ask(forward, cache, mask)
+
+
 def test_graphs_refuse_masks_over_static_caches() -> None:
     model = tiny_model()
     forward = torch.compile(model.forward, dynamic=False, backend="aot_eager")

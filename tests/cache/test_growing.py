@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from moekv.cache.growing import GrowingLayer
+from moekv.cache.pairs import cropped_to
 from moekv.models.hooks import CROPS_BY_COUNT
 
 
@@ -62,3 +63,26 @@ def test_a_growing_layer_seldom_copies():
         layer.update(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 5))
         buffers.add(layer.keys.data_ptr())
     assert len(buffers) <= 10
+
+
+def test_longer_keys_and_values_take_their_places_one_after_the_other() -> None:
+    """The buffers have room to spare, of which none is shown meanwhile."""
+    expected, got = DynamicLayer(), GrowingLayer(torch.ones(1, 2, 4, 8), torch.ones(1, 2, 4, 5))
+    expected.update(torch.ones(1, 2, 4, 8), torch.ones(1, 2, 4, 5))
+    for layer in (expected, got):
+        layer.update(torch.full((1, 2, 1, 8), 2.0), torch.full((1, 2, 1, 5), 3.0))
+        layer.keys = torch.cat([layer.keys, torch.full((1, 2, 1, 8), 4.0)], 2)
+        assert layer.values.shape[2] == 5
+        layer.values = torch.cat([layer.values, torch.full((1, 2, 1, 5), 5.0)], 2)
+        layer.update(torch.full((1, 2, 1, 8), 6.0), torch.full((1, 2, 1, 5), 7.0))
+    assert torch.equal(got.keys, expected.keys) and torch.equal(got.values, expected.values)
+    assert got.get_seq_length() == 7
+
+
+def test_a_slice_is_a_crop_however_it_is_written() -> None:
+    every = slice(None)
+    for positions in (slice(3), slice(0, 3), slice(0, 3, 1), slice(None, -2)):
+        assert cropped_to((every, every, positions), 5) == 3
+        assert cropped_to((..., positions, every), 5) == 3
+    for positions in (slice(1, 3), slice(0, 3, 2), 3):
+        assert cropped_to((every, every, positions), 5) is None
