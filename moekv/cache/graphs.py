@@ -141,10 +141,9 @@ def attend_ragged(
 
 
 def _shown_context(mask: Tensor, first: Tensor | None, length: int, follows: bool) -> Tensor:
-    from moekv.cache.masks import check_hidden
+    from moekv.cache.masks import check_hidden, shown_by
 
-    seen = mask == 0 if mask.is_floating_point() else mask.bool()
-    check_hidden(seen, first, length, follows=follows)
+    check_hidden(shown_by(mask), first, length, follows=follows)
     return mask.clone()
 
 

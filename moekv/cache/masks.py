@@ -185,6 +185,11 @@ def _refuse(length: int, width: int) -> None:
     )
 
 
+def shown_by(mask: Tensor) -> Tensor:
+    """Mark the keys that a mask shows, in its own shape: to those it adds 0."""
+    return mask == 0 if mask.is_floating_point() else mask.bool()
+
+
 def as_seen(mask: Tensor) -> Tensor:
     """Read a mask as bool [B or 1, Hq or 1, Q or 1, T], True where a key is seen.
 
@@ -304,8 +309,7 @@ def held_of(mask: Tensor, layer: "CompressedLayer", held: int) -> Tensor:
         return mask  # places are positions; or it does not fit
     context = layer.context_length - (length - width)
     part = mask[..., :context]
-    seen = part == 0 if part.is_floating_point() else part.bool()
-    if not bool(seen.all()):
+    if not bool(shown_by(part).all()):
         _refuse(layer.context_length, width)
     return mask[..., width - held :]
 
@@ -354,7 +358,7 @@ def slots_of(mask: Tensor, keys: Tensor) -> Tensor:
         return mask
     width, slots, evicted = mask.shape[-1], layer.max_cache_len, layer.num_evicted
     length = int(layer.get_seq_length())
-    seen = mask == 0 if mask.is_floating_point() else mask.bool()
+    seen = shown_by(mask)
 
     def newest_sees(column: int) -> bool:
         return column < width and bool(seen[..., -1, column].any())
