@@ -26,8 +26,9 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
     ``DynamicLayer`` copies the whole cache for every token. Here ``keys`` and ``values`` are views
     [B, H, n, D] of buffers with spare capacity, n the pairs that are held: `evicted` fewer than
     the true length. Whatever replaces them works as it does there; a slice ``keys[:, :, :n]`` that
-    is assigned back crops the layer to n true positions. Decode steps on a CPU are served by
-    ``ragged_attention``, see ``moekv.cache.attention``.
+    is assigned back crops the layer to n true positions. Once pairs have left, only what the layer
+    has handed out can replace them: of others the positions are unknown. Decode steps on a CPU are
+    served by ``ragged_attention``, see ``moekv.cache.attention``.
 
     Parameters
     ----------
@@ -46,6 +47,7 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
     def __init__(self, keys: Tensor, values: Tensor, *, backend: str = "auto") -> None:
         self._key_buffer, self._value_buffer = keys.detach(), values.detach()
         self._held, self._held_values = keys.shape[2], values.shape[2]
+        self.is_initialized = False
         super().__init__(backend=backend)
         install()
         self.dtype, self.device = keys.dtype, keys.device
@@ -134,9 +136,8 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
 
     @keys.setter
     def keys(self, pairs: Tensor | None) -> None:
-        if pairs is not None and not self._is_cropped_by(pairs):
-            self._check_none_left(pairs, self._keys)
-            self._key_buffer, self._held = pairs.as_subclass(Tensor), pairs.shape[2]
+        if pairs is not None or self.is_initialized:  # as transformers' constructor says
+            self._key_buffer, self._held = self._take(pairs, self._key_buffer, self._held)
 
     @property
     def values(self) -> Tensor:
@@ -145,39 +146,67 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
 
     @values.setter
     def values(self, pairs: Tensor | None) -> None:
-        if pairs is not None and not self._is_cropped_by(pairs):
-            self._check_none_left(pairs, self._values)
-            self._value_buffer, self._held_values = pairs.as_subclass(Tensor), pairs.shape[2]
+        if pairs is not None or self.is_initialized:
+            self._value_buffer, self._held_values = self._take(
+                pairs, self._value_buffer, self._held_values
+            )
 
     def _shown(self, pairs: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or type(pairs) is not Tensor:
             return pairs  # what a subclass of tensors is about would be lost
         return DensePairs.of(pairs, self)
 
-    def _is_cropped_by(self, pairs: Tensor) -> bool:
-        """Whether pairs are a crop of this layer's own, which is then done."""
-        if not isinstance(pairs, DensePairs) or pairs.layer is not self:
-            return False
-        length = self.evicted + pairs.shape[2] if pairs.crop is None else pairs.crop
-        if self.has_lost(pairs.taken, length) or pairs.crop is None:
-            return False
-        self.crop_by_slice(pairs.crop)
-        return True
+    def _take(self, pairs: Tensor | None, buffer: Tensor, held: int) -> tuple[Tensor, int]:
+        """Return the buffer, and the pairs it holds, once such pairs have been assigned.
 
-    def _check_none_left(self, pairs: Tensor, held: Tensor) -> None:
-        """Raise if some pairs are missing: whether the last or any others would set another length.
+        Pairs that the layer has handed out say how many positions they stand for. Any others may
+        replace them only while every pair is held, so that pairs are positions.
 
-        What the layer has handed out itself holds its first positions, and may be put back.
+        Raises
+        ------
+        ValueError
+            The positions are unknown, compressed ones are missing, or the pairs are too old.
         """
-        is_own = isinstance(pairs, DensePairs) and pairs.layer is self
-        if pairs.shape[2] < held.shape[2] and not is_own:
+        if isinstance(pairs, DensePairs) and pairs.layer is self:
+            length = pairs.length
+            if not self.has_lost(pairs.taken, length) and self.keeps_all(length):
+                return buffer, held
+            self._cut(length, held)
+            taken = pairs.as_subclass(Tensor)[:, :, : length - self.evicted]
+        else:
+            taken = self._others(pairs, buffer[:, :, :held])
+            self._cut(taken.shape[2], held)
+        return taken, taken.shape[2]
+
+    def _cut(self, length: int, held: int) -> None:
+        if length < self.evicted + held:
+            self.check_crop(length)
+            self._end_at(length)
+
+    def _others(self, pairs: Tensor | None, held: Tensor) -> Tensor:
+        """Copy pairs that the layer has not handed out, if they can be its own."""
+        is_known = pairs is not None and not self.evicted
+        if isinstance(pairs, DensePairs) and pairs.layer.evicted:
+            is_known = False
+        same = False
+        if pairs is not None and is_known:
+            count = min(pairs.shape[2], held.shape[2])
+            first, others = held[:, :, :count], pairs.as_subclass(Tensor)[:, :, :count]
+            alike = first.dtype == others.dtype and first.device == others.device
+            same = alike and torch.equal(first, others)
+            is_known = same or pairs.shape[2] >= held.shape[2]
+        if pairs is None or not is_known:
             raise ValueError(
-                f"expected all {held.shape[2]} pairs of a compressed layer, or a slice "
-                f"keys[:, :, :n] of its own, which crops it to n positions, got {pairs.shape[2]}: "
-                "which of them left, and so the true length, is unknown. (kvpress.DecodingPress "
-                "evicts so; MoERouterPress(decoding=DecodingConfig(...)) goes on with a compressed "
-                "cache)"
+                f"expected the {held.shape[2]} pairs of a compressed layer as it has handed them "
+                "out, a slice keys[:, :, :n] of its own, which crops it to n positions, or their "
+                f"clone() or to(), got {None if pairs is None else pairs.shape[2]}: which of them "
+                "left, and so the true length, is unknown. cache.update appends pairs, and "
+                "layer.keys.copy_ writes over them. (kvpress.DecodingPress evicts so; "
+                "MoERouterPress(decoding=DecodingConfig(...)) goes on with a compressed cache)"
             )
+        if not same:
+            self._branch_off()
+        return pairs.as_subclass(Tensor).clone()  # compaction writes over what the layer holds
 
     def update(
         self,

@@ -211,8 +211,13 @@ class CompressedLayer(CacheLayerMixin):
         wanted = max(length + max_length, 0) if by_count else max_length
         if wanted >= length:
             return
-        into = self.context_length - wanted
-        if into > self.run:
+        self.check_crop(wanted)
+        self._forget(length - wanted)
+        self._end_at(wanted)
+
+    def check_crop(self, wanted: int) -> None:
+        """Raise the error of :meth:`crop` if its last positions cannot be forgotten."""
+        if self.context_length - wanted > self.run:
             raise ValueError(
                 f"cannot crop to {wanted} positions: the first {self.context_length} were "
                 "compressed together, only tokens after them can be removed"
@@ -220,29 +225,31 @@ class CompressedLayer(CacheLayerMixin):
                 + ". (Assisted decoding in a press's block takes back what it has guessed: there "
                 "have it guess fewer tokens, evict less, or assist behind the block.)"
             )
-        self._forget(length - wanted)
+
+    def _end_at(self, wanted: int) -> None:
+        """Note that the tokens after the first ``wanted`` have been forgotten."""
         self._is_cropped = True
-        if into > 0:
+        if (into := self.context_length - wanted) > 0:
             self.context_length, self.run = wanted, self.run - into
             if self.first is not None:  # of a row all padding is left
                 self.first = self.first.clamp(max=wanted)
         if self.notes is not None:
             self.notes.crop(wanted)
 
-    def crop_by_slice(self, length: int) -> None:
-        """Forget the tokens after the first ``length``, whose pairs are assigned back.
+    def keeps_all(self, length: int) -> bool:
+        """Whether a slice of the first ``length`` positions, assigned back, leaves all as it is.
 
         So kvpress's pipeline takes an answer out of a cache. Where compression goes on, pairs of
-        the context may have left for those of the answer, and none of it can be taken out.
+        the context may have left for those of the answer, and none of it can go: it warns.
         """
-        if self.recent is not None and self.context_length - length > self.run:
-            warnings.warn(
-                f"expected to keep the first {length} positions alone, got a cache that has been "
-                "compressed behind them: the tokens after them stay in it",
-                stacklevel=4,
-            )
-        else:
-            self.crop(length)
+        if self.recent is None or self.context_length - length <= self.run:
+            return False
+        warnings.warn(
+            f"expected to keep the first {length} positions alone, got a cache that has been "
+            "compressed behind them: the tokens after them stay in it",
+            stacklevel=4,
+        )
+        return True
 
     def reset(self) -> None:
         """Refuse: what was evicted cannot be emptied in place.
@@ -331,17 +338,22 @@ class CompressedLayer(CacheLayerMixin):
         ValueError
             Pairs have left the layer since, or its rows are others.
         """
-        if taken == self.taken() and length <= self.get_seq_length():
-            return False
         if taken[0] != self.num_moves:
             raise ValueError(
                 "expected pairs that the layer has handed out since it was last compressed or its "
                 "rows were selected, got older ones, which are not kept: copy.deepcopy(cache) "
                 "keeps a cache as it is"
             )
+        held = self.get_seq_length() if taken == self.taken() else self.context_length
+        if length <= held:
+            return False
+        self._branch_off()
+        return True
+
+    def _branch_off(self) -> None:
+        """Note that other tokens take the place of those that are held."""
         self.notes = self.recent = None
         self.num_branches += 1
-        return True
 
     # -- notes -------------------------------------------------------------------------------------
 

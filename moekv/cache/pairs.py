@@ -56,36 +56,41 @@ class DensePairs(Tensor):
 
     To every operation it is a plain tensor [B, H, T, D], T the pairs that are held. A slice
     ``pairs[:, :, :n]`` remembers n: assigned back to the layer, as kvpress's pipeline does with
-    what ``get_seq_length`` returned, it crops the layer to n true positions.
+    what ``get_seq_length`` returned, it crops the layer to n true positions. So does a copy or a
+    cast of it; what else is calculated of it is a plain tensor, and refers to no layer.
 
     Attributes
     ----------
     layer : GrowingLayer
-    crop : int or None
-        True positions that are left where this is such a slice.
+    length : int
+        True positions that it stands for.
     taken : tuple of int
-        When it was made, see ``CompressedLayer.taken``.
+        When the layer handed it out, see ``CompressedLayer.taken``.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     layer: GrowingLayer
-    crop: int | None
+    length: int
     taken: tuple[int, int]
 
     @classmethod
-    def of(cls, pairs: Tensor, layer: GrowingLayer, crop: int | None = None) -> DensePairs:
-        """Make a view of a tensor that belongs to a layer."""
+    def of(cls, pairs: Tensor, layer: GrowingLayer) -> DensePairs:
+        """Make a view of a tensor that a layer holds."""
         view = pairs.as_subclass(cls)
-        view.layer, view.crop, view.taken = layer, crop, layer.taken()
+        view.layer, view.length = layer, layer.evicted + pairs.shape[2]
+        view.taken = layer.taken()
+        return view
+
+    def _like(self, pairs: Tensor, length: int) -> DensePairs:
+        view = pairs.as_subclass(DensePairs)
+        view.layer, view.length, view.taken = self.layer, length, self.taken
         return view
 
     def __getitem__(self, index: Any) -> Tensor:
         """Index as any tensor; see the class."""
         part = super().__getitem__(index)
-        if self.taken != self.layer.taken():  # of what the layer held once
-            return part.as_subclass(Tensor)
-        crop = cropped_to(index, self.layer.get_seq_length())
-        return part if crop is None else DensePairs.of(part, self.layer, crop)
+        length = cropped_to(index, self.length)
+        return part if length is None else self._like(part, length)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """Copy the numbers alone."""
@@ -94,6 +99,22 @@ class DensePairs(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Save the numbers alone."""
         return self.as_subclass(Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+def _remembering(name: str) -> Callable[..., DensePairs]:
+    method = getattr(Tensor, name)
+
+    @functools.wraps(method)
+    def copied(self: DensePairs, *args: Any, **kwargs: Any) -> DensePairs:
+        return self._like(method(self, *args, **kwargs), self.length)
+
+    return copied
+
+
+for _name in ("clone", "contiguous", "detach", "to", "cpu", "cuda"):
+    setattr(DensePairs, _name, _remembering(_name))
+for _name in ("float", "double", "half", "bfloat16"):
+    setattr(DensePairs, _name, _remembering(_name))
 
 
 class RaggedPairs:

@@ -236,7 +236,8 @@ class RaggedLayer(CompressedLayer):
             )
         if self.has_lost(pairs.taken, pairs.length):
             return True
-        self.crop_by_slice(pairs.length)
+        if not self.keeps_all(pairs.length):
+            self.crop(pairs.length)
         return False
 
     def put_tail(self, keys: Tensor, values: Tensor) -> None:

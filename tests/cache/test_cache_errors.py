@@ -10,7 +10,7 @@ from growth_cases import decode
 from peers import peer
 from quantized import quantized_cache
 from refusals import LENGTH, assert_same, compressed, held, padded, refuse
-from tiny_models import tiny_model, tokens
+from tiny_models import prefill, tiny_model, tokens
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationConfig, StaticCache
 
@@ -195,7 +195,7 @@ def test_fewer_pairs_of_a_dense_layer() -> None:
         some = torch.tensor([0, 2, 5])
         for name in ("keys", "values"):
             pairs = getattr(layer, name)
-            for fewer in (pairs[:, :, some], pairs.clone()[:, :, :3]):
+            for fewer in (pairs[:, :, some], (pairs * 2)[:, :, :3]):
                 with pytest.raises(
                     ValueError, match="slice .* of its own, .* got 3: which of them"
                 ):
@@ -204,6 +204,29 @@ def test_fewer_pairs_of_a_dense_layer() -> None:
     press = peer("DecodingPress")(peer("KnormPress")(), compression_interval=1, target_size=3)
     with torch.no_grad(), press(model), pytest.raises(ValueError, match="which of them left"):
         model(tokens(1, 1), past_key_values=cache)
+
+
+def test_pairs_that_a_dense_layer_has_not_handed_out() -> None:
+    """As many as it holds, or more: a crop of them could not be told from what is held."""
+    model = tiny_model()
+    cache, other = (compressed(model, "uniform") for _ in range(2))
+    whole = prefill(model, tokens(1, LENGTH))
+    before = held(cache)
+    for layer, twin, dense in zip(cache.layers, other.layers, whole.layers, strict=True):
+        for name in ("keys", "values"):
+            pairs = getattr(layer, name)
+            for others in (
+                None,
+                torch.clone(pairs),
+                pairs * 2,
+                torch.cat([pairs, pairs], 2),
+                getattr(twin, name),
+                getattr(twin, name)[:, :, :-1],
+                getattr(dense, name),
+            ):
+                with pytest.raises(ValueError, match="which of them left, .*cache.update appends"):
+                    setattr(layer, name, others)
+    assert_same(cache, before)
 
 
 @pytest.mark.parametrize("failing", [1, 2], ids=["keys", "values"])
