@@ -6,22 +6,23 @@
 Everything of one length is measured in one process, in turns: whole tokens of the model, then the
 attention of all its layers alone. A context is prefilled once and recalled for every method, or
 with `--random-context` its keys, values and hidden states are random numbers. The attention is
-checked before it is timed. `python -m benchmarks.end_to_end.report` makes tables of
-the results.
+checked before it is timed. transformers' quantised caches run where they are asked for, as each
+needs a library: `pip install --no-deps optimum-quanto hqq einops`.
+`python -m benchmarks.end_to_end.report` makes tables of the results.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from kvpress import AdaKVPress, KeyDiffPress
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -61,6 +62,12 @@ METHODS: dict[str, Callable[[], Any]] = {
     RAGGED: lambda: MoERouterPress(RATIO, budget="model", router=None),
 }
 
+#: Whole caches of transformers in fewer bits, by library, at the settings that these take.
+MORE: dict[str, dict[str, Any]] = {
+    "QuantizedCache, 8 bits (HQQ)": {"backend": "hqq", "nbits": 8, "axis_key": 1, "axis_value": 1},
+    "QuantizedCache, 4 bits (quanto)": {"backend": "quanto", "nbits": 4},
+}
+
 
 def random_context(model: PreTrainedModel, length: int) -> Recording:
     """Make up what a prefill would have computed."""
@@ -83,12 +90,33 @@ def random_context(model: PreTrainedModel, length: int) -> Recording:
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of all storages under a cache."""
+    if isinstance(cache, QuantizedCache):
+        return sum(storage_bytes(*_tensors_in(vars(layer))) for layer in cache.layers)
     return sum(
         layer.nbytes
         if isinstance(layer, RaggedLayer | GrowingLayer)
         else storage_bytes(layer.keys, layer.values)
         for layer in cache.layers
     )
+
+
+def _tensors_in(held: Any) -> Iterator[Tensor]:
+    """Plain tensors within what a quantisation library has made."""
+    if isinstance(held, Tensor) and hasattr(held, "__tensor_flatten__"):
+        held = [getattr(held, name) for name in held.__tensor_flatten__()[0]]
+    if isinstance(held, Tensor):
+        yield held
+    elif isinstance(held, dict | list | tuple):
+        for part in held.values() if isinstance(held, dict) else held:
+            yield from _tensors_in(part)
+
+
+def quantised_cache(model: PreTrainedModel, cache: DynamicCache, name: str) -> QuantizedCache:
+    """Copy a full cache into one that transformers quantises."""
+    quantised = QuantizedCache(config=model.config, **MORE[name])
+    for layer, full in zip(quantised.layers, cache.layers, strict=True):
+        layer.update(full.keys, full.values)
+    return quantised
 
 
 def quantised(cache: DynamicCache, pairs: str) -> DynamicCache:
@@ -103,7 +131,7 @@ class Decoder:
     """Feeds one token after the other to a cache of its own, by the model's forward or another."""
 
     def __init__(
-        self, model: PreTrainedModel, cache: DynamicCache, length: int, forward: Any = None
+        self, model: PreTrainedModel, cache: Cache, length: int, forward: Any = None
     ) -> None:
         self.model, self.cache, self.position = model, cache, length
         self.forward = model if forward is None else forward
@@ -222,7 +250,9 @@ def measure(
     length = recording.input_ids.shape[1]
     decoders, sizes = {}, {}
     for name in methods:
-        cache = replay(model, recording, METHODS[name]())
+        cache: Any = replay(model, recording, METHODS[name]() if name in METHODS else None)
+        if name in MORE:
+            cache = quantised_cache(model, cache, name)
         sizes[name] = cache_bytes(cache)
         decoders[name] = Decoder(model, cache, length)
         if name == RAGGED:
@@ -257,7 +287,8 @@ def measure(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    run = Run("decode", __doc__.split("\n")[0], methods=METHODS, lengths=[2048, 8192], ratio=RATIO)
+    summary = __doc__.split("\n")[0]
+    run = Run("decode", summary, methods=METHODS, more=MORE, lengths=[2048, 8192], ratio=RATIO)
     add = run.parser.add_argument
     add("--random-context", action="store_true", help="do not prefill")
     add("--seconds", type=float, default=5.0, help="of timing for each method")

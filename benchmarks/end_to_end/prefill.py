@@ -3,12 +3,12 @@
     python -m benchmarks.end_to_end.prefill --model smollm2 --lengths 1024 2048 4096 8192
     python -m benchmarks.end_to_end.prefill --model llama-shape --lengths 8192 --methods moekv
 
-All methods of one length take turns in one process. The time in a press is that of its hooks, which
-is exact where the difference of two prefills drowns in noise (KVComposePress alone also works
-outside of its hooks). A further prefill, which is not timed, gives the memory at the peak, and a
-short one the number of PyTorch's operations in the hooks, per layer. Peers are all presses of
-kvpress that compress within one prefill. A method that fails here (it needs a download, or another
-attention implementation) is recorded with its error.
+All methods of one length take turns in one process. The time in a press is that of its hooks and of
+the beginning of its block, which is exact where the difference of two prefills drowns in noise
+(KVComposePress alone also works outside of its hooks). A further prefill, which is not timed, gives
+the memory at the peak, and a short one the number of PyTorch's operations in the hooks, per layer.
+Peers are all presses of kvpress that compress within one prefill. A method that fails here (it
+needs a download, or another attention implementation) is recorded with its error.
 """
 
 from __future__ import annotations
@@ -175,8 +175,11 @@ def prefill(
     """Prefill a fresh cache with a press, or with none; the times of its hooks and stages."""
     cache, watch = DynamicCache(), Stopwatch()
     pressing = nullcontext() if press is None else press(model)
-    with watch.of_hooks(), watch.of_stages(), pressing, around(watch):
-        model.model(ids, past_key_values=cache)
+    with watch.of_hooks(), watch.of_stages(), ExitStack() as stack:
+        enter = watch.around("press", stack.enter_context, "hooks")
+        watch.around("begin", enter, "stages")(pressing)
+        with around(watch):
+            model.model(ids, past_key_values=cache)
     for layer in model.model.layers:  # what kvpress's head-wise presses leave behind
         layer.self_attn.masked_key_indices = None
     return watch
@@ -259,7 +262,7 @@ def _shares(totals: Sequence[float], stages: Sequence[dict[str, float]]) -> list
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """Print one length's table."""
     table = Table(title=f"prefill of {rows[0]['length']:,} tokens")
-    stages = list(STAGES)
+    stages = ["begin", *STAGES]
     for column in (
         "method",
         "prefill s",

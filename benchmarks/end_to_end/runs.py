@@ -33,9 +33,26 @@ def llama_shape() -> PreTrainedModel:
         return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
+def small_shape() -> PreTrainedModel:
+    """Two layers of four heads, randomly initialised: 128k tokens in one forward take a minute."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=262144,
+    )
+    with torch.device("cpu"):
+        return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "smollm2": lambda: load_model()[0],
     "llama-shape": llama_shape,
+    "small-shape": small_shape,
 }
 
 

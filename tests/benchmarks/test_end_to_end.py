@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import tiny_model, tokens
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel, QuantizedCache
+from transformers.cache_utils import DynamicLayer
 
 from benchmarks.end_to_end import batches, decode, memory, prefill, report, runs
-from benchmarks.measure import RESULTS
+from benchmarks.measure import RESULTS, Times
 from moekv import MoERouterPress
 
 LENGTH = 80
@@ -80,13 +81,14 @@ def test_a_row_of_a_batch_decodes_as_it_does_by_itself(monkeypatch: pytest.Monke
 
 def test_memory_counts_storages_and_sees_the_peak() -> None:
     model = tiny_model()
-    rows = {name: memory.measure(model, LENGTH, name) for name in memory.PRESSES}
+    rows = {name: memory.measure(model, LENGTH, name, Times()) for name in memory.PRESSES}
     full = rows[decode.FULL]["cache_bytes"]
     for name, row in rows.items():
         masked = name in (decode.FULL, "kvpress AdaKV(KeyDiff), masked")
         assert row["cache_bytes"] == (full if masked else full // 4), name
         assert full >= row["cache_peak_bytes"] >= row["cache_bytes"]
         assert row["rss_before"] > 0 and row["rss_peak_extra"] >= 0
+        assert row["calls"] == 1 and row["cpu_s"][1] > 0
     assert rows[decode.RAGGED]["cache_peak_bytes"] == full
     one = full // len(model.model.layers)
     assert rows[memory.UNIFORM_STREAMING]["cache_peak_bytes"] == one // 4 + one
@@ -98,7 +100,7 @@ def test_memory_counts_storages_and_sees_the_peak() -> None:
     [
         (decode, ["--seconds", "0.01", "--steps", "2", "--random-context"]),
         (batches, ["--seconds", "0.01", "--steps", "2"]),
-        (memory, []),
+        (memory, ["--rounds", "2"]),
         (prefill, ["--rounds", "1"]),
     ],
     ids=["decode", "batches", "memory", "prefill"],
@@ -165,6 +167,37 @@ def test_the_tables_of_the_page_are_those_of_the_results() -> None:
     assert len(blocks) == page.count("<!-- end -->") >= 4
     for _, name, _, _ in blocks:
         assert json.loads((RESULTS / f"{name}.json").read_text())["environment"]["commit"]
+
+
+class Stored(QuantizedCache):
+    """One that needs no quantisation library: bytes, beside a scale in a tensor of its own."""
+
+    def __init__(self, config: Any) -> None:
+        Cache.__init__(self, layers=[StoredLayer() for _ in range(config.num_hidden_layers)])
+
+
+class StoredLayer(DynamicLayer):
+    def update(self, keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
+        joined = super().update(keys, values, *args, **kwargs)
+        self.codes = [{"codes": joined[0].to(torch.int8), "scale": torch.ones(3)}]
+        return joined
+
+
+def test_quantised_caches_of_transformers_are_counted_and_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model()
+    monkeypatch.setitem(decode.MORE, "stored", {})
+    monkeypatch.setattr(decode, "QuantizedCache", Stored)
+    full = decode.replay(model, decode.random_context(model, LENGTH), None)
+    cache = decode.quantised_cache(model, full, "stored")
+    pairs = decode.cache_bytes(full)
+    layers = len(model.model.layers)
+    assert decode.cache_bytes(cache) == pairs + pairs // 2 // 4 + layers * 3 * 4
+    rows = decode.measure(
+        model, decode.random_context(model, LENGTH), [decode.FULL, "stored"], seconds=0.01, steps=2
+    )
+    assert {row["method"] for row in rows} == {decode.FULL, "stored", decode.FLOOR}
 
 
 def test_a_block_knows_hooks_that_are_timed() -> None:
