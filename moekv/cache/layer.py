@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from moekv.budget import Kept
 from moekv.cache.buffers import size_of
@@ -206,14 +208,17 @@ class CompressedLayer(CacheLayerMixin):
         ValueError
             If that would reach into the compressed context, where heads end with different tokens.
         """
-        length = self.get_seq_length()
-        by_count = max_length < 0 or (max_length == 0 and CROPS_BY_COUNT)
-        wanted = max(length + max_length, 0) if by_count else max_length
+        length, wanted = self.get_seq_length(), self.left_by(max_length)
         if wanted >= length:
             return
         self.check_crop(wanted)
         self._forget(length - wanted)
         self._end_at(wanted)
+
+    def left_by(self, max_length: int) -> int:
+        """Count the positions that ``crop(max_length)`` leaves, or more than there are."""
+        by_count = max_length < 0 or (max_length == 0 and CROPS_BY_COUNT)
+        return max(self.get_seq_length() + max_length, 0) if by_count else max_length
 
     def check_crop(self, wanted: int) -> None:
         """Raise the error of :meth:`crop` if its last positions cannot be forgotten."""
@@ -362,3 +367,38 @@ class CompressedLayer(CacheLayerMixin):
         notes = self.notes
         whole = notes is not None and notes.get_seq_length() == self.get_seq_length()
         return notes if whole else None
+
+
+def crop_all_layers_or_none() -> None:
+    """Have a cache with compressed layers ask all of them before it crops one. Idempotent.
+
+    Other layers crop first, and are as they were if one of them refuses (a sliding window that has
+    been exceeded): what they hold is replaced, never written over.
+    """
+    crop = Cache.crop
+    if getattr(crop, "asks_all_layers", False):
+        return
+
+    @functools.wraps(crop)
+    def crop_all(self: Cache, *args: Any, **kwargs: Any) -> None:
+        compressed = [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
+        others = [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
+        length = next(iter((*args, *kwargs.values())), None)
+        if not compressed or not isinstance(length, int):
+            crop(self, *args, **kwargs)
+            return
+        for layer in compressed:
+            layer.check_crop(layer.left_by(length))
+        layers, before = self.layers, [dict(layer.__dict__) for layer in others]
+        self.layers = [*others, *compressed]
+        try:
+            crop(self, *args, **kwargs)
+        except Exception:
+            for other, held in zip(others, before, strict=True):
+                other.__dict__ = held
+            raise
+        finally:
+            self.layers = layers
+
+    crop_all.asks_all_layers = True  # type: ignore[attr-defined]
+    Cache.crop = crop_all  # type: ignore[method-assign]

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationConfig, StaticCache
 
 from moekv import DecodingConfig, MoERouterPress
+from moekv.cache.layer import CompressedLayer
 from moekv.cache.static import CompactStaticLayer
 from moekv.models.hooks import CROPS_BY_COUNT
 
@@ -279,6 +280,29 @@ def test_crop_into_a_compressed_context(budget: str) -> None:
     with pytest.raises(ValueError, match=r"only tokens after them can be removed\. "):
         cache.crop(-1)
     assert_same(cache, left)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "gemma3"])
+@pytest.mark.parametrize("first", [True, False], ids=["in order", "compressed ones first"])
+def test_a_crop_that_one_layer_refuses(name: str, first: bool) -> None:
+    """Layers with sliding windows, which are not compressed, lose nothing either."""
+    model = tiny_model(name)
+    with MoERouterPress(0.5, recent=1)(model):
+        cache = prefill(model, tokens(1, 12))
+    cache.layers = cache.layers if first else cache.layers[::-1]
+    kinds = {isinstance(layer, CompressedLayer) for layer in cache.layers}
+    lengths = [layer.get_seq_length() for layer in cache.layers]
+    with pytest.raises(ValueError, match="cannot crop"):
+        cache.crop(9 if not CROPS_BY_COUNT else -3)
+    assert kinds == {True, False}
+    assert [layer.get_seq_length() for layer in cache.layers] == lengths
+    cache.layers.reverse()
+    for layer in cache.layers:
+        if not isinstance(layer, CompressedLayer):
+            layer.sliding_window = 4  # which it has exceeded: it refuses after others have cropped
+    with pytest.raises((ValueError, RuntimeError), match="sliding"):
+        cache.crop(11 if not CROPS_BY_COUNT else -1)
+    assert [layer.get_seq_length() for layer in cache.layers] == lengths
 
 
 def test_ragged_cache_for_code_that_expects_dense_tensors() -> None:
