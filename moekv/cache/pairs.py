@@ -92,6 +92,10 @@ class DensePairs(Tensor):
         length = cropped_to(index, self.length)
         return part if length is None else self._like(part, length)
 
+    def __copy__(self) -> DensePairs:
+        """Refer to the same."""
+        return self._like(self.as_subclass(Tensor), self.length)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """Copy the numbers alone."""
         return self.as_subclass(Tensor).clone()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.generation.candidate_generator import EarlyExitCandidateGenerator
 
 from moekv.cache.attention import install
 from moekv.cache.static import is_compact
@@ -220,12 +223,12 @@ class Session:
         Raises
         ------
         RuntimeError
-            Somebody has added layers, or taken some out: a draft leaves them where they are.
+            Somebody has added layers, or left some out, in the model or in its config.
         """
         depth = option(self.decoder.config, "num_hidden_layers")
         if depth == self._depth:
             return False
-        if depth > self._depth or not set(self.all_layers) <= set(self.decoder.modules()):
+        if not _exits_early() or not set(self.all_layers) <= set(self.decoder.modules()):
             _changed(f"{self._depth} layers", f"{depth}")
         return True
 
@@ -371,6 +374,15 @@ class Session:
             return True
         forward.strategy.abort()
         return False
+
+
+def _exits_early() -> bool:
+    """Whether transformers is drafting with the first layers, for which it changes the config."""
+    drafts = EarlyExitCandidateGenerator.get_candidates.__code__
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not drafts:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _changed(had: str, has: str) -> NoReturn:

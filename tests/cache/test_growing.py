@@ -1,5 +1,6 @@
 """Growing layers against dynamic ones, over random lives of a cache."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -95,7 +96,7 @@ def test_a_slice_is_a_crop_however_it_is_written() -> None:
 FORMS: list[Callable[[Tensor], Tensor]] = [
     lambda pairs: pairs,
     lambda pairs: pairs.clone(),
-    lambda pairs: pairs.detach(),
+    lambda pairs: copy.copy(pairs.detach()),
     lambda pairs: pairs.to(torch.float32, copy=True).contiguous(),
     lambda pairs: pairs.double().float(),
     torch.clone,

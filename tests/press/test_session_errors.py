@@ -197,12 +197,16 @@ def test_forwards_without_numbers(way: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("change", ["fewer layers", "more layers", "another decoder"])
+@pytest.mark.parametrize(
+    "change", ["fewer layers", "fewer in the config", "more layers", "another decoder"]
+)
 def test_models_that_change_in_a_block(change: str) -> None:
     model, press, cache = tiny_model(), MoERouterPress(budget="uniform"), DynamicCache()
     with press(model):
         if change == "fewer layers":
             del model.model.layers[1]
+            model.config.num_hidden_layers = 1
+        elif change == "fewer in the config":
             model.config.num_hidden_layers = 1
         elif change == "more layers":
             model.model.layers.append(model.model.layers[1])
