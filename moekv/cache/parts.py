@@ -179,7 +179,8 @@ def _beside(layer: CompressedLayer, index: int, description: dict[str, Any]) -> 
             "end": recent.end,
             "counts": recent.counts(),
         }
-    if (notes := layer.whole_notes()) is not None:
+    notes = layer.notes  # of fewer tokens where the last were fed outside of blocks: for a crop
+    if notes is not None and notes.get_seq_length() <= layer.get_seq_length():
         noted, description["notes"] = take_apart(notes, index)
         description["reader"] = layer.reader
         parts |= {f"notes.{name}": part for name, part in noted.items()}

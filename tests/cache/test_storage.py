@@ -17,7 +17,7 @@ from moekv.cache.storage import load_cache, save_cache
 from moekv.models.fingerprint import fingerprint, short
 from tests.helpers.quantized import quantized_cache
 from tests.helpers.random_router import random_router
-from tests.helpers.tiny_models import tiny_model, tokens
+from tests.helpers.tiny_models import prefill, tiny_model, tokens
 
 
 def make_model(seed: int = 0, **changes) -> LlamaForCausalLM:
@@ -278,6 +278,30 @@ def test_a_growing_cache_goes_on_as_it_would_have(budget, router, pairs, tmp_pat
     assert torch.equal(last, wanted)
     assert [x.context_length for x in loaded.layers] == [x.context_length for x in cache.layers]
     assert twin.get_stats()["compression"] == press.get_stats()["compression"]
+
+
+@pytest.mark.parametrize("budget", ["uniform", "model"])
+@pytest.mark.parametrize("fed", [1, 15])
+def test_notes_of_fewer_tokens_are_saved(budget, fed, tmp_path):
+    """Tokens that were fed outside of blocks have none; without them the cache goes on."""
+    model = tiny_model()
+    options = {"router": random_router(model), "budget": budget, "fold": False, "pairs": "16"}
+    press = MoERouterPress(0.5, decoding=DecodingConfig(15, 4), **options)
+    with torch.no_grad():
+        with press(model):
+            cache = prefill(model, tokens(1, 24))
+            model(tokens(1, 1, 1), past_key_values=cache)
+        model(tokens(1, fed, 2), past_key_values=cache)
+        save_cache(cache, tmp_path / "cache", model)
+        both = [cache, load_cache(tmp_path / "cache", model)]
+        assert all(layer.whole_notes() is None for layer in both[1].layers)
+        with press(model):
+            said = []
+            for each in both:
+                each.crop(-fed)
+                ids = [tokens(1, 1, 3 + step) for step in range(6)]
+                said.append([model(x, past_key_values=each).logits for x in ids])
+    assert all(map(torch.equal, *said))
 
 
 def test_offloaded_models(tmp_path):
