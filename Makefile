@@ -62,11 +62,14 @@ latest := .venv-latest
 stamp := $(latest)/.stamp-$(shell echo '$(TORCH) $(LATEST)' | cksum | cut -d ' ' -f 1)
 # What people copy: pages' blocks and examples. The notebook's kernel looks for moekv by itself.
 copied := tests/examples tests/tools/test_contributing.py
+# gpu-check as it runs where only torch, transformers, pytest and hypothesis are.
+rehearsal := tests/simt/test_simt_gpu_check.py -k whole_check
 test-latest: $(installed) $(stamp)  ## the newest transformers, without kvpress: all that meets it
 	OMP_NUM_THREADS=1 $(latest)/bin/python -m pytest --dist loadgroup -n $(JOBS) \
 	    -m 'not slow' $(or $(ARGS),tests/cache tests/experts tests/models tests/press)
 	@$(if $(ARGS),:,OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)" $(latest)/bin/python -m pytest \
 	    --dist loadgroup -n $(JOBS) $(copied))
+	@$(if $(ARGS),:,OMP_NUM_THREADS=1 $(latest)/bin/python -m pytest $(rehearsal))
 
 fuzz-ops: $(installed)  ## ninety seconds of calls nobody would write, on each instruction set, against float64
 	OMP_NUM_THREADS=1 $(python) tests/fuzz/op_fuzz.py --seconds 90 $(ARGS)

@@ -52,6 +52,16 @@ def cuda_version() -> str:
     return match[1] + match[2]
 
 
+def architectures(library: Path) -> list[str]:
+    """Return what a CUDA library was compiled for, as ``kernels`` reads it: 8.0+PTX, 8.6, ..."""
+    marker = re.search(rb"moekv-cuda-architectures=([\d ]+)\+PTX", library.read_bytes())
+    if marker is None:
+        raise ValueError(f"expected a CUDA library that names its architectures, got {library}")
+    numbers = [f"{x[:-1]}.{x[-1]}" for x in marker[1].decode().split()]
+    # PTX is that of the first and the last, see cmake/cuda.cmake.
+    return [x + "+PTX" * (x in (numbers[0], numbers[-1])) for x in numbers]
+
+
 def write(folder: Path, libraries: list[Path], backend: dict[str, object]) -> None:
     """Write one variant."""
     folder.mkdir(parents=True)
@@ -77,8 +87,8 @@ def build(libraries: Path, out: Path, cuda: str | None) -> list[Path]:
     variants: dict[str, tuple[list[Path], dict[str, object]]] = {"cpu": ([cpu], {"type": "cpu"})}
     if cuda is not None:
         both = [cpu, libraries / "libmoekv_cuda.so"]
-        archs = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
-        variants[f"cu{cuda}"] = (both, {"type": "cuda", "archs": archs})
+        # The release of CUDA is in the folder's name: the format has no other place for it.
+        variants[f"cu{cuda}"] = (both, {"type": "cuda", "archs": architectures(both[1])})
     folders = []
     for name, (files, backend) in variants.items():
         folders.append(out / "build" / f"torch-stable-abi{TORCH_ABI}-{name}-{machine}")

@@ -31,10 +31,20 @@ class Kept:
     per_head: int | None = None
 
     @classmethod
-    def from_mask(cls, mask: Tensor) -> "Kept":
-        """Retain what is True in a mask [B, H, T]. Waits for the device."""
+    def from_mask(cls, mask: Tensor, count: int | None = None) -> "Kept":
+        """Retain what is True in a mask [B, H, T].
+
+        `count`: how much that is, where it is known; None: waits for the device.
+        """
         batch, num_heads, num_keys = mask.shape
-        indices = mask.nonzero()[:, 2].int()
+        if count is None:
+            indices = mask.nonzero()[:, 2].int()
+        else:  # each goes to its place, and what is False behind them all
+            flat = mask.flatten()
+            target = torch.where(flat, flat.cumsum(0) - 1, count)
+            position = torch.arange(num_keys, dtype=torch.int32, device=mask.device)
+            position = position.expand(mask.shape).flatten()
+            indices = position.new_empty(count + 1).scatter_(0, target, position)[:count]
         offsets = functional.pad(mask.sum(-1).flatten().cumsum(0), (1, 0)).int()
         return cls(indices, offsets, (batch, num_heads, num_keys))
 

@@ -7,13 +7,15 @@ were; the pairs themselves are handed to attention as ``RaggedPairs``, which
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers.cache_utils import CacheLayerMixin
 
 from moekv.budget import Kept
 from moekv.cache.attention import install
@@ -69,7 +71,9 @@ class RaggedLayer(CompressedLayer):
         self.end = end
         self.num_joined: Tensor | None = None
         self.positions: Tensor | None = None
-        self._stored_pairs: list[int] | None = None
+        self._stored_counts: list[list[int]] | None = (
+            None  # pairs of each head, once they were asked for
+        )
         self._tail = self._new_tail()
         super().__init__(backend=backend)
         install()
@@ -174,7 +178,7 @@ class RaggedLayer(CompressedLayer):
         self.first = torch.where(first < known, before, first - longest + self.get_seq_length())
         self.context_length, self.positions = self.get_seq_length(), positions
         self._tail.length = 0
-        self.rows, self._stored_pairs = rows, None
+        self.rows, self._stored_counts = rows, None
         self.begin = kept.offsets[:-1].view(batch, num_kv_heads)
         self.end = kept.offsets[1:].view(batch, num_kv_heads)
         if self.most is None or self._tail.room > self.most:
@@ -293,7 +297,7 @@ class RaggedLayer(CompressedLayer):
             self.end = torch.maximum(self.end - into, self.begin)
             if self.positions is not None:
                 self.positions = pack(self._stays()[..., : self.context_length - into])
-            self._stored_pairs = None
+            self._stored_counts = None
             self.num_moves += 1
 
     def _select_rows(self, indices: Tensor) -> None:
@@ -303,7 +307,7 @@ class RaggedLayer(CompressedLayer):
         if self.positions is not None:
             self.positions = self.positions[indices]
         self._tail.select(indices)
-        self._stored_pairs = None
+        self._stored_counts = None
         self.num_moves += 1
 
     def _give_back(self) -> None:
@@ -418,10 +422,11 @@ class RaggedLayer(CompressedLayer):
         ]
 
     def head_lengths(self, padding: Sequence[int]) -> list[list[int]]:
-        """Count the real pairs of each row's heads. Waits for the device."""
-        stored: list[list[int]] = (self.end - self.begin).tolist()
+        """Count the real pairs of each row's heads. Waits for the device if new."""
         tails = [self.tail_length - max(p - self.context_length, 0) for p in padding]
-        return [[n + tail for n in row] for row, tail in zip(stored, tails, strict=True)]
+        return [
+            [n + tail for n in row] for row, tail in zip(self.stored_counts, tails, strict=True)
+        ]
 
     @property
     def stored_keys(self) -> Tensor:
@@ -449,11 +454,17 @@ class RaggedLayer(CompressedLayer):
         return self._tail.values
 
     @property
+    def stored_counts(self) -> list[list[int]]:
+        """Stored pairs of each head, B times H. Waits for the device if new: `count_stored`."""
+        if self._stored_counts is None:
+            count_stored([self])
+        assert self._stored_counts is not None
+        return self._stored_counts
+
+    @property
     def stored_pairs(self) -> list[int]:
         """Stored pairs of each batch row, all heads together. Waits for the device if new."""
-        if self._stored_pairs is None:
-            self._stored_pairs = (self.end - self.begin).sum(1).tolist()
-        return self._stored_pairs
+        return list(map(sum, self.stored_counts))
 
     @property
     def nbytes(self) -> int:
@@ -490,7 +501,7 @@ class RaggedLayer(CompressedLayer):
     def padded(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Copy the pairs into padded tensors, as :meth:`to_dense`, and their biases [B, H, L]."""
         kept = (self.end - self.begin).long()
-        longest = int(kept.max())
+        longest = max(map(max, self.stored_counts))
         column = torch.arange(longest, device=self.device) - (longest - kept)[..., None]
         row = (self.begin[..., None] + column).clamp(0, max(len(self.rows) - 1, 0))
         dense = []
@@ -501,3 +512,18 @@ class RaggedLayer(CompressedLayer):
         if bias is not None:
             bias = functional.pad(bias[row].masked_fill(column < 0, 0), (0, self.tail_length))
         return dense[0], dense[1], bias, kept + self.tail_length
+
+
+def count_stored(layers: Iterable[CacheLayerMixin | None]) -> None:
+    """Count the stored pairs of each head of ragged layers that are new, for the host.
+
+    One wait for all of them, where each would wait for itself.
+    """
+    new = [x for x in layers if isinstance(x, RaggedLayer) and x._stored_counts is None]
+    if not new:
+        return
+    counts = [(x.end - x.begin).flatten().to(new[0].begin.device) for x in new]
+    numbers = iter(torch.cat(counts).tolist())
+    for layer in new:
+        batch, num_heads = layer.begin.shape
+        layer._stored_counts = [list(islice(numbers, num_heads)) for _ in range(batch)]

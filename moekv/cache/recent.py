@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moekv.cache.buffers import writable
+from moekv.devices import send
 
 
 class RecentStates:
@@ -65,7 +66,7 @@ class RecentStates:
 
     def keep(self, newest: Sequence[int]) -> None:
         """Count no more than so many of the newest states of each row."""
-        begin = torch.tensor([self.end - n for n in newest], device=self._rings[0].device)
+        begin = send([self.end - n for n in newest], self._rings[0].device)
         self._begin = begin if self._begin is None else torch.maximum(self._begin, begin)
 
     def counts(self) -> list[int]:

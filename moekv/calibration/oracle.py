@@ -31,7 +31,7 @@ from moekv.models.hooks import (
     with_choice,
 )
 from moekv.models.queries import logit_options
-from moekv.models.watching import Asked, ask
+from moekv.models.watching import Asked, StandIn, ask
 from moekv.ops import ScoreKind
 
 REPEAT = "\n\nRepeat the previous context exactly."
@@ -226,7 +226,7 @@ class Oracle:
         keys, _ = cached_pairs(cache.layers[layer.layer_idx])  # type: ignore[index]
         keys = keys[0]
         num_heads, total, dim = keys.shape
-        asked = ask(layer, hidden, kwargs, num_keys)
+        asked = ask(layer, hidden, kwargs, StandIn(lambda: num_keys))
         queries = asked.query[0].to(keys.dtype)
         num_queries = queries.shape[1]
         scaling, softcap = (

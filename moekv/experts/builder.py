@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moekv.devices import send
 from moekv.experts.view import LayerView
 from moekv.models.hooks import choice_of
 from moekv.models.queries import learn_rotation, logit_options, window_queries
@@ -157,10 +158,9 @@ class ViewBuilder:
         return self._starts if len(self._starts) == batch else self._starts * batch
 
     def on_device(self, numbers: tuple[int, ...], device: torch.device) -> Tensor:
-        """Return numbers as an int32 tensor. The host waits for a copy: one for all layers."""
+        """Return numbers as an int32 tensor: one copy for all layers."""
         if (numbers, device) not in self._copies:
-            copy = torch.tensor(numbers, dtype=torch.int32, device=device)
-            self._copies[numbers, device] = copy
+            self._copies[numbers, device] = send(numbers, device, torch.int32)
         return self._copies[numbers, device]
 
 

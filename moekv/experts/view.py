@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moekv import ops
+from moekv.devices import send
 from moekv.models.queries import behind, logit_options, next_queries, tokens_at, turn_behind
 from moekv.models.ranks import ALONE, Ranks
 from moekv.ops import ScoreKind
@@ -234,7 +235,7 @@ class LayerView:
         if self.lengths_of_all is not None:
             view.lengths = self.lengths_of_all
         if self.start is not None:
-            real = torch.tensor(view.lengths, dtype=torch.int32, device=observed.device)
+            real = send(view.lengths, observed.device, torch.int32)
             view.start = num_keys - real
         view.ranks, view.lengths_of_all = ALONE, None
         view.__dict__["_all_scores"] = {ScoreKind.MASS: observed}
@@ -330,7 +331,7 @@ class LayerView:
             The layer's queries can neither be observed nor computed.
         """
         num_keys = self.keys.shape[2]
-        length = torch.tensor(self.lengths, device=self.keys.device)[:, None]
+        length = send(self.lengths, self.keys.device)[:, None]
         part = torch.arange(count, device=self.keys.device)
         # One in each of equal parts, at places that repeat nowhere, as in `expected_attention`.
         places = (part * 65536 + part * 40503 % 65536) * length // (count * 65536)

@@ -78,7 +78,7 @@ def _try(layer: nn.Module, rotary: nn.Module | None) -> Habits:
     given: dict[str, Any] = dict.fromkeys(needed_by(layer))
     if takes(layer, "position_ids"):
         given["position_ids"] = positions
-    cache = StandIn(0)
+    cache = StandIn(int)
     try:
         if rotary is not None and takes(layer, "position_embeddings"):
             given["position_embeddings"] = rotary_of(rotary, layer, states, positions)

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from moekv.models.habits import rotary_of
 from moekv.models.hooks import positions_of
-from moekv.models.watching import Asked, ask
+from moekv.models.watching import Asked, StandIn, ask
 
 Turn = tuple[Tensor, ...]
 """Cosines and sines [B or 1, N, dim]."""
@@ -54,7 +55,7 @@ def window_queries(
     else:
         end = offset + hidden_states.shape[1]
         given = at_slice(kwargs, end - count, end)
-    return ask(module, states, given, _first(given))
+    return ask(module, states, given, StandIn(partial(_first, given)))
 
 
 def next_queries(
@@ -65,12 +66,12 @@ def next_queries(
 ) -> Tensor:
     """Compute the queries of all tokens at the position after the last one: [B, Hq, N, D]."""
     given = at_steps(module, hidden_states, kwargs, range(1, 2), rotary)
-    first = _first(given)
+    cache = StandIn(partial(_first, given))
     count = hidden_states.shape[1]
     for name in ("position_ids", "cache_position"):
         if isinstance(given.get(name), Tensor):
             given[name] = given[name].expand(*given[name].shape[:-1], count)
-    return ask(module, hidden_states, given, first).query
+    return ask(module, hidden_states, given, cache).query
 
 
 def behind(
@@ -148,7 +149,7 @@ def tokens_at(queries: Tensor, places: Tensor) -> Tensor:
 
 
 def _first(kwargs: Mapping[str, Any]) -> int:
-    """Return the position of the first token of a layer's call; 0 without positions."""
+    """Return the position of the first token of a layer's call; 0 without. Waits for the device."""
     for name in ("cache_position", "position_ids"):
         if isinstance(positions := kwargs.get(name), Tensor):
             return int(positions.flatten()[0])
@@ -269,27 +270,22 @@ def learn_rotation(
         return _turns[module]
     turn = kwargs.get("position_embeddings")
     asked = queries[:, :, -1:].float()
-    if turn is not None and not (isinstance(turn, tuple) and turn[0].dim() == 3):
+    if turn is None or not (isinstance(turn, tuple) and turn[0].dim() == 3):
         _turns[module] = None
-        return None
-    if not asked.isfinite().all():
         return None
     end = hidden_states.shape[1]
     given = at_slice(kwargs, end - 1, end)
-    if turn is None:
-        _turns[module] = None
-        return None
     nothing = (torch.ones_like(turn[0][:, -1:]), torch.zeros_like(turn[1][:, -1:]))
-    plain = ask(
-        module, hidden_states[:, -1:], given | {"position_embeddings": nothing}, end - 1
-    ).query
+    last, cache = hidden_states[:, -1:], StandIn(lambda: end - 1)
+    plain = ask(module, last, given | {"position_embeddings": nothing}, cache).query
     if turn[0].shape[-1] > plain.shape[-1] or turn[0].shape[-1] % 2:
         _turns[module] = None
         return None
     turned = rotate(plain, *(x[:, -1:] for x in turn))
     near = [(x.float() - asked).abs().amax() <= 0.02 * asked.abs().amax() for x in (turned, plain)]
-    is_turned, is_plain = torch.stack(near).tolist()
-    if is_turned and is_plain:  # as at position 0, where rotations are the same
+    is_turned, is_plain, is_known = torch.stack([*near, asked.isfinite().all()]).tolist()
+    # At position 0 rotations are the same.
+    if (is_turned and is_plain) or not is_known:
         return None
     _turns[module] = is_turned if is_turned or is_plain else None
     return _turns[module]

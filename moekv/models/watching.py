@@ -163,6 +163,11 @@ class _Watched(Tensor):
 class StandIn:
     """A cache of which a layer learns only how many tokens came before; it holds nothing.
 
+    Parameters
+    ----------
+    length : callable
+        Counts these; called if the layer asks, as it may wait for the device.
+
     Attributes
     ----------
     pairs : tuple or None
@@ -171,14 +176,14 @@ class StandIn:
         What has been computed of that.
     """
 
-    def __init__(self, length: int) -> None:
-        self.length = length
+    def __init__(self, length: Callable[[], int]) -> None:
+        self._length = length
         self.pairs: tuple[Tensor, Tensor] | None = None
         self.touched: set[str] = set()
 
     def get_seq_length(self, *_: Any) -> int:
         """Return the number of tokens before those of the call."""
-        return self.length
+        return self._length()
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Hand back what came, as tensors that tell when something is computed of them."""
@@ -191,7 +196,7 @@ def ask(
     module: nn.Module,
     hidden_states: Tensor,
     kwargs: Mapping[str, Any],
-    cache: StandIn | int = 0,
+    cache: StandIn | None = None,
 ) -> Asked:
     """Have an attention layer ask for some tokens, as its own forward does.
 
@@ -204,8 +209,8 @@ def ask(
     hidden_states : Tensor [B, N, hidden]
     kwargs : mapping
         Of its forward, with the positions of these tokens.
-    cache : StandIn or int
-        Or the tokens in front of these.
+    cache : StandIn, optional
+        By default of no tokens.
 
     Returns
     -------
@@ -217,7 +222,7 @@ def ask(
     NotImplementedError
         It was not seen to ask anything.
     """
-    stand_in: Any = StandIn(cache) if isinstance(cache, int) else cache
+    stand_in: Any = cache or StandIn(int)
     names = {"hidden_states", "cache", *cache_argument(module, stand_in)}
     # What layers share their pairs in (Gemma 3n) is theirs to write to, and not that of this call.
     own = {n: copy.copy(x) if isinstance(x, MutableMapping) else x for n, x in kwargs.items()}

@@ -121,9 +121,9 @@ def adopt(
     stay = plan.keep(rating.lengths, rating.votes.shape[2], rating.gain)
     held = None if layer.is_ragged else rating.votes.shape[2] if kept is None else kept.per_head
     expect(layer, plan, layer.run, min(stay), held)
-    padding = [rating.votes.shape[2] - n for n in rating.lengths]
-    counted = rating.ranks.total(layer.count_pairs(padding))
-    layer.counted = (plan.statistics.epoch, sum(counted))
+    own = layer.num_heads * sum(rating.lengths) if kept is None else len(kept.indices)
+    (counted,) = rating.ranks.total([own])
+    layer.counted = (plan.statistics.epoch, counted)
 
 
 def expect(

@@ -38,6 +38,8 @@ from moekv.budget import Grown, Kept, select_grown
 from moekv.cache.caches import growing, present, recompress
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.notes import note, remember
+from moekv.cache.ragged import count_stored
+from moekv.devices import send
 from moekv.experts.builder import ViewBuilder
 from moekv.models.habits import check_attention
 from moekv.models.hooks import choice_of, index_of
@@ -167,13 +169,14 @@ class Growth(Strategy):
         rated = Rated(layer, call.index, held.sizes(), [])
         for rows, window in zip(shrinking.groups, shrinking.windows, strict=True):
             part = held.rows(rows)
+            own = None if part is held else send(rows, held.keys.device)
             view = part.view(
                 call.module,
-                _of_rows(layer.recent.states(window), rows, layer.batch_size),
-                _of_rows(layer.recent.queries(window), rows, layer.batch_size),
+                _of_rows(layer.recent.states(window), own, layer.batch_size),
+                _of_rows(layer.recent.queries(window), own, layer.batch_size),
                 call.asked,
-                _of_rows(call.attentions, rows, layer.batch_size),
-                {k: _of_rows(x, rows, layer.batch_size) for k, x in call.kwargs.items()},
+                _of_rows(call.attentions, own, layer.batch_size),
+                {k: _of_rows(x, own, layer.batch_size) for k, x in call.kwargs.items()},
                 backend=options.backend,
                 rotary=self.view.rotary,
             )
@@ -186,6 +189,7 @@ class Growth(Strategy):
         """Decide what to retain when the first layer has new tokens; None: everything."""
         plan, decoding = self.plan, self.plan.options.decoding
         layers = [self._growing(cache, index_of(module)) for module in plan.layers]
+        count_stored(x for layer in layers for x in (layer, layer.notes))
         seen, batch = layers[0].get_seq_length(), layers[0].batch_size
         num_heads = layers[0].num_heads * self._ranks.size
         in_prompt = plan.context_length is not None and seen <= plan.context_length
@@ -370,21 +374,27 @@ def _seen_as(lengths: Sequence[int], coming: int, window: int) -> tuple[bool, bo
     return len(set(lengths)) > 1, max(lengths) + coming <= window
 
 
-def _of_rows(value: Any, rows: Sequence[int], batch: int) -> Any:
-    """Select rows of a tensor that has one for each row of the batch, or of a tuple of such."""
+def _of_rows(value: Any, rows: Tensor | None, batch: int) -> Any:
+    """Select rows of a tensor that has one for each row of the batch, or of a tuple of such.
+
+    `rows`: their numbers; None: all.
+    """
     if isinstance(value, tuple):
         return tuple(_of_rows(x, rows, batch) for x in value)
-    if not isinstance(value, Tensor) or len(rows) == batch or value.dim() < 2:
+    if rows is None or not isinstance(value, Tensor) or value.dim() < 2 or len(value) != batch:
         return value
-    return value[torch.tensor(rows, device=value.device)] if len(value) == batch else value
+    return value[rows.to(value.device)]
 
 
 def _merge(held: Held, groups: Sequence[Sequence[int]], chosen: Sequence[Kept]) -> Kept:
     """Join what the rows of a layer retain. Rows of no group retain all that they hold."""
     if len(groups) == 1 and len(groups[0]) == len(held.lengths):
         return chosen[0]
-    mask = held.real
+    mask, count = held.real, 0
     for rows, kept in zip(groups, chosen, strict=True):
         stays = kept.mask()
-        mask[torch.tensor(rows, device=mask.device), :, mask.shape[2] - stays.shape[2] :] = stays
-    return Kept.from_mask(mask)
+        mask[send(rows, mask.device), :, mask.shape[2] - stays.shape[2] :] = stays
+        count += len(kept.indices)
+    leaving = {b for rows in groups for b in rows}
+    count += sum(sum(row) for b, row in enumerate(held.lengths) if b not in leaving)
+    return Kept.from_mask(mask, count)

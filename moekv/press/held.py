@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from moekv.budget import Kept
 from moekv.cache.layer import CompressedLayer
+from moekv.devices import send
 from moekv.experts.view import LayerView
 from moekv.models.queries import logit_options
 from moekv.models.ranks import ALONE, Ranks
@@ -69,7 +70,7 @@ class Held:
         held = cls._padded(keys, values, lengths, ranks, everywhere)
         if (notes := layer.whole_notes()) is not None:
             read, place = (functional.pad(x[..., 0], (missing, 0)) for x in notes.held_pairs())
-            before = torch.tensor(padding, device=read.device)[:, None, None]
+            before = send(padding, read.device)[:, None, None]
             held.notes = read, (place - before).clamp(min=0)
         return held
 
@@ -85,8 +86,7 @@ class Held:
         longest = keys.shape[2]
         start = None
         if any(n < longest for row in everywhere for n in row):
-            counts = torch.tensor(lengths, dtype=torch.int32, device=keys.device)
-            start = longest - counts
+            start = longest - send(lengths, keys.device, torch.int32)
         return cls(keys, values, start, lengths, None, ranks, everywhere)
 
     @property
@@ -121,7 +121,7 @@ class Held:
         """Select rows of the batch."""
         if list(rows) == list(range(len(self.keys))):
             return self
-        index = torch.tensor(rows, device=self.keys.device)
+        index = send(rows, self.keys.device)
         lengths = [self.lengths[b] for b in rows]
         everywhere = [self.everywhere[b] for b in rows]
         longest = max(n for row in everywhere for n in row)

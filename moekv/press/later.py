@@ -70,16 +70,15 @@ class Wanted:
     length: int
     num_steps: int = 0
 
-    def dense(self) -> Tensor:
+    def dense(self, longest: int) -> Tensor:
         """Return the bits as [B, H, L], those of a shorter head at the right, behind zeros.
 
-        Waits for the device.
+        `longest`: pairs of the longest head, L.
         """
-        longest = int(self.counts.max())
         place = torch.arange(longest, device=self.bits.device) - longest
-        dense = self.bits.new_zeros(*self.counts.shape, longest)
-        dense[place >= -self.counts[..., None]] = self.bits
-        return dense
+        ends = self.counts.flatten().cumsum(0).view(self.counts.shape)
+        row = (ends[..., None] + place).clamp(min=0)
+        return self.bits[row].masked_fill(place < -self.counts[..., None], 0)
 
 
 class Later:
@@ -181,7 +180,8 @@ class Later:
             rotary=rotary,
         )
         since = layer.get_seq_length() - wanted.length
-        end, bits = held.shape[2] - since, wanted.dense()
-        mass = view.observed().view(held.shape)[:, :, end - bits.shape[2] : end]
+        longest = held.shape[2] - since
+        bits = wanted.dense(longest)
+        mass = view.observed().view(held.shape)[:, :, :longest]
         hits = torch.stack([(mass * (bits >> e & 1)).sum(-1) for e in range(len(names))])
         return ranks.gather(hits, 2).mean((1, 2)).clamp(max=1)

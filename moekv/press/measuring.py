@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from moekv.cache.caches import present
+from moekv.cache.ragged import count_stored
 from moekv.experts.builder import ViewBuilder
 from moekv.models.queries import window_queries
 from moekv.press.forward import Call, Plan, Strategy
@@ -35,6 +36,7 @@ def measure(call: Call, plan: Plan, view: ViewBuilder) -> None:
         call.module, call.hidden_states, call.kwargs, 1, 0, view.rotary
     )
     layer: Any = call.cache.layers[call.index]
+    count_stored(call.cache.layers)  # at the first layer, for all
     with present(call.cache, call.index):
         rates = plan.later.measure(
             layer,

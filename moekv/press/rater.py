@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from moekv.cache.rows import gain, storable
 from moekv.calibration.router import CalibratedGate, CalibratedRouter, shipped_router
+from moekv.devices import send
 from moekv.experts.base import Expert, scores_by
 from moekv.experts.expected import ExpectedExpert
 from moekv.experts.learned import LearnedExpert
@@ -251,7 +252,10 @@ class Rater:
                     backend=routing.backend,
                     **aware,
                 )
-        return router.to(states.device, states.dtype).eval().requires_grad_(False)
+        router = router.to(states.dtype).eval().requires_grad_(False)
+        if next(router.parameters()).device == states.device:
+            return router
+        return router._apply(lambda number: send(number, states.device))
 
     # --- Rating -----------------------------------------------------------------------------------
 

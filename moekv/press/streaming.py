@@ -19,6 +19,7 @@ from transformers.cache_utils import CacheLayerMixin
 from moekv.budget import Kept, select, select_over_layers, without_padding
 from moekv.cache.caches import empty_cache, evict, held_bytes, present, recompress
 from moekv.cache.layer import CompressedLayer
+from moekv.devices import send
 from moekv.experts.builder import ViewBuilder
 from moekv.press.adoption import adopt
 from moekv.press.forward import Plan
@@ -200,7 +201,7 @@ class StreamingBudget:
         if not (votes.has_shared and votes.comparable[0]):
             return [sum(x[0].numel() for x in scores)] * len(budget)
         protected = len(scores) * votes.shape[1] * sum(self._protected.values())
-        limit = torch.tensor(budget, device=votes.shares.device) / votes.shares[0]
+        limit = send(budget, votes.shares.device) / votes.shares[0]
         within = [(-x <= limit.view(-1, 1, 1).to(x.device)).sum((1, 2)) for x in scores]
         counts = torch.stack([x.to(limit.device) for x in within]).sum(0).tolist()
         return [max(n + protected, k) for n, k in zip(counts, budget, strict=True)]

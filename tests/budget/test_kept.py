@@ -31,3 +31,12 @@ def test_what_stays_of_held_pairs_is_said_by_their_places() -> None:
         for h in range(3):
             row = stays[b, h][held[b, h]]
             assert within.mask()[b, h].tolist() == [False] * (longest - len(row)) + row.tolist()
+
+
+def test_a_mask_of_a_known_count_gives_the_same() -> None:
+    torch.manual_seed(0)
+    for mask in (torch.rand(2, 3, 20) < 0.5, torch.zeros(1, 2, 5) > 0, torch.ones(1, 2, 5) > 0):
+        waiting, known = Kept.from_mask(mask), Kept.from_mask(mask, int(mask.sum()))
+        assert torch.equal(known.indices, waiting.indices)
+        assert known.indices.dtype == waiting.indices.dtype == torch.int32
+        assert torch.equal(known.offsets, waiting.offsets) and known.shape == waiting.shape

@@ -25,6 +25,10 @@ class GpuTensor(Tensor):
     """A tensor on the pretended GPU."""
 
 
+class PinnedTensor(Tensor):
+    """A tensor of the host whose copies to the GPU nobody waits for."""
+
+
 def on_gpu(value: Any) -> Any:
     return value.as_subclass(GpuTensor) if isinstance(value, Tensor) else value
 
@@ -32,7 +36,7 @@ def on_gpu(value: Any) -> Any:
 def on_cpu(value: Any) -> Any:
     if isinstance(value, torch.device | str) and str(value).startswith("cuda"):
         return "cpu"
-    return value.as_subclass(Tensor) if isinstance(value, GpuTensor) else value
+    return value.as_subclass(Tensor) if isinstance(value, GpuTensor | PinnedTensor) else value
 
 
 # What may take tensors from several devices. Indices may be on the CPU.
@@ -122,13 +126,18 @@ class PretendedGpu(TorchFunctionMode):
         elsewhere = [x for x in tensors if x.dim() > 0 and not isinstance(x, GpuTensor)]
         if begins_here and elsewhere and func not in MOVES:
             raise RuntimeError(f"{func}: expected all tensors on one device")
-        devices = [x for x in leaves if isinstance(x, torch.device) or x in ("cpu", "cuda")]
+        places = [x for x in leaves if isinstance(x, torch.device | str)]
+        devices = [x for x in places if isinstance(x, torch.device) or x in ("cpu", "cuda")]
         if func is Tensor.cpu:
             devices = ["cpu"]
         ends_here = begins_here if not devices else torch.device(devices[-1]).type == "cuda"
         from_host = func in FROM_HOST and str(args[0]) != "[]"
         moves = begins_here != ends_here and (tensors or from_host)
         written = func is Tensor.copy_ and begins_here and elsewhere
+        if func is Tensor.pin_memory:
+            return args[0].clone().as_subclass(PinnedTensor)
+        sent = func is Tensor.to and isinstance(args[0], PinnedTensor) and ends_here
+        moves = moves and not (sent and kwargs.get("non_blocking"))
         if moves or written or (begins_here and waits_for_numbers(func, args, kwargs)):
             self._wait(getattr(func, "__name__", str(func)))
         if begins_here and str(func).startswith("moekv."):

@@ -226,7 +226,7 @@ class Device:
         with self._memory() as memory:
             params = self.kernels.SelectKeptParams()
             params.scores = memory.input(scores)
-            params.start = memory.input(start)
+            params.start = memory.input(None if start is None else start.contiguous())
             params.total = totals.data_ptr()
             params.indices = memory.output(indices)
             params.offsets = memory.output(offsets)
@@ -250,7 +250,7 @@ class Device:
             params = self.kernels.KvCompactParams()
             params.keys = memory.inout(keys)
             params.values = memory.inout(values)
-            params.indices = memory.input(indices)
+            params.indices = memory.input(indices.contiguous())
             params.offsets = memory.input(offsets)
             params.batch, params.num_kv_heads, params.num_keys, _ = keys.shape
             params.num_kept = indices.shape[2] if offsets is None else 0
@@ -322,8 +322,8 @@ class Device:
                 params.scales, params.scale_stride = memory.input(scales), scales.stride(0)
             params.bias = memory.input(bias)
             params.sinks = memory.input(sinks)
-            params.begin = memory.input(begin)
-            params.end = memory.input(end)
+            params.begin = memory.input(begin.contiguous())
+            params.end = memory.input(end.contiguous())
             params.output = memory.output(output)
             params.batch, params.num_kv_heads = begin.shape
             params.num_query_heads, params.num_queries = num_query_heads, num_queries

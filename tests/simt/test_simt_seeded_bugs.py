@@ -385,6 +385,40 @@ BUGS = {
         op_cases.MixScores((4, 1, 2, 50), 2),
         r"Tensor-likes are not close|error",
     ),
+    # Numbers.
+    "mixing, a sum in 16 bits": Bug(
+        Edit(
+            "mix_scores.cu",
+            "mixed[h] += weight * score;",
+            "mixed[h] += weight * score;\n"
+            "if (SEEDED) mixed[h] = __half2float(__float2half_rn(mixed[h]));",
+        ),
+        "mix_scores",
+        op_cases.MixScores((4, 1, 2, 50), 2),
+        r"Tensor-likes are not close|error",
+    ),
+    # What is there when a queued launch runs, and when it runs again.
+    "selection, totals that stay on the host": Bug(
+        Edit(
+            "select_kept.cu",
+            "group.total = totals.total[blockIdx.x];",
+            "group.total =\n"
+            "    SEEDED ? static_cast<unsigned>(params.total[index]) : totals.total[blockIdx.x];",
+        ),
+        "select_kept",
+        IN_ROWS,
+        r"a read of 8 bytes",
+    ),
+    "gating, sums that go on from the last run's": Bug(
+        Edit(
+            "gating_topk.cu",
+            'zero_async("gating_topk", params.workspace, sizeof(Statistics), stream);',
+            'if (!SEEDED) zero_async("gating_topk", params.workspace, sizeof(Statistics), stream);',
+        ),
+        "gating_topk",
+        GATING,
+        r"nobody has written",
+    ),
     # Launches.
     "mixing on another stream": Bug(
         Edit("mix_scores.cu", "kThreads, 0, stream,", "kThreads, 0, SEEDED ? nullptr : stream,"),

@@ -3,9 +3,11 @@
 The steps themselves run in ``tests/simt/test_simt_gpu_check.py``.
 """
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gpu_check import build, driver, machine, profile, sanitizer
+import torch
+from gpu_check import build, driver, machine, profile, sanitizer, seconds, timing
 from gpu_check.driver import ROOT, Step
+from gpu_check.gpu import Gpu
 from gpu_check.machine import Finding
 from gpu_check.worker import Place, Skip
 
@@ -132,6 +136,30 @@ def test_a_step_whose_time_is_over_says_what_it_did_not_do(steps: Path, tmp_path
     assert lines["b"][""] == "ok"
 
 
+def test_a_process_that_cannot_be_killed_holds_nothing_up(
+    steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that the GPU's driver does not let go of."""
+    (steps / "slow.py").write_text(
+        "import time\n"
+        "def items(gpu):\n"
+        "    return {'long': lambda: time.sleep(60), 'last': lambda: None}\n"
+    )
+    left: set[int] = set()
+    with monkeypatch.context() as patched:
+        patched.setattr(driver.os, "killpg", lambda pid, _: left.add(pid))
+        patched.setattr(driver, "KILL_SECONDS", 0.1)
+        known = {"a": Step("slow", "", 20, 1), "b": Step("fine", "", 20, 20)}
+        began = time.monotonic()
+        code, lines, _ = run(tmp_path / "out", known)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+    assert code == 1 and time.monotonic() - began < 50
+    assert (lines["a"]["long"]["status"], lines["a"]["last"]["status"]) == ("HANG", "ok")
+    assert lines["b"][""] == "ok"
+
+
 def test_what_was_cut_short_has_not_passed(steps: Path, tmp_path: Path) -> None:
     (steps / "many.py").write_text(
         "import time\n"
@@ -182,6 +210,34 @@ def test_the_whole_takes_at_most_eight_minutes() -> None:
     assert list(driver.STEPS) == ["build", *"abcdef"]
     assert sum(step.limit for step in driver.STEPS.values()) <= 480
     assert all(step.item_limit <= step.limit for step in driver.STEPS.values())
+
+
+def test_the_build_takes_two_minutes_on_16_cores() -> None:
+    """By the record, of which no kernel file is left out."""
+    recorded = seconds.read()
+    kernels = {x.stem for x in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    assert kernels == {Path(x).stem for x in recorded if x.startswith("cuda/")} - {"torch_cuda"}
+    assert max(recorded.values()) < seconds.expected(recorded, 16) < driver.STEPS["build"].limit
+    assert seconds.expected({"a.o": 3, "b.o": 2, "c.o": 2, "lib.so": 1, "other.so": 2}, 2) == 6
+
+
+def test_lower_bounds_are_those_that_are_measured_against(tmp_path: Path) -> None:
+    """The page's table has the bytes that step b counts, and times that follow from them."""
+    gpu = Gpu(tmp_path)
+    gpu.device = torch.device("meta")
+    timed = timing.make_ops(gpu, 4096)
+    del timed["ragged_attention, a window"]  # as many as of one token
+    page = (ROOT / "docs" / "cuda.md").read_text().split("## Lower bounds")[1].split("\n## ")[0]
+    rows = [x.strip("| ").split(" | ") for x in page.splitlines() if x.startswith("| ")][1:]
+    counts = {row[0]: float(row[1].replace(",", "")) for row in rows}
+    read = counts.pop("as the kernels read them")
+    assert read > 0 and sorted(counts.values()) == sorted(x.bytes_per_token for x in timed.values())
+    for _, count, *cells in rows:
+        for tokens, cell in zip((4096, 32768, 131072), cells, strict=True):
+            for shown, bandwidth in zip(cell.split(" / "), (3e6, 2e6), strict=True):
+                took = float(count.replace(",", "")) * tokens / bandwidth
+                said = float(shown.replace(",", "").removeprefix("< "))
+                assert abs(said - took) <= 0.07 + 0.05 * took, (count, tokens)
 
 
 # --- What is there --------------------------------------------------------------------------------
@@ -442,6 +498,7 @@ def test_what_ncu_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         "µs": 64.0,
         "DRAM %": 71.25,
         "report": "expert_scores_all_four-4096.ncu-rep",
+        "to decide": profile.QUESTIONS["expert_scores"],
     }
     for path in tmp_path.glob("*.ncu-rep"):
         path.unlink()
@@ -451,6 +508,12 @@ def test_what_ncu_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     program(tmp_path / "ncu", "echo what is this")
     with pytest.raises(RuntimeError, match="ncu wrote no report: what is this"):
         profile._profile(place, "mix_scores", 4096)
+
+
+def test_each_profile_has_something_to_decide() -> None:
+    asked = {name: profile.question(name) for name in timing.OPS}
+    assert set(asked.values()) == set(profile.QUESTIONS.values())
+    assert asked["ragged_attention, a window"] != asked["ragged_attention, k8v4"]
 
 
 def test_profiles_are_of_what_is_furthest_from_the_roofline(tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ def test_the_module_is_the_ops(tmp_path: Path) -> None:
 
 
 def test_a_variant_for_cuda_has_both_libraries(tmp_path: Path) -> None:
-    for name in ("libmoekv_cpu.so", "libmoekv_cuda.so"):
-        (tmp_path / name).write_text(name)
+    (tmp_path / "libmoekv_cpu.so").write_text("")
+    (tmp_path / "libmoekv_cuda.so").write_bytes(b"\0moekv-cuda-architectures=80 90 120 +PTX\0")
     cpu, cuda = kernels_package.build(tmp_path, tmp_path / "out", "130")
     assert cuda.name == cpu.name.replace("-cpu-", "-cu130-")
     assert sorted(x.name for x in cuda.iterdir()) == [
@@ -53,7 +53,23 @@ def test_a_variant_for_cuda_has_both_libraries(tmp_path: Path) -> None:
     assert "['libmoekv_cpu.so', 'libmoekv_cuda.so']" in text
     told = [json.loads((x / "metadata.json").read_text()) for x in (cpu, cuda)]
     assert [x["backend"]["type"] for x in told] == ["cpu", "cuda"]
+    assert told[1]["backend"]["archs"] == ["8.0+PTX", "9.0", "12.0+PTX"]
     assert told[0]["id"] != told[1]["id"] and told[0]["name"] == "moekv"
+
+
+def test_a_library_that_names_no_architectures(tmp_path: Path) -> None:
+    for name in ("libmoekv_cpu.so", "libmoekv_cuda.so"):
+        (tmp_path / name).write_text(name)
+    with pytest.raises(ValueError, match="expected a CUDA library that names its architectures"):
+        kernels_package.build(tmp_path, tmp_path / "out", "130")
+
+
+def test_the_architectures_are_those_of_the_library_here() -> None:
+    library = kernels_package.LIBRARIES / "libmoekv_cuda.so"
+    if not library.exists():
+        pytest.skip("no CUDA library was built")
+    archs = kernels_package.architectures(library)
+    assert archs[0].endswith("+PTX") and all(x[-1].isdigit() for x in archs[1:-1])
 
 
 def test_kernels_loads_it(tmp_path: Path) -> None:

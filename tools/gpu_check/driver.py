@@ -21,6 +21,7 @@ from gpu_check.report import CRASHED, FAILED, HANG, NOT_RUN, OK, Line, Report, S
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_RESTARTS = 12  # of a step's process
+KILL_SECONDS = 5.0  # that a killed process may take to end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +104,9 @@ class Worker:
         """End the process and all that it has started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        # Where the driver does not let go of it, it ends later, and nothing waits for that.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(KILL_SECONDS)
 
     def poll(self) -> bool:
         """Look after the process; say whether there is anything new."""

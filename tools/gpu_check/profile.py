@@ -35,6 +35,22 @@ METRICS = {
     "sm__warps_active.avg.pct_of_peak_sustained_active": "warps %",
 }
 MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1e3, "msecond": 1e3}
+# What only a profile can decide, op by op; it stands beside each report.
+QUESTIONS = {
+    "gating_topk": "do bank conflicts of the experts' counts show beside the launch?",
+    "expert_scores": "do the keys stay in the L2 cache between the passes beyond 16k tokens? If "
+    "not: sums of directions from the tiles of attention_rows, 90 µs for 30",
+    "expected_attention": "stalls for loads (long scoreboard) or for exponentials (MUFU)?",
+    "project_tokens": "does the third read of the hidden states come from the L2 cache?",
+    "mix_scores": "what of an expert's sectors is read in vain where neighbours choose unlike?",
+    "select_kept": "do all reads but the first come from the L2 cache? Do last blocks keep others?",
+    "kv_compact_": "how long do blocks wait for items before their own (volatile loads)?",
+    "ragged_attention": "issue or DRAM? From how many queries on do tensor cores pay? Is the last "
+    "wave of blocks short: 512 of them, or a multiple of those that fit?",
+    "ragged_attention, k": "does making numbers of codes cost most (PRMT and FFMA beside HMMA)? "
+    "Then rows are to be split over warps for few queries",
+    "quantize_pairs": "do accesses of one element per lane reach the DRAM's rate?",
+}
 # Without a timing: what reading the machine code found furthest away.
 EXPECTED = ("ragged_attention", "expert_scores DIVERSITY", "project_tokens")
 
@@ -76,7 +92,12 @@ def _profile(place: Place, name: str, tokens: int) -> dict[str, Any]:
         raise RuntimeError(f"ncu wrote no report: {told[-1500:].strip()}")
     metrics = ",".join(METRICS)
     raw = _run(program, "--import", str(report), "--csv", "--page", "raw", "--metrics", metrics)
-    return {**_of_slowest_kernel(raw), "report": report.name}
+    return {**_of_slowest_kernel(raw), "report": report.name, "to decide": question(name)}
+
+
+def question(name: str) -> str:
+    """Return what a profile of an op is to decide."""
+    return QUESTIONS[max(filter(name.startswith, QUESTIONS), key=len)]
 
 
 def _run(*command: str) -> str:
