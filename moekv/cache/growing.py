@@ -206,6 +206,7 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
             )
         if not same:
             self._branch_off()
+            self.first = None  # of whatever rows: each of their pairs is held
         return pairs.as_subclass(Tensor).clone()  # compaction writes over what the layer holds
 
     def update(
@@ -255,7 +256,8 @@ class GrowingLayer(CompressedLayer, DynamicLayer):
         self._key_buffer, self._value_buffer = self._keys.clone(), self._values.clone()
 
     def _forget(self, count: int) -> None:
-        self._held, self._held_values = self._held - count, self._held_values - count
+        self._held -= count
+        self._held_values = min(self._held, self._held_values)  # as values may have been assigned
         # As the buffers, too: what is appended next goes elsewhere, and views of these tokens stay.
         self._key_buffer, self._value_buffer = self._keys, self._values
 

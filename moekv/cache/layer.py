@@ -343,17 +343,33 @@ class CompressedLayer(CacheLayerMixin):
         ValueError
             Pairs have left the layer since, or its rows are others.
         """
-        if taken[0] != self.num_moves:
-            raise ValueError(
-                "expected pairs that the layer has handed out since it was last compressed or its "
-                "rows were selected, got older ones, which are not kept: copy.deepcopy(cache) "
-                "keeps a cache as it is"
-            )
+        self.check_taken(taken)
         held = self.get_seq_length() if taken == self.taken() else self.context_length
         if length <= held:
             return False
         self._branch_off()
         return True
+
+    def check_taken(self, taken: tuple[int, int]) -> None:
+        """Raise the error of :meth:`has_lost` if pairs of then cannot come back."""
+        if taken[0] != self.num_moves:
+            raise self._too_old("it was last compressed or its rows were selected")
+
+    def _too_old(self, since: str) -> ValueError:
+        return ValueError(
+            f"expected pairs that the layer has handed out since {since}, got older ones, which "
+            "are not kept: copy.deepcopy(cache) keeps a cache as it is"
+        )
+
+    def check_halves(self) -> None:
+        """Raise if one half alone was assigned, so that keys and values differ in length."""
+        assert self.keys is not None and self.values is not None
+        keys, values = self.keys.shape[2], self.values.shape[2]
+        if keys != values:
+            raise ValueError(
+                f"expected keys and values of as many positions, got {keys} and {values} of a "
+                "layer to which one half was assigned: assign the other as well"
+            )
 
     def _branch_off(self) -> None:
         """Note that other tokens take the place of those that are held."""

@@ -125,33 +125,33 @@ class RaggedPairs:
     """The keys or the values of a :class:`RaggedLayer`, as the cache hands them to attention.
 
     Has the ``shape`` [B, H, T, D] of the true length, ``numel()``, ``dtype`` and ``device`` of a
-    tensor, can be cropped by a slice of positions, and refuses everything else: no dense tensor
-    exists.
+    tensor, can be cropped by a slice of positions and assigned back to its layer, and refuses
+    everything else: no dense tensor exists.
 
     Parameters
     ----------
     layer : RaggedLayer
         The layer that owns the pairs.
-    dim : int
-        Size of the last dimension, head_dim of the keys or of the values.
+    name : str
+        Which half they are, ``"keys"`` or ``"values"``.
     length : int
         Positions that are visible, counting those that were evicted.
     """
 
-    def __init__(self, layer: RaggedLayer, dim: int, length: int) -> None:
+    def __init__(self, layer: RaggedLayer, name: str, length: int) -> None:
         self.layer = layer
-        self.dim = dim
+        self.name = name
         self.length = length
         # As they are now: an offloaded cache moves a layer away before attention reads it.
-        self.rows = layer.rows
+        self.rows, self.heads = layer.rows, layer.begin.shape
         self.tail = layer.tail_keys, layer.tail_values
-        self.taken = layer.taken()
+        self.taken, self.context_length = layer.taken(), layer.context_length
 
     @property
     def shape(self) -> torch.Size:
         """The shape that the uncompressed tensor would have, [B, H, T, D]."""
-        batch, num_kv_heads = self.layer.begin.shape
-        return torch.Size((batch, num_kv_heads, self.length, self.dim))
+        dim = self.rows.key_dim if self.name == "keys" else self.rows.value_dim
+        return torch.Size((*self.heads, self.length, dim))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -179,20 +179,20 @@ class RaggedPairs:
             raise TypeError(f"a ragged cache has no dense tensor to take to {device}: {NOT_DENSE}")
         return self
 
-    def beside(self, dim: int) -> RaggedPairs:
+    def beside(self, name: str) -> RaggedPairs:
         """Give the other half of the same pairs: of keys their values."""
-        return self._part(dim, self.length)
+        return self._part(name, self.length)
 
-    def _part(self, dim: int, length: int) -> RaggedPairs:
+    def _part(self, name: str, length: int) -> RaggedPairs:
         part = RaggedPairs.__new__(RaggedPairs)
-        part.__dict__ |= self.__dict__ | {"dim": dim, "length": length}
+        part.__dict__ |= self.__dict__ | {"name": name, "length": length}
         return part
 
     def __getitem__(self, index: Any) -> RaggedPairs:
         """Crop to the first positions: ``pairs[:, :, :n]`` or ``pairs[..., :n, :]``."""
         length = cropped_to(index, self.length)
         if length is not None:
-            return self._part(self.dim, length)
+            return self._part(self.name, length)
         raise TypeError(f"expected a crop such as pairs[:, :, :n], got pairs[{index}]: {NOT_DENSE}")
 
     def __getattr__(self, name: str) -> NoReturn:

@@ -161,6 +161,7 @@ def _stored(layer: RaggedLayer) -> dict[str, Tensor]:
 
 def _beside(layer: CompressedLayer, index: int, description: dict[str, Any]) -> dict[str, Tensor]:
     """Tensors of what a compressed layer has beside its pairs; the rest goes to the description."""
+    layer.check_halves()
     description |= {
         "context_length": layer.context_length,
         "run": layer.run,

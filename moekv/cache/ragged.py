@@ -75,6 +75,8 @@ class RaggedLayer(CompressedLayer):
             None  # pairs of each head, once they were asked for
         )
         self._tail = self._new_tail()
+        self._assigned: dict[str, RaggedPairs] = {}
+        self.is_initialized = False
         super().__init__(backend=backend)
         install()
         self.context_length = length
@@ -151,6 +153,7 @@ class RaggedLayer(CompressedLayer):
         pairs : str
             How they are stored, if they are not quantised already.
         """
+        self._check_assigned()
         batch, num_kv_heads, longest = kept.shape
         head = torch.arange(batch * num_kv_heads, device=self.device).repeat_interleave(
             kept.offsets.diff(), output_size=len(kept.indices)
@@ -213,36 +216,81 @@ class RaggedLayer(CompressedLayer):
     @property  # type: ignore[override]  # attention is to see that the pairs are ragged
     def keys(self) -> RaggedPairs:
         """The keys, for attention."""
-        return RaggedPairs(self, self.rows.key_dim, self.get_seq_length())
+        return self._shown("keys")
 
     @keys.setter
     def keys(self, pairs: Any) -> None:
-        if self._takes_back(pairs):
-            self._tail.put_back(pairs.tail[0], None, pairs.length - self.context_length)
+        self._assign("keys", pairs)
 
     @property  # type: ignore[override]
     def values(self) -> RaggedPairs:
         """The values, for attention."""
-        return RaggedPairs(self, self.rows.value_dim, self.get_seq_length())
+        return self._shown("values")
 
     @values.setter
     def values(self, pairs: Any) -> None:
-        if self._takes_back(pairs):
-            self._tail.put_back(None, pairs.tail[1], pairs.length - self.context_length)
+        self._assign("values", pairs)
 
-    def _takes_back(self, pairs: Any) -> bool:
-        """Whether pairs are of before a crop; a crop of those that there are is done here."""
-        if pairs is None:  # as transformers' own constructor says
-            return False
-        if not isinstance(pairs, RaggedPairs) or pairs.layer is not self:
-            raise TypeError(
-                f"expected a crop of this layer's own pairs, got {type(pairs)}: {NOT_DENSE}"
-            )
-        if self.has_lost(pairs.taken, pairs.length):
-            return True
-        if not self.keeps_all(pairs.length):
-            self.crop(pairs.length)
-        return False
+    @property
+    def _length(self) -> int:
+        """Positions that the layer holds, whatever waits for its other half."""
+        return self.context_length + self.tail_length
+
+    def _shown(self, name: str) -> RaggedPairs:
+        return self._assigned.get(name) or RaggedPairs(self, name, self._length)
+
+    def _assign(self, name: str, pairs: Any) -> None:
+        """Take one half, which waits for the other while their lengths differ.
+
+        What is stored is of both: it is cropped once, or put back.
+
+        Raises
+        ------
+        TypeError
+            They are not this layer's, or its other half.
+        ValueError
+            They are too old, or compressed ones are missing.
+        """
+        if pairs is None and not self.is_initialized:  # as transformers' constructor says
+            return
+        own = isinstance(pairs, RaggedPairs) and pairs.layer is self
+        if not own or pairs.name != name:
+            got = f"its {pairs.name}" if own else str(type(pairs))
+            raise TypeError(f"expected a crop of this layer's own {name}, got {got}: {NOT_DENSE}")
+        self.check_taken(pairs.taken)
+        if pairs.length > self.context_length < pairs.context_length:
+            raise self._too_old("a crop has taken some of the compressed ones")
+        if self.keeps_all(pairs.length):
+            return
+        self.check_crop(pairs.length)
+        self._assigned = self._assigned | {name: pairs}
+        keys, values = self.keys, self.values
+        if keys.length == values.length:
+            self._assigned = {}
+            self._take(keys, values)
+
+    def _take(self, keys: RaggedPairs, values: RaggedPairs) -> None:
+        """Hold pairs that the layer has handed out, of as many positions."""
+        length, held = keys.length, self._length
+        if any(self.has_lost(pairs.taken, length) for pairs in (keys, values)):
+            self._tail.put_back(keys.tail[0], values.tail[1], length - self.context_length)
+        elif length < held:
+            self._forget(held - length)
+            self._end_at(length)
+
+    def _check_assigned(self) -> None:
+        if self._assigned:
+            self.check_halves()
+
+    def crop(self, max_length: int) -> None:
+        """Forget tokens as any layer; where halves differ, each is cropped, as elsewhere."""
+        wanted = self.left_by(max_length)
+        if not self._assigned:
+            super().crop(max_length)
+        elif wanted < self.get_seq_length():
+            self.check_crop(wanted)
+            self.keys = self.keys[:, :, :wanted]
+            self.values = self.values[:, :, :wanted]
 
     def put_tail(self, keys: Tensor, values: Tensor) -> None:
         """Have these [B, H, S, D] and [B, H, S, Dv] be the tokens since compression."""
@@ -272,22 +320,25 @@ class RaggedLayer(CompressedLayer):
         tuple of RaggedPairs
             All keys and values, for attention.
         """
+        self._check_assigned()
         self._expect(len(key_states))
         self._tail.append(key_states, value_states, self.most)
         keys, values = self._tail.buffers
         self.rows = self.rows.read_as(keys.dtype, values.dtype)
         pairs = self.keys
-        return pairs, pairs.beside(self.rows.value_dim)
+        return pairs, pairs.beside("values")
 
     def get_seq_length(self) -> int:
         """Positions seen so far, those of evicted pairs and of left padding included."""
-        return self.context_length + self.tail_length
+        keys = self._assigned.get("keys")
+        return self._length if keys is None else keys.length
 
     def get_mask_sizes(self, fed: Tensor | int) -> tuple[int, int]:
         """Length and offset of the mask over all positions, before the new tokens are appended."""
         return self.get_seq_length() + num_fed(fed), offset_of(self, 0)
 
     def _copy_buffers(self) -> None:
+        self._check_assigned()
         self._tail = copy.copy(self._tail)
 
     def _forget(self, count: int) -> None:
@@ -298,10 +349,10 @@ class RaggedLayer(CompressedLayer):
             if self.positions is not None:
                 self.positions = pack(self._stays()[..., : self.context_length - into])
             self._stored_counts = None
-            self.num_moves += 1
 
     def _select_rows(self, indices: Tensor) -> None:
         """Give batch row b the pairs of row ``indices[b]``, sharing what is stored."""
+        self._check_assigned()
         indices = indices.to(self.device)
         self.begin, self.end = self.begin[indices], self.end[indices]
         if self.positions is not None:
@@ -500,6 +551,7 @@ class RaggedLayer(CompressedLayer):
 
     def padded(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Copy the pairs into padded tensors, as :meth:`to_dense`, and their biases [B, H, L]."""
+        self._check_assigned()
         kept = (self.end - self.begin).long()
         longest = max(map(max, self.stored_counts))
         column = torch.arange(longest, device=self.device) - (longest - kept)[..., None]

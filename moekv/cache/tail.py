@@ -57,13 +57,10 @@ class Tail:
         self._values = append(self._values, self.length, values, most)
         self.length += keys.shape[2]
 
-    def put_back(self, keys: Tensor | None, values: Tensor | None, length: int) -> None:
-        """Hold the first pairs of what was held once; None: go on with what there is."""
+    def put_back(self, keys: Tensor, values: Tensor, length: int) -> None:
+        """Hold the first pairs of what was held once."""
         self.length = length
-        if keys is not None:
-            self._keys = keys[:, :, :length]
-        if values is not None:
-            self._values = values[:, :, :length]
+        self._keys, self._values = keys[:, :, :length], values[:, :, :length]
 
     def forget(self, count: int) -> None:
         """Drop the last tokens. What comes next goes elsewhere: views of these stay as they are."""

@@ -124,8 +124,11 @@ def test_other_misuse_is_named():
     assert layer.get_seq_length() == 9
     with pytest.raises(RuntimeError, match="cannot be reset"):
         layer.reset()
-    with pytest.raises(TypeError, match="expected a crop of this layer's own pairs"):
-        layer.keys = one[0]
+    twin = Twin(2, 9, seed=0).layer
+    for others in (one[0], None, layer.values, twin.keys, layer.rows.keys):
+        with pytest.raises(TypeError, match="expected a crop of this layer's own keys, got"):
+            layer.keys = others
+    assert layer.get_seq_length() == 9
     pairs, _ = layer.update(*one)
     query = torch.zeros(2, HEADS * GROUP, 1, DIM)
     with pytest.raises(ValueError, match="over all 10 positions .* got one over 9"):
