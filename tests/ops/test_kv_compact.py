@@ -207,6 +207,30 @@ def test_storage_that_overlaps(native):
         native.op("kv_compact_")(both, torch.zeros(1, 2, 4, 5).mT, GOOD["indices"])
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_memory_that_is_shared_is_refused_by_each_backend(backend):
+    """Pairs would be moved twice, or moved by numbers that have been moved themselves."""
+    indices = int32(1, 3, 4).view(1, 1, 3)
+    wide, heads = torch.randn(1, 1, 5, 12), torch.randn(1, 2, 5, 4)
+    rows = torch.arange(40, dtype=torch.float32).as_strided((1, 1, 5, 4), (20, 20, 2, 1))
+    one, other = torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 4)
+    for keys, values in (
+        (one, one),
+        (wide[..., :8], wide[..., 4:]),
+        (heads[:, :1], heads.flatten()[10:30].view(1, 1, 5, 4)),
+        (rows, one),
+        (one, torch.randn(1, 1, 1, 4).expand(1, 1, 5, 4)),
+    ):
+        before = keys.clone(), values.clone()
+        with pytest.raises(RuntimeError, match="moekv::kv_compact_: expected .*overlap"):
+            ops.kv_compact_(keys, values, indices, backend=backend)
+        assert torch.equal(keys, before[0]) and torch.equal(values, before[1])
+    shared = one.view(torch.int32).flatten()
+    for more in ((shared[:3].view(1, 1, 3),), (int32(1, 3), shared[:2])):
+        with pytest.raises(RuntimeError, match="moekv::kv_compact_: expected .*in memory apart"):
+            ops.kv_compact_(one, other, *more, backend=backend)
+
+
 def test_wrapper(target):
     case = op_cases.KvCompact((1, 2, 30, 8), (11, 30), packed=True)
 

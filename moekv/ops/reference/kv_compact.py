@@ -17,6 +17,7 @@ def kv_compact_(
 ) -> None:
     """Move each row's kept pairs to the front, of the row or (``packed``) of the storage."""
     checks.kv_compact_(keys, values, indices, offsets, packed)
+    _check_memory(keys, values, indices, offsets)
     batch, num_kv_heads, num_keys, _ = keys.shape
     if offsets is None:
         rows = torch.arange(batch * num_kv_heads + 1, device=keys.device)
@@ -45,3 +46,54 @@ def kv_compact_(
 
     for pairs in (keys, values):
         pairs[unravel(target)] = pairs[unravel(source)]
+
+
+def _check_memory(keys: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None) -> None:
+    """Raise where moving pairs would write over others, or over what says where they go.
+
+    By the addresses, as the kernels do: of tensors that have none nothing is known.
+    """
+    if torch.compiler.is_compiling() or type(keys) is not Tensor or keys.is_meta:
+        return
+    op = "moekv::kv_compact_"
+    for name, pairs in (("keys", keys), ("values", values)):
+        if _holds_twice(pairs):
+            raise RuntimeError(
+                f"{op}: expected {name} whose elements do not overlap, got strides {pairs.stride()}"
+            )
+    moved = _extent(keys), _extent(values)
+    if _overlap(*moved):
+        raise RuntimeError(
+            f"{op}: expected keys and values in separate memory, got overlapping ranges"
+        )
+    for name, tensor in (("indices", indices), ("offsets", offsets)):
+        if tensor is not None and any(_overlap(_extent(tensor), extent) for extent in moved):
+            raise RuntimeError(
+                f"{op}: expected {name} in memory apart from keys and values, got overlapping "
+                "ranges"
+            )
+
+
+def _holds_twice(tensor: Tensor) -> bool:
+    """Whether a dimension's step is shorter than what the dimensions with shorter ones span."""
+    extent = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and tensor.numel():
+            if stride < extent:
+                return True
+            extent += (size - 1) * stride
+    return False
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte and behind the last one."""
+    begin = tensor.data_ptr()
+    if not tensor.numel():
+        return begin, begin
+    steps = zip(tensor.stride(), tensor.shape, strict=True)
+    last = sum((size - 1) * stride for stride, size in steps)
+    return begin, begin + (last + 1) * tensor.itemsize
+
+
+def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return one[0] < other[1] and other[0] < one[1]
