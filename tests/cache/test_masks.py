@@ -149,6 +149,41 @@ def test_masks_of_the_callers_own_over_static_layers(
             logits(mask)
 
 
+def test_static_buffers_are_known_by_their_layer_however_they_were_replaced() -> None:
+    """Equal buffers of a copy, and others in their place: each mask is over its own cache."""
+    model, seen = tiny_model(), LENGTH + 6
+
+    def logits(cache: StaticCache, mask: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(
+                tokens(2, 1, 2),
+                past_key_values=cache,
+                attention_mask=mask,
+                position_ids=torch.tensor([[seen - 1]]),
+                cache_position=torch.tensor([seen - 1]),
+            ).logits
+
+    cache = compressed(model, "static")
+    ask(model, cache, None, 5)
+    shown = torch.ones(2, seen, dtype=torch.long)
+    shown[1, LENGTH + 2] = 0
+    copies = [copy.deepcopy(cache) for _ in range(4)]
+    for layer in copies[0].layers:
+        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+    for layer, other in zip(copies[1].layers, copies[2].layers, strict=True):  # an exchange
+        layer.keys, other.keys = other.keys, layer.keys
+        layer.values, other.values = other.values, layer.values
+    expected = logits(copies[3], shown)
+    for each in (cache, *copies[:3]):
+        torch.testing.assert_close(logits(each, four_d(shown, 1)), expected, atol=1e-5, rtol=1e-5)
+    whole = StaticCache(model.config, max_cache_len=40)  # beside them, and lacks nothing
+    with torch.no_grad():
+        model(tokens(2, LENGTH + 5), past_key_values=whole)
+        same = copy.deepcopy(whole)
+    own = torch.nn.functional.pad(four_d(shown, 1), (0, 40 - seen))
+    torch.testing.assert_close(logits(whole, own), logits(same, shown), atol=1e-5, rtol=1e-5)
+
+
 def test_masks_that_add_numbers() -> None:
     model = tiny_model()
     mask = (~four_d(torch.ones(2, LENGTH + NUM_NEW), NUM_NEW)).float() * -1e30

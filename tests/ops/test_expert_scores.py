@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import op_cases
 import pytest
@@ -6,9 +7,12 @@ import torch
 from memory import peak_mib
 from targets import on_any_number_of_threads, refuses
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from moekv import ops
 from moekv.ops import ScoreKind, reference
+from moekv.ops.reference.expert_scores import _attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -205,6 +209,31 @@ def test_wide_pools_keep_what_little_is_left(target, pool):
     )[0, 0, :, 7:].cpu()
     expected = torch.stack(means, -1).clamp(min=1e-20).log()
     torch.testing.assert_close(got.double(), expected, atol=2e-5, rtol=0)
+
+
+class Written(TorchDispatchMode):
+    """Counts the numbers that operations hand out."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        result = function(*args, **kwargs or {})
+        self.count += sum(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))
+        return result
+
+
+def test_a_wide_pool_costs_no_more_than_a_narrow_one():
+    """Counted, not timed: sums run along the text once, however many places each one covers."""
+    counts = {}
+    for length in (4096, 8192):
+        attention, start = torch.rand(1, 2, length), torch.zeros(1, 1, 1).int()
+        for pool in (3, 65, 1025):
+            with Written() as written:
+                _attention(attention, start, 4, pool)
+            counts[length, pool] = written.count
+        assert counts[length, 1025] < 1.5 * counts[length, 3]
+        assert counts[length, 65] < 1.1 * counts[length, 3]
+    assert counts[8192, 1025] < 2.1 * counts[4096, 1025]
 
 
 GOOD = {

@@ -7,7 +7,7 @@ import torch
 from press_probes import ALL, LENGTH, Spy, compress, kept_positions, make_press
 from tiny_models import prefill, tiny_model, tokens
 
-from moekv import PiKVMoERouter
+from moekv import MoERouterPress, PiKVMoERouter
 from moekv.press.routing import ROUTED_EXPERTS, SHARED_EXPERT
 
 
@@ -89,6 +89,42 @@ def test_stats_of_two_prefills_and_a_reset() -> None:
     assert empty["forward_count"] == empty["total_aux_loss"] == empty["avg_aux_loss"] == 0
     assert empty["compression"] == dict.fromkeys(stats["compression"], 0)
     assert empty["layer_stats"] == {}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_experts": "auto"},
+        {"experts": ALL, "router_type": "pikv"},
+        {"pairs": "auto", "fold": True},
+        {"budget": "uniform", "pairs": "16"},
+    ],
+    ids=["experts", "history", "formats", "uniform"],
+)
+def test_a_reset_press_is_a_new_one(options: dict[str, Any]) -> None:
+    """All that is said of a model, and what its sizes made of ``"auto"``, goes with it."""
+    first, then = tiny_model(), tiny_model("qwen3")
+
+    def use(press: Any, model: Any, seed: int) -> tuple[dict[str, Any], list[torch.Tensor]]:
+        torch.manual_seed(0)  # of routers' weights
+        with press(model):
+            cache = prefill(model, tokens(1, LENGTH, seed))
+            with torch.no_grad():
+                model(tokens(1, 1, seed), past_key_values=cache)
+        held = [x for layer in cache.layers for x in layer.held_pairs()]
+        return press.get_stats(), held
+
+    used, new = (MoERouterPress(0.5, **options) for _ in range(2))
+    unused = new.get_stats()
+    for seed in (3, 4):
+        stats, _ = use(used, first, seed)
+    assert all(stats[name] != unused[name] for name in ("compression", "layer_stats"))
+    used.reset_stats()
+    assert used.get_stats() == unused
+    assert used.summary() == new.summary()
+    expected, got = use(new, then, 5), use(used, then, 5)
+    assert str(got[0]) == str(expected[0])
+    assert all(torch.equal(a, b) for a, b in zip(got[1], expected[1], strict=True))
 
 
 def test_history_follows_the_hit_rates_every_few_calls() -> None:
