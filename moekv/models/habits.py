@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from moekv.models.hooks import implementation_of, looks_up, names, needed_by, takes
+from moekv.models.hooks import (
+    SHARED_PAIRS,
+    implementation_of,
+    looks_up,
+    names,
+    needed_by,
+    takes,
+)
 from moekv.models.watching import HEAD_BY_HEAD, StandIn, ask
 from moekv.models.weights import device_of
-from moekv.ops.formats import MAX_HEAD_DIM
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,8 @@ def _try(layer: nn.Module, rotary: nn.Module | None) -> Habits:
     states = torch.ones(1, 1, size, dtype=dtype, device=device)
     positions = torch.zeros(1, 1, dtype=torch.long, device=device)
     given: dict[str, Any] = dict.fromkeys(needed_by(layer))
+    if names(layer, SHARED_PAIRS):
+        given[SHARED_PAIRS] = {}
     if takes(layer, "position_ids"):
         given["position_ids"] = positions
     cache = StandIn(int)
@@ -107,14 +116,19 @@ def _hidden_size(layer: nn.Module) -> int | None:
     return size if size is not None or linear is None else linear.in_features
 
 
-def reads_dense(layer: nn.Module, rotary: nn.Module | None = None) -> bool:
-    """Return whether an attention layer can only read dense pairs."""
+EAGER = "'eager' attention"
+
+
+def why_dense(layer: nn.Module, rotary: nn.Module | None = None) -> str | None:
+    """Say why an attention layer can only read dense pairs; None: it reads ragged ones as well."""
     habits = habits_of(layer, rotary)
-    if habits.head_dim > MAX_HEAD_DIM or not habits.hands_over:
-        return True
-    if habits.has_sinks:
-        return not _has_kernel_with_sinks(layer)
-    return implementation_of(layer) == "eager"
+    if not habits.hands_over:
+        return f"{type(layer).__name__}, whose attention gets more or less than its cache returns,"
+    if habits.has_sinks and not _has_kernel_with_sinks(layer):
+        return f"attention with learned sinks, without a kernel on {device_of(layer)},"
+    if not habits.has_sinks and implementation_of(layer) == "eager":
+        return EAGER
+    return None
 
 
 def _has_kernel_with_sinks(layer: nn.Module) -> bool:
@@ -131,13 +145,13 @@ def follows_masks(layer: nn.Module, rotary: nn.Module | None = None) -> bool:
     return not own and implementation_of(layer) != "flex_attention"
 
 
-def check_attention(layer: nn.Module, rotary: nn.Module | None, what: str) -> None:
+def check_attention(layers: Iterable[nn.Module], rotary: nn.Module | None, what: str) -> None:
     """Raise unless the model's attention implementation can serve ragged layers.
 
     Parameters
     ----------
-    layer : nn.Module
-        An attention layer of the model.
+    layers : iterable of nn.Module
+        Attention layers of the model.
     rotary : nn.Module or None
         The decoder's rotary embedding.
     what : str
@@ -148,7 +162,8 @@ def check_attention(layer: nn.Module, rotary: nn.Module | None, what: str) -> No
     ValueError
         It is in the model's own code, and cannot be replaced.
     """
-    if not reads_dense(layer, rotary):
+    layer = next((layer for layer in layers if why_dense(layer, rotary) is not None), None)
+    if layer is None:
         return
     habits = habits_of(layer, rotary)
     if habits.has_sinks and habits.hands_over:
@@ -164,8 +179,8 @@ def check_attention(layer: nn.Module, rotary: nn.Module | None, what: str) -> No
         )
     raise ValueError(
         f"expected a model whose attention can be replaced for {what}, got "
-        f"{type(layer).__name__}, which reads dense caches only, or whose heads have more than "
-        f"{MAX_HEAD_DIM} channels; use budget='uniform' and rows without padding"
+        f"{type(layer).__name__}, which reads dense caches only; use budget='uniform' and rows "
+        "without padding"
     )
 
 

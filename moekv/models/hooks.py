@@ -29,6 +29,9 @@ CACHE_NAMES: tuple[str, ...] = ("past_key_values", "cache", "past_key_value", "l
 if "cache" in inspect.signature(create_causal_mask).parameters:
     CACHE_NAMES = ("cache", *(name for name in CACHE_NAMES if name != "cache"))
 
+SHARED_PAIRS = "shared_kv_states"
+"""Name of the mapping in which layers leave their pairs for others (Gemma 3n and 4, from 5.24)."""
+
 CROPS_BY_COUNT = "tokens_to_remove" in inspect.signature(DynamicLayer.crop).parameters
 """Whether ``crop(0)`` removes nothing, or everything, as in older versions."""
 
@@ -52,6 +55,41 @@ _LAYER_METHODS = {
     "reorder_cache": ({"beam_idx"}, set()),
 }
 """Methods of cache layers: parameters that each version has, and that some have."""
+
+
+_COUNTS_FROM_ONE = ("paligemma",)
+"""Kinds of models whose first token is at position 1."""
+
+
+def first_position(model: nn.Module) -> int:
+    """Return the position of a text's first token."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return int(kind in _COUNTS_FROM_ONE)
+
+
+def check_prompt_learning(model: Any) -> None:
+    """Raise where PEFT's ``generate`` of a learned prompt does not know the model's cache.
+
+    It takes the model's place while it generates, and looks for a cache by the name that older
+    transformers have: it feeds its virtual tokens again with each new token, or loses its prefix.
+
+    Raises
+    ------
+    RuntimeError
+        It does.
+    """
+    prepare = vars(model).get("prepare_inputs_for_generation")
+    config = getattr(getattr(prepare, "__self__", None), "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        function = inspect.unwrap(getattr(prepare, "__func__", prepare))
+        if CACHE_NAMES[0] not in function.__code__.co_consts:
+            raise RuntimeError(
+                "expected a PEFT whose generate finds caches by the name "
+                f"{CACHE_NAMES[0]!r} of transformers {transformers.__version__} for "
+                f"{type(config).__name__}, got one that feeds its virtual tokens again at each "
+                "step, or drops them, with a press or without; install a newer peft, or an earlier "
+                "transformers (5.12)"
+            )
 
 
 def check_transformers() -> None:
@@ -267,9 +305,7 @@ def is_sliding(layer: Any, config: Any = None) -> bool:
     bool
     """
     config = config_of(layer, config)
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    kind = kinds[layer.layer_idx] if kinds is not None else None
+    window, kind = getattr(config, "sliding_window", None), _kind_in(layer, config)
     if kind in ("full_attention", "attention"):
         return False
     if kind is None and window is None:
@@ -277,6 +313,38 @@ def is_sliding(layer: Any, config: Any = None) -> bool:
     if kind not in (None, "sliding_attention") or not isinstance(window, int):
         return True
     return window < (getattr(config, "max_position_embeddings", None) or window + 1)
+
+
+def _kind_in(layer: Any, config: Any) -> str | None:
+    """Read the kind of an attention layer in its model's configuration; None: it says none."""
+    kinds = getattr(config, "layer_types", None)
+    return kinds[layer.layer_idx] if kinds is not None else None
+
+
+_WHY_LEFT = {
+    **dict.fromkeys(
+        (None, "sliding_attention", "chunked_attention"),
+        "sliding windows or chunks, whose caches are bounded already",
+    ),
+    **dict.fromkeys(
+        ("hybrid", "hybrid_sliding"),
+        "pairs and states in one cache layer, which moekv cannot take apart",
+    ),
+}
+
+
+def why_left_alone(layers: Iterable[nn.Module], config: Any) -> str:
+    """Say why attention layers that :func:`is_sliding` names are left as they are.
+
+    Parameters
+    ----------
+    layers : iterable of nn.Module
+    config : PreTrainedConfig
+        Of the text decoder, for layers without one.
+    """
+    kinds = dict.fromkeys(_kind_in(layer, config_of(layer, config)) for layer in layers)
+    other = "attention of kind {!r}, whose cache layers are of a kind of their own"
+    return "; ".join(dict.fromkeys(_WHY_LEFT.get(x, other.format(x)) for x in kinds))
 
 
 def looks_up(layer: nn.Module) -> bool:

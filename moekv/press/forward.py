@@ -49,6 +49,8 @@ class Plan:
     shares : bool
         Whether further layers attend to the pairs of these. They come later in a forward, at whose
         end caches are compressed then.
+    origin : int
+        Position of a text's first token.
     """
 
     options: Options
@@ -62,6 +64,7 @@ class Plan:
     later: Later = field(default_factory=Later)
     unfolded: str | None = OFTEN
     shares: bool = False
+    origin: int = 0
 
     @property
     def goes_on(self) -> bool:

@@ -234,7 +234,7 @@ class Growth(Strategy):
         ragged = ragged or plan.options.quantises
         if ragged:
             what = "heads or layers of different lengths"
-            check_attention(plan.layers[0], self.view.rotary, what)
+            check_attention(plan.layers, self.view.rotary, what)
         windows = [window for window, *_ in groups]
         return Shrinking(padding, keep, list(groups.values()), windows, ragged)
 

@@ -14,7 +14,7 @@ from transformers import Cache
 from moekv.cache.caches import agree_on_padding, check_cache, is_static, num_rows, repeat_rows
 from moekv.cache.layer import CompressedLayer
 from moekv.experts.builder import ViewBuilder
-from moekv.models.habits import habits_of, reads_dense
+from moekv.models.habits import EAGER, habits_of, why_dense
 from moekv.models.hooks import cache_of, index_of, is_prefill
 from moekv.models.weights import device_of
 from moekv.press.checks import check_count
@@ -67,6 +67,8 @@ class Planner:
         Processes over which the model is spread, see ``moekv.models.weights.mesh_of``.
     shares : bool
         Whether later layers attend to the pairs of these, too.
+    origin : int
+        Position of a text's first token.
 
     Raises
     ------
@@ -86,12 +88,14 @@ class Planner:
         note: Callable[[Recording], None] | None = None,
         mesh: Any = None,
         shares: bool = False,
+        origin: int = 0,
     ) -> None:
         if context_length is not None:
             check_count("context_length", context_length, 1)
         self.layers = layers
         self._mark = _Mark()
         self._rotary, self._mesh, self._shares = rotary, mesh, shares
+        self._origin = origin
         self._options, self._rater, self._statistics = options, rater, statistics
         self._context_length = context_length
         self._note = note
@@ -163,7 +167,7 @@ class Planner:
         num_tokens = 0 if tokens is None else tokens.shape[1]
         num_cached = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
         self._check(options)
-        dense = self._reads_dense or is_static(cache)
+        dense = self._why_dense is not None or is_static(cache)
         sizes = None if dense else habits_of(self.layers[0], self._rotary).sizes
         options = options.in_format(sizes, device_of(self.layers[0]))
         if cache is not None and num_cached and self._goes_on(options):
@@ -225,15 +229,18 @@ class Planner:
             self._note,
             self._later,
             shares=self._shares,
+            origin=self._origin,
         )
 
     def _automatic(self, options: Options, rater: Rater, cache: Any) -> str:
         """Return the budget that ``"auto"`` stands for; warn where another would lose less."""
         if options.policy == "dominant" or not rater.compares:
             return "uniform"
-        reader = "a static cache" if is_static(cache) else None
-        if self._reads_dense:
-            reader = "the model's own attention ('eager', sinks, or heads that it mixes)"
+        reader, remedy = self._why_dense, ""
+        if reader == EAGER:
+            remedy = "; 'model' loses less, with attn_implementation=\"sdpa\""
+        if is_static(cache):
+            reader, remedy = "a static cache", "; 'model' loses less, with a DynamicCache"
         if reader is None:
             return "model"
         if is_static(cache) or options.streaming or not fits_masks(self.layers, self._rotary):
@@ -243,11 +250,11 @@ class Planner:
         if options.evicts and reader not in self._named:
             self._named.add(reader)
             logger.warning(
-                "budget 'auto' is %r, %s, as %s needs dense layers; 'model' loses less, with "
-                "DynamicCache and 'sdpa'",
+                "budget 'auto' is %r, %s, as %s needs dense layers%s",
                 budget,
                 what,
                 reader,
+                remedy,
             )
         return budget
 
@@ -256,8 +263,10 @@ class Planner:
         return [index_of(layer) for layer in self.layers]
 
     @property
-    def _reads_dense(self) -> bool:
-        return any(reads_dense(layer, self._rotary) for layer in self.layers)
+    def _why_dense(self) -> str | None:
+        """Why layers have to be dense; None: they need not."""
+        reasons = (why_dense(layer, self._rotary) for layer in self.layers)
+        return next((why for why in reasons if why is not None), None)
 
     def _goes_on(self, options: Options) -> bool:
         return options.decoding is not None or self._context_length is not None

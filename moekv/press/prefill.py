@@ -203,9 +203,7 @@ class Prefill(Strategy):
         plan, ratings = self.plan, [r.done for r in rated]
         kept, num_bytes = choose(ratings, plan), []
         if any(k is not None and k.per_head is None for k in kept):
-            check_attention(
-                plan.layers[0], self.view.rotary, "heads or layers of different lengths"
-            )
+            check_attention(plan.layers, self.view.rotary, "heads or layers of different lengths")
         run = self._run(ratings[0])
         leaves = any(
             k is not None and len(k.indices) < r.num_pairs for r, k in zip(rated, kept, strict=True)

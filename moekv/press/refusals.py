@@ -86,7 +86,7 @@ def check_block(
             )
         check_able(rater.experts)
     if options.budget in ("head", "model") and options.evicts:
-        check_attention(layers[0], rotary, f"budget {options.budget!r}")
+        check_attention(layers, rotary, f"budget {options.budget!r}")
     if options.budget == "layer" and not fits_masks(layers, rotary):
         raise ValueError(
             "expected attention layers that get their attention function by name, whose masks "
@@ -100,7 +100,7 @@ def check_block(
             "kernel of fold_pairs"
         )
     if options.pairs not in ("16", "auto"):
-        check_attention(layers[0], rotary, f"pairs {options.pairs!r}")
+        check_attention(layers, rotary, f"pairs {options.pairs!r}")
         device = device_of(layers[0])
         for sizes in {x.sizes for x in habits if x.sizes is not None}:
             check_pairs(options.pairs, *sizes, device=device, backend=backend)
@@ -123,7 +123,7 @@ def check_prefill(
     if is_static(cache):
         _check_room(cache, index_of(layers[0]), num_tokens)
     if plan.options.decoding is not None:
-        _check_positions(given, num_tokens)
+        _check_positions(given, num_tokens, plan.origin)
     mask, padded = given.get("attention_mask"), False
     if isinstance(mask, Tensor) and plan.acts:
         padded = any(read_starts(mask[..., :num_tokens] if is_static(cache) else mask))
@@ -134,11 +134,11 @@ def check_prefill(
             static=_not_for_static(plan, padded),
         )
     if plan.context_length is not None:
-        _check_chunk(plan.context_length, 0, num_tokens, given)
+        _check_chunk(plan, 0, num_tokens, given)
         if plan.acts:
-            check_attention(layers[0], rotary, "a prompt in chunks")
+            check_attention(layers, rotary, "a prompt in chunks")
     if padded:
-        check_attention(layers[0], rotary, "rows with padding")
+        check_attention(layers, rotary, "rows with padding")
 
 
 def check_more(
@@ -169,7 +169,7 @@ def check_more(
     if num_tokens <= 1:
         return
     if plan.context_length is not None and num_cached < plan.context_length:
-        _check_chunk(plan.context_length, num_cached, num_tokens, given)
+        _check_chunk(plan, num_cached, num_tokens, given)
         return
     if plan.options.decoding is None and wanted != num_tokens:
         raise RuntimeError(
@@ -185,7 +185,7 @@ def check_more(
             f"expected tokens at position {num_cached}, behind what the cache has seen, got "
             f"{num_tokens} at {first}: their masks would be wrong"
         )
-    _check_positions(given, num_cached + num_tokens)
+    _check_positions(given, num_cached + num_tokens, plan.origin)
 
 
 def _not_for_static(plan: Plan, padded: bool) -> str | None:
@@ -202,23 +202,23 @@ def _not_for_static(plan: Plan, padded: bool) -> str | None:
     return "rows with padding" if padded else None
 
 
-def _check_chunk(length: int, num_cached: int, num_tokens: int, given: Mapping[str, Any]) -> None:
+def _check_chunk(plan: Plan, num_cached: int, num_tokens: int, given: Mapping[str, Any]) -> None:
     """Refuse a chunk beyond the prompt, or at wrong positions."""
-    seen = num_cached + num_tokens
-    if seen > length:
+    length, seen = plan.context_length, num_cached + num_tokens
+    if length is not None and seen > length:
         raise RuntimeError(
             f"expected a prompt of context_length = {length} tokens, got "
             f"{num_tokens} for a cache that holds {num_cached}"
         )
-    _check_positions(given, seen)
+    _check_positions(given, seen, plan.origin)
 
 
-def _check_positions(given: Mapping[str, Any], seen: int) -> None:
-    """Refuse positions beyond the tokens fed so far."""
-    position_ids = given.get("position_ids")
-    if isinstance(position_ids, Tensor) and int(position_ids.max()) >= seen:
+def _check_positions(given: Mapping[str, Any], seen: int, origin: int) -> None:
+    """Refuse positions beyond the tokens fed so far, the first of which is at `origin`."""
+    position_ids, end = given.get("position_ids"), seen + origin
+    if isinstance(position_ids, Tensor) and int(position_ids.max()) >= end:
         raise RuntimeError(
-            f"expected positions below {seen} for the last of {seen} tokens, got "
+            f"expected positions below {end} for the last of {seen} tokens, got "
             f"{int(position_ids.max())}: some versions of transformers number the chunks of "
             "generate(prefill_chunk_size=...) wrongly; moekv.prefill_in_chunks does not"
         )

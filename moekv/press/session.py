@@ -22,7 +22,9 @@ from moekv.models.hooks import (
     attentions_of,
     by_name,
     cache_of,
+    check_prompt_learning,
     check_transformers,
+    first_position,
     hook_arguments,
     is_pressed,
     is_sliding,
@@ -30,6 +32,7 @@ from moekv.models.hooks import (
     option,
     rotary_in,
     routers_in,
+    why_left_alone,
 )
 from moekv.models.watching import Asked, watched
 from moekv.models.weights import mesh_of
@@ -107,9 +110,8 @@ class Session:
         self.layers = [layer for layer in layers if not is_sliding(layer, config)]
         if not self.layers:
             raise ValueError(
-                "expected layers with full attention, got none: sliding windows in all of them, "
-                "whose caches are bounded already, or layers that hold no pairs or choose among "
-                f"them themselves ({type(layers[0]).__name__})"
+                f"expected layers with full attention, got none: {why_left_alone(layers, config)} "
+                f"({type(layers[0]).__name__})"
             )
         self._planner = Planner(
             self.layers,
@@ -121,6 +123,7 @@ class Session:
             note=note,
             mesh=mesh_of(model),
             shares=any(getattr(x, "is_kv_shared_layer", False) for x in decoder.modules()),
+            origin=first_position(model),
         )
         self._depth = option(self.decoder.config, "num_hidden_layers")
         self._local = threading.local()
@@ -252,6 +255,7 @@ class Session:
     @_between_graphs
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         _check_numbers()
+        check_prompt_learning(self.model)
         if (thread := threading.get_ident()) not in self._threads:
             with self._lock:
                 self._threads.add(thread)

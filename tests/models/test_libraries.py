@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moekv import MoERouterPress
 from moekv.models.fingerprint import TOLERANCE, distance, fingerprint
+from moekv.models.hooks import CACHE_NAMES
 
 
 def _model() -> PreTrainedModel:
@@ -132,3 +133,27 @@ def test_weights_as_libraries_store_them(name: str, tmp_path: Path) -> None:
     assert distance(wanted, fingerprint(model)) < TOLERANCE
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     assert try_press(inner) == "works: 2 of 2 layers"
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
+def test_learned_prompts(kind: str) -> None:
+    """Virtual tokens are compressed with the others, or the first forward is refused."""
+    peft: Any = pytest.importorskip("peft")
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    model, ids = peft.get_peft_model(_model(), config).eval(), tokens(1, 60)
+    how: dict[str, Any] = {"input_ids": ids, "max_new_tokens": 6, "do_sample": False}
+    press = MoERouterPress(0.5)
+    prepare = peft.PeftModelForCausalLM.prepare_inputs_for_generation
+    if CACHE_NAMES[0] not in prepare.__code__.co_consts:
+        with pytest.raises(RuntimeError, match="feeds its virtual tokens again"), press(model):
+            model.generate(**how)
+        assert not press.get_stats()["forward_count"]
+        return
+    plain = model.generate(**how)
+    with MoERouterPress(0.0)(model):
+        assert torch.equal(model.generate(**how), plain)
+    with press(model):
+        model.generate(**how)
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    pair = cache.layers[0].keys[0, 0, 0].nbytes * 2
+    assert press.get_stats()["compression"]["bytes_before"] == 2 * 2 * 65 * pair

@@ -1,10 +1,12 @@
 """Models that a press cannot serve, and versions of transformers that call them otherwise."""
 
 from abc import abstractmethod
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from every_model import TEXT_MODELS, build
 from model_sweep import try_press
 from refusals import LENGTH, assert_untouched, lengths, num_hooks, refuse_block
 from tiny_models import prefill, tiny_model, tokens
@@ -54,7 +56,63 @@ def test_sliding_windows_in_all_layers() -> None:
             sliding_window=16,
         )
     )
-    refuse_block(ValueError, "sliding windows in all", model, MoERouterPress())
+    refuse_block(ValueError, "got none: sliding windows or chunks", model, MoERouterPress())
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "reason"),
+    [
+        ("falcon_h1", "LinearAttentionAndFull", "pairs and states in one cache layer"),
+        ("deepseek_v32", "DynamicIndexed", "attention of kind 'indexed_attention'"),
+    ],
+)
+def test_cache_layers_that_hold_more_than_pairs(name: str, kind: str, reason: str) -> None:
+    """The error says what keeps them from being compressed."""
+    if name not in TEXT_MODELS:
+        pytest.skip(f"this transformers has no {name}")
+    model = build(name)
+    if not type(DynamicCache(config=model.config).layers[0]).__name__.startswith(kind):
+        pytest.skip("this transformers keeps it in other caches")
+    refuse_block(ValueError, f"got none: {reason}", model, MoERouterPress())
+
+
+@pytest.mark.parametrize("name", ["gpt_neox_japanese", "trocr", "xglm"])
+def test_a_model_whose_layers_have_no_config(name: str) -> None:
+    model = build(name)
+    assert not any(hasattr(layer, "config") for layer in find_layers(model)[1])
+    assert try_press(model) == "works: 4 of 4 layers, without padding"
+
+
+def test_a_model_that_counts_from_one() -> None:
+    """PaliGemma's first token is at position 1, so that its last is not beyond the prompt."""
+    model, ids = build("paligemma"), tokens(1, LENGTH)
+    press = MoERouterPress(0.5, decoding=DecodingConfig(16, 4))
+    with press(model):
+        model.generate(ids, max_new_tokens=9, do_sample=False)
+        where, cache = torch.arange(2, LENGTH + 2)[None], DynamicCache(config=model.config)
+        with pytest.raises(RuntimeError, match="positions below 41 for the last of 40"):
+            model(ids, position_ids=where, past_key_values=cache)
+    assert press.get_stats()["compression"]["ratio"] > 0.5
+
+
+class _Peft:
+    """Stands in a model's place while it generates, as PEFT's models do."""
+
+    active_peft_config = SimpleNamespace(is_prompt_learning=True)
+
+    def prepare(self, **inputs: Any) -> Any:
+        return inputs.get("past_key_values_of_another_version")
+
+
+def test_a_learned_prompt_and_a_cache_of_another_name() -> None:
+    model: Any = tiny_model()
+    press, prepare = MoERouterPress(), model.prepare_inputs_for_generation
+    model.prepare_inputs_for_generation = _Peft().prepare
+    message = "expected a PEFT whose generate finds caches .* feeds its virtual tokens again"
+    with pytest.raises(RuntimeError, match=message), press(model):
+        prefill(model, tokens(1, LENGTH))
+    model.prepare_inputs_for_generation = prepare  # as it puts it back
+    assert_untouched(model, press)
 
 
 SHAPE = {
@@ -87,10 +145,14 @@ def test_positions_told_by_distances() -> None:
 
 def test_heads_of_more_channels() -> None:
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, head_dim=288))
-    assert try_press(model) == "works: 2 of 2 layers"  # PyTorch stands in for the kernels
+    # PyTorch stands in for the kernels, in steps of padded rows that compress as well.
+    assert try_press(model) == "works: 2 of 2 layers"
+    press = MoERouterPress(0.5, pairs="k8v8")
+    with press(model):
+        prefill(model, tokens(1, LENGTH))
+    assert press.get_stats()["budget"]["used"] == "model"
     message = "at most 256 channels for backend 'cpu'.*got 288"
     refuse_block(TypeError, message, model, MoERouterPress(backend="cpu"))
-    refuse_block(ValueError, "more than 256 channels", model, MoERouterPress(budget="model"))
 
 
 def test_compression_that_goes_on_where_heads_are_mixed() -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moekv.ops import checks, row_checks
-from moekv.ops.backends import for_device, implementation
+from moekv.ops.backends import for_device, for_heads, implementation
 from moekv.ops.registration import register
 
 
@@ -61,8 +61,8 @@ def ragged_attention(
         One of ``PAIRS``: how the rows are stored; see ``quantize_pairs``. The tail never is.
     backend : str
         One of ``BACKENDS``; ``auto``: native kernels where they are, by the device of ``query``.
-        ``torch`` alone has gradients, and alone serves quantised rows to a float32 ``query`` on
-        CUDA: ``auto`` chooses it for them there.
+        ``torch`` alone has gradients, and alone serves heads of more than 256 channels, and
+        quantised rows to a float32 ``query``, on CUDA: ``auto`` chooses it for them there.
 
     Returns
     -------
@@ -83,7 +83,8 @@ def ragged_attention(
     .. [1] Dao et al., "Flash-Decoding for long-context inference", 2023.
     .. [2] OpenAI, "gpt-oss-120b & gpt-oss-20b model card", 2025.
     """
-    if pairs != "16" and getattr(query, "dtype", None) == torch.float32:
+    is_wide = for_heads(backend, query, *((values,) if pairs == "16" else ())) != backend
+    if is_wide or (pairs != "16" and getattr(query, "dtype", None) == torch.float32):
         backend = for_device(backend, query)
     op = implementation("ragged_attention", query, backend)
     output: Tensor = op(
