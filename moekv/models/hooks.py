@@ -321,7 +321,7 @@ def _kind_in(layer: Any, config: Any) -> str | None:
     return kinds[layer.layer_idx] if kinds is not None else None
 
 
-_WHY_LEFT = {
+_WHY_LEFT: dict[str | None, str] = {
     **dict.fromkeys(
         (None, "sliding_attention", "chunked_attention"),
         "sliding windows or chunks, whose caches are bounded already",

@@ -86,6 +86,11 @@ _WITH_MROPE = ("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm46v_text", 
 _WITH_MROPE += ("paddleocr_vl_text", "qwen2_5_omni_text")
 _OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(_WITH_MROPE, {"rope_parameters": _MROPE}),
+    "blt": {"encoder_hash_byte_group_vocab": 128},
+    **dict.fromkeys(
+        ("kosmos_2_text_model", "kosmos_2_5_text_model"),
+        {"layers": 4, "attention_heads": 4, "embed_dim": 64, "init_std": 0.2},
+    ),
     "bamba": {"attn_layer_indices": [1, 3], "layer_types": None},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
@@ -111,6 +116,14 @@ _OWN: dict[str, dict[str, Any]] = {
         ],
         "num_hidden_layers": 5,
     },
+    **dict.fromkeys(
+        ("gemma4_text", "gemma4_unified_text"),
+        {
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "num_hidden_layers": 6,
+        },
+    ),
     "glm4v_moe_text": {
         "rope_parameters": _MROPE | {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}
     },
@@ -121,7 +134,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "mamba_expand": 2,
     },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "layer_types": None},
-    "kimi_linear": {"head_dim": 16},
+    "kimi_linear": {"head_dim": 16, "linear_head_dim": 8, "linear_num_heads": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"layer_types": None, "num_heads": 8, "head_dim": 16},
     "hunyuan_vl_text": {"rope_parameters": _ROPE | {"mrope_section": [2, 2, 2, 2]}},
@@ -129,6 +142,7 @@ _OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), {"vision_start_token_id": 122}
     ),
+    "Qwen2VLVisionConfig": {"hidden_size": 64},  # of what it hands to the text
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -164,7 +178,7 @@ def tiny_config(kind: type[PreTrainedConfig], is_text: bool = True) -> PreTraine
         sizes |= _text_sizes(kind, default, known)
     if "qk_rope_head_dim" in sizes:  # all heads are made of one latent
         sizes |= {"head_dim": 8, "num_key_value_heads": 4}
-    sizes |= _OWN.get(kind.model_type, {})
+    sizes |= _OWN.get(kind.model_type, {}) | _OWN.get(kind.__name__, {})
     sizes = {name: x for name, x in sizes.items() if x is not None or name != "layer_types"}
     try:
         made = kind(**sizes)

@@ -18,11 +18,7 @@ ASKED_FOR = (
 )
 """Families that are to work: in each transformers that has them."""
 
-SLOW = {"blt", "kimi_linear", "kosmos-2", "kosmos-2.5"}  # which take many seconds each
-NAMES = [
-    pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
-    for name in ([] if IS_OLDER else [*TEXT_MODELS, *IMAGE_MODELS])
-]
+NAMES = [] if IS_OLDER else [*TEXT_MODELS, *IMAGE_MODELS]
 
 
 @pytest.mark.skipif(IS_OLDER, reason=f"transformers is older than {VERSION}")

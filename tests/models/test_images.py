@@ -40,6 +40,7 @@ def _crossed(model: Any) -> tuple[int, dict[str, Any]]:
 
 
 FAMILIES: dict[str, tuple[Callable[[Any], tuple[int, dict[str, Any]]], str]] = {
+    "qwen2_vl": (_qwen, "4 of 4"),
     "qwen2_5_vl": (_qwen, "4 of 4"),
     "qwen3_vl": (_qwen, "4 of 4"),
     "qwen3_vl_moe": (_qwen, "4 of 4"),
