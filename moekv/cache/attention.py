@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moekv import ops
 from moekv.cache.graphs import attend_ragged, traced
-from moekv.cache.layer import crop_all_layers_or_none
+from moekv.cache.layer import crop_all_layers_or_none, repeat_all_layers
 from moekv.cache.masks import (
     as_seen,
     check_masks,
@@ -50,6 +50,7 @@ def install() -> None:
     check_masks()
     keep_pairs_in_their_layers()
     crop_all_layers_or_none()
+    repeat_all_layers()
     for name, function in list(ALL_ATTENTION_FUNCTIONS.items()):
         if not getattr(function, "serves_compressed_layers", False):
             ignored = _IGNORED.get(name, frozenset())

@@ -137,19 +137,27 @@ def num_rows(cache: Cache) -> int:
 def repeat_rows(cache: Cache, times: int) -> None:
     """Repeat each row of a cache, so that it can be continued as often.
 
+    Layers of states have no method for that, and reorder their rows instead.
+
     Raises
     ------
     TypeError
-        A layer cannot be repeated, as those of states in transformers 5.24; nothing has changed.
+        A layer can do neither; nothing has changed.
     """
     for layer in cache.layers:
-        if not hasattr(layer, "batch_repeat_interleave"):
+        if not hasattr(layer, "batch_repeat_interleave") and not hasattr(layer, "reorder_cache"):
             raise TypeError(
                 f"expected a cache whose rows can be repeated, to continue each {times} times, got "
                 f"a {type(layer).__name__}, which transformers {transformers.__version__} does not "
                 f"repeat; begin with a prompt of {times} rows (num_return_sequences makes them)"
             )
-    cache.batch_repeat_interleave(times)
+    rows = torch.arange(num_rows(cache), device="cpu").repeat_interleave(times)
+    layers: list[Any] = cache.layers
+    for each in layers:
+        if hasattr(each, "batch_repeat_interleave"):
+            each.batch_repeat_interleave(times)
+        else:
+            each.reorder_cache(rows)
 
 
 def is_compressed(layer: CacheLayerMixin) -> bool:

@@ -324,12 +324,7 @@ class CompressedLayer(CacheLayerMixin):
         """
         if rows > self.batch_size == 1:
             self.batch_repeat_interleave(rows)
-        if rows > self.batch_size and rows % self.batch_size == 0:
-            raise ValueError(
-                f"expected new pairs of {self.batch_size} rows for this cache, got {rows}; "
-                f"cache.batch_repeat_interleave({rows // self.batch_size}) has each row continued "
-                "as often, as generate(num_return_sequences=...) does"
-            )
+        check_rows(self.batch_size, rows)
         if self._is_cropped:
             self.num_branches, self._is_cropped = self.num_branches + 1, False
 
@@ -418,3 +413,54 @@ def crop_all_layers_or_none() -> None:
 
     crop_all.asks_all_layers = True  # type: ignore[attr-defined]
     Cache.crop = crop_all  # type: ignore[method-assign]
+
+
+def check_rows(held: int, rows: int) -> None:
+    """Raise where each row of a cache would have to be continued several times.
+
+    Raises
+    ------
+    ValueError
+        Says how the cache is made to have as many rows.
+    """
+    if rows > held and rows % held == 0:
+        raise ValueError(
+            f"expected new pairs of {held} rows for this cache, got {rows}; "
+            f"cache.batch_repeat_interleave({rows // held}) has each row continued as often, as "
+            "generate(num_return_sequences=...) does"
+        )
+
+
+def repeat_all_layers() -> None:
+    """Have a cache with compressed layers repeat its other layers as those are. Idempotent.
+
+    One text may be continued in several rows, and transformers repeats no layer by itself.
+    """
+    update = Cache.update
+    if getattr(update, "repeats_all_layers", False):
+        return
+
+    @functools.wraps(update)
+    def update_all(
+        self: Cache, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **k: Any
+    ) -> Any:
+        if not torch.compiler.is_compiling() and layer_idx < len(self.layers):
+            _repeat_beside_compressed(self, layer_idx, len(key_states))
+        return update(self, key_states, value_states, layer_idx, *args, **k)
+
+    update_all.repeats_all_layers = True  # type: ignore[attr-defined]
+    Cache.update = update_all  # type: ignore[method-assign]
+
+
+def _repeat_beside_compressed(cache: Cache, index: int, rows: int) -> None:
+    layer: Any = cache.layers[index]
+    if isinstance(layer, CompressedLayer) or not hasattr(layer, "batch_repeat_interleave"):
+        return
+    keys = getattr(layer, "keys", None)
+    held = len(keys) if isinstance(keys, Tensor) and keys.dim() == 4 else 0
+    if not 0 < held < rows or not any(isinstance(x, CompressedLayer) for x in cache.layers):
+        return
+    if held > 1:
+        check_rows(held, rows)
+    else:
+        layer.batch_repeat_interleave(rows)

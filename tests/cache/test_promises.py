@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from whole_caches import keep_all
 
 from moekv import DecodingConfig, MoERouterPress
+from moekv.cache.caches import num_rows
 from moekv.cache.ragged import RaggedLayer
 
 LENGTH = 30
@@ -226,12 +227,13 @@ def test_rows_that_share_pairs_go_on_sharing_them() -> None:
 
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("grows", [False, True])
-def test_several_answers_from_one_filled_cache(budget: str, grows: bool) -> None:
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])  # and layers with sliding windows
+def test_several_answers_from_one_filled_cache(budget: str, grows: bool, name: str) -> None:
     """``generate(num_return_sequences=...)`` repeats the tokens, and not the cache."""
     decoding = DecodingConfig(20, 4) if grows else None
     said = []
     for by_hand in (True, False):
-        model = tiny_model()
+        model = tiny_model(name)
         press = MoERouterPress(0.3, router=None, budget=budget, decoding=decoding)
         with press(model):
             cache = prefill(model, tokens(1, LENGTH))
@@ -250,9 +252,19 @@ def test_several_answers_from_one_filled_cache(budget: str, grows: bool) -> None
                     num_return_sequences=1 if by_hand else 3,
                 )
             )
-        assert cache.layers[0].batch_size == 3
+        assert num_rows(cache) == 3
     assert torch.equal(*said)
     assert len({tuple(row.tolist()) for row in said[0]}) > 1
+
+
+def test_rows_of_a_filled_cache_with_sliding_windows_that_are_not_repeated() -> None:
+    model = tiny_model("gpt_oss")
+    with MoERouterPress(0.3)(model):
+        cache = prefill(model, tokens(2, LENGTH))
+    held = [layer.get_seq_length() for layer in cache.layers]
+    with pytest.raises(ValueError, match=r"of 2 rows for this cache, got 4; .*interleave\(2\)"):
+        feed(model, cache, tokens(4, 1), LENGTH)
+    assert [layer.get_seq_length() for layer in cache.layers] == held
 
 
 # --- what an attention function leaves out --------------------------------------------------------

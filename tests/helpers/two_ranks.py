@@ -60,7 +60,7 @@ def _heads(layer: Any) -> list[list[tuple[Tensor, Tensor]]]:
     ]
 
 
-def _work(rank: int, folder: str, cases: Mapping[str, Any]) -> None:
+def _work(rank: int, folder: str, cases: Mapping[str, Mapping[str, Any]]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(SIZE)}
     torch.set_num_threads(1)
     distributed.init_process_group(
@@ -70,10 +70,6 @@ def _work(rank: int, folder: str, cases: Mapping[str, Any]) -> None:
         world_size=SIZE,
         timeout=timedelta(seconds=60),
     )
-    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
-    attention, config = model.model.layers[0].self_attn, model.config
-    heads = attention.k_proj(torch.ones(1, 64)).shape[-1] // config.head_dim
-    assert heads * SIZE == config.num_key_value_heads
     sent: list[int] = []
     gather = Ranks.gather
 
@@ -82,21 +78,31 @@ def _work(rank: int, folder: str, cases: Mapping[str, Any]) -> None:
         return gather(self, part, dim)
 
     Ranks.gather = counted  # type: ignore[method-assign]
-    found = {}
-    for name, case in cases.items():
-        sent.clear()
-        with torch.no_grad():
-            found[name] = generated(model, case) | {"sent": list(sent)}
+    found: dict[str, dict[str, Any]] = {}
+    for family, each in cases.items():
+        model = AutoModelForCausalLM.from_pretrained(f"{folder}/{family}", tp_plan="auto")
+        attention, config = model.model.layers[0].self_attn, model.config
+        heads = attention.k_proj(torch.ones(1, 64)).shape[-1] // config.head_dim
+        assert heads * SIZE == config.num_key_value_heads
+        found[family] = {}
+        for name, case in each.items():
+            sent.clear()
+            with torch.no_grad():
+                found[family][name] = generated(model, case) | {"sent": list(sent)}
     torch.save(found, f"{folder}/{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
 
 
-def in_two_ranks(model: Any, folder: Path, cases: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Spread a model over two processes, and return what each finds in each case."""
-    model.save_pretrained(folder)
+def in_two_ranks(
+    models: Mapping[str, Any], folder: Path, cases: Mapping[str, Mapping[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    """Spread models over two processes, and return what each finds in each case of a model."""
+    for family, model in models.items():
+        model.save_pretrained(folder / family)
     multiprocessing.spawn(_work, (str(folder), cases), nprocs=SIZE)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(SIZE)]
+    ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(SIZE)]
+    return {family: [rank[family] for rank in ranks] for family in models}
 
 
 def joined(parts: list[dict[str, Any]]) -> list[list[list[tuple[Tensor, Tensor]]]]:

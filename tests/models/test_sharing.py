@@ -1,5 +1,6 @@
 """Layers that attend to the pairs of others, and layers with states: nothing leaves too early."""
 
+import contextlib
 import copy
 from typing import Any
 
@@ -11,9 +12,10 @@ from tiny_models import tokens
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from moekv import DecodingConfig, MoERouterPress, prefill_in_chunks
+from moekv.models.habits import why_dense
+from moekv.models.hooks import find_layers, rotary_in
 
 LENGTH = 40
-_KINDS = ["sliding_attention", "full_attention"]
 SHARING = [name for name in ("gemma3n_text", "gemma4_text") if name in TEXT_MODELS]
 WITH_STATES = {
     "jamba": {},
@@ -23,11 +25,8 @@ WITH_STATES = {
 
 
 @pytest.fixture
-def sharing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
+def sharing(request: pytest.FixtureRequest) -> PreTrainedModel:
     """A new model whose last layers have no pairs of their own."""
-    if request.param == "gemma4_text":
-        sizes = {"num_kv_shared_layers": 2, "layer_types": _KINDS * 3, "num_hidden_layers": 6}
-        monkeypatch.setitem(every_model._OWN, request.param, sizes)
     model = build(request.param)
     assert any(getattr(x, "is_kv_shared_layer", False) for x in model.modules())
     return model
@@ -58,8 +57,7 @@ def test_a_prompt_is_read_as_without_a_press(sharing: PreTrainedModel, kind: str
 
 @pytest.mark.parametrize(
     ("sharing", "options"),
-    [(name, options) for name in SHARING for options in ({}, {"budget": "uniform"})]
-    + [("gemma3n_text", {"pairs": "k8v8"})],  # Gemma 4 reads dense pairs
+    [(name, x) for name in SHARING for x in ({}, {"budget": "uniform"}, {"pairs": "k8v8"})],
     indirect=["sharing"],
     ids=str,
 )
@@ -81,7 +79,22 @@ def test_steps_that_compress_see_what_others_see(
     assert held and all(layer.context_length > LENGTH for layer in held)
 
 
-@pytest.mark.parametrize("sharing", ["gemma3n_text"], indirect=True)
+@pytest.mark.parametrize("sharing", SHARING, indirect=True)
+def test_heads_may_hold_different_numbers(
+    sharing: PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Layers that leave their pairs for others are seen to hand over what their cache returns."""
+    _, layers = find_layers(sharing)
+    config = sharing.config.get_text_config(decoder=True)
+    press = MoERouterPress(0.5)
+    with press(sharing), torch.no_grad():
+        sharing(tokens(1, LENGTH).clamp(3, 99), past_key_values=DynamicCache(config=config))
+    assert all(why_dense(layer, rotary_in(sharing.model)) is None for layer in layers)
+    assert press.get_stats()["budget"] == {"asked": "auto", "used": "model"}
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("sharing", SHARING, indirect=True)
 def test_prompts_in_chunks_and_padded_rows(sharing: PreTrainedModel) -> None:
     ids = tokens(2, LENGTH).clamp(3, 99)
     out = prefill_in_chunks(MoERouterPress(0.5), sharing, ids, chunk_size=16)
@@ -92,9 +105,10 @@ def test_prompts_in_chunks_and_padded_rows(sharing: PreTrainedModel) -> None:
         sharing.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False)
 
 
-@pytest.mark.parametrize("name", [name for name in WITH_STATES if name in TEXT_MODELS])
-def test_rows_behind_layers_with_states(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real models begin with such a layer, which counts no tokens."""
+@pytest.fixture(params=[name for name in WITH_STATES if name in TEXT_MODELS])
+def hybrid(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
+    """As real ones it begins with a layer of states, which counts no tokens."""
+    name = request.param
     monkeypatch.setitem(every_model._OWN, name, every_model._OWN.get(name, {}) | WITH_STATES[name])
     model = build(name)
     try:
@@ -103,6 +117,33 @@ def test_rows_behind_layers_with_states(name: str, monkeypatch: pytest.MonkeyPat
         layers = []
     if not layers or hasattr(layers[0], "get_seq_length"):
         pytest.skip("this transformers keeps states in a cache of the model's own")
+    return model
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_several_answers_from_a_filled_cache_with_states(
+    hybrid: PreTrainedModel, grows: bool
+) -> None:
+    """In a block with decoding rows are repeated; behind one the caller does it, as documented."""
+    press = MoERouterPress(0.5, decoding=DecodingConfig(16, 4) if grows else None)
+    ids, cache = tokens(1, LENGTH).clamp(3, 99), DynamicCache(config=hybrid.config)
+    with press(hybrid), torch.no_grad():
+        hybrid(ids[:, :-1], past_key_values=cache)
+    how: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False}
+    block = press(hybrid) if grows else contextlib.nullcontext()
+    with block:
+        alone = hybrid.generate(ids, past_key_values=copy.deepcopy(cache), **how)
+    if not grows:
+        cache.reorder_cache(torch.zeros(3, dtype=torch.long))
+    block = press(hybrid) if grows else contextlib.nullcontext()
+    with block:
+        options = how | {"num_return_sequences": 3, "do_sample": True, "top_k": 1}
+        rows = hybrid.generate(ids, past_key_values=cache, **options)
+    assert torch.equal(rows, alone.expand(3, -1))
+
+
+def test_rows_behind_layers_with_states(hybrid: PreTrainedModel) -> None:
+    model = hybrid
     ids = tokens(2, LENGTH).clamp(3, 99)
     how: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False}
     press = MoERouterPress(0.5, decoding=DecodingConfig(16, 4))

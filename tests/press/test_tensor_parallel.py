@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from random_router import random_router
+from tiny_models import tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 from two_ranks import generated, in_two_ranks, joined
 
@@ -79,6 +80,17 @@ def _cases(model: Any) -> dict[str, dict[str, Any]]:
 
 
 NAMES = tuple(_cases(spread_model()))
+FAMILIES = ("qwen3",)
+"""With norms over heads; all weights are random."""
+
+
+def _few_cases() -> dict[str, dict[str, Any]]:
+    common = {"prompts": [_prompt(0, 17)], "given": {}}
+    options: dict[str, Any] = {"compression_ratio": 0.5, "window": 16}
+    return {
+        "a prefill": common | {"options": options},
+        "decoding": common | {"options": options | {"decoding": DecodingConfig(30, 6)}},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +100,19 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     cases = _cases(model)
     with torch.no_grad():
         alone = {name: generated(model, case) for name, case in cases.items()}
-    return alone, in_two_ranks(model, tmp_path_factory.mktemp("spread"), cases)
+    families = {name: tiny_model(name) for name in FAMILIES}
+    among = {name: _few_cases() for name in families}
+    folder = tmp_path_factory.mktemp("spread")
+    ranks = in_two_ranks({"llama": model} | families, folder, {"llama": cases} | among)
+    with torch.no_grad():
+        for family, each in among.items():
+            made = {name: generated(families[family], case) for name, case in each.items()}
+            alone |= {f"{family}, {name}": x for name, x in made.items()}
+    both = ranks.pop("llama")
+    for family, parts in ranks.items():
+        for rank, part in zip(both, parts, strict=True):
+            rank |= {f"{family}, {name}": x for name, x in part.items()}
+    return alone, both
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -116,6 +140,26 @@ def test_statistics_are_those_of_all_processes(found: Any, name: str) -> None:
     assert 0 < min(held[1]["bytes_held"], held[2]["bytes_held"]) < held[0]["bytes_held"]
     assert _flat(ranks[0]) == _flat(ranks[1])  # whatever is decided later is decided alike
     assert _flat(ranks[0]) == pytest.approx(_flat(alone), rel=1e-5, abs=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize("name", _few_cases())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_whose_layers_are_summed(found: Any, family: str, name: str) -> None:
+    """Sums round otherwise than in one process: a pair near the threshold may be another."""
+    name = f"{family}, {name}"
+    alone, ranks = found[0][name], [each[name] for each in found[1]]
+    counts = torch.zeros(3, dtype=torch.long)
+    for layer, both in zip(alone["held"], joined(ranks), strict=True):
+        for row, parts in zip(layer, both, strict=True):
+            assert len(row) == len(parts)
+            for (keys, values), (others, other_values) in zip(row, parts, strict=True):
+                same = torch.isclose(keys[:, None], others, rtol=1e-3, atol=1e-4).all(-1)
+                same &= torch.isclose(values[:, None], other_values, rtol=1e-3, atol=1e-4).all(-1)
+                counts += torch.tensor([len(keys), len(others), int(same.any(1).sum())])
+    held, in_ranks, same_pairs = counts.tolist()
+    assert held == in_ranks and same_pairs >= 0.98 * held
+    assert all(torch.equal(alone["tokens"], rank["tokens"]) for rank in ranks)
+    assert _flat(ranks[0]["stats"]["layer_stats"]) == _flat(ranks[1]["stats"]["layer_stats"])
 
 
 def test_what_a_prefill_sends(found: Any) -> None:
