@@ -84,7 +84,7 @@ def _checking(function: Callable[..., Any]) -> Callable[..., Any]:
         if not isinstance(offset, Offset):
             return function(*args, **kwargs)
         hides = isinstance(given, Tensor) and check_context(given.bool(), offset.layer)
-        made = function(*args, **kwargs)
+        made = function(*args, **_with_window(kwargs, offset.layer))
         if isinstance(made, Tensor):
             _seen_whole[made] = Known(hides)
         return made
@@ -104,11 +104,26 @@ def _make_in_graph(
         if isinstance(given, Tensor):
             assert_shown(given, layer.context)
         return function(*args, **kwargs)
+    kwargs = _with_window(kwargs, layer)
     if isinstance(given, Tensor):
         return function(*args, **kwargs | {"attention_mask": shown_context(given, layer)})
     is_causal = kwargs.get("mask_function") is causal_mask_function
     # One token sees all that there is: transformers makes no mask then, but of graphs it does.
     return None if is_causal and _num_queries(kwargs) == 1 else function(*args, **kwargs)
+
+
+def _with_window(
+    kwargs: dict[str, Any], layer: "CompressedLayer | CompactStaticLayer"
+) -> dict[str, Any]:
+    """Have a mask with a window be made over all positions.
+
+    Layers with windows are not compressed. Where a cache does not know them (``DynamicCache()``
+    without a config), transformers takes the size of their mask from the first layer, which may
+    hold fewer pairs; dense layers cut a mask that is wider than they are, see :func:`held_of`.
+    """
+    if kwargs.get("local_size") is None or isinstance(layer, StaticLayer):
+        return kwargs
+    return kwargs | {"kv_length": kwargs["kv_length"] + kwargs["kv_offset"], "kv_offset": 0}
 
 
 def _num_queries(kwargs: dict[str, Any]) -> int:

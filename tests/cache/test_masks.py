@@ -439,3 +439,25 @@ def test_masks_that_hide_parts_of_a_context_while_compression_goes_on(form: str)
         assert cache.get_seq_length() == LENGTH
     with torch.no_grad():
         model(tokens(1, 1), past_key_values=cache, attention_mask=mask)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("ratio", [0.9, 0.5])  # what is held is shorter than the window, or longer
+def test_windows_in_caches_that_do_not_know_them(attention: str, ratio: float) -> None:
+    """Of them transformers asks the first layer for the size of all masks: it is compressed."""
+    model = tiny_model("gemma2")
+    model.set_attn_implementation(attention)
+    assert model.config.layer_types[:2] == ["full_attention", "sliding_attention"]
+
+    def answers(cache: DynamicCache) -> Tensor:
+        with torch.no_grad():
+            with MoERouterPress(ratio, router=None, budget="uniform")(model):
+                model(tokens(2, 50), past_key_values=cache)
+            assert cache.layers[0].evicted
+            return torch.cat(
+                [model(tokens(2, n, n), past_key_values=cache).logits for n in (1, 3, 1, 20, 1)], 1
+            )
+
+    torch.testing.assert_close(
+        answers(DynamicCache()), answers(DynamicCache(config=model.config)), atol=1e-4, rtol=1e-4
+    )
