@@ -354,7 +354,8 @@ def _attend_plainly(
             stored = tail.new_ones(()).expand(*tail.shape[:-1], longest - tail_length)
         sizes = list(map(max, stored.shape[:-1], tail.shape[:-1]))
         seen = seen & torch.cat([stored.expand(*sizes, -1), tail.expand(*sizes, -1)], -1)
-    logits = (query @ keys.mT).float() * scaling
+    # Scaled first, and not in 16 bits: products of these may be no numbers of float16.
+    logits = ((query.float() * scaling) @ keys.mT.float()).float()
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     if bias is not None:

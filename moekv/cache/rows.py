@@ -148,7 +148,9 @@ class Rows:
         bias = None if self.bias is None else self.bias.new_zeros(len(keys))
         more = Rows("16", keys, values, None, self.key_dim, self.value_dim, keys.dtype, bias)
         more = more.in_format(self.pairs, backend=backend)
-        return self._each(lambda *parts: torch.cat(parts), more)
+        # Its cast knows no scales of float16 on CPUs, and nothing is to be cast.
+        with torch.autocast(self.device.type, enabled=False):
+            return self._each(lambda *parts: torch.cat(parts), more)
 
     def in_format(self, pairs: str, *, backend: str = "auto") -> Rows:
         """Quantise rows that are not; others keep the format that they have."""

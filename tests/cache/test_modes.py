@@ -37,6 +37,7 @@ PRESSES: dict[str, dict[str, Any]] = {
     "decoding": {"experts": EXPERTS, "decoding": DecodingConfig(12, 2)},
     "decoding, ragged": {"experts": EXPERTS, "decoding": DecodingConfig(12, 2), "budget": "head"},
     "calibrated": {"decoding": DecodingConfig(12, 2)},
+    "quantised": {"experts": EXPERTS, "decoding": DecodingConfig(12, 2), "pairs": "k8v8"},
 }
 
 
@@ -167,3 +168,32 @@ def test_values_that_are_wider_than_keys() -> None:
         handle.remove()
     assert sum(sum(layer.stored_pairs) for layer in cache.layers) == 2 * 2 * (LENGTH // 2)
     assert all(layer.stored_keys.dtype == torch.float32 for layer in cache.layers)
+
+
+@pytest.mark.parametrize("how", ["masks over the context", "gradients"])
+def test_products_beyond_float16(how: str) -> None:
+    """Queries and keys whose products float16 cannot hold, unlike the logits made of them."""
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= 150
+        layer.self_attn.k_proj.weight.data *= 150
+    model.half()
+    with MoERouterPress(0.5, router=None)(model):
+        cache = prefill(model, tokens(1, LENGTH))
+    full = prefill(model, tokens(1, LENGTH))
+    mask = torch.ones(1, LENGTH + 1, dtype=torch.long)
+    mask[:, 3:6] = int(how == "gradients")
+    embedded = model.get_input_embeddings()(tokens(1, 1, 1)).detach()
+    embedded.requires_grad_(how == "gradients")
+    for each in (full, cache):
+        logits = model(
+            inputs_embeds=embedded,
+            past_key_values=each,
+            attention_mask=mask,
+            position_ids=torch.tensor([[LENGTH]]),
+        ).logits
+        assert logits.isfinite().all()
+    layer: Any = cache.layers[0]
+    assert layer.is_ragged
+    largest = (full.layers[0].keys.float() ** 2).sum(-1).amax()
+    assert largest > torch.finfo(torch.float16).max
