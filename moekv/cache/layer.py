@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import operator
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -205,6 +206,8 @@ class CompressedLayer(CacheLayerMixin):
 
         Raises
         ------
+        TypeError
+            It is no integer.
         ValueError
             If that would reach into the compressed context, where heads end with different tokens.
         """
@@ -217,6 +220,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def left_by(self, max_length: int) -> int:
         """Count the positions that ``crop(max_length)`` leaves, or more than there are."""
+        max_length = operator.index(max_length)  # or nothing is cropped
         by_count = max_length < 0 or (max_length == 0 and CROPS_BY_COUNT)
         return max(self.get_seq_length() + max_length, 0) if by_count else max_length
 
@@ -395,7 +399,7 @@ def crop_all_layers_or_none() -> None:
         compressed = [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
         others = [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
         length = next(iter((*args, *kwargs.values())), None)
-        if not compressed or not isinstance(length, int):
+        if not compressed or length is None:
             crop(self, *args, **kwargs)
             return
         for layer in compressed:

@@ -163,6 +163,11 @@ def check_hidden(seen: Tensor, first: Tensor | None, length: int, *, follows: bo
     return hides
 
 
+def of_full_attention(mask: Any) -> Any:
+    """Take a mask as a model gets it, which is one for each kind of layer in hybrid models."""
+    return mask.get("full_attention") if isinstance(mask, dict) else mask
+
+
 def check_shown(mask: Any, layer: "CompressedLayer") -> None:
     """Raise if a mask hides what may be stored from tokens behind which pairs are evicted.
 
@@ -179,7 +184,7 @@ def check_shown(mask: Any, layer: "CompressedLayer") -> None:
     ValueError
         It does.
     """
-    mask = mask.get("full_attention") if isinstance(mask, dict) else mask
+    mask = of_full_attention(mask)
     if not isinstance(mask, Tensor) or not layer.context_length or not layer.follows_masks:
         return  # or attention checks it
     if check_context(as_seen(mask), layer):

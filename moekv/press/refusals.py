@@ -10,7 +10,7 @@ from transformers import Cache
 
 from moekv.cache.caches import check_cache, is_compressed, is_static
 from moekv.cache.layer import CompressedLayer
-from moekv.cache.masks import check_shown
+from moekv.cache.masks import check_shown, of_full_attention
 from moekv.cache.rows import check_pairs
 from moekv.experts.builder import read_starts
 from moekv.models.habits import check_attention, follows_masks, habits_of
@@ -124,7 +124,7 @@ def check_prefill(
         _check_room(cache, index_of(layers[0]), num_tokens)
     if plan.options.decoding is not None:
         _check_positions(given, num_tokens, plan.origin)
-    mask, padded = given.get("attention_mask"), False
+    mask, padded = of_full_attention(given.get("attention_mask")), False
     if isinstance(mask, Tensor) and plan.acts:
         padded = any(read_starts(mask[..., :num_tokens] if is_static(cache) else mask))
     if cache is not None:

@@ -95,6 +95,21 @@ def test_static_caches_and_layers_of_different_lengths(
         )
 
 
+def test_static_caches_and_padding_in_masks_of_hybrid_models() -> None:
+    """generate makes a mask for each kind of layer before the model runs."""
+    model, press = tiny_model("gemma3"), MoERouterPress()
+    cache = StaticCache(model.config, max_cache_len=LENGTH + 2)
+    with pytest.raises(TypeError, match="rows with padding"), press(model):
+        model.generate(
+            tokens(2, LENGTH),
+            attention_mask=padded(),
+            past_key_values=cache,
+            max_new_tokens=2,
+            disable_compile=True,
+        )
+    assert not any(layer.is_initialized for layer in cache.layers)
+
+
 def test_memory_that_runs_out_in_a_static_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     model, press, cache = tiny_model(), MoERouterPress(), static_cache()
     compact, layers = CompactStaticLayer.compact, []
@@ -280,6 +295,19 @@ def test_crop_into_a_compressed_context(budget: str) -> None:
     with pytest.raises(ValueError, match=r"only tokens after them can be removed\. "):
         cache.crop(-1)
     assert_same(cache, left)
+
+
+@pytest.mark.parametrize("budget", COMPRESSED)
+def test_a_crop_to_what_is_no_number_of_tokens(budget: str) -> None:
+    cache = compressed(tiny_model(), budget, extra=3)
+    before, length = held(cache), cache.get_seq_length()
+    for wanted in (length - 1.0, float(LENGTH), -1.0, "1"):
+        for crop in (cache.crop, cache.layers[1].crop):
+            with pytest.raises(TypeError):
+                crop(wanted)
+            assert_same(cache, before)
+    cache.crop(torch.tensor(length - 1) if not CROPS_BY_COUNT else torch.tensor(-1))
+    assert [layer.get_seq_length() for layer in cache.layers] == [length - 1] * 2
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "gemma3"])
