@@ -60,6 +60,15 @@ def install() -> None:
         kind.get_interface = _show_eager_attention(kind.get_interface)  # type: ignore[method-assign]
 
 
+class Served:
+    """Layers that attention functions have to know, those that come out of a pickle included."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a layer, in whatever process."""
+        install()
+        self.__dict__.update(state)
+
+
 def _show_eager_attention(get_interface: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(get_interface)
     def get(self: Any, name: str, default: Callable[..., Any]) -> Any:

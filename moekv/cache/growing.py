@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from moekv import ops
 from moekv.budget import Kept
-from moekv.cache.attention import install
+from moekv.cache.attention import Served, install
 from moekv.cache.buffers import append, first_kept, gather_rows, storage_bytes, writable
 from moekv.cache.graphs import traced
 from moekv.cache.layer import CompressedLayer
@@ -20,7 +20,7 @@ from moekv.cache.pairs import DensePairs
 from moekv.models.hooks import num_fed
 
 
-class GrowingLayer(CompressedLayer, DynamicLayer):
+class GrowingLayer(Served, CompressedLayer, DynamicLayer):
     """A dense layer that appends in amortised constant time.
 
     ``DynamicLayer`` copies the whole cache for every token. Here ``keys`` and ``values`` are views

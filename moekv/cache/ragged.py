@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers.cache_utils import CacheLayerMixin
 
 from moekv.budget import Kept
-from moekv.cache.attention import install
+from moekv.cache.attention import Served, install
 from moekv.cache.buffers import first_kept, gather_rows, storage_bytes
 from moekv.cache.folding import Folding
 from moekv.cache.layer import CompressedLayer
@@ -30,7 +30,7 @@ from moekv.cache.tail import Tail
 from moekv.models.hooks import num_fed
 
 
-class RaggedLayer(CompressedLayer):
+class RaggedLayer(Served, CompressedLayer):
     """Kept pairs of every head, stored back to back, and a dense tail of the tokens since.
 
     What is stored may be quantised; the tail has the model's dtype.

@@ -20,14 +20,14 @@ from transformers.cache_utils import StaticLayer
 
 from moekv import ops
 from moekv.budget import Kept
-from moekv.cache.attention import install
+from moekv.cache.attention import Served, install
 from moekv.cache.buffers import writable
 from moekv.cache.graphs import traced
 from moekv.cache.masks import offset_of, remember_buffer
 from moekv.models.hooks import STATIC_COUNTS_SLOTS
 
 
-class CompactStaticLayer(StaticLayer):
+class CompactStaticLayer(Served, StaticLayer):
     """A static layer from whose slots pairs have left, or may leave.
 
     It reports the true length, that of what was fed.

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from random_router import random_router
 from tiny_models import prefill, tiny_model, tokens
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from whole_caches import keep_all
 
 from moekv import DecodingConfig, MoERouterPress
@@ -282,3 +284,28 @@ def test_decoding_leaves_out_what_the_models_attention_leaves_out(ragged: bool, 
     keep_all(part, ragged)
     cache.layers[0], cache.layers[2] = part.layers
     torch.testing.assert_close(feed(model, cache, ids, 14), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("budget", ["uniform", "model", "static"])
+def test_layers_out_of_a_pickle_are_served_where_none_was_made(
+    budget: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in another process, whose attention functions nobody has wrapped so far."""
+    model, ids, static = tiny_model(), tokens(1, 40), budget == "static"
+    cache: Any = StaticCache(model.config, max_cache_len=60) if static else DynamicCache()
+    press = MoERouterPress(0.5, budget="uniform" if static else budget, router=None)
+    with torch.no_grad(), press(model):
+        model(ids, past_key_values=cache)
+    written = pickle.dumps(cache.layers)
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    while hasattr(plain, "__wrapped__"):
+        plain = plain.__wrapped__
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", plain)
+    read = copy.copy(cache)
+    read.layers = pickle.loads(written)
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"].serves_compressed_layers
+    with torch.no_grad():
+        found, expected = (
+            model(tokens(1, 1), past_key_values=each).logits for each in (read, cache)
+        )
+    assert torch.equal(found, expected)
