@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from moekv import ops
 from moekv.cache.graphs import attend_ragged, traced
 from moekv.cache.layer import crop_all_layers_or_none, repeat_all_layers
+from moekv.cache.many import attend_many, is_served
 from moekv.cache.masks import (
     as_seen,
     check_masks,
@@ -297,6 +298,8 @@ def attend_masked(
         seen = None if mask is None else (stored, mask)
         return _attend_plainly(query, key, seen, scaling, softcap, s_aux, causal=not ahead)
     query, rows, tail = _cast(query, key)
+    if is_served(query, rows, softcap, s_aux) and layer.backend != "torch":
+        return attend_many(query, layer, rows, tail, mask, scaling)
     return ops.ragged_attention(
         query,
         rows.keys,
