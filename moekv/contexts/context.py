@@ -30,6 +30,14 @@ MAX_NEW_TOKENS = 128
 """Tokens of an answer at most, by default."""
 
 
+_ONE_ANSWER = {
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    **dict.fromkeys(("input_ids", "attention_mask", "past_key_values")),
+}
+"""Options of generate that a question leaves as they are."""
+
+
 class CompressedContext:
     """A document that a model has read, its cache compressed: made by :func:`compress`.
 
@@ -127,13 +135,20 @@ class CompressedContext:
         TypeError
             `question` is not a str.
         ValueError
-            It is empty, or `max_new_tokens` not an integer above 0.
+            It is empty, `max_new_tokens` is not an integer above 0, or an option is the context's
+            own (``past_key_values``) or would make more of an answer than a str.
         """
         if not isinstance(question, str):
             raise TypeError(f"expected a question as str, got {type(question).__name__}")
         if not question.strip():
             raise ValueError("expected a question, got an empty one")
         check_count("max_new_tokens", max_new_tokens, 1)
+        for name, plain in _ONE_ANSWER.items():
+            if options.pop(name, plain) != plain:
+                raise ValueError(
+                    f"expected options of model.generate that make one answer, a str, got {name}; "
+                    "generate(..., past_key_values=copy.deepcopy(context.cache)) takes any"
+                )
         _, after = turn(self.tokenizer)
         asked = encode(self.tokenizer, f"\n\n{question.strip()}{after}")
         ids = torch.cat([self.input_ids, asked], dim=1).to(self.model.device)

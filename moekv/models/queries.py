@@ -55,7 +55,7 @@ def window_queries(
     else:
         end = offset + hidden_states.shape[1]
         given = at_slice(kwargs, end - count, end)
-    return ask(module, states, given, StandIn(partial(_first, given)))
+    return ask(module, states, given, _behind_tokens(given))
 
 
 def next_queries(
@@ -66,7 +66,7 @@ def next_queries(
 ) -> Tensor:
     """Compute the queries of all tokens at the position after the last one: [B, Hq, N, D]."""
     given = at_steps(module, hidden_states, kwargs, range(1, 2), rotary)
-    cache = StandIn(partial(_first, given))
+    cache = _behind_tokens(given)
     count = hidden_states.shape[1]
     for name in ("position_ids", "cache_position"):
         if isinstance(given.get(name), Tensor):
@@ -146,6 +146,12 @@ def tokens_at(queries: Tensor, places: Tensor) -> Tensor:
     """Copy the queries [B, Hq, M, D] of some tokens [B, M] of all [B, Hq, N, D]."""
     _, heads, _, dim = queries.shape
     return queries.gather(2, places[:, None, :, None].expand(-1, heads, -1, dim))
+
+
+def _behind_tokens(kwargs: Mapping[str, Any]) -> StandIn:
+    """Make a cache of as many tokens as came before a layer's call, of which it holds no more."""
+    positions = {name: kwargs.get(name) for name in ("cache_position", "position_ids")}
+    return StandIn(partial(_first, positions))
 
 
 def _first(kwargs: Mapping[str, Any]) -> int:

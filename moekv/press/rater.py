@@ -253,7 +253,8 @@ class Rater:
                     **aware,
                 )
         router = router.to(states.dtype).eval().requires_grad_(False)
-        if next(router.parameters()).device == states.device:
+        first = next(router.parameters(), None)  # a user's router may have none
+        if first is None or first.device == states.device:
             return router
         return router._apply(lambda number: send(number, states.device))
 

@@ -1,8 +1,10 @@
 """Documents, questions and tokens that make no context."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from character_tokenizer import character_tokenizer
 from tiny_models import tiny_model
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -81,3 +83,22 @@ def test_wrong_questions(
     context = moekv.compress(model, tokenizer, DOCUMENT)
     with pytest.raises(error, match=message):
         context.ask(question)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"num_return_sequences": 2},
+        {"return_dict_in_generate": True},
+        {"attention_mask": torch.ones(1, 3)},
+        {"past_key_values": DynamicCache()},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_options_that_make_more_than_an_answer(
+    option: dict[str, Any], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    context = moekv.compress(model, tokenizer, DOCUMENT)
+    with pytest.raises(ValueError, match=next(iter(option))):
+        context.ask("Who?", **option)
+    assert isinstance(context.ask("Who?", num_return_sequences=1, max_new_tokens=2), str)

@@ -204,7 +204,7 @@ def test_heads_that_are_folded_into_rows() -> None:
     asked = ask(layer, states, {})
     queries = layer.q_proj(states).view(2, 5, 4, 16).transpose(1, 2)
     torch.testing.assert_close(asked.query * asked.scaling, queries / 4)
-    assert try_press(model) == "works: 2 of 2 layers"
+    assert try_press(model) == "works: 2 of 2 layers, without padding"
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     japanese = GPTNeoXJapaneseConfig(**shape, vocab_size=128, initializer_range=0.2)
     model = GPTNeoXJapaneseForCausalLM(japanese).eval()
@@ -214,7 +214,7 @@ def test_heads_that_are_folded_into_rows() -> None:
     asked = ask(layer, states, {"position_embeddings": turn, "position_ids": places})
     queries = layer.query_key_value(states).view(2, 5, 4, 48)[..., :16].transpose(1, 2)
     torch.testing.assert_close(asked.query * asked.scaling, queries / 4)
-    assert try_press(model) == "works: 2 of 2 layers"
+    assert try_press(model) == "works: 2 of 2 layers, without padding"
 
 
 def test_a_layer_that_is_asked_again_leaves_no_trace() -> None:

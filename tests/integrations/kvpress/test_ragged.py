@@ -465,7 +465,7 @@ def test_an_offloaded_cache_takes_compressed_layers(
 ) -> None:
     """On one device: what has been offloaded reads as NaN until it is fetched again."""
     names = {
-        GrowingLayer: ("keys", "values"),
+        GrowingLayer: ("_key_buffer", "_value_buffer"),
         RaggedLayer: ("rows", "_tail"),
     }
     away: dict[int, dict[str, Any]] = {}
