@@ -55,7 +55,7 @@ def append(buffer: Tensor, length: int, states: Tensor, most: int | None) -> Ten
         grown = buffer.new_empty((batch, num_kv_heads, room, dim), dtype=dtype)
         grown[:, :, :length] = buffer[:, :, :length].detach()
         buffer = grown
-    buffer[:, :, length:needed] = states.detach()
+    buffer.narrow(2, length, states.shape[2]).copy_(states.detach())  # less work than brackets
     return buffer
 
 

@@ -285,7 +285,7 @@ class GrowingLayer(Served, CompressedLayer, DynamicLayer):
     @property
     def batch_size(self) -> int:
         """Rows of the batch."""
-        return len(self._keys)
+        return self._key_buffer.shape[0]
 
     @property
     def nbytes(self) -> int:

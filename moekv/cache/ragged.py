@@ -428,7 +428,7 @@ class RaggedLayer(Served, CompressedLayer):
     @property
     def batch_size(self) -> int:
         """Rows of the batch."""
-        return len(self.begin)
+        return self.begin.shape[0]
 
     @property
     def bytes_per_pair(self) -> int:
