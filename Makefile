@@ -128,7 +128,8 @@ bench-compare: $(installed)  ## this version beside BASE=<commit>, round by roun
 bench-cpp: $(installed)  ## time the C++ kernels by themselves, on every instruction set (needs libbenchmark-dev)
 	@PATH="$(abspath $(VENV)/bin):$$PATH" && cmake -S . -B build/bench -G Ninja -DMOEKV_CUDA=OFF \
 	    -DMOEKV_BENCH=ON >/dev/null && cmake --build build/bench --target moekv_bench
-	build/bench/benchmarks/cpp/moekv_bench $(ARGS)
+	build/bench/benchmarks/cpp/moekv_bench --benchmark_out=build/bench/bench-cpp.json \
+	    --benchmark_out_format=json $(ARGS)
 
 instructions-check: $(installed)  ## the CPU kernels execute as many instructions as recorded
 	$(python) tools/instruction_counts.py --check

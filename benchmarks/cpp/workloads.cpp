@@ -69,9 +69,18 @@ class Memory {
 
 template <typename Params>
 Workload make(std::string name, int64_t moved, void (*Kernels::*kernel)(const Params&),
-              const Params& params, const Memory& memory) {
+              const Params& params, const Memory& memory, std::vector<Output> outputs) {
   return {std::move(name), moved,
-          [=, keep = memory.owner()](const Kernels& kernels) { (kernels.*kernel)(params); }};
+          [=, keep = memory.owner()](const Kernels& kernels) { (kernels.*kernel)(params); },
+          std::move(outputs)};
+}
+
+Output numbers(float* data, int64_t count) { return {data, count, Output::Kind::kFloat}; }
+Output rounded(void* data, int64_t count) { return {data, count, Output::Kind::kBFloat16}; }
+Output codes(void* data, int64_t count) { return {data, count, Output::Kind::kCodes}; }
+template <typename T>
+Output exact(T* data, int64_t count) {
+  return {data, count * static_cast<int64_t>(sizeof(T)), Output::Kind::kExact};
 }
 
 void set_strides(int64_t (&stride)[3], int64_t heads, int64_t positions, int64_t dim) {
@@ -97,8 +106,11 @@ Workload gating_topk(int64_t num_tokens, int64_t num_experts) {
   p.inv_temperature = 1;
   p.dtype = DType::kBFloat16;
   p.workspace = memory.take<char>(MOEKV_BACKEND::gating_topk_workspace_bytes(p));
-  return make("gating_topk, " + std::to_string(num_experts) + " experts",
-              num_tokens * (2 * num_experts + 8 * k), &Kernels::gating_topk, p, memory);
+  return make(
+      "gating_topk, " + std::to_string(num_experts) + " experts",
+      num_tokens * (2 * num_experts + 8 * k), &Kernels::gating_topk, p, memory,
+      {numbers(p.weights, num_tokens * k), exact(p.experts, num_tokens * k),
+       numbers(p.prob_sum, num_experts), exact(p.load, num_experts), numbers(p.entropy, 1)});
 }
 
 Workload project_tokens(int64_t num_tokens) {
@@ -118,7 +130,9 @@ Workload project_tokens(int64_t num_tokens) {
   p.dtype = DType::kBFloat16;
   p.workspace = memory.take<char>(MOEKV_BACKEND::project_tokens_workspace_bytes(p));
   const int64_t moved = num_tokens * (2 * 2 * hidden + 4 * (num_projections + 1));
-  return make("project_tokens", moved, &Kernels::project_tokens, p, memory);
+  return make(
+      "project_tokens", moved, &Kernels::project_tokens, p, memory,
+      {numbers(p.projected, num_tokens * num_projections), numbers(p.standout, num_tokens)});
 }
 
 Workload expert_scores(const char* name, int64_t num_keys, std::initializer_list<ScoreKind> kinds) {
@@ -144,9 +158,13 @@ Workload expert_scores(const char* name, int64_t num_keys, std::initializer_list
   p.dtype = DType::kBFloat16;
   p.workspace = memory.take<char>(MOEKV_BACKEND::expert_scores_workspace_bytes(p));
   const int64_t kv_reads = kinds.size() > 1 ? 3 : 2;
-  const auto outputs = static_cast<int64_t>(kinds.size());
-  return make(name, pairs * (kv_reads * 2 * kDim + 4 * outputs), &Kernels::expert_scores, p,
-              memory);
+  std::vector<Output> outputs;
+  for (const ScoreKind kind : kinds) {
+    outputs.push_back(numbers(p.scores[static_cast<int>(kind)], pairs));
+  }
+  const auto written = static_cast<int64_t>(outputs.size());
+  return make(name, pairs * (kv_reads * 2 * kDim + 4 * written), &Kernels::expert_scores, p, memory,
+              outputs);
 }
 
 Workload expected_attention(int64_t num_keys) {
@@ -169,7 +187,8 @@ Workload expected_attention(int64_t num_keys) {
   p.dtype = DType::kBFloat16;
   p.workspace = memory.take<char>(MOEKV_BACKEND::expected_attention_workspace_bytes(p));
   const int64_t moved = num_keys * (2 * (hidden + kHeads * kDim) + 4 * kHeads);
-  return make("expected_attention", moved, &Kernels::expected_attention, p, memory);
+  return make("expected_attention", moved, &Kernels::expected_attention, p, memory,
+              {numbers(p.scores, kHeads * num_keys)});
 }
 
 Workload mix_scores(int64_t num_keys) {
@@ -195,7 +214,7 @@ Workload mix_scores(int64_t num_keys) {
   p.weight_stride[0] = num_keys * k;
   std::memcpy(p.expert_stride, p.weight_stride, sizeof p.expert_stride);
   return make("mix_scores", 4 * pairs * (num_experts + 1) + 8 * num_keys * k, &Kernels::mix_scores,
-              p, memory);
+              p, memory, {numbers(p.mixed, pairs)});
 }
 
 // Half of the pairs: of every head by itself, or of all heads together.
@@ -219,7 +238,8 @@ Workload select_kept(const char* name, int64_t num_keys, int64_t rows) {
   p.floor = 1;
   p.dtype = DType::kFloat;
   p.workspace = memory.take<char>(MOEKV_BACKEND::select_kept_workspace_bytes(p));
-  return make(name, 4 * (kHeads * num_keys + groups * total), &Kernels::select_kept, p, memory);
+  return make(name, 4 * (kHeads * num_keys + groups * total), &Kernels::select_kept, p, memory,
+              {exact(p.indices, groups * total), exact(p.offsets, kHeads + 1)});
 }
 
 Workload kv_compact(int64_t num_keys) {
@@ -244,8 +264,9 @@ Workload kv_compact(int64_t num_keys) {
   set_strides(p.key_stride, kHeads, num_keys, 2 * kDim);
   set_strides(p.value_stride, kHeads, num_keys, 2 * kDim);
   p.workspace = memory.take<char>(MOEKV_BACKEND::kv_compact_workspace_bytes(p));
-  return make("kv_compact", kHeads * kept * (2 * 2 * 2 * kDim + 4), &Kernels::kv_compact, p,
-              memory);
+  return make("kv_compact", kHeads * kept * (2 * 2 * 2 * kDim + 4), &Kernels::kv_compact, p, memory,
+              {exact(static_cast<uint16_t*>(p.keys), pairs * kDim),
+               exact(static_cast<uint16_t*>(p.values), pairs * kDim)});
 }
 
 Workload quantize_pairs(const std::string& name, int64_t num_keys, int key_bits, int value_bits) {
@@ -266,10 +287,14 @@ Workload quantize_pairs(const std::string& name, int64_t num_keys, int key_bits,
   p.value_bits = value_bits;
   p.dtype = DType::kBFloat16;
   return make(name, pairs * (2 * 2 * kDim + key_bytes + value_bytes + 2 * scales),
-              &Kernels::quantize_pairs, p, memory);
+              &Kernels::quantize_pairs, p, memory,
+              {codes(p.key_codes, pairs * key_bytes), codes(p.value_codes, pairs * value_bytes),
+               codes(p.scales, 2 * pairs * scales)});
 }
 
 #ifndef MOEKV_CUDA
+Output halves(uint16_t* data, int64_t count) { return {data, count, Output::Kind::kHalf}; }
+
 // A quarter of the pairs stays.
 Workload fold_pairs(int64_t num_keys) {
   Memory memory;
@@ -301,7 +326,8 @@ Workload fold_pairs(int64_t num_keys) {
   p.dtype = DType::kBFloat16;
   p.workspace = memory.take<char>(MOEKV_BACKEND::fold_pairs_workspace_bytes(p));
   return make("fold_pairs", 2 * (2 * pairs * kDim + kQueryHeads * queries * kDim),
-              &Kernels::fold_pairs, p, memory);
+              &Kernels::fold_pairs, p, memory,
+              {rounded(p.folded, pairs / 4 * kDim), halves(p.bias, pairs / 4)});
 }
 #endif
 
@@ -349,7 +375,8 @@ Workload ragged_attention(const std::string& name, int64_t num_keys, int key_bit
   p.scaling = 0.08838834764f;
   p.dtype = DType::kBFloat16;
   p.workspace = memory.take<char>(MOEKV_BACKEND::ragged_attention_workspace_bytes(p));
-  return make(name, pairs * row_bytes, &Kernels::ragged_attention, p, memory);
+  return make(name, pairs * row_bytes, &Kernels::ragged_attention, p, memory,
+              {rounded(p.output, kQueryHeads * kDim)});
 }
 
 }  // namespace
