@@ -1,7 +1,8 @@
-"""Render docs/performance.md and docs/performance-ops.md, tables and plots, from JSON.
+"""Render docs/performance.md and the pages below it, tables and plots, from JSON.
 
     python -m benchmarks.report                                 # of benchmarks/results
     python -m benchmarks.report --results build/bench/results   # what `make bench` measured
+    python -m benchmarks.report --cpp build/bench/bench-cpp.json   # and what `make bench-cpp` did
 
 The notes about what was measured are about the recorded results, and go with these alone.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,11 +23,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks import overview
 from benchmarks.kernels.cases import COMPILED, COPY, MOEKV, REFERENCE
-from benchmarks.measure import RESULTS, ROOT
+from benchmarks.measure import RESULTS, ROOT, write_results
 
 PAGE = ROOT / "docs" / "performance.md"
-NOTES = Path(__file__).with_name("performance-notes.md")
+PREFILL_NOTES = Path(__file__).with_name("performance-prefill-notes.md")
+OPS_NOTES = Path(__file__).with_name("performance-ops-notes.md")
 
 SNAPKV = "kvpress SnapKVPress.score"
 EAGER_GATE = "softmax, topk, renormalise, bincount"
@@ -292,9 +296,7 @@ def verdict(met: bool) -> str:
     return "met" if met else "**missed**"
 
 
-def targets_table(
-    kernels: Kernels, prefill: Sequence[Row], imports: Sequence[Row]
-) -> Iterator[str]:
+def targets_table(kernels: Kernels, imports: Sequence[Row]) -> Iterator[str]:
     """What was to be reached, and what was measured; the most threads decide."""
     yield "| what | target | 2 threads, by the clock | 1 thread, processor time | |"
     yield "|---|---|---|---|---|"
@@ -303,16 +305,6 @@ def targets_table(
         if two.found or one.found:
             met = (two if two.found else one).met
             yield f"| {target.what} | {target.aim} | {two} | {one} | {verdict(met)} |"
-    ours = {
-        row["threads"]: share(row)
-        for row in prefill
-        if (row["model"], row["length"], row["method"]) == ("smollm2", 2048, "moekv")
-    }
-    if ours:
-        two, one = (f"{ours[n]:.1%}" if n in ours else "" for n in (2, 1))
-        met = ours[max(ours)] <= 0.02
-        what = "whole press, of a prefill of 2,048 tokens of SmolLM2"
-        yield f"| {what} | ≤ 2 % | {two} | {one} | {verdict(met)} |"
     if imports:
         shown = ", ".join(f"{row['what']} {1e3 * row['cpu_s'][1]:.0f}" for row in imports)
         met = all(row["cpu_s"][1] < 0.05 for row in imports)
@@ -524,52 +516,186 @@ def origin(results: dict[str, Any]) -> str:
     )
 
 
+def growth_table(rows: Sequence[Row]) -> Iterator[str]:
+    """How time and memory of the ops grow with the tokens: exponents of fitted power laws."""
+    series: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        if row["contender"] == MOEKV and "error" not in row:
+            label = row["shape"] if row["op"] == "gating_topk" else row["variant"]
+            series.setdefault((row["op"], label, row["dtype"]), []).append(row)
+    if not series:
+        return
+    lengths = sorted({row["length"] for row in rows})
+    yield from ["", "## How time and memory grow", ""]
+    yield (
+        f"Least squares through logarithms, {lengths[0]:,} to {lengths[-1]:,} tokens of SmolLM2's "
+        "shape, one thread: 1 is linear. Short rows lie below the line for what a call costs "
+        "whatever its size, long ones above it once they leave the processor's caches. Memory is "
+        "what a call takes beside its arguments, results included; below a MiB it is not fitted."
+    )
+    ends = f"ms at {lengths[0]:,} | at {lengths[-1]:,}"
+    yield from ["", f"| op | | | exponent of time | {ends} | exponent of memory | MiB |"]
+    yield "|---|---|---|--:|--:|--:|--:|--:|"
+    for (op, label, dtype), found in series.items():
+        found.sort(key=lambda row: row["length"])
+        times = [(row["length"], row["cpu_s"][1]) for row in found]
+        sizes = [(row["length"], row["peak_bytes"]) for row in found if row["peak_bytes"] > 2**20]
+        memory = f"{exponent(sizes):.2f}" if len(sizes) > 1 else "–"
+        yield (
+            f"| `{op}` | {label} | {dtype} | {exponent(times):.2f} | {1e3 * times[0][1]:.3g} "
+            f"| {1e3 * times[-1][1]:.3g} | {memory} | {found[-1]['peak_bytes'] / 2**20:.1f} |"
+        )
+
+
+def exponent(points: Sequence[tuple[int, float]]) -> float:
+    """Slope of a line through logarithms."""
+    logs = [(math.log(x), math.log(y)) for x, y in points]
+    return statistics.linear_regression(*zip(*logs, strict=True)).slope
+
+
+def threads_table(kernels: Kernels) -> Iterator[str]:
+    """By how much two threads are faster than one, of the cases measured on both."""
+    gains: dict[str, list[float]] = {}
+    one = {_case(row): row for row, _ in kernels.of(1).cells()}
+    for row, _ in kernels.of(2).cells():
+        if (same := one.get(_case(row))) is not None:
+            gain = same["cpu_s"][1] / row["wall_s"][1]
+            gains.setdefault(f"{row['op']}, {row['variant']}", []).append(gain)
+    if not gains:
+        return
+    yield from ["", "## From one thread to two", ""]
+    yield (
+        "Two threads by the clock over one's processor time, in runs of their own, other processes "
+        "beside them: read them as rough. Beyond two threads there is arithmetic alone: keys are "
+        "cut into blocks of at most 384 of a head, 32,768 tokens of 8 heads into 688 units or "
+        "more. 16 threads have 43 each and finish together, until the memory's bandwidth is the "
+        "limit."
+    )
+    yield from [
+        "",
+        "| op | cases | times as fast, median | least | most |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for op, found in gains.items():
+        numbers = f"{statistics.median(found):.2f} | {min(found):.2f} | {max(found):.2f}"
+        yield f"| {op} | {len(found)} | {numbers} |"
+
+
+def _case(row: Row) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ("op", "variant", "shape", "length", "dtype"))
+
+
+def cpp_table(rows: Sequence[Row]) -> Iterator[str]:
+    """The C++ kernels alone, on every instruction set, beside a copy of as many bytes."""
+    if not rows:
+        return
+    yield from ["", "## The C++ kernels alone", ""]
+    yield (
+        "`make bench-cpp` (libbenchmark-dev; `-Dbenchmark_DIR=` for another place): no PyTorch, no "
+        "Python, one thread, Llama-3.1-8B's attention in bf16. What a kernel writes is compared "
+        "with what the one without vector instructions writes before it is timed. Nanoseconds a "
+        "token, GB/s of what has to be read and written, and times the speed of `memcpy` over as "
+        "many bytes."
+    )
+    isas = list(dict.fromkeys(row["isa"] for row in rows if row["isa"] != "copy"))
+    found = {(row["kernel"], row["tokens"], row["isa"]): row for row in rows}
+    yield from ["", f"| kernel | tokens | {' | '.join(isas)} |", f"|---|--:{'|--:' * len(isas)}|"]
+    for kernel, tokens in dict.fromkeys((row["kernel"], row["tokens"]) for row in rows):
+        copy = found[kernel, tokens, "copy"]["bytes_per_s"]
+        cells = []
+        for isa in isas:
+            row = found[kernel, tokens, isa]
+            speed, ns = row["bytes_per_s"], 1e9 * row["cpu_s"] / tokens
+            shown = f"{ns:,.0f}" if ns >= 100 else f"{ns:.3g}"
+            cells.append(f"{shown} ns, {speed / 1e9:.2f}, {speed / copy:.2g} x")
+        yield f"| {kernel} | {tokens:,} | {' | '.join(cells)} |"
+
+
+def record_cpp(path: Path) -> None:
+    """Take over what `make bench-cpp` has written: the median of repetitions, if there are any."""
+    found = json.loads(path.read_text())["benchmarks"]
+    if any(each["run_type"] == "aggregate" for each in found):
+        found = [each for each in found if each.get("aggregate_name") == "median"]
+    scale = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
+    rows = []
+    for each in found:
+        kernel, isa, tokens = each["run_name"].rsplit("/", 2)
+        seconds = each["cpu_time"] * scale[each["time_unit"]]
+        row = {"kernel": kernel, "isa": isa, "tokens": int(tokens), "cpu_s": seconds}
+        rows.append(row | {"threads": 1, "bytes_per_s": each["bytes_per_second"]})
+    write_results(RESULTS / "cpp.json", "make bench-cpp", rows)
+
+
 def render(folder: Path, page: Path) -> None:
     """Write the pages and their plots."""
     files = {
         name: [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}*.json"))]
-        for name in ("kernels", "prefill", "imports")
+        for name in ("kernels", "prefill", "imports", "decode", "memory", "growth", "cpp")
     }
-    rows = {name: [row for file in files[name] for row in file["rows"]] for name in files}
-    kernels, prefill = Kernels(rows["kernels"]), rows["prefill"]
-    ops = page.with_name(f"{page.stem}-ops.md")
-    lines = [
-        "# Performance",
-        "",
-        "All contenders of a table took turns in one process, moekv's results were checked before "
-        "anything was timed, and only ratios within a table mean something. Medians: on one thread "
-        "of processor time, which other processes do not stretch, on two by the clock. Every op, "
-        f"shape, length and contender is on [a page of its own]({ops.name}), memory and decoding "
-        "are on [another](memory.md); commands and machine stand at the end. `make bench` measures "
-        "a subset anew in five minutes and renders this page from that; `python -m "
-        "benchmarks.report` renders what is recorded in `benchmarks/results`.",
-        "",
-        "## Targets",
-        "",
-        *targets_table(kernels, prefill, rows["imports"]),
-    ]
-    if folder.resolve() == RESULTS:
-        lines += ["", NOTES.read_text().strip()]
-    lines += ["", "## Ops"]
-    if plot_ops(kernels.of(kernels.threads), page.with_name("performance-ops.png")):
-        lines += ["", "![time of every op over the number of tokens](performance-ops.png)"]
-    lines += ["", f"Tables: [{ops.name}]({ops.name})."]
-    if prefill:
-        lines += ["", "## Prefill"]
-        if plot_prefill(prefill, page.with_name("performance-prefill.png")):
-            lines += ["", "![share of the press in a prefill](performance-prefill.png)"]
-        lines += prefill_tables(prefill)
-    lines += ["", "## Where it was measured", ""]
-    lines += [f"- {origin(file)}" for name in files for file in files[name]]
-    page.write_text("\n".join(lines) + "\n")
-    ops.write_text("\n".join(ops_page(kernels, files["kernels"], page)) + "\n")
+    rows = {
+        name: [row | {"run": file["command"]} for file in files[name] for row in file["rows"]]
+        for name in files
+    }
+    recorded = folder.resolve() == RESULTS
+    steps = [row for row in rows["decode"] if "step" in row]  # batches have none
+    measured = overview.Measured(rows["prefill"], steps, rows["memory"])
+    pages = {
+        "": overview.page(measured, page),
+        "-prefill": prefill_page(rows["prefill"], files["prefill"], page, recorded),
+        "-ops": ops_page(rows, files, page, recorded),
+    }
+    for kind, lines in pages.items():
+        page.with_stem(page.stem + kind).write_text("\n".join(lines) + "\n")
 
 
-def ops_page(kernels: Kernels, files: Sequence[dict[str, Any]], page: Path) -> Iterator[str]:
+def _notes(path: Path, recorded: bool) -> Sequence[str]:
+    """What was written about the recorded results goes with these alone."""
+    return ["", path.read_text().strip()] if recorded else []
+
+
+def prefill_page(
+    rows: Sequence[Row], files: Sequence[dict[str, Any]], page: Path, recorded: bool
+) -> Iterator[str]:
+    """What a press adds to a prefill."""
+    yield from ["# What a press adds to a prefill", ""]
+    yield (
+        f"What [{page.name}]({page.name}) sums up. All methods of a table took turns in one "
+        "process. Medians: on one thread of processor time, which other processes do not stretch, "
+        "on two by the clock."
+    )
+    if rows and plot_prefill(rows, page.with_name("performance-prefill.png")):
+        yield from ["", "![share of the press in a prefill](performance-prefill.png)"]
+    yield from _notes(PREFILL_NOTES, recorded)
+    if rows:
+        yield from ["", "## Prefill"]
+        yield from prefill_tables(rows)
+    yield from ["", "## Where it was measured", ""]
+    yield from (f"- {origin(file)}" for file in files)
+
+
+def ops_page(
+    rows: dict[str, list[Row]],
+    files: dict[str, list[dict[str, Any]]],
+    page: Path,
+    recorded: bool,
+) -> Iterator[str]:
     """All tables of the ops."""
+    kernels = Kernels(rows["kernels"])
     yield from ["# Every op beside its peers", ""]
     yield (
-        f"What [{page.name}]({page.name}) sums up. Beside moekv's milliseconds (and their "
+        f"What [{page.name}]({page.name}) sums up. All contenders of a table took turns in one "
+        "process, and moekv's results were checked before anything was timed."
+    )
+    yield from ["", "## Targets", "", *targets_table(kernels, rows["imports"])]
+    yield from _notes(OPS_NOTES, recorded)
+    if plot_ops(kernels.of(kernels.threads), page.with_name("performance-ops.png")):
+        yield from ["", "![time of every op over the number of tokens](performance-ops.png)"]
+    yield from growth_table(rows["growth"])
+    yield from threads_table(kernels)
+    yield from cpp_table(rows["cpp"])
+    yield from ["", "# Tables", ""]
+    yield (
+        "Beside moekv's milliseconds (and their "
         "interquartile range, IQR) each contender's time as a multiple of them, and its extra MiB "
         "in brackets; with an asterisk where it was called once, being slow. One thread: "
         "processor time; two: by the clock. GB/s counts the bytes that must be read or written, "
@@ -579,7 +705,8 @@ def ops_page(kernels: Kernels, files: Sequence[dict[str, Any]], page: Path) -> I
     )
     yield from op_tables(kernels)
     yield from ["", "## Where it was measured", ""]
-    yield from (f"- {origin(file)}" for file in files)
+    for name in ("kernels", "growth", "cpp", "imports"):
+        yield from (f"- {origin(file)}" for file in files[name])
 
 
 def main() -> None:
@@ -587,7 +714,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=PAGE)
+    parser.add_argument("--cpp", type=Path, help="record these results of make bench-cpp first")
     args = parser.parse_args()
+    if args.cpp:
+        record_cpp(args.cpp)
     render(args.results, args.out)
     print(f"written to {args.out}")
 

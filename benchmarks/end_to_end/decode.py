@@ -62,8 +62,12 @@ METHODS: dict[str, Callable[[], Any]] = {
     RAGGED: lambda: MoERouterPress(RATIO, budget="model", router=None),
 }
 
-#: Whole caches of transformers in fewer bits, by library, at the settings that these take.
-MORE: dict[str, dict[str, Any]] = {
+#: Whole caches in fewer bits: moekv's, and transformers', by library, at settings that these take.
+MORE: dict[str, Any] = {
+    **{
+        f"moekv, all pairs in {pairs}": lambda pairs=pairs: MoERouterPress(0, pairs=pairs)
+        for pairs in QUANTISED
+    },
     "QuantizedCache, 8 bits (HQQ)": {"backend": "hqq", "nbits": 8, "axis_key": 1, "axis_value": 1},
     "QuantizedCache, 4 bits (quanto)": {"backend": "quanto", "nbits": 4},
 }
@@ -250,8 +254,9 @@ def measure(
     length = recording.input_ids.shape[1]
     decoders, sizes = {}, {}
     for name in methods:
-        cache: Any = replay(model, recording, METHODS[name]() if name in METHODS else None)
-        if name in MORE:
+        made = (METHODS | MORE)[name]
+        cache: Any = replay(model, recording, made() if callable(made) else None)
+        if not callable(made):
             cache = quantised_cache(model, cache, name)
         sizes[name] = cache_bytes(cache)
         decoders[name] = Decoder(model, cache, length)

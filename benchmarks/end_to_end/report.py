@@ -26,9 +26,11 @@ def _mib(size: float) -> str:
 
 
 def _memory(rows: Rows) -> list[list[str]]:
+    """Bytes of each method, and processor time until the first token."""
     table = [
         [
-            *("context", "method", "cache, MiB", "of the full one", "its peak, MiB"),
+            *("context", "method", "first token, s", "of the full one"),
+            *("cache, MiB", "of the full one", "its peak, MiB"),
             *("resident, MiB, before", "after", "at the peak"),
         ]
     ]
@@ -39,6 +41,8 @@ def _memory(rows: Rows) -> list[list[str]]:
             [
                 f"{row['length']:,}",
                 row["method"],
+                f"{row['cpu_s'][1]:.2f}",
+                f"{row['cpu_s'][1] / full['cpu_s'][1]:.1%}",
                 _mib(row["cache_bytes"]),
                 f"{row['cache_bytes'] / full['cache_bytes']:.1%}",
                 _mib(row["cache_peak_bytes"]),
@@ -91,18 +95,31 @@ def _batch(rows: Rows) -> list[list[str]]:
     return _times(rows, ["cache, MiB"], lambda row: [_mib(row["cache_bytes"])], behind="rows")
 
 
+def _whole(rows: Rows) -> list[list[str]]:
+    """KL divergence of whole caches in fewer bits, over all tasks and on the worst."""
+    table = [["cache", "MiB", "of the full one", "KL divergence, nats", "of the worst task"]]
+    full = rows[0]["cache_bytes"]
+    for row in rows:
+        kl = f"{row['mean_kl']:.2g}", f"{max(row['kl'].values()):.2g}"
+        size = _mib(row["cache_bytes"]), f"{row['cache_bytes'] / full:.1%}"
+        table.append([row["method"], *size, *kl])
+    return table
+
+
 TABLES: dict[str, Callable[[Rows], list[list[str]]]] = {
     "memory": _memory,
     "token": _token,
     "attention": _attention,
     "batch": _batch,
+    "whole": _whole,
 }
 
 
 def render(results: dict[str, Any], kind: str) -> str:
     """One table in markdown, and where it was measured."""
     head, *body = TABLES[kind](results["rows"])
-    lines = [head, ["---"] * 2 + ["---:"] * (len(head) - 2), *body]
+    names = 1 if kind == "whole" else 2
+    lines = [head, ["---"] * names + ["---:"] * (len(head) - names), *body]
     where, threads = results["environment"], results["rows"][0]["threads"]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     about = (

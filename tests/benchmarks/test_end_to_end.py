@@ -156,7 +156,7 @@ def test_tables_say_what_the_results_say() -> None:
     held = {"cache_peak_bytes": 2 << 20}
     given = results([full | sizes | held, fast | sizes | held])
     assert report.render(given, "memory").splitlines()[3] == (
-        "| 8,192 | fast | 1.0 | 25.0% | 2.0 | 100.0 | +1.0 | +3.0 |"
+        "| 8,192 | fast | 0.05 | 33.3% | 1.0 | 25.0% | 2.0 | 100.0 | +1.0 | +3.0 |"
     )
 
 
@@ -198,6 +198,18 @@ def test_quantised_caches_of_transformers_are_counted_and_decoded(
         model, decode.random_context(model, LENGTH), [decode.FULL, "stored"], seconds=0.01, steps=2
     )
     assert {row["method"] for row in rows} == {decode.FULL, "stored", decode.FLOOR}
+
+
+def test_the_table_of_whole_caches_names_the_worst_task() -> None:
+    rows = [
+        {"method": name, "threads": 1, "cache_bytes": size, "kl": kl, "mean_kl": 0.015}
+        for name, size, kl in (
+            ("full cache", 4 << 20, {"a": 0.0}),
+            ("x", 1 << 20, {"a": 0.01, "b": 0.02}),
+        )
+    ]
+    line = report.render(results(rows), "whole").splitlines()[3]
+    assert line == "| x | 1.0 | 25.0% | 0.015 | 0.02 |"
 
 
 def test_a_block_knows_hooks_that_are_timed() -> None:

@@ -1,9 +1,10 @@
 """The page of performance says what the results say."""
 
+import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from benchmarks import overview, report
 from benchmarks.measure import RESULTS
 
 
@@ -29,12 +30,10 @@ def test_targets_are_judged_on_two_threads_by_the_clock() -> None:
     one = [row("moekv", 1, 0.1, 9.0), row("torch.gather", 1, 1.2, 9.0)]
     two = [row("moekv", 2, 9.0, 0.1), row("torch.gather", 2, 9.0, 0.8)]
     of_gather = "… times as fast as kvpress's gather, 8k"
-    table = list(report.targets_table(report.Kernels(one), [], []))
+    table = list(report.targets_table(report.Kernels(one), []))
     assert line(table, of_gather) == f"| {of_gather} | ≥ 10 |  | 8k 12.0 | met |"
-    rows = [prefill(2048, 0.015, 0.1), prefill(2048, 0.9, 0.1, threads=1)]
-    table = list(report.targets_table(report.Kernels(one + two), rows, []))
+    table = list(report.targets_table(report.Kernels(one + two), []))
     assert line(table, of_gather) == f"| {of_gather} | ≥ 10 | 8k 8.0 | 8k 12.0 | **missed** |"
-    assert line(table, "whole press").endswith("| ≤ 2 % | 1.5% | 50.0% | met |")
 
 
 def test_of_many_numbers_those_that_miss_are_shown() -> None:
@@ -66,5 +65,49 @@ def test_the_pages_are_those_of_the_results(tmp_path: Path) -> None:
 def test_notes_go_with_the_recorded_results_alone(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     report.render(tmp_path / "results", tmp_path / "performance.md")
-    page = (tmp_path / "performance.md").read_text()
-    assert "## Targets" in page and "## Where targets are missed" not in page
+    page = (tmp_path / "performance-ops.md").read_text()
+    assert "## Targets" in page and "Where targets are missed" not in page
+
+
+def test_the_first_page_is_a_screen_and_answers_what_was_measured(tmp_path: Path) -> None:
+    first = report.PAGE.read_text().splitlines()
+    assert len(first) <= 30 and sum(text.startswith("![") for text in first) == 1
+    cpu = {"threads": 1, "model": "smollm2", "length": 2048, "calls": 10}
+    shares = [cpu | {"method": "moekv", "cpu_share": [0.02, 0.04, 0.05]}]
+    steps = [
+        cpu | {"step": "token", "method": name, "cpu_s": [seconds] * 3}
+        for name, seconds in ((overview.FULL, 0.2), (overview.MODEL, 0.1))
+    ]
+    table = list(overview.table(overview.Measured(shares, steps, [])))
+    assert line(table, "the press, of").endswith("| ≤ 3 % | calibrated router 4.0% | **missed** |")
+    assert line(table, "a token, times").endswith("| ≥ 1.05 | 2k 2.00 | met |")
+    assert len(table) == 4  # what was not measured has no line
+    assert not list(overview.table(overview.Measured([], [], [])))
+    assert not overview.draw(overview.Measured([], [], []), tmp_path / "none.png")
+
+
+def test_growth_is_the_slope_of_logarithms_and_threads_are_compared_case_by_case() -> None:
+    grown = [row("moekv", 1, 1e-6 * n, 1.0, length=n, peak_bytes=n**2) for n in (1024, 4096, 16384)]
+    table = list(report.growth_table(grown))
+    assert table[-1].startswith("| `kv_compact_` | half kept | bf16 | 1.00 | 1.02 | 16.4 | 2.00 |")
+    assert not list(report.growth_table([]))
+    both = [row("moekv", 1, 1.0, 9.0), row("moekv", 2, 9.0, 0.6), row("moekv", 2, 1, 1, length=9)]
+    table = list(report.threads_table(report.Kernels(both)))
+    assert table[-1] == "| kv_compact_, half kept | 1 | 1.67 | 1.67 | 1.67 |"
+
+
+def test_the_kernels_alone_are_beside_a_copy(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    named = {"avx2": 2.0, "copy": 1.0}
+    found = [
+        {"run_type": "iteration", "run_name": f"op, all/{isa}/8192", "time_unit": "ms"}
+        | {"cpu_time": ms, "bytes_per_second": 8e9 / ms}
+        for isa, ms in named.items()
+    ]
+    written = tmp_path / "written.json"
+    written.write_text(json.dumps({"benchmarks": found, "context": {"host_name": "secret"}}))
+    report.record_cpp(written)
+    recorded = json.loads((tmp_path / "cpp.json").read_text())
+    assert "secret" not in str(recorded)
+    table = list(report.cpp_table(recorded["rows"]))
+    assert table[-1] == "| op, all | 8,192 | 244 ns, 4.00, 0.5 x |"
