@@ -17,36 +17,36 @@ from benchmarks.measure import RESULTS, write_results
 from moekv.models.loading import load_model
 
 
-def llama_shape() -> PreTrainedModel:
-    """Two layers with the attention of Llama-3.1-8B, randomly initialised."""
+def _random_llama(**sizes: int) -> PreTrainedModel:
+    """Two layers, randomly initialised."""
     torch.manual_seed(0)
-    config = LlamaConfig(
+    with torch.device("cpu"):
+        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes))
+    return model.to(torch.bfloat16).eval()
+
+
+def llama_shape() -> PreTrainedModel:
+    """Two layers with the attention of Llama-3.1-8B."""
+    return _random_llama(
         vocab_size=32000,
         hidden_size=4096,
         intermediate_size=14336,
-        num_hidden_layers=2,
         num_attention_heads=32,
         num_key_value_heads=8,
         max_position_embeddings=131072,
     )
-    with torch.device("cpu"):
-        return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
 def small_shape() -> PreTrainedModel:
-    """Two layers of four heads, randomly initialised: 128k tokens in one forward take a minute."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    """Two layers of four heads: 128k tokens in one forward take a minute."""
+    return _random_llama(
         vocab_size=4096,
         hidden_size=256,
         intermediate_size=1024,
-        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=262144,
     )
-    with torch.device("cpu"):
-        return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {

@@ -75,9 +75,8 @@ def attend_many(
         mask = (place <= place[old:, None])[None, None]
     added = None
     if mask is not None:
-        added = (
-            torch.zeros(mask.shape).masked_fill_(~mask, _HIDDEN).expand(batch, num_heads, -1, -1)
-        )
+        added = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, _HIDDEN)
+        added = added.expand(batch, num_heads, -1, -1)
     output, sums = _flash(query, keys, values, 0.0, mask is None, attn_mask=added, scale=scaling)
     output = output.float().masked_fill_((sums < _HIDDEN / 2)[..., None], 0)
     stored_keys, stored_values = rows.dense()
