@@ -30,7 +30,7 @@ from moekv.models.hooks import (
     routers_in,
     with_choice,
 )
-from moekv.models.queries import logit_options
+from moekv.models.queries import logit_options, logits_of
 from moekv.models.watching import Asked, StandIn, ask
 from moekv.ops import ScoreKind
 
@@ -229,9 +229,7 @@ class Oracle:
         asked = ask(layer, hidden, kwargs, StandIn(lambda: num_keys))
         queries = asked.query[0].to(keys.dtype)
         num_queries = queries.shape[1]
-        scaling, softcap = (
-            logit_options(layer, asked, dim)[name] for name in ("scaling", "softcap")
-        )
+        options = logit_options(layer, asked, dim)
         exponent = self.config.exponent
         column = torch.arange(total, device=keys.device)
         seen = torch.zeros(num_heads, num_keys, device=keys.device)
@@ -239,9 +237,7 @@ class Oracle:
             tile = queries[:, begin : begin + _TILE]
             position = total - num_queries + begin + torch.arange(tile.shape[1], device=keys.device)
             tile = tile.reshape(num_heads, -1, dim)
-            logits = torch.bmm(tile, keys.transpose(1, 2)).float() * scaling
-            if softcap:
-                logits = softcap * torch.tanh(logits / softcap)
+            logits = logits_of(tile, keys, **options)
             logits = logits.view(num_heads, -1, len(position), total)
             logits.masked_fill_(column > position[:, None], -torch.inf)
             attention = logits.softmax(-1)[..., :num_keys].flatten(1, 2)

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from moekv import ops
 from moekv.devices import send
-from moekv.models.queries import behind, logit_options, next_queries, tokens_at, turn_behind
+from moekv.models.queries import (
+    behind,
+    logit_options,
+    logits_of,
+    next_queries,
+    tokens_at,
+    turn_behind,
+)
 from moekv.models.ranks import ALONE, Ranks
 from moekv.ops import ScoreKind
 from moekv.ops.reference.expected_attention import REACH
@@ -292,13 +299,10 @@ class LayerView:
         -------
         Tensor [B, H, T], float32
         """
-        queries = self._behind().to(keys.dtype) * self.logits["scaling"]
+        queries = self._behind().to(keys.dtype)
         batch, _, count, dim = queries.shape
         grouped = queries.reshape(batch, keys.shape[1], -1, dim)
-        logits = torch.matmul(grouped, keys.mT).float()
-        if softcap := self.logits["softcap"]:
-            logits = softcap * torch.tanh(logits / softcap)
-        looks = logits.softmax(-1)[..., -count:].square()
+        looks = logits_of(grouped, keys, **self.logits).softmax(-1)[..., -count:].square()
         looks = looks.view(batch, keys.shape[1], -1, count, count).mean(2)
         near = torch.ones_like(looks[0, 0]).triu().tril(REACH)  # from a token on, and no farther
         return (looks * near).sum(-2).clamp(min=1e-36).log() / 2

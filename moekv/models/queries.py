@@ -326,6 +326,27 @@ def logit_options(module: nn.Module, asked: Asked | None, dim: int) -> dict[str,
     }
 
 
+def logits_of(queries: Tensor, keys: Tensor, *, scaling: float, softcap: float) -> Tensor:
+    """Return the logits of queries over keys.
+
+    Parameters
+    ----------
+    queries, keys : Tensor [..., N, D] and [..., T, D]
+        Of one dtype.
+    scaling, softcap : float
+        As :func:`logit_options` gives them.
+
+    Returns
+    -------
+    Tensor [..., N, T], float32
+    """
+    # Scaled first, and not in float16: a product beyond 65,504 is no number of it.
+    if keys.dtype == torch.float16:
+        queries, keys = queries.float(), keys.float()
+    logits = torch.matmul(queries * scaling, keys.mT).float()
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
 def rotate(queries: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of the first channels, as many as the cosines have (Phi3: not all).
 

@@ -43,6 +43,20 @@ def test_the_oracle_sees_the_attention_of_the_second_reading(
         )
 
 
+def test_products_beyond_float16_are_read(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Their logits are numbers of float16, and attention is that of the same model in float32."""
+    models = [tiny_model() for _ in range(2)]
+    for model in models:
+        for layer in model.model.layers:
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                projection.weight.data = (projection.weight.data * 150).half().to(model.dtype)
+    half, wide, words = models[0].half(), models[1], text(70)
+    found, expected = (Oracle(m, tokenizer, SMALL).read(words, as_turn=False) for m in (half, wide))
+    assert found.target.isfinite().all()
+    # The first layer's inputs differ by rounding alone.
+    torch.testing.assert_close(found.target[0], expected.target[0], atol=0.5, rtol=0.1)
+
+
 def test_a_turn_of_a_chat_is_read_between_its_marks(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = "w1 w2 {{ messages[0]['content'] }} w3"
     oracle = Oracle(tiny_model(), tokenizer, SMALL)

@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from moekv import DecodingConfig, Expert, LayerView, MoERouterPress
 from moekv.models.habits import habits_of
 from moekv.models.hooks import find_layers, rotary_in
+from moekv.models.queries import logits_of
 from moekv.models.watching import ask
 from moekv.ops import ScoreKind
 
@@ -250,3 +251,18 @@ def test_inputs_without_a_name_are_served(monkeypatch: pytest.MonkeyPatch) -> No
     with press(model := tiny_model()):
         prefill(model, tokens(1, 40))
     assert press.get_stats()["compression"]["ratio"] == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("softcap", [0.0, 50.0])
+def test_logits_of_large_products_are_numbers(dtype: torch.dtype, softcap: float) -> None:
+    queries, keys = (torch.randn(2, 3, n, 64).mul(300).to(dtype) for n in (4, 5))
+    logits = logits_of(queries, keys, scaling=0.001, softcap=softcap)
+    products = queries.double() @ keys.double().mT
+    assert products.abs().max() > torch.finfo(torch.float16).max
+    expected = products * 0.001
+    if softcap:
+        expected = softcap * torch.tanh(expected / softcap)
+    assert logits.dtype == torch.float32
+    rough = 0.02 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(logits.double(), expected, atol=rough * 800, rtol=rough)
