@@ -155,7 +155,20 @@ template <typename T>
 inline void rotate(const T* row, const float* cos, const float* sin, int64_t turned, int64_t dim,
                    T* rotated) {
   const int64_t half = turned / 2;
-  for (int64_t d = 0; d < half; d += Vec::kLanes) {
+  constexpr int kTwo = 2 * Vec::kLanes;
+  int64_t d = 0;
+  for (; d + kTwo <= half; d += kTwo) {
+    Vec first[2], second[2];
+    for (int i = 0; i < 2; ++i) {
+      const int64_t at = d + i * Vec::kLanes;
+      const Vec x = Vec::load(row + at), y = Vec::load(row + half + at);
+      first[i] = x * Vec::load(cos + at) - y * Vec::load(sin + at);
+      second[i] = fma(y, Vec::load(cos + half + at), x * Vec::load(sin + half + at));
+    }
+    store_two(first[0], first[1], rotated + d);
+    store_two(second[0], second[1], rotated + half + d);
+  }
+  for (; d < half; d += Vec::kLanes) {
     const int64_t left = half - d;
     const Vec x = load_lanes(row + d, left), y = load_lanes(row + half + d, left);
     const auto of = [&](const float* turn, int64_t begin) {
@@ -164,7 +177,7 @@ inline void rotate(const T* row, const float* cos, const float* sin, int64_t tur
     store_lanes(x * of(cos, 0) - y * of(sin, 0), rotated + d, left);
     store_lanes(fma(y, of(cos, half), x * of(sin, half)), rotated + half + d, left);
   }
-  std::memcpy(rotated + turned, row + turned, (dim - turned) * sizeof(T));
+  if (turned < dim) std::memcpy(rotated + turned, row + turned, (dim - turned) * sizeof(T));
 }
 
 template <typename Products, typename T>

@@ -97,12 +97,13 @@ struct Vec {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
-  void store(bfloat16_t* p) const {  // to the nearest
+  void store(bfloat16_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow()); }
+  __m256i narrow() const {  // to the nearest bf16
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
     const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
+    return _mm512_cvtepi32_epi16(rounded);
   }
   void store(int32_t* p) const { _mm512_storeu_si512(p, _mm512_cvtps_epi32(v)); }  // of integers
 
@@ -429,6 +430,23 @@ inline void store_lanes(Vec a, T* p, int64_t count) {
     for (int64_t i = 0; i < count && i < Vec::kLanes; ++i) p[i] = from_float<T>(lanes[i]);
   }
 }
+
+// Two vectors, one behind the other; in one store, if they fit: what loads both waits for none.
+template <typename T>
+inline void store_two(Vec a, Vec b, T* p) {
+  store_lanes(a, p, Vec::kLanes);
+  store_lanes(b, p + Vec::kLanes, Vec::kLanes);
+}
+#if defined(__AVX512BF16__)
+inline void store_two(Vec a, Vec b, bfloat16_t* p) {
+  const __m512bh rounded = _mm512_cvtne2ps_pbh(b.v, a.v);
+  std::memcpy(p, &rounded, sizeof rounded);
+}
+#elif defined(__AVX512F__)
+inline void store_two(Vec a, Vec b, bfloat16_t* p) {
+  _mm512_storeu_si512(p, _mm512_inserti64x4(_mm512_castsi256_si512(a.narrow()), b.narrow(), 1));
+}
+#endif
 
 // The numbers of N vectors, as a matrix [kLanes, N] in memory has them, become its columns:
 // interleaving the two halves of the vectors, once per bit of the row number.

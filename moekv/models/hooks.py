@@ -217,16 +217,22 @@ def _inside(layer: nn.Module) -> Iterator[nn.Module]:
 
 def _is_attention(module: nn.Module) -> bool:
     """Return whether a module is a decoder's attention layer, by its name and arguments."""
-    name = type(module).__name__
     return (
-        isinstance(getattr(module, "layer_idx", None), int)
-        and any(word in name for word in ("Attention", "Attn", "MLA"))
-        and not any(word in name for word in _NO_ATTENTION)
+        _attends(_kind(module))  # first, as asking a module for what it has not is slow
+        and isinstance(getattr(module, "layer_idx", None), int)
         and not getattr(module, "is_cross_attention", False)
+    )
+
+
+@functools.cache
+def _attends(kind: Any) -> bool:
+    return (
+        any(word in kind.__name__ for word in ("Attention", "Attn", "MLA"))
+        and not any(word in kind.__name__ for word in _NO_ATTENTION)
         and not {"encoder_hidden_states", "key_value_states", "cross_attention_states"}
-        & set(_needed(_kind(module)))
-        and _parameters(_kind(module))[:1] == ("hidden_states",)
-        and any(name in _parameters(_kind(module)) for name in CACHE_NAMES)
+        & set(_needed(kind))
+        and _parameters(kind)[:1] == ("hidden_states",)
+        and any(name in _parameters(kind) for name in CACHE_NAMES)
     )
 
 

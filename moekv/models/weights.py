@@ -171,6 +171,8 @@ def mesh_of(model: Any) -> Any:
 
 def _is_spread(weight: Any) -> bool:
     """Return whether a weight is a part of a tensor, and not all of it (``DTensor``)."""
+    if type(weight) is nn.Parameter:  # the usual, and cheap to see
+        return False
     return hasattr(weight, "placements") and weight.to_local().shape != weight.shape
 
 

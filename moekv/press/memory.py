@@ -15,7 +15,7 @@ from moekv.routing.base import BaseMoERouter
 
 
 class Routers:
-    """One router for each layer of a model, made when it is first rated: it has a history.
+    """One router for each layer of a model, made when it first routes: it has a history.
 
     Other threads than the one that began a block have routers of their own in it, whose histories
     go on from the block's beginning: what one thread generates must not depend on when another one
@@ -23,7 +23,9 @@ class Routers:
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[weakref.ref[nn.Module] | None, BaseMoERouter]] = {}
+        self._known: dict[int, BaseMoERouter] = {}
+        # Of each layer that has been rated, and the size of its hidden states.
+        self._layers: dict[int, tuple[weakref.ref[nn.Module] | None, int]] = {}
         self._clear()
 
     def _clear(self) -> None:
@@ -35,15 +37,15 @@ class Routers:
         """Begin a block in this thread."""
         with self._lock:
             self._home, self._others = threading.get_ident(), threading.local()
-            self._begun = {i: dict(r.named_buffers()) for i, (_, r) in self._known.items()}
+            self._begun = {i: dict(r.named_buffers()) for i, r in self._known.items()}
 
     def __bool__(self) -> bool:
         """Whether any layer has been rated."""
-        return bool(self._known)
+        return bool(self._layers)
 
     def __getitem__(self, index: int) -> BaseMoERouter:
         """Return a layer's router in this thread."""
-        router = self._known[index][1]
+        router = self._known[index]
         if threading.get_ident() == self._home:
             return router
         own: dict[int, BaseMoERouter] = self._others.__dict__.setdefault("routers", {})
@@ -55,7 +57,8 @@ class Routers:
     def __getstate__(self) -> dict[str, Any]:
         """Return the routers without the model's modules, which another process does not have."""
         with self._lock:
-            return {"_known": {i: (None, copy.deepcopy(self[i])) for i in self._known}}
+            layers = {i: (None, size) for i, (_, size) in self._layers.items()}
+            return {"_known": {i: copy.deepcopy(self[i]) for i in self._known}, "_layers": layers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore saved routers."""
@@ -65,27 +68,36 @@ class Routers:
     def check(self, modules: Iterable[nn.Module]) -> None:
         """Raise ``RuntimeError`` if the routers belong to another model."""
         for module in modules:
-            owner, router = self._known.get(index_of(module), (None, None))
+            owner, known = self._layers.get(index_of(module), (None, None))
             other = owner is not None and owner() is not module
-            # A copied press does not know its modules: only the number of layers can be compared.
+            # A copied press does not know its modules: only sizes can be compared.
             size = getattr(getattr(module, "config", None), "hidden_size", None)
-            if other or (router is not None and size not in (None, router.hidden_size)):
+            if other or (known is not None and size not in (None, known)):
                 raise RuntimeError(
                     "expected the model whose statistics and history this press holds, got "
                     "another: call reset_stats() first, or make a press for each model"
                 )
 
-    def of(self, module: nn.Module, make: Callable[[], BaseMoERouter]) -> BaseMoERouter:
-        """Return a layer's router, which is made once."""
+    def meet(self, module: nn.Module, hidden_size: int) -> None:
+        """Note a layer that is rated, with or without a router.
+
+        Raises
+        ------
+        RuntimeError
+            See :meth:`check`.
+        """
         self.check([module])
         index = index_of(module)
+        if self._layers.get(index, (None, 0))[0] is None:  # new, or of a copied press
+            with self._lock:
+                self._layers[index] = weakref.ref(module), hidden_size
+
+    def of(self, index: int, make: Callable[[], BaseMoERouter]) -> BaseMoERouter:
+        """Return a layer's router, which is made once."""
         with self._lock:
             if index not in self._known:
-                self._known[index] = weakref.ref(module), (router := make())
+                self._known[index] = router = make()
                 self._begun[index] = dict(router.named_buffers())
-            owner, router = self._known[index]
-            if owner is None:  # of a copied press, which belongs to the first model it is used on
-                self._known[index] = weakref.ref(module), router
             return self[index]
 
     def take_in(self, index: int, hit_rates: Tensor) -> None:

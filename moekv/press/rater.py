@@ -212,16 +212,16 @@ class Rater:
     @torch.no_grad()
     def prepare(self, view: LayerView) -> Unrated:
         """Compute all that needs hidden states and queries, so that these can be freed."""
-        router = self.routers.of(view.module, lambda: self._make_router(view))
-        acting, rated = self.acting(view), None
+        index = index_of(view.module)
+        self.routers.meet(view.module, view.hidden_states.shape[-1])
+        acting, router, rated = self.acting(view), None, None
         view.kinds = sorted(set().union(*(expert.kinds for expert in acting)))
         if len(acting) > len(self.shared):
+            router = self.routers.of(index, lambda: self._make_router(view))
             states = with_choice(view.hidden_states, view.expert_choice, router.choices)
             rated = router.rate(states, view.token_mask)
         if self.calibrated is not None:
-            view.read = self.calibrated.project(
-                index_of(view.module), view.hidden_states, view.expert_choice
-            )
+            view.read = self.calibrated.project(index, view.hidden_states, view.expert_choice)
         scores = [None if expert.waits else scores_by(expert, view) for expert in acting]
         if view.aligned and self.expects:
             view.expected()
@@ -235,8 +235,6 @@ class Rater:
 
     def _make_router(self, view: LayerView) -> BaseMoERouter:
         states, routing = view.hidden_states, self.routing
-        if not self.routed:
-            return self._gate(view, states)
         router: BaseMoERouter
         if isinstance(routing.router_type, BaseMoERouter):
             router = copy.deepcopy(routing.router_type)
@@ -340,7 +338,7 @@ class Rater:
             silent=torch.cat([self._silent_shared(scores, real), is_silent(alike)]),
         )
         wanted: Sequence[Tensor | None] = [None] * num_layers
-        if len(alike) and any(layer.router.history is not None for layer in unrated):
+        if len(alike) and any(layer.remembers for layer in unrated):
             bits = packed(alone_kept.mask().view(num_experts, -1, num_heads, num_keys))
             wanted = wanted if bits is None else bits.chunk(num_layers)
         row = view.start, view.lengths, view.begins, view.ends, seen, stored
@@ -382,8 +380,9 @@ class Rater:
             parts.append(mixture.one_for_all(views, self.shared[0], scores[:1]))
         if len(alike):
             rated = [layer.rated for layer in unrated if layer.rated is not None]
+            routers = [layer.router for layer in unrated if layer.router is not None]
             given = mixture.route(
-                views, self.routed, [x.router for x in unrated], rated, alike,
+                views, self.routed, routers, rated, alike,
                 rates[num_shared:], kept_shares[num_shared:], goes_on=goes_on,
             )  # fmt: skip
             parts.append(mixture.routed(self.routed, given, scores[num_shared:], alike))

@@ -22,9 +22,14 @@ class Unrated:
     """A layer that is not rated yet, without the large tensors of its forward."""
 
     view: LayerView
-    router: BaseMoERouter  # of the routed experts, or the gate of a calibrated router
+    router: BaseMoERouter | None  # of the routed experts, if these act
     rated: tuple[Tensor, Tensor | None] | None  # logits and importance of the router
     scores: list[Tensor | None]  # [B, H, T] fp32 each; None: the expert scores later
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the router follows its history."""
+        return self.router is not None and self.router.history is not None
 
     @property
     def alike(self) -> tuple[Any, ...]:

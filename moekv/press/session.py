@@ -122,7 +122,7 @@ class Session:
             context_length=context_length,
             note=note,
             mesh=mesh_of(model),
-            shares=any(getattr(x, "is_kv_shared_layer", False) for x in decoder.modules()),
+            shares=any(vars(x).get("is_kv_shared_layer") for x in decoder.modules()),
             origin=first_position(model),
         )
         self._depth = option(self.decoder.config, "num_hidden_layers")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moekv import ops
-from moekv.routing.base import BaseMoERouter, zero_linear
+from moekv.routing.base import BaseMoERouter, ZeroLinear
 
 
 class AdaptiveRouter(BaseMoERouter):
@@ -31,7 +31,7 @@ class AdaptiveRouter(BaseMoERouter):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.importance_head = zero_linear(self.width, 1)
+        self.importance_head = ZeroLinear(self.width, 1)
 
     def _rate(self, hidden_states: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         # One op for the gate's projection, that of the importance, and what stands out.

@@ -94,12 +94,13 @@ def probabilities(logits: Tensor, temperature: float, mask: Tensor | None) -> Te
     return probs if mask is None else probs.masked_fill(~mask[..., None], 0)
 
 
-def zero_linear(in_features: int, out_features: int) -> nn.Linear:
-    """Make a linear layer of zeros, without drawing random numbers."""
-    layer = nn.Linear(in_features, out_features, device="meta")
-    layer.weight = nn.Parameter(torch.zeros(out_features, in_features))
-    layer.bias = nn.Parameter(torch.zeros(out_features))
-    return layer
+class ZeroLinear(nn.Linear):
+    """A linear layer of zeros, made without drawing random numbers."""
+
+    def reset_parameters(self) -> None:
+        """Set weights and bias to zero."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
 
 
 class BaseMoERouter(nn.Module):
@@ -176,7 +177,7 @@ class BaseMoERouter(nn.Module):
         self.temperature = temperature
         self.aux_loss_weight = aux_loss_weight
         self.backend = backend
-        self.gate = zero_linear(self.width, num_experts)
+        self.gate = ZeroLinear(self.width, num_experts)
         self.register_buffer("prior", torch.tensor(prior))
         self._reads_nothing = False
 

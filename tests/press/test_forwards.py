@@ -16,7 +16,7 @@ from peers import peer
 from random_router import random_router
 from tiny_models import prefill, tiny_model, tokens
 from torch import nn
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from moekv import DecodingConfig, MoERouterPress, PiKVMoERouter
 from moekv.press.forward import Forward
@@ -478,9 +478,8 @@ def test_a_copied_press_knows_its_model() -> None:
     press = MoERouterPress(0.5, num_experts=3)
     with press(model):
         prefill(model, tokens(1, 40))
-    copied = copy.deepcopy(press)
-    copied._rater.routers[0].hidden_size = 96
-    with pytest.raises(RuntimeError, match=r"reset_stats\(\) first"), copied(model):
+    wider = LlamaForCausalLM(LlamaConfig(**model.config.to_dict() | {"hidden_size": 96}))
+    with pytest.raises(RuntimeError, match=r"reset_stats\(\) first"), copy.deepcopy(press)(wider):
         pass
 
 
