@@ -8,7 +8,7 @@ import pytest
 import torch
 from random_router import random_router
 from tiny_models import tiny_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 from two_ranks import generated, in_two_ranks, joined
 
 from moekv import DecodingConfig
@@ -80,8 +80,11 @@ def _cases(model: Any) -> dict[str, dict[str, Any]]:
 
 
 NAMES = tuple(_cases(spread_model()))
-FAMILIES = ("qwen3",)
+FAMILIES = ("qwen3", "qwen3_moe")
 """With norms over heads; all weights are random."""
+
+SUMS_EXPERTS = "moe_tp_experts" in Qwen3MoeConfig.base_model_tp_plan.values()
+"""Without it, in transformers 5.2, a process says something else than another, press or none."""
 
 
 def _few_cases() -> dict[str, dict[str, Any]]:
@@ -146,6 +149,8 @@ def test_statistics_are_those_of_all_processes(found: Any, name: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_whose_layers_are_summed(found: Any, family: str, name: str) -> None:
     """Sums round otherwise than in one process: a pair near the threshold may be another."""
+    if family == "qwen3_moe" and not SUMS_EXPERTS:
+        pytest.skip("this transformers does not add up what the processes' parts of experts say")
     name = f"{family}, {name}"
     alone, ranks = found[0][name], [each[name] for each in found[1]]
     counts = torch.zeros(3, dtype=torch.long)
