@@ -292,6 +292,8 @@ def attend_masked(
     """Attend as :func:`attend` does, which says what is what. Reads the mask."""
     layer = key.layer
     mask, context = parts_of(attention_mask, layer, layer.tail_length)
+    if (had := layer.tail.seen()) is not None:
+        mask = had if mask is None else mask & had
     ahead = looks_ahead(attention_mask, query.shape[2])
     if _learns(query, key) or ahead or context is not None:
         stored = None if context is None else layer.stored_of(context, query.shape[1])
@@ -349,7 +351,7 @@ def _attend_plainly(
     tail, each as bool [B or 1, Hq or 1, Q or 1, n].
     """
     layer = key.layer
-    keys, values, bias, lengths = layer.padded()
+    keys, values, bias, lengths = layer.beside_tail()
     num_queries, longest, tail_length = query.shape[2], keys.shape[2], layer.tail_length
     place = torch.arange(longest, device=query.device)
     latest = longest - num_queries + torch.arange(num_queries, device=query.device)

@@ -304,7 +304,13 @@ def growing(cache: Cache, index: int, *, backend: str) -> CompressedLayer:
 
 
 def recompress(
-    cache: Cache, index: int, kept: Kept, *, pairs: str = "16", backend: str
+    cache: Cache,
+    index: int,
+    kept: Kept,
+    *,
+    pairs: str = "16",
+    alone: Sequence[int] | None = None,
+    backend: str,
 ) -> CompressedLayer:
     """Leave only the kept pairs in a layer that has grown.
 
@@ -319,6 +325,8 @@ def recompress(
     kept : Kept
     pairs : str
         How they are stored, if they are not quantised already.
+    alone : sequence of int, optional
+        Rows of the batch whose new pairs are stored where that rounds them. None: all.
     backend : str
 
     Returns
@@ -330,6 +338,8 @@ def recompress(
     assert isinstance(layer, CompressedLayer)
     if not layer.is_ragged and (kept.per_head is None or pairs != "16"):
         layer = cache.layers[index] = _to_ragged(layer, kept, pairs, backend=backend)
+    elif isinstance(layer, RaggedLayer) and (pairs, layer.pairs) != ("16", "16"):
+        layer.recompress(kept, pairs, alone)
     else:
         layer.recompress(kept, pairs)
     return layer

@@ -7,7 +7,7 @@ from typing import Any
 
 from moekv import ops
 from moekv.cache.layer import CompressedLayer
-from moekv.cache.parts import DTYPES, KINDS, OPTIONAL, backend_of, notes_of
+from moekv.cache.parts import DTYPES, KINDS, OPTIONAL, WAITS, backend_of, notes_of
 
 FLOATING = ("F32", "F16", "BF16")
 """Dtypes of pairs, hidden states and queries, as safetensors calls them."""
@@ -48,6 +48,8 @@ def check(
     compressed = issubclass(kind.layer, CompressedLayer)
     wanted = {"kind", *kind.numbers} | (_NUMBERS if compressed else set())
     named = set(description) - (_OPTIONAL if compressed else set())
+    if "begin" in kind.tensors:
+        named -= {WAITS}
     if named != wanted:
         raise ValueError(f"{within}: expected {sorted(wanted)}, got {sorted(named)!r:.300}")
     for name in (*kind.numbers, *(("context_length", "run", "most") if compressed else ())):
@@ -65,6 +67,8 @@ def check(
     size = _sizes(own, shapes, within)
     if "pairs" in kind.numbers:
         _check_widths(description["pairs"], size, within)
+    if WAITS in description:
+        _check_waits(description, size, within)
     length = kind.length(description, size)
     _check_counts(description, size, length, within)
     if "notes" in description:
@@ -128,6 +132,17 @@ def _check_beside(description: dict[str, Any], within: str) -> None:
             )
         _check_number(recent["size"], f"{within}: expected remembered inputs", 1, _MOST_SLOTS)
         _check_number(recent["end"], f"{within}: expected an end of inputs")
+
+
+def _check_waits(description: dict[str, Any], size: Mapping[str, int], within: str) -> None:
+    """Check which tokens of a tail wait."""
+    waits = description[WAITS]
+    if not isinstance(waits, dict) or set(waits) != {"tokens", "stored"}:
+        raise ValueError(f"{within}: expected tokens that wait, and stored ones, got {waits!r:.99}")
+    most = min(size["N"], description["context_length"])
+    _check_number(waits["tokens"], f"{within}: expected waiting tokens", most=most)
+    expected = f"{within}: expected numbers of waiting tokens that are stored"
+    _check_rows(waits["stored"], size["B"], waits["tokens"], expected)
 
 
 def _sizes(

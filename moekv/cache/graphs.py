@@ -57,8 +57,8 @@ _ops.define(  # type: ignore[no-untyped-call]
 _ops.define(  # type: ignore[no-untyped-call]
     "attend_ragged(Tensor query, Tensor keys, Tensor values, Tensor begin, Tensor end, "
     "Tensor tail_keys, Tensor tail_values, Tensor mask, Tensor? scales, Tensor? bias, "
-    "Tensor? sinks, Tensor? first, Tensor? positions, *, SymInt length, int[] dims, "
-    "float scaling, float softcap, str pairs, str backend) -> Tensor"
+    "Tensor? sinks, Tensor? first, Tensor? positions, Tensor? skips, *, SymInt length, "
+    "SymInt waiting, int[] dims, float scaling, float softcap, str pairs, str backend) -> Tensor"
 )
 
 
@@ -130,7 +130,9 @@ def attend_ragged(
         sinks,
         layer.first,
         layer.positions,
+        layer.tail.skips,
         length=layer.context_length,
+        waiting=layer.tail.waiting,
         dims=[rows.key_dim, rows.value_dim],
         scaling=scaling,
         softcap=softcap or 0.0,
@@ -161,8 +163,10 @@ def _attend_ragged(
     sinks: Tensor | None,
     first: Tensor | None,
     positions: Tensor | None,
+    skips: Tensor | None,
     *,
     length: int,
+    waiting: int,
     dims: Sequence[int],
     scaling: float,
     softcap: float,
@@ -177,7 +181,7 @@ def _attend_ragged(
     rows = Rows(pairs, keys, values, scales, key_dim, value_dim, tail_keys.dtype, bias)
     layer = RaggedLayer(rows, begin, end, length=length, backend=backend)
     layer.first, layer.positions = first, positions
-    layer.put_tail(tail_keys, tail_values)
+    layer.put_tail(tail_keys, tail_values, waiting, skips)
     with torch.autocast(query.device.type, enabled=False):  # the graph has cast what there is
         return attend_masked(query, layer.keys, mask, scaling, softcap, sinks).contiguous()
 

@@ -59,8 +59,9 @@ def attend_many(
         Says where the pairs of each head are.
     rows : Rows
     tail : (Tensor [B, H, S, D], Tensor [B, H, S, Dv])
-    mask : Tensor [B or 1, Hq or 1, Q, S], bool, optional
-        What is seen of the tail; None: the past.
+    mask : Tensor [B or 1, Hq or 1, Q or 1, S], bool, optional
+        What is seen of the tail, no later tokens among it where it says so of each query; None: the
+        past.
     scaling : float
 
     Returns
@@ -70,9 +71,10 @@ def attend_many(
     batch, num_heads, count, dim = query.shape
     keys, values = (x.repeat_interleave(num_heads // x.shape[1], 1) for x in tail)
     old = keys.shape[2] - count
-    if mask is None and old:
+    if old if mask is None else mask.shape[2] == 1:
         place = torch.arange(keys.shape[2], device="cpu")
-        mask = (place <= place[old:, None])[None, None]
+        past = (place <= place[old:, None])[None, None]
+        mask = past if mask is None else mask & past
     added = None
     if mask is not None:
         added = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, _HIDDEN)

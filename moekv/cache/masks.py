@@ -271,7 +271,7 @@ def parts_of(
     layer : CompressedLayer
         With the tokens that are asking.
     tail_length : int
-        Positions behind the context, S.
+        Positions at the end, S, those behind the context among them.
 
     Returns
     -------
@@ -299,8 +299,8 @@ def parts_of(
         hides = check_context(seen, layer)
     elif (hides := _seen_whole[mask].hides) and not layer.follows_masks:  # as the first layer does
         _refuse(layer.context_length, length)
-    context = length - tail_length
-    return seen[..., context:], seen[..., :context] if hides else None
+    tail = seen[..., length - tail_length :]
+    return tail, seen[..., : layer.context_length] if hides else None
 
 
 def held_of(mask: Tensor, layer: "CompressedLayer", held: int) -> Tensor:

@@ -31,6 +31,8 @@ _TAIL = {"begin": "BH", "end": "BH", "tail_keys": "BHND", "tail_values": "BHNV"}
 _RAGGED = {"stored_keys": "SD", "stored_values": "SV"} | _TAIL
 _QUANTISED = {"key_codes": "SK", "value_codes": "SW", "scales": "SG"} | _TAIL
 _BIASED: dict[str, dict[str, str]] = {"": {}, ", biased": {"bias": "S"}}
+WAITS = "waits"
+"""Tokens of a tail that wait, and how many of them each row lacks, where any do."""
 OPTIONAL = {"positions": "BHP"}
 """What layers with tables may have, or not: P bytes of bits."""
 TABLES = ("begin", "end")
@@ -109,6 +111,8 @@ def take_apart(layer: Any, index: int) -> tuple[dict[str, Tensor], dict[str, Any
     parts = kind.take(layer)
     description: dict[str, Any] = {"kind": name}
     description |= {key: NUMBERS[key](layer) for key in kind.numbers}
+    if isinstance(layer, RaggedLayer) and (waiting := layer.tail.waiting):
+        description[WAITS] = {"tokens": waiting, "stored": layer.tail.skipped}
     if isinstance(layer, CompressedLayer):
         parts |= _beside(layer, index, description)
     return parts, description
@@ -278,7 +282,16 @@ def _with_tail(
         layer.positions = positions
     if parts["tail_keys"].shape[2]:
         layer.update(parts["tail_keys"], parts["tail_values"])
+    if WAITS in description:
+        waits = description[WAITS]
+        layer.tail.wait(waits["tokens"], torch.tensor(waits["stored"], device=begin.device))
     return layer
+
+
+def _tail_end(numbers: Mapping[str, Any], size: Mapping[str, int]) -> int:
+    """Give the true length of a ragged layer."""
+    waiting: int = numbers.get(WAITS, {}).get("tokens", 0)
+    return int(numbers["context_length"]) - waiting + size["N"]
 
 
 def _static(parts: Mapping[str, Tensor], description: Mapping[str, Any]) -> StaticLayer:
@@ -345,7 +358,7 @@ KINDS = {
             RaggedLayer,
             _RAGGED | more,
             (),
-            lambda numbers, size: numbers["context_length"] + size["N"],
+            _tail_end,
             _stored,
             _ragged,
         )
@@ -356,7 +369,7 @@ KINDS = {
             RaggedLayer,
             _QUANTISED | more,
             ("pairs",),
-            lambda numbers, size: numbers["context_length"] + size["N"],
+            _tail_end,
             _stored,
             _quantised,
         )

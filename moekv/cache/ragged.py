@@ -27,13 +27,15 @@ from moekv.cache.pairs import NOT_DENSE, RaggedPairs
 from moekv.cache.positions import is_worth, pack, places_of, positions_of, unpack
 from moekv.cache.rows import Rows, gain
 from moekv.cache.tail import Tail
+from moekv.devices import send
 from moekv.models.hooks import num_fed
 
 
 class RaggedLayer(Served, CompressedLayer):
     """Kept pairs of every head, stored back to back, and a dense tail of the tokens since.
 
-    What is stored may be quantised; the tail has the model's dtype.
+    What is stored may be quantised; the tail has the model's dtype. Where quantising rounds, a row
+    that was not compressed when others were has its tokens in the tail until it is.
 
     Parameters
     ----------
@@ -48,6 +50,8 @@ class RaggedLayer(Served, CompressedLayer):
 
     Attributes
     ----------
+    pairs : str
+        How the rows are to be stored. ``rows.pairs`` is ``"16"`` instead while one cannot be.
     num_joined : Tensor, int64, or None
         Evicted pairs that joined others when the layer was made of a dense one; None: none could.
     positions : Tensor [B, H, ceil(context_length / 8)], uint8, or None
@@ -67,6 +71,7 @@ class RaggedLayer(Served, CompressedLayer):
         backend: str = "auto",
     ) -> None:
         self.rows = rows
+        self.pairs = rows.pairs
         self.begin = begin
         self.end = end
         self.num_joined: Tensor | None = None
@@ -128,20 +133,22 @@ class RaggedLayer(Served, CompressedLayer):
             values = gather_rows(values, rows)
         else:
             values, bias, num_joined = folding.fold(keys, values, kept, backend=backend)
+        owner = _owners(kept.offsets.diff(), num_kv_heads, len(rows))
         layer = cls(
-            Rows.of(stay, values, pairs, bias=bias, backend=backend),
+            Rows.of(stay, values, pairs, bias=bias, owner=owner, backend=backend),
             kept.offsets[:-1].view(batch, num_kv_heads),
             kept.offsets[1:].view(batch, num_kv_heads),
             length=length,
             backend=backend,
         )
+        layer.pairs = pairs
         layer.first = first_kept(kept)
         layer.num_joined = num_joined
         if bias is None and is_worth(kept.shape, len(rows)):  # folded pairs stand for several
             layer.positions = pack(kept.mask())
         return layer
 
-    def recompress(self, kept: Kept, pairs: str = "16") -> None:
+    def recompress(self, kept: Kept, pairs: str = "16", alone: Sequence[int] | None = None) -> None:
         """Leave only the chosen pairs, in new memory; the tail becomes part of what is stored.
 
         Its memory waits for as many tokens where they are expected (``most``).
@@ -152,49 +159,76 @@ class RaggedLayer(Served, CompressedLayer):
             Of the pairs as :meth:`to_dense` shows them.
         pairs : str
             How they are stored, if they are not quantised already.
+        alone : sequence of int, optional
+            Rows of the batch whose tail is stored. That of others, which retain all their pairs,
+            stays as it is. None: all.
         """
         self._check_assigned()
         batch, num_kv_heads, longest = kept.shape
-        head = torch.arange(batch * num_kv_heads, device=self.device).repeat_interleave(
-            kept.offsets.diff(), output_size=len(kept.indices)
-        )
+        pairs = pairs if self.pairs == "16" else self.pairs
+        head = _owners(kept.offsets.diff(), 1, len(kept.indices))
         stored = (self.end - self.begin).flatten().long()
-        place = kept.indices - (longest - stored - self.tail_length)[head]
+        skips = self._skips().repeat_interleave(num_kv_heads)
+        place = kept.indices - (longest - stored - self.tail_length + skips)[head]
+        is_stored = place < stored[head]
         row = torch.where(
-            place < stored[head],
+            is_stored,
             self.begin.flatten()[head] + place,
-            len(self.rows) + head * self.tail_length + place - stored[head],
+            len(self.rows) + head * self.tail_length + skips[head] + place - stored[head],
         )
+        offsets = kept.offsets
+        if alone is not None:
+            goes = torch.zeros(batch, dtype=torch.bool, device=self.device)
+            goes[send(alone, self.device)] = True
+            moves = is_stored | goes.repeat_interleave(num_kv_heads)[head]
+            row, head = row[moves], head[moves]
+            counts = torch.bincount(head, minlength=batch * num_kv_heads)
+            offsets = functional.pad(counts.cumsum(0), (1, 0)).int()
         tail = self.tail_keys.flatten(0, 2), self.tail_values.flatten(0, 2)
         rows = self.rows.in_format(pairs, backend=self.backend)
         rows = rows.join(*tail, backend=self.backend).select(row)
-        if not rows.readable:
-            rows = self.rows.kept_wide(rows.pairs).join(*tail).select(row)
-        positions = self._positions_after(kept)
+        rows = rows.or_wide(
+            lambda: self.rows.widened().join(*tail).select(row), head // num_kv_heads
+        )
+        positions = self._positions_after(kept, len(row), alone)
         self.notes = self.whole_notes()
         if self.notes is not None:
-            self.notes.recompress(kept)
+            assert isinstance(self.notes, RaggedLayer)
+            self.notes.recompress(kept, alone=alone)
         self.num_moves += 1
         first = first_kept(kept)
-        known = longest - self.tail_length  # where places begin to say positions
+        known = longest - self.tail_length + self._skips()  # where places begin to say positions
         before = torch.zeros_like(first) if self.first is None else self.first.to(first.device)
         self.first = torch.where(first < known, before, first - longest + self.get_seq_length())
         self.context_length, self.positions = self.get_seq_length(), positions
-        self._tail.length = 0
-        self.rows, self._stored_counts = rows, None
-        self.begin = kept.offsets[:-1].view(batch, num_kv_heads)
-        self.end = kept.offsets[1:].view(batch, num_kv_heads)
-        if self.most is None or self._tail.room > self.most:
+        self._tail.lack(range(batch) if alone is None else alone)
+        self.pairs, self.rows, self._stored_counts = pairs, rows, None
+        self.begin = offsets[:-1].view(batch, num_kv_heads)
+        self.end = offsets[1:].view(batch, num_kv_heads)
+        if not self.tail_length and (self.most is None or self._tail.room > self.most):
             self._tail = self._new_tail()  # nobody knows whether so many tokens will come again
 
-    def _positions_after(self, kept: Kept) -> Tensor | None:
+    def _skips(self) -> Tensor:
+        """How many tokens at the beginning of the tail each row does not have there: [B] int64."""
+        skips = self._tail.skips
+        return self.begin.new_zeros(self.batch_size).long() if skips is None else skips
+
+    def _positions_after(
+        self, kept: Kept, num_stored: int, alone: Sequence[int] | None
+    ) -> Tensor | None:
         """Bits of the positions that are left by a compression, if they are to be known."""
         batch, num_heads, longest = kept.shape
         length = self.get_seq_length()
-        if self.positions is None or not is_worth((batch, num_heads, length), len(kept.indices)):
+        if self.positions is None or not is_worth((batch, num_heads, length), num_stored):
             return None
-        stays = functional.pad(self._stays(), (0, self.tail_length), value=True)
-        return pack(stays & kept.mask().gather(-1, places_of(stays, longest)))
+        place = torch.arange(length, device=self.device)
+        late = (place >= length - self.tail_length + self._skips()[:, None])[:, None]  # in the tail
+        stays = late | functional.pad(self._stays(), (0, length - self.context_length))
+        left = stays & kept.mask().gather(-1, places_of(stays, longest))
+        if alone is not None:
+            late[send(alone, self.device)] = False
+            left &= ~late
+        return pack(left)
 
     def _stays(self) -> Tensor:
         """Mark the positions whose pairs are stored, which are known: [B, H, T] bool."""
@@ -234,7 +268,12 @@ class RaggedLayer(Served, CompressedLayer):
     @property
     def _length(self) -> int:
         """Positions that the layer holds, whatever waits for its other half."""
-        return self.context_length + self.tail_length
+        return self._tail_begin + self.tail_length
+
+    @property
+    def _tail_begin(self) -> int:
+        """Position of the first token of the tail."""
+        return self.context_length - self._tail.waiting
 
     def _shown(self, name: str) -> RaggedPairs:
         return self._assigned.get(name) or RaggedPairs(self, name, self._length)
@@ -273,7 +312,7 @@ class RaggedLayer(Served, CompressedLayer):
         """Hold pairs that the layer has handed out, of as many positions."""
         length, held = keys.length, self._length
         if any(self.has_lost(pairs.taken, length) for pairs in (keys, values)):
-            self._tail.put_back(keys.tail[0], values.tail[1], length - self.context_length)
+            self._tail.put_back(keys.tail[0], values.tail[1], length - self._tail_begin)
         elif length < held:
             self._forget(held - length)
             self._end_at(length)
@@ -292,9 +331,12 @@ class RaggedLayer(Served, CompressedLayer):
             self.keys = self.keys[:, :, :wanted]
             self.values = self.values[:, :, :wanted]
 
-    def put_tail(self, keys: Tensor, values: Tensor) -> None:
-        """Have these [B, H, S, D] and [B, H, S, Dv] be the tokens since compression."""
+    def put_tail(
+        self, keys: Tensor, values: Tensor, waiting: int = 0, skips: Tensor | None = None
+    ) -> None:
+        """Have these [B, H, S, D] and [B, H, S, Dv] be the tail: see ``Tail``."""
         self._tail.put_back(keys, values, keys.shape[2])
+        self._tail.wait(waiting, skips)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: a ragged layer is made with its pairs."""
@@ -342,13 +384,14 @@ class RaggedLayer(Served, CompressedLayer):
         self._tail = copy.copy(self._tail)
 
     def _forget(self, count: int) -> None:
-        into = max(count - self.tail_length, 0)
-        self._tail.forget(count - into)
+        into = max(count - self.tail_length + self._tail.waiting, 0)
         if into:  # a row of fewer pairs than that is padding there
-            self.end = torch.maximum(self.end - into, self.begin)
+            stored = (count - self.tail_length + self._skips()).clamp(min=0)[:, None]
+            self.end = torch.maximum(self.end - stored, self.begin).to(self.end.dtype)
             if self.positions is not None:
                 self.positions = pack(self._stays()[..., : self.context_length - into])
             self._stored_counts = None
+        self._tail.forget(min(count, self.tail_length))
 
     def _select_rows(self, indices: Tensor) -> None:
         """Give batch row b the pairs of row ``indices[b]``, sharing what is stored."""
@@ -363,6 +406,7 @@ class RaggedLayer(Served, CompressedLayer):
 
     def _give_back(self) -> None:
         """Copy what is left, if that is less than what is stored."""
+        self._tail.trim()
         heads = self.begin.shape
         # Rows that share what is stored go on sharing it.
         bounds = torch.cat([self.begin, self.end], 1)
@@ -456,25 +500,41 @@ class RaggedLayer(Served, CompressedLayer):
 
     def gain(self, pairs: str) -> Fraction:
         """Count the pairs that it will store in the bytes of one dense pair."""
-        own, biased = self.rows.pairs, self.rows.bias is not None
-        pairs = pairs if own == "16" else own
+        biased = self.rows.bias is not None
+        pairs = pairs if self.pairs == "16" else self.pairs
         return gain(pairs, self.tail_keys, self.tail_values, biased=biased)
 
     def allowed_bytes(self, most: int) -> int:
         """Bytes of `most` pairs of each head, those that are to come as the model makes them."""
         saved = self.bytes_per_pair - self.stored_bytes_per_pair
-        return super().allowed_bytes(most) - sum(self.stored_pairs) * saved
+        beside = self.num_heads * sum(self._tail.skipped)  # of tokens that wait in other rows
+        stored = sum(self.stored_pairs) * saved
+        return super().allowed_bytes(most) + beside * self.bytes_per_pair - stored
 
     def count_pairs(self, padding: list[int]) -> list[int]:
         """Count the real pairs of each row, all heads together. Waits for the device if new."""
+        tails = self._tail_counts(padding)
         return [
-            stored + self.num_heads * (self.tail_length - max(p - self.context_length, 0))
-            for stored, p in zip(self.stored_pairs, padding, strict=True)
+            stored + self.num_heads * tail
+            for stored, tail in zip(self.stored_pairs, tails, strict=True)
         ]
+
+    def _tail_counts(self, padding: Sequence[int]) -> list[int]:
+        """Count the tokens that each row has in the tail, but for padding."""
+        begin = self._tail_begin
+        return [
+            self.tail_length - max(skipped, p - begin)
+            for skipped, p in zip(self._tail.skipped, padding, strict=True)
+        ]
+
+    def num_waiting(self, padding: Sequence[int]) -> int:
+        """Count the tokens of the rows, but for padding, that wait for their row's compression."""
+        since = self.tail_length - self._tail.waiting
+        return sum(max(count - since, 0) for count in self._tail_counts(padding))
 
     def head_lengths(self, padding: Sequence[int]) -> list[list[int]]:
         """Count the real pairs of each row's heads. Waits for the device if new."""
-        tails = [self.tail_length - max(p - self.context_length, 0) for p in padding]
+        tails = self._tail_counts(padding)
         return [
             [n + tail for n in row] for row, tail in zip(self.stored_counts, tails, strict=True)
         ]
@@ -491,17 +551,22 @@ class RaggedLayer(Served, CompressedLayer):
 
     @property
     def tail_length(self) -> int:
-        """Tokens since compression, S."""
+        """Tokens in the tail, S: those since compression, behind such as wait for their row's."""
         return self._tail.length
 
     @property
+    def tail(self) -> Tail:
+        """The tail."""
+        return self._tail
+
+    @property
     def tail_keys(self) -> Tensor:
-        """[B, H, S, D], the keys of the tokens since compression."""
+        """[B, H, S, D], the keys of the tail."""
         return self._tail.keys
 
     @property
     def tail_values(self) -> Tensor:
-        """[B, H, S, Dv], the values of the tokens since compression."""
+        """[B, H, S, Dv], the values of the tail."""
         return self._tail.values
 
     @property
@@ -551,6 +616,31 @@ class RaggedLayer(Served, CompressedLayer):
 
     def padded(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Copy the pairs into padded tensors, as :meth:`to_dense`, and their biases [B, H, L]."""
+        keys, values, bias, lengths = self.beside_tail()
+        if self._tail.skips is None:
+            return keys, values, bias, lengths
+        # What a row has stored moves to where the rest of it begins.
+        longest, skips = keys.shape[2], self._skips()[:, None, None]
+        column = torch.arange(longest, device=self.device)
+        place = torch.where(column < longest - self.tail_length + skips, column - skips, column)
+        lengths = lengths - skips[..., 0]
+        real = column >= longest - lengths[..., None]
+        place = place.clamp(min=0).expand_as(real)
+        keys, values = (
+            x.gather(2, place[..., None].expand_as(x)).masked_fill(~real[..., None], 0)
+            for x in (keys, values)
+        )
+        bias = None if bias is None else bias.gather(2, place).masked_fill(~real, 0)
+        held = zip(self.stored_counts, self._tail.skipped, strict=True)
+        least = longest - self.tail_length - max(max(row) - skipped for row, skipped in held)
+        bias = None if bias is None else bias[..., least:]
+        return keys[:, :, least:], values[:, :, least:], bias, lengths
+
+    def beside_tail(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Copy the pairs as :meth:`padded`, with the tail behind them as it is.
+
+        Of rows that lack some of it, too: see ``Tail.seen``.
+        """
         self._check_assigned()
         kept = (self.end - self.begin).long()
         longest = max(map(max, self.stored_counts))
@@ -564,6 +654,12 @@ class RaggedLayer(Served, CompressedLayer):
         if bias is not None:
             bias = functional.pad(bias[row].masked_fill(column < 0, 0), (0, self.tail_length))
         return dense[0], dense[1], bias, kept + self.tail_length
+
+
+def _owners(counts: Tensor, group: int, total: int) -> Tensor:
+    """Say to which head, or group of heads, each pair belongs, by the pairs of the heads."""
+    head = torch.arange(len(counts), device=counts.device)
+    return (head // group).repeat_interleave(counts, output_size=total)
 
 
 def count_stored(layers: Iterable[CacheLayerMixin | None]) -> None:

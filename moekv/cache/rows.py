@@ -59,6 +59,7 @@ class Rows:
         pairs: str = "16",
         *,
         bias: Tensor | None = None,
+        owner: Tensor | None = None,
         backend: str = "auto",
     ) -> Rows:
         """Take pairs over, or quantise them.
@@ -71,17 +72,18 @@ class Rows:
             One of ``moekv.ops.PAIRS``.
         bias : Tensor [N], float16, optional
             As of the attribute.
+        owner : Tensor [N], int64, optional
+            As of :meth:`or_wide`.
         backend : str
             Of ``quantize_pairs``.
 
         Returns
         -------
         Rows
-            In 16 bits, with a warning, if a pair cannot be stored in the format asked for.
+            As of :meth:`or_wide`.
         """
         wide = cls("16", keys, values, None, keys.shape[1], values.shape[1], keys.dtype, bias)
-        rows = wide.in_format(pairs, backend=backend)
-        return rows if rows.readable else wide.kept_wide(pairs)
+        return wide.in_format(pairs, backend=backend).or_wide(lambda: wide, owner)
 
     def __len__(self) -> int:
         """Count the pairs."""
@@ -160,13 +162,40 @@ class Rows:
         parts = ops.quantize_pairs(keys, values, pairs=pairs, backend=backend)
         return Rows(pairs, *parts, self.key_dim, self.value_dim, self.dtype, self.bias)
 
-    def kept_wide(self, pairs: str) -> Rows:
-        """Return the rows in 16 bits, and log that another format was asked for."""
+    def or_wide(self, make: Callable[[], Rows], owner: Tensor | None = None) -> Rows:
+        """Return these rows; in 16 bits, with a warning, if one of them could not be stored.
+
+        Then other rows of the batch are rounded as their format rounds them: what a row answers is
+        what it answers alone, where nothing spoils its format.
+
+        Parameters
+        ----------
+        make : callable
+            Gives the same pairs in 16 bits.
+        owner : Tensor [N], int64, optional
+            The row of the batch that each pair belongs to; None: there is one.
+        """
+        if self.readable:
+            return self
         _logger.warning(
             "A layer keeps a pair that pairs=%r cannot store (NaN, infinity or a number too "
             "large for scales of float16): its pairs stay in 16 bits, in more bytes",
-            pairs,
+            self.pairs,
         )
+        wide = make()
+        if owner is None:
+            return wide
+        assert self.scales is not None
+        spoils = ~self.scales.isfinite().all(1)
+        spoiled = torch.isin(owner, owner[spoils])[:, None]
+        keys, values = (
+            torch.where(spoiled, own, read.to(own.dtype))
+            for own, read in zip(wide.dense(), self.dense(), strict=True)
+        )
+        return replace(wide, keys=keys, values=values)
+
+    def widened(self) -> Rows:
+        """Give the rows as they are read, in 16 bits."""
         dims = self.key_dim, self.value_dim
         return Rows("16", *self.dense(), None, *dims, self.dtype, self.bias)
 

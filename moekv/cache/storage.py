@@ -21,9 +21,9 @@ from moekv.models.hooks import find_layers, index_of
 from moekv.models.weights import device_of, language_model, shard_of
 from moekv.units import kind
 
-_FORMAT = "moekv-cache-5"
-# 2 knew no quantised pairs, 3 no biases, 4 no positions.
-_READ = ("moekv-cache-2", "moekv-cache-3", "moekv-cache-4", _FORMAT)
+_FORMAT = "moekv-cache-6"
+# 2 knew no quantised pairs, 3 no biases, 4 no positions, 5 no tokens that wait.
+_READ = (*(f"moekv-cache-{n}" for n in range(2, 6)), _FORMAT)
 _TOKENS = "input_ids"
 _KEYS = {"format", "model", "dtype", "shard", "layers", "sha256"}
 

@@ -38,7 +38,7 @@ from moekv.budget import Grown, Kept, select_grown
 from moekv.cache.caches import growing, present, recompress
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.notes import note, remember
-from moekv.cache.ragged import count_stored
+from moekv.cache.ragged import RaggedLayer, count_stored
 from moekv.devices import send
 from moekv.experts.builder import ViewBuilder
 from moekv.models.habits import check_attention
@@ -72,8 +72,11 @@ class Shrinking:
         Number of last inputs of each group.
     ragged : bool
         Whether layers become ragged even where all heads retain as many.
+    stores : bool
+        Whether new pairs of all rows are stored in the format of the others. Otherwise, where that
+        rounds them, it is done for rows in which pairs are evicted: as for each by itself.
 
-    Without groups no pair is evicted, and the new ones are stored in the format of the others.
+    Without groups no pair is evicted, and the new ones are stored.
     """
 
     padding: list[int]
@@ -81,6 +84,7 @@ class Shrinking:
     groups: list[list[int]]
     windows: list[int]
     ragged: bool
+    stores: bool
 
 
 @dataclass
@@ -193,6 +197,8 @@ class Growth(Strategy):
         seen, batch = layers[0].get_seq_length(), layers[0].batch_size
         num_heads = layers[0].num_heads * self._ranks.size
         in_prompt = plan.context_length is not None and seen <= plan.context_length
+        # A cache in 16 bits is stored when it is met, whatever row is going to be compressed first.
+        stores = plan.options.quantises and (in_prompt or any(_is_wide(x) for x in layers))
         padding = [0] * batch
 
         def too_many(limit: Sequence[int]) -> list[int]:
@@ -214,14 +220,13 @@ class Growth(Strategy):
         elif decoding is not None:
             keep = [decoding.target] * batch
             limit = [decoding.target + decoding.interval - 1] * batch
-            if too_many(limit):
+            if stores or too_many(limit):
                 padding = list(self.view.row_starts(mask, batch))
         else:
             return None
         rows = too_many(limit)
         if not rows:
-            stores = in_prompt and plan.options.quantises
-            return Shrinking(padding, keep, [], [], True) if stores else None
+            return Shrinking(padding, keep, [], [], True, True) if stores else None
         assert layers[0].recent is not None
         counts = layers[0].recent.counts()
         lengths = self._ranks.lengths([layer.head_lengths(padding) for layer in layers])
@@ -236,7 +241,7 @@ class Growth(Strategy):
             what = "heads or layers of different lengths"
             check_attention(plan.layers, self.view.rotary, what)
         windows = [window for window, *_ in groups]
-        return Shrinking(padding, keep, list(groups.values()), windows, ragged)
+        return Shrinking(padding, keep, list(groups.values()), windows, ragged, stores)
 
     def _shrink(self, cache: Cache, shrinking: Shrinking) -> None:
         """Compress the rated layers."""
@@ -320,11 +325,15 @@ class Growth(Strategy):
         before.most = most_of(before, plan, least, kept.per_head)
         options, index = plan.options, rated.index
         own = rated.held.own(kept)
-        layer = recompress(cache, index, own, pairs=options.pairs, backend=options.backend)
+        alone = None if shrinking.stores or len(leaving) == len(held) else leaving
+        layer = recompress(
+            cache, index, own, pairs=options.pairs, alone=alone, backend=options.backend
+        )
         expect(layer, plan, min(runs), least, kept.per_head)
         if layer.recent is not None:
             layer.recent.keep(newest)
-        self._record(layer, kept, sum(held))
+        wait = layer.num_waiting(shrinking.padding) if isinstance(layer, RaggedLayer) else 0
+        self._record(layer, kept, sum(held), heads * wait)
         plan.statistics.hold(index, kept.counts())
         plan.statistics.follow(cache, plan.most)
 
@@ -335,13 +344,16 @@ class Growth(Strategy):
         share = share.mean(1) if len(share) == rows else share.flatten(0, 1)
         observe([rating], self.plan.rater, self.plan.statistics, [share])
 
-    def _record(self, layer: CompressedLayer, kept: Kept, num_held: int) -> None:
-        """Count the pairs that were added since the last count, and those retained."""
+    def _record(self, layer: CompressedLayer, kept: Kept, num_held: int, waiting: int) -> None:
+        """Count the pairs that were added since the last count, and those retained.
+
+        But for such as wait in the tail, which are counted when they are stored.
+        """
         statistics = self.plan.statistics
         owner, counted = layer.counted
         counted = counted if owner == statistics.epoch else 0
-        num_kept = len(kept.indices)
-        before, after = num_held - counted, num_kept - counted
+        num_kept = len(kept.indices) - waiting
+        before, after = num_held - waiting - counted, num_kept - counted
         came, stored = layer.bytes_per_pair, layer.stored_bytes_per_pair
         statistics.count((before, after), (before * came, after * stored), Fraction(came, stored))
         layer.counted = (statistics.epoch, num_kept)
@@ -372,6 +384,11 @@ def _exceeds(
 def _seen_as(lengths: Sequence[int], coming: int, window: int) -> tuple[bool, bool]:
     """Return the kind of view: whether heads differ, and whether all tokens are known."""
     return len(set(lengths)) > 1, max(lengths) + coming <= window
+
+
+def _is_wide(layer: CompressedLayer) -> bool:
+    """Whether a layer is in 16 bits, and was not asked to be in fewer."""
+    return not isinstance(layer, RaggedLayer) or layer.pairs == "16"
 
 
 def _of_rows(value: Any, rows: Tensor | None, batch: int) -> Any:

@@ -127,7 +127,8 @@ class MoERouterPress:
         Storage format of retained pairs. ``"16"``: the model's dtype. ``"k8v8"``, ``"k8v4"``,
         ``"k4v4"``: bits per number of a key and of a value, plus a few bits for scales
         (``moekv.ops.quantize_pairs``), in ragged layers whatever the budget. Later tokens are not
-        quantised before the next compression. A quantised layer keeps its format. With
+        quantised before their row is compressed next. A quantised layer keeps its format; with
+        `decoding` one in 16 bits is quantised at the block's first forward. With
         `compression_ratio` 0 nothing is evicted. ``"auto"``: the format that loses least at the
         ratio in bytes; ``"16"`` with ratio 0, and where the model cannot be served otherwise.
     fold : bool or "auto"

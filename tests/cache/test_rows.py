@@ -41,7 +41,7 @@ def test_rows_move_as_they_are(pairs: str, biased: bool) -> None:
     assert rows.bytes_per_pair * 9 == sum(x.nbytes for x in rows.tensors)
     again = rows.in_format("k4v4")
     assert again is rows if pairs != "16" else again.pairs == "k4v4"
-    for other in (again, rows.kept_wide("k4v4"), rows.move("cpu"), rows.read_as(*[torch.half] * 2)):
+    for other in (again, rows.widened(), rows.move("cpu"), rows.read_as(*[torch.half] * 2)):
         assert other.bias is rows.bias
     if biased:
         assert more.bias.tolist() == [*range(9), 0, 0]

@@ -146,7 +146,7 @@ def test_other_files_and_caches_are_refused(model, tmp_path):
     with pytest.raises(FileNotFoundError):
         load_cache(tmp_path / "nothing", model)
     save_file({"x": torch.zeros(1)}, tmp_path / "x")
-    with pytest.raises(ValueError, match="format moekv-cache-2 or .* or moekv-cache-5, got None"):
+    with pytest.raises(ValueError, match="format moekv-cache-2 or .* or moekv-cache-6, got None"):
         load_cache(tmp_path / "x", model)
     with pytest.raises(ValueError, match="got one without layers"):
         save_cache(DynamicCache(), tmp_path / "y", model)
@@ -232,9 +232,9 @@ def test_quantised_pairs(pairs, streaming, tmp_path):
     assert torch.equal(*logits)
 
 
-@pytest.mark.parametrize("version", [2, 3, 4])
+@pytest.mark.parametrize("version", [2, 3, 4, 5])
 def test_files_of_formats_before_are_read(version, model, cache, tmp_path):
-    """They knew no quantised pairs, no biases or no positions, and are the same otherwise."""
+    """They knew fewer kinds of layers, and no positions, and are the same otherwise."""
     path = tmp_path / "context.safetensors"
     save_cache(cache, path, model)
     with safe_open(path, framework="pt") as file:

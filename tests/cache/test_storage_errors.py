@@ -161,6 +161,19 @@ QUANTISED: dict[str, tuple[str, Change]] = {
     "dtype of scales": ("scales in F16", tensor("0.scales", Tensor.float)),
     "dtype of codes": ("key_codes in U8", tensor("0.key_codes", Tensor.int)),
     "table beyond": ("within", tensor("0.end", lambda x: x + 10**6)),
+    "waits": ("tokens that wait, and stored ones, got 3", number("waits", 3)),
+    "more waits": (
+        "expected waiting tokens an integer",
+        number("waits", {"tokens": 99, "stored": [0]}),
+    ),
+    "stored waits": (
+        "of waiting tokens that are stored an integer",
+        number("waits", {"tokens": 0, "stored": [1]}),
+    ),
+    "waits of rows": (
+        "of waiting tokens that are stored of 1 rows",
+        number("waits", {"tokens": 0, "stored": [0, 0]}),
+    ),
     "wide heads": (
         "codes and scales of|keys of",
         tensor("0.tail_keys", lambda x: x.new_zeros(*x.shape[:3], 2**20)),

@@ -84,11 +84,11 @@ def test_memory_that_runs_out_while_decoding(
     )
     recompress, done = RaggedLayer.recompress, []
 
-    def run_out(layer: RaggedLayer, *args: Any) -> None:
+    def run_out(layer: RaggedLayer, *args: Any, **kwargs: Any) -> None:
         kind = "notes" if layer.stored_keys.shape[1] == 1 else "pairs"
         if kind in done and kind in failing.split()[0]:
             raise MemoryError("no memory for the second layer")
-        recompress(layer, *args)
+        recompress(layer, *args, **kwargs)
         done.append(kind)
 
     def pairs() -> list[int]:
