@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from moekv.budget import Kept
 from moekv.cache.buffers import size_of
+from moekv.cache.masks import Offset
 from moekv.cache.recent import RecentStates
 from moekv.cache.rows import gain
 from moekv.models.hooks import CROPS_BY_COUNT
@@ -430,17 +431,19 @@ def check_rows(held: int, rows: int) -> None:
     if rows > held and rows % held == 0:
         raise ValueError(
             f"expected new pairs of {held} rows for this cache, got {rows}; "
-            f"cache.batch_repeat_interleave({rows // held}) has each row continued as often, as "
-            "generate(num_return_sequences=...) does"
+            f"cache.reorder_cache(torch.arange({held}).repeat_interleave({rows // held})) has each "
+            "row continued as often, as generate(num_return_sequences=...) does"
         )
 
 
 def repeat_all_layers() -> None:
     """Have a cache with compressed layers repeat its other layers as those are. Idempotent.
 
-    One text may be continued in several rows, and transformers repeats no layer by itself.
+    One text may be continued in several rows, and transformers repeats no layer by itself. Layers
+    with windows are repeated as they are fed; layers of states, which models read before, as the
+    forward's mask is made.
     """
-    update = Cache.update
+    update, sizes = Cache.update, Cache.get_mask_sizes
     if getattr(update, "repeats_all_layers", False):
         return
 
@@ -452,8 +455,45 @@ def repeat_all_layers() -> None:
             _repeat_beside_compressed(self, layer_idx, len(key_states))
         return update(self, key_states, value_states, layer_idx, *args, **k)
 
+    @functools.wraps(sizes)
+    def sizes_of_all(self: Cache, *args: Any, **k: Any) -> tuple[int, int]:
+        length, offset = sizes(self, *args, **k)
+        if isinstance(offset, Offset):
+            offset.expect = functools.partial(_repeat_states, self)
+        return length, offset
+
     update_all.repeats_all_layers = True  # type: ignore[attr-defined]
     Cache.update = update_all  # type: ignore[method-assign]
+    Cache.get_mask_sizes = sizes_of_all  # type: ignore[method-assign]
+
+
+def _repeat_states(cache: Cache, rows: int) -> None:
+    """Prepare layers of states for new tokens of some rows, as compressed ones prepare themselves.
+
+    Raises
+    ------
+    ValueError
+        They have other rows.
+    """
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        held = _rows_of_states(layer)
+        if held == 1 < rows:
+            layer.reorder_cache(torch.zeros(rows, dtype=torch.long, device="cpu"))
+        elif held not in (0, rows):
+            check_rows(held, rows)
+            raise ValueError(f"expected new tokens of {held} rows for this cache, got {rows}")
+
+
+def _rows_of_states(layer: Any) -> int:
+    """Count the rows of a layer of states; 0: it has none yet, or is none."""
+    for name in ("conv_states", "recurrent_states"):
+        states = getattr(layer, name, None)
+        # Several of a kind in newer ones
+        for state in states.values() if isinstance(states, dict) else [states]:
+            if isinstance(state, Tensor):
+                return len(state)
+    return 0
 
 
 def _repeat_beside_compressed(cache: Cache, index: int, rows: int) -> None:

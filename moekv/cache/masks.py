@@ -51,9 +51,17 @@ _static = WeakIdKeyDictionary()
 
 
 class Offset(int):
-    """Position of a mask's first column, with the layer that reported it."""
+    """Position of a mask's first column, with the layer that reported it.
+
+    Attributes
+    ----------
+    layer : CompressedLayer or CompactStaticLayer
+    expect : callable, optional
+        Prepares other layers of its cache for so many rows.
+    """
 
     layer: "CompressedLayer | CompactStaticLayer"
+    expect: Callable[[int], None] | None = None
 
 
 def offset_of(layer: "CompressedLayer | CompactStaticLayer", offset: int) -> int:
@@ -83,6 +91,8 @@ def _checking(function: Callable[..., Any]) -> Callable[..., Any]:
         offset, given = kwargs.get("kv_offset"), kwargs.get("attention_mask")
         if not isinstance(offset, Offset):
             return function(*args, **kwargs)
+        if offset.expect is not None:
+            offset.expect(kwargs["batch_size"])
         hides = isinstance(given, Tensor) and check_context(given.bool(), offset.layer)
         made = function(*args, **_with_window(kwargs, offset.layer))
         if isinstance(made, Tensor):

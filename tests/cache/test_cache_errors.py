@@ -151,12 +151,7 @@ def test_rows_that_cannot_be_repeated() -> None:
     ("name", "dtype", "rows", "message"),
     [
         ("llama", torch.float32, 3, r"new pairs \[2, 2, num_queries, 16\].*got \[3, 2, 1, 16\]"),
-        (
-            "llama",
-            torch.float32,
-            4,
-            r"of 2 rows.*got 4; cache.batch_repeat_interleave\(2\)",
-        ),
+        ("llama", torch.float32, 4, r"of 2 rows.*got 4; cache.reorder_cache\(.*interleave\(2\)\)"),
         ("llama", torch.bfloat16, 2, "torch.float32 on cpu like the cache, got torch.bfloat16"),
         ("llama_mha", torch.float32, 2, r"got \[2, 4, 1, 16\]"),
         ("qwen3", torch.float32, 2, r"got \[2, 2, 1, 24\]"),

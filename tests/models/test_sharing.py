@@ -124,7 +124,7 @@ def hybrid(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> P
 def test_several_answers_from_a_filled_cache_with_states(
     hybrid: PreTrainedModel, grows: bool
 ) -> None:
-    """In a block with decoding rows are repeated; behind one the caller does it, as documented."""
+    """Models read states before they give a cache new ones: it is prepared with the mask."""
     press = MoERouterPress(0.5, decoding=DecodingConfig(16, 4) if grows else None)
     ids, cache = tokens(1, LENGTH).clamp(3, 99), DynamicCache(config=hybrid.config)
     with press(hybrid), torch.no_grad():
@@ -133,13 +133,34 @@ def test_several_answers_from_a_filled_cache_with_states(
     block = press(hybrid) if grows else contextlib.nullcontext()
     with block:
         alone = hybrid.generate(ids, past_key_values=copy.deepcopy(cache), **how)
-    if not grows:
-        cache.reorder_cache(torch.zeros(3, dtype=torch.long))
     block = press(hybrid) if grows else contextlib.nullcontext()
     with block:
         options = how | {"num_return_sequences": 3, "do_sample": True, "top_k": 1}
         rows = hybrid.generate(ids, past_key_values=cache, **options)
     assert torch.equal(rows, alone.expand(3, -1))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (4, r"cache\.reorder_cache\(torch\.arange\(2\)\.repeat_interleave\(2\)\)"),
+        (3, "tokens of 2 rows for this cache, got 3"),
+    ],
+)
+def test_rows_of_a_cache_with_states_that_are_not_repeated(
+    hybrid: PreTrainedModel, rows: int, message: str
+) -> None:
+    ids, cache = tokens(2, LENGTH).clamp(3, 99), DynamicCache(config=hybrid.config)
+    token = tokens(2, 1, 5).clamp(3, 99)
+    with torch.no_grad():
+        with MoERouterPress(0.5)(hybrid):
+            hybrid(ids, past_key_values=cache)
+        expected = hybrid(token, past_key_values=copy.deepcopy(cache)).logits
+        with pytest.raises(ValueError, match=message):
+            hybrid(token[:1].expand(rows, -1), past_key_values=cache)
+        cache.reorder_cache(torch.arange(2).repeat_interleave(2))  # as it says; nothing has run
+        got = hybrid(token.repeat_interleave(2, 0), past_key_values=cache).logits
+    torch.testing.assert_close(got, expected.repeat_interleave(2, 0), atol=1e-4, rtol=1e-3)
 
 
 def test_rows_behind_layers_with_states(hybrid: PreTrainedModel) -> None:
