@@ -231,6 +231,7 @@ def compressed(
     *,
     pairs: str = "16",
     folding: Folding | None = None,
+    checked: bool = False,
     backend: str = "auto",
 ) -> GrowingLayer | RaggedLayer:
     """Copy the chosen pairs of a dense layer, to a dense one if each head keeps as many.
@@ -247,6 +248,9 @@ def compressed(
         How it is stored: one of ``moekv.ops.PAIRS``.
     folding : Folding, optional
         Has the other pairs join these. None: they are lost.
+    checked : bool
+        Whether all pairs are known to be storable in such a format; if not, the layer waits for the
+        device to see.
     backend : str
         Which implementation of ``ragged_attention`` serves the layer.
 
@@ -255,8 +259,8 @@ def compressed(
     GrowingLayer or RaggedLayer
     """
     if kept.per_head is None or pairs != "16" or folding is not None:
-        how: dict[str, Any] = {"pairs": pairs, "folding": folding, "backend": backend}
-        return RaggedLayer.compress(keys, values, kept, **how)
+        how: dict[str, Any] = {"pairs": pairs, "folding": folding, "checked": checked}
+        return RaggedLayer.compress(keys, values, kept, **how, backend=backend)
     return GrowingLayer.compress(keys, values, kept, backend=backend)
 
 
@@ -267,6 +271,7 @@ def evict(
     *,
     pairs: str = "16",
     folding: Folding | None = None,
+    checked: bool = False,
     backend: str,
 ) -> tuple[int, int]:
     """Leave only the kept pairs in a layer of a cache, and give the memory of the others back.
@@ -278,7 +283,7 @@ def evict(
     index : int
         Of the layer.
     kept : Kept
-    pairs, folding, backend
+    pairs, folding, checked, backend
         As of :func:`compressed`.
 
     Returns
@@ -288,9 +293,8 @@ def evict(
         layer's old tensors; these stay as they were.
     """
     before = cache.layers[index]
-    layer = cache.layers[index] = compressed(
-        *cached_pairs(before), kept, pairs=pairs, folding=folding, backend=backend
-    )
+    how: dict[str, Any] = {"pairs": pairs, "folding": folding, "checked": checked}
+    layer = cache.layers[index] = compressed(*cached_pairs(before), kept, **how, backend=backend)
     return held_bytes(before), layer.nbytes
 
 
@@ -310,6 +314,7 @@ def recompress(
     *,
     pairs: str = "16",
     alone: Sequence[int] | None = None,
+    checked: bool = False,
     backend: str,
 ) -> CompressedLayer:
     """Leave only the kept pairs in a layer that has grown.
@@ -327,6 +332,8 @@ def recompress(
         How they are stored, if they are not quantised already.
     alone : sequence of int, optional
         Rows of the batch whose new pairs are stored where that rounds them. None: all.
+    checked : bool
+        Whether all are known to be storable: see ``CompressedLayer.all_storable``.
     backend : str
 
     Returns
@@ -337,25 +344,26 @@ def recompress(
     layer = cache.layers[index]
     assert isinstance(layer, CompressedLayer)
     if not layer.is_ragged and (kept.per_head is None or pairs != "16"):
-        layer = cache.layers[index] = _to_ragged(layer, kept, pairs, backend=backend)
+        how: dict[str, Any] = {"pairs": pairs, "checked": checked, "backend": backend}
+        layer = cache.layers[index] = _to_ragged(layer, kept, how)
     elif isinstance(layer, RaggedLayer) and (pairs, layer.pairs) != ("16", "16"):
-        layer.recompress(kept, pairs, alone)
+        layer.recompress(kept, pairs, alone, checked=checked)
     else:
         layer.recompress(kept, pairs)
     return layer
 
 
-def _to_ragged(layer: CompressedLayer, kept: Kept, pairs: str, *, backend: str) -> RaggedLayer:
+def _to_ragged(layer: CompressedLayer, kept: Kept, how: dict[str, Any]) -> RaggedLayer:
     keys, values = cached_pairs(layer)
     evicted = layer.get_seq_length() - keys.shape[2]
-    ragged = RaggedLayer.compress(keys, values, kept, pairs=pairs, backend=backend)
+    ragged = RaggedLayer.compress(keys, values, kept, **how)
     ragged.context_length += evicted
     if evicted:  # places were no positions
         ragged.first, ragged.positions = layer.first, None
     ragged.recent, ragged.counted = layer.recent, layer.counted
     notes = layer.whole_notes()
     if notes is not None and not notes.is_ragged:
-        ragged.notes = _to_ragged(notes, kept, "16", backend=backend)
+        ragged.notes = _to_ragged(notes, kept, {"backend": how["backend"]})
         ragged.reader = layer.reader
     return ragged
 

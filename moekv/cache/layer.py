@@ -19,7 +19,7 @@ from moekv.budget import Kept
 from moekv.cache.buffers import size_of
 from moekv.cache.masks import Offset
 from moekv.cache.recent import RecentStates
-from moekv.cache.rows import gain
+from moekv.cache.rows import gain, storable
 from moekv.models.hooks import CROPS_BY_COUNT
 
 
@@ -164,6 +164,10 @@ class CompressedLayer(CacheLayerMixin):
         keys, values : Tensor
             [B, H, L, D] and [B, H, L, Dv]; the pairs of a shorter head stand at the right end.
         """
+
+    def all_storable(self) -> Tensor:
+        """Say whether each pair can be stored in any format: bool, a scalar on the device."""
+        return storable(*self.held_pairs()).all()
 
     @abstractmethod
     def recompress(self, kept: Kept, pairs: str = "16") -> None:

@@ -25,7 +25,7 @@ from moekv.cache.layer import CompressedLayer
 from moekv.cache.masks import offset_of
 from moekv.cache.pairs import NOT_DENSE, RaggedPairs
 from moekv.cache.positions import is_worth, pack, places_of, positions_of, unpack
-from moekv.cache.rows import Rows, gain
+from moekv.cache.rows import Rows, gain, storable
 from moekv.cache.tail import Tail
 from moekv.devices import send
 from moekv.models.hooks import num_fed
@@ -104,6 +104,7 @@ class RaggedLayer(Served, CompressedLayer):
         *,
         pairs: str = "16",
         folding: Folding | None = None,
+        checked: bool = False,
         backend: str = "auto",
     ) -> "RaggedLayer":
         """Copy the chosen pairs of a dense layer.
@@ -118,6 +119,8 @@ class RaggedLayer(Served, CompressedLayer):
             How it is stored: one of ``moekv.ops.PAIRS``.
         folding : Folding, optional
             Has the other pairs join these. None: they are lost.
+        checked : bool
+            Whether all pairs are known to be storable, as of ``Rows.of``.
         backend : str
             Which implementation of ``ragged_attention`` to use.
 
@@ -133,9 +136,11 @@ class RaggedLayer(Served, CompressedLayer):
             values = gather_rows(values, rows)
         else:
             values, bias, num_joined = folding.fold(keys, values, kept, backend=backend)
+            checked = False  # these are new numbers
         owner = _owners(kept.offsets.diff(), num_kv_heads, len(rows))
+        how: dict[str, Any] = {"bias": bias, "owner": owner, "checked": checked}
         layer = cls(
-            Rows.of(stay, values, pairs, bias=bias, owner=owner, backend=backend),
+            Rows.of(stay, values, pairs, **how, backend=backend),
             kept.offsets[:-1].view(batch, num_kv_heads),
             kept.offsets[1:].view(batch, num_kv_heads),
             length=length,
@@ -148,7 +153,21 @@ class RaggedLayer(Served, CompressedLayer):
             layer.positions = pack(kept.mask())
         return layer
 
-    def recompress(self, kept: Kept, pairs: str = "16", alone: Sequence[int] | None = None) -> None:
+    def all_storable(self) -> Tensor:
+        """Say whether each pair can be stored in any format; those that are quantised can."""
+        able = storable(self.tail_keys, self.tail_values).all()
+        if self.rows.pairs == "16":
+            able &= storable(self.rows.keys, self.rows.values).all()
+        return able
+
+    def recompress(
+        self,
+        kept: Kept,
+        pairs: str = "16",
+        alone: Sequence[int] | None = None,
+        *,
+        checked: bool = False,
+    ) -> None:
         """Leave only the chosen pairs, in new memory; the tail becomes part of what is stored.
 
         Its memory waits for as many tokens where they are expected (``most``).
@@ -162,6 +181,8 @@ class RaggedLayer(Served, CompressedLayer):
         alone : sequence of int, optional
             Rows of the batch whose tail is stored. That of others, which retain all their pairs,
             stays as it is. None: all.
+        checked : bool
+            Whether all are known to be storable: see :meth:`all_storable`.
         """
         self._check_assigned()
         batch, num_kv_heads, longest = kept.shape
@@ -187,8 +208,12 @@ class RaggedLayer(Served, CompressedLayer):
         tail = self.tail_keys.flatten(0, 2), self.tail_values.flatten(0, 2)
         rows = self.rows.in_format(pairs, backend=self.backend)
         rows = rows.join(*tail, backend=self.backend).select(row)
+        # Rows that are quantised already were looked at.
+        checked = checked or (self.rows.pairs == rows.pairs and not self.tail_length)
         rows = rows.or_wide(
-            lambda: self.rows.widened().join(*tail).select(row), head // num_kv_heads
+            lambda: self.rows.widened().join(*tail).select(row),
+            head // num_kv_heads,
+            checked=checked,
         )
         positions = self._positions_after(kept, len(row), alone)
         self.notes = self.whole_notes()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -60,6 +60,7 @@ class Rows:
         *,
         bias: Tensor | None = None,
         owner: Tensor | None = None,
+        checked: bool = False,
         backend: str = "auto",
     ) -> Rows:
         """Take pairs over, or quantise them.
@@ -74,6 +75,8 @@ class Rows:
             As of the attribute.
         owner : Tensor [N], int64, optional
             As of :meth:`or_wide`.
+        checked : bool
+            As of :meth:`or_wide`.
         backend : str
             Of ``quantize_pairs``.
 
@@ -83,7 +86,8 @@ class Rows:
             As of :meth:`or_wide`.
         """
         wide = cls("16", keys, values, None, keys.shape[1], values.shape[1], keys.dtype, bias)
-        return wide.in_format(pairs, backend=backend).or_wide(lambda: wide, owner)
+        rows = wide.in_format(pairs, backend=backend)
+        return rows.or_wide(lambda: wide, owner, checked=checked)
 
     def __len__(self) -> int:
         """Count the pairs."""
@@ -162,7 +166,13 @@ class Rows:
         parts = ops.quantize_pairs(keys, values, pairs=pairs, backend=backend)
         return Rows(pairs, *parts, self.key_dim, self.value_dim, self.dtype, self.bias)
 
-    def or_wide(self, make: Callable[[], Rows], owner: Tensor | None = None) -> Rows:
+    def or_wide(
+        self,
+        make: Callable[[], Rows],
+        owner: Tensor | None = None,
+        *,
+        checked: bool = False,
+    ) -> Rows:
         """Return these rows; in 16 bits, with a warning, if one of them could not be stored.
 
         Then other rows of the batch are rounded as their format rounds them: what a row answers is
@@ -174,8 +184,10 @@ class Rows:
             Gives the same pairs in 16 bits.
         owner : Tensor [N], int64, optional
             The row of the batch that each pair belongs to; None: there is one.
+        checked : bool
+            Whether all pairs are known to be ``storable``, so that nothing waits to see that.
         """
-        if self.readable:
+        if checked or self.readable:
             return self
         _logger.warning(
             "A layer keeps a pair that pairs=%r cannot store (NaN, infinity or a number too "
@@ -246,7 +258,7 @@ def check_pairs(
     ops.pair_layout(pairs, key_dim, value_dim)
     nothing = torch.empty(0, dtype=dtype, device=device)
     keys, values = nothing.view(0, key_dim), nothing.view(0, value_dim)
-    Rows.of(keys, values, pairs, backend=backend)
+    Rows.of(keys, values, pairs, checked=True, backend=backend)
 
 
 def gain(pairs: str, keys: Tensor, values: Tensor, *, biased: bool = False) -> Fraction:
@@ -275,3 +287,12 @@ def storable(keys: Tensor, values: Tensor) -> Tensor:
     """
     largest = torch.maximum(keys.abs().amax(-1), values.abs().amax(-1))
     return largest <= torch.finfo(torch.float16).max
+
+
+def read_flags(flags: Sequence[Tensor | None]) -> list[bool]:
+    """Read what was found of each layer; None: False. One wait for all of them."""
+    known = [flag for flag in flags if flag is not None]
+    if not known:
+        return [False] * len(flags)
+    read = iter(torch.stack([flag.to(known[0].device) for flag in known]).tolist())
+    return [flag is not None and next(read) for flag in flags]

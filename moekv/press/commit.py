@@ -110,6 +110,8 @@ def apply(
     run: int | None,
     folding: Folding | None = None,
     ranks: Ranks = ALONE,
+    *,
+    checked: bool = False,
 ) -> tuple[int, int]:
     """Compress a layer of a cache.
 
@@ -126,6 +128,8 @@ def apply(
         Has evicted pairs join those that stay.
     ranks : Ranks
         The processes that share out the layer's heads; `kept` is of those of this one.
+    checked : bool
+        Whether all pairs are known to be storable in a quantised format.
 
     Returns
     -------
@@ -137,8 +141,9 @@ def apply(
         compact(cache, index, kept, backend=plan.options.backend)
     elif kept is not None:
         options = plan.options
-        how: dict[str, Any] = {"pairs": options.pairs, "backend": options.backend}
-        before, after = evict(cache, index, kept, folding=folding, **how)
+        how: dict[str, Any] = {"pairs": options.pairs, "checked": checked}
+        how |= {"folding": folding, "backend": options.backend}
+        before, after = evict(cache, index, kept, **how)
         layer = cache.layers[index]
         assert isinstance(layer, CompressedLayer)
         layer.hold_run(run)

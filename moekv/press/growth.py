@@ -39,6 +39,7 @@ from moekv.cache.caches import growing, present, recompress
 from moekv.cache.layer import CompressedLayer
 from moekv.cache.notes import note, remember
 from moekv.cache.ragged import RaggedLayer, count_stored
+from moekv.cache.rows import read_flags
 from moekv.devices import send
 from moekv.experts.builder import ViewBuilder
 from moekv.models.habits import check_attention
@@ -95,6 +96,7 @@ class Rated:
     index: int
     held: Held  # sizes alone, as in the parts
     parts: list[tuple[Held, Rating]]
+    storable: Tensor | None  # bool, a scalar: whether all its pairs are, if that is to be seen
 
 
 class Growth(Strategy):
@@ -170,7 +172,8 @@ class Growth(Strategy):
         options, rater = self.plan.options, self.plan.rater
         held = Held.of(layer, shrinking.padding, self._ranks)
         assert layer.recent is not None
-        rated = Rated(layer, call.index, held.sizes(), [])
+        able = layer.all_storable() if options.quantises else None
+        rated = Rated(layer, call.index, held.sizes(), [], able)
         for rows, window in zip(shrinking.groups, shrinking.windows, strict=True):
             part = held.rows(rows)
             own = None if part is held else send(rows, held.keys.device)
@@ -254,12 +257,13 @@ class Growth(Strategy):
             ]
             keep = [shrinking.keep[b] for b in rows]
             kept.append(self._choose(parts, keep, dense=not shrinking.ragged))
-        for rated, *chosen in zip(self._rated, *kept, strict=True):
+        checked = read_flags([rated.storable for rated in self._rated])
+        for rated, known, *chosen in zip(self._rated, checked, *kept, strict=True):
             whole = _merge(rated.held.of_all_heads(), shrinking.groups, chosen)
             if shrinking.ragged:
                 whole = replace(whole, per_head=None)
             with present(cache, rated.index):
-                self._leave(cache, rated, whole, shrinking)
+                self._leave(cache, rated, whole, shrinking, checked=known)
             for (_, rating), part in zip(rated.parts, chosen, strict=True):
                 self._observe(rating, part)
             if list(map(len, shrinking.groups)) == [len(rated.held.lengths)]:  # all rows at once
@@ -299,8 +303,13 @@ class Growth(Strategy):
         alike = dense and all(held.start is None for held, _ in parts)
         return budgets.choose(under, self.plan.budget, keep, lengths, alike=alike)
 
-    def _leave(self, cache: Cache, rated: Rated, kept: Kept, shrinking: Shrinking) -> None:
-        """Compress one layer; `kept` are the pairs that the heads of all processes retain."""
+    def _leave(
+        self, cache: Cache, rated: Rated, kept: Kept, shrinking: Shrinking, *, checked: bool
+    ) -> None:
+        """Compress one layer; `kept` are the pairs that the heads of all processes retain.
+
+        `checked`: whether all pairs are known to be storable in a quantised format.
+        """
         plan, before = self.plan, rated.layer
         heads = len(rated.held.everywhere[0])
         held = [sum(row) for row in rated.held.everywhere]
@@ -326,9 +335,8 @@ class Growth(Strategy):
         options, index = plan.options, rated.index
         own = rated.held.own(kept)
         alone = None if shrinking.stores or len(leaving) == len(held) else leaving
-        layer = recompress(
-            cache, index, own, pairs=options.pairs, alone=alone, backend=options.backend
-        )
+        how: dict[str, Any] = {"pairs": options.pairs, "alone": alone, "checked": checked}
+        layer = recompress(cache, index, own, **how, backend=options.backend)
         expect(layer, plan, min(runs), least, kept.per_head)
         if layer.recent is not None:
             layer.recent.keep(newest)

@@ -6,6 +6,7 @@ import functools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import transformers
@@ -17,6 +18,7 @@ from moekv.budget import Kept
 from moekv.cache.caches import cached_pairs, check_cache, is_static, present
 from moekv.cache.folding import Folding
 from moekv.cache.layer import CompressedLayer
+from moekv.cache.rows import read_flags
 from moekv.experts.builder import ViewBuilder
 from moekv.experts.view import LayerView
 from moekv.models.habits import check_attention, habits_of
@@ -210,13 +212,15 @@ class Prefill(Strategy):
         )
         if not leaves and plan.unfolded is None:
             plan.statistics.unfolded = "all pairs are retained"
+        checked = read_flags([rating.storable for rating in ratings])
         with whole_or_empty(rated[0].cache):
-            for r, all_heads in zip(rated, kept, strict=True):
+            for r, all_heads, known in zip(rated, kept, checked, strict=True):
                 chosen = None if all_heads is None else all_heads.of_heads(r.done.own_heads)
                 folding, r.folding = r.folding if leaves else None, None
                 with present(r.cache, r.index):
+                    how: dict[str, Any] = {"folding": folding, "ranks": r.done.ranks}
                     num_bytes.append(
-                        apply(r.cache, r.index, chosen, plan, run, folding, r.done.ranks)
+                        apply(r.cache, r.index, chosen, plan, run, **how, checked=known)
                     )
                     adopt(r.cache, r.index, plan, r.done, chosen, r.recent, r.read)
         self._record(rated, kept, num_bytes)

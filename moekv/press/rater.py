@@ -298,9 +298,11 @@ class Rater:
         # The layers are further rows of the batch, so that each step is one operation for all.
         scores = torch.cat(by_expert).view(num_experts, num_layers * batch, num_heads, num_keys)
         del by_expert
+        storables: Sequence[Tensor | None] = [None] * num_layers
         if options.quantises:
             able = together([storable(view.keys, view.values) for view in views])
             scores = scores.masked_fill(~able, torch.nan)
+            storables = able.view(num_layers, -1).all(1).unbind()
         mass, ranks = together([view.observed() for view in views]), view.ranks
         if ranks.size > 1:  # from here on every process decides for all heads, and so alike
             joined = view.gathered(torch.cat([scores, mass[None]]))
@@ -343,8 +345,10 @@ class Rater:
             wanted = wanted if bits is None else bits.chunk(num_layers)
         row = view.start, view.lengths, view.begins, view.ends, seen, stored
         return [
-            Rating(index_of(layer.view.module), each, number, *row, wants, ranks)
-            for layer, each, number, wants in zip(unrated, votes, dominant, wanted, strict=True)
+            Rating(index_of(layer.view.module), each, number, *row, able, wants, ranks)
+            for layer, each, number, able, wants in zip(
+                unrated, votes, dominant, storables, wanted, strict=True
+            )
         ]
 
     def _silent_shared(self, scores: Tensor, real: Tensor | None) -> Tensor:

@@ -59,6 +59,7 @@ class Rating:
     ends: bool
     seen: Observation  # of all layers that were rated with it
     gain: Fraction  # pairs that are stored in the bytes of one
+    storable: Tensor | None  # bool, a scalar: whether all own pairs are, if that was to be seen
     wanted: Tensor | None = None  # [B, H, T], which experts would retain a pair, see `later.packed`
     ranks: Ranks = ALONE  # the heads are those of all of these processes
 

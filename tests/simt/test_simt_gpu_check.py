@@ -115,8 +115,8 @@ def test_end_to_end(gpu: rehearsal.Gpu) -> None:
         assert told[f"graph of a step, {kind} cache"]["graph ms"] > 0
     waits, most = told["waits of the host"], end_to_end.MOST_WAITS
     assert set(waits) == {f"{name}, waits" for name in most}
-    # That no more came was asked there. One of them is of the newest transformers alone.
-    assert sum(most.values()) - sum(waits.values()) in (0, 1)
+    # That no more came was asked there. One of each padded prefill is of transformers 5.24 alone.
+    assert sum(most.values()) - sum(waits.values()) in (0, 2)
 
 
 def test_more_waiting_than_recorded_fails(

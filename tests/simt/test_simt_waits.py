@@ -87,14 +87,18 @@ def test_more_layers_do_not_mean_more_waiting(
     assert max(map(Counter.total, few[1:])) <= MOST_IN_A_STEP[padded]
 
 
-def test_quantised_pairs_are_waited_for_once_a_layer(gpu: pretended.PretendedGpu) -> None:
-    # To see whether they can be stored: until then a layer holds its pairs in 16 bits, too.
-    options = {"decoding": DECODING, "pairs": "k8v4"}
+@pytest.mark.parametrize("padded", [False, True])
+def test_quantised_pairs_are_waited_for_once(gpu: pretended.PretendedGpu, padded: bool) -> None:
+    # To see whether they can be stored: of all layers before the first one's 16 bits are freed.
+    plain, few, many = (
+        waits(gpu, n, {"decoding": DECODING, "pairs": pairs}, padded=padded)
+        for n, pairs in ((4, "16"), (2, "k8v4"), (4, "k8v4"))
+    )
+    assert few == many
     prefill, step, compressing = range(3)
-    few, many = (waits(gpu, n, options, padded=False) for n in (2, 4))
-    assert few[step] == many[step]
+    assert many[step] == plain[step]
     for compresses in (prefill, compressing):
-        assert many[compresses] - few[compresses] == Counter({"__bool__": 2})
+        assert many[compresses] - plain[compresses] == Counter({"tolist": 1})
 
 
 def test_what_is_sent_is_not_waited_for(gpu: pretended.PretendedGpu) -> None:

@@ -21,13 +21,18 @@ if TYPE_CHECKING:
     from gpu_check.worker import Items
 
 REPLAYS = 3
+PAIRS = "k8v8"
 MOST_WAITS = {
     "prefill": 3,
     "step": 0,
     "first step that grows": 1,
     "step that compresses": 2,
+    f"prefill to {PAIRS}": 4,
+    f"step over {PAIRS}": 0,
     "padded prefill": 8,  # 7 before transformers 5.24
     "padded step": 0,
+    f"padded prefill to {PAIRS}": 9,  # as above
+    f"padded step over {PAIRS}": 0,
     "padded first step that grows": 4,
     "padded step that compresses": 7,
 }
@@ -249,10 +254,12 @@ def _waits(gpu: Gpu) -> dict[str, Any]:
     padded[0, : tokens // 3] = 0
     told: dict[str, int] = {}
     for name, mask in (("", None), ("padded ", padded)):
-        press = _press(budget="model")
+        press, quantising = _press(budget="model"), _press(budget="model", pairs=PAIRS)
         growing = _press(budget="model", decoding=DecodingConfig(target=tokens // 2, interval=2))
         for _ in range(2):  # what is learned of a model is learned once
             told |= _waits_once(gpu, model, ids, mask, press, f"{name}prefill", f"{name}step")
+            stored = [f"{name}prefill to {PAIRS}", f"{name}step over {PAIRS}"]
+            told |= _waits_once(gpu, model, ids, mask, quantising, *stored)
             steps = [f"{name}first step that grows", f"{name}step that compresses"]
             told |= _waits_while_growing(gpu, model, ids, mask, growing, steps)
     more = {name: count for name, count in told.items() if count > MOST_WAITS[name]}
