@@ -2,8 +2,9 @@
 
 Models look their attention function up by name ("sdpa", "flash_attention_2", ...) at every call.
 :func:`install` wraps each of these functions once: a call that brings :class:`RaggedPairs`, or one
-query for :class:`DensePairs`, goes to ``ragged_attention``. Every other call goes where it went
-before, and observers of the layer get its queries. The wrapping stays when a press's block ends:
+query for :class:`DensePairs`, goes to ``ragged_attention`` where transformers' own function would
+compute the same. Every other call goes where it went before, functions of a user's own among them,
+and observers of the layer get its queries. The wrapping stays when a press's block ends:
 caches outlive the blocks in which they were compressed.
 """
 
@@ -33,6 +34,7 @@ from moekv.cache.masks import (
 )
 from moekv.cache.pairs import DensePairs, RaggedPairs, keep_pairs_in_their_layers
 from moekv.cache.rows import Rows
+from moekv.models.hooks import is_usual, replace_function
 from moekv.models.watching import Asked, report, watched
 
 _NATIVE = ops.available_backends()["cpu"] is None
@@ -55,7 +57,8 @@ def install() -> None:
     for name, function in list(ALL_ATTENTION_FUNCTIONS.items()):
         if not getattr(function, "serves_compressed_layers", False):
             ignored = _IGNORED.get(name, frozenset())
-            ALL_ATTENTION_FUNCTIONS[name] = _serve_compressed_layers(function, ignored)
+            serving = _serve_compressed_layers(function, ignored)
+            replace_function(ALL_ATTENTION_FUNCTIONS, name, serving)
     kind = type(ALL_ATTENTION_FUNCTIONS)
     if not getattr(kind.get_interface, "shows_eager_attention", False):
         kind.get_interface = _show_eager_attention(kind.get_interface)  # type: ignore[method-assign]
@@ -190,6 +193,8 @@ def _is_step(
 def _serve_compressed_layers(
     function: Callable[..., Any], ignored: frozenset[str] = frozenset()
 ) -> Callable[..., Any]:
+    usual = is_usual(function)
+
     @functools.wraps(function)
     def attention(
         module: nn.Module,
@@ -203,15 +208,18 @@ def _serve_compressed_layers(
         attention_mask = _fitted(attention_mask, key)
         told = {name: x for name, x in kwargs.items() if name not in ignored}
         report(module, query, key, value, told)
-        if isinstance(key, RaggedPairs):
+        if usual and isinstance(key, RaggedPairs):
             return attend(module, query, key, attention_mask, **told), None
-        if isinstance(key, DensePairs) and _is_step(
-            module, query, key, value, attention_mask, *args, **told
+        if (
+            usual
+            and isinstance(key, DensePairs)
+            and _is_step(module, query, key, value, attention_mask, *args, **told)
         ):
             return _attend_dense(query, key, value, attention_mask, told.get("scaling")), None
         return function(module, query, key, value, attention_mask, *args, **kwargs)
 
     attention.serves_compressed_layers = True  # type: ignore[attr-defined]
+    attention.stands_in_for = function  # type: ignore[attr-defined]
     return attention
 
 

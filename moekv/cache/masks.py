@@ -21,6 +21,7 @@ from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from moekv.cache.graphs import assert_shown, shown_context, shown_part, traced
+from moekv.models.hooks import replace_function
 
 if TYPE_CHECKING:
     from moekv.cache.growing import GrowingLayer
@@ -80,7 +81,7 @@ def check_masks() -> None:
     """Make transformers' mask functions check masks for compressed layers. Idempotent."""
     for name, function in list(ALL_MASK_ATTENTION_FUNCTIONS.items()):
         if not getattr(function, "checks_masks", False):
-            ALL_MASK_ATTENTION_FUNCTIONS[name] = _checking(function)
+            replace_function(ALL_MASK_ATTENTION_FUNCTIONS, name, _checking(function))
 
 
 def _checking(function: Callable[..., Any]) -> Callable[..., Any]:

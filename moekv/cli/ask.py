@@ -73,6 +73,8 @@ def run(
         )
     if STANDARD_INPUT in files and not questions and save is None and html is None:
         raise CommandError("expected a --question, as the document is standard input, got none")
+    if compare and not questions and (save is not None or html is not None):
+        raise CommandError("expected a --question, whose answers --compare shows, got none")
     if not all(question.strip() for question in questions):
         raise CommandError("expected a --question, got an empty one")
     for output in (save, html):

@@ -36,6 +36,8 @@ _ONE_ANSWER = {
     **dict.fromkeys(("input_ids", "attention_mask", "past_key_values")),
 }
 """Options of generate that a question leaves as they are."""
+_OWN = {"use_cache": True, "generation_config": None}
+"""Options of generate over which a question's own would win, or that go without its cache."""
 
 
 class CompressedContext:
@@ -136,7 +138,8 @@ class CompressedContext:
             `question` is not a str.
         ValueError
             It is empty, `max_new_tokens` is not an integer above 0, or an option is the context's
-            own (``past_key_values``) or would make more of an answer than a str.
+            own (``past_key_values``), goes without it (``use_cache=False``), holds others
+            (``generation_config``) or would make more of an answer than a str.
         """
         if not isinstance(question, str):
             raise TypeError(f"expected a question as str, got {type(question).__name__}")
@@ -148,6 +151,12 @@ class CompressedContext:
                 raise ValueError(
                     f"expected options of model.generate that make one answer, a str, got {name}; "
                     "generate(..., past_key_values=copy.deepcopy(context.cache)) takes any"
+                )
+        for name, plain in _OWN.items():
+            if options.pop(name, plain) != plain:
+                raise ValueError(
+                    "expected options of model.generate that go with a filled cache and with a "
+                    f"question's own, each by its name, such as do_sample=True, got {name}"
                 )
         _, after = turn(self.tokenizer)
         asked = encode(self.tokenizer, f"\n\n{question.strip()}{after}")

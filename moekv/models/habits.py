@@ -13,6 +13,7 @@ from torch import nn
 
 from moekv.models.hooks import (
     SHARED_PAIRS,
+    has_usual_attention,
     implementation_of,
     looks_up,
     names,
@@ -126,6 +127,10 @@ def why_dense(layer: nn.Module, rotary: nn.Module | None = None) -> str | None:
         return f"{type(layer).__name__}, whose attention gets more or less than its cache returns,"
     if habits.has_sinks and not _has_kernel_with_sinks(layer):
         return f"attention with learned sinks, without a kernel on {device_of(layer)},"
+    if not has_usual_attention(layer):
+        return (
+            f"{implementation_of(layer)!r}, an attention function that transformers does not have,"
+        )
     if not habits.has_sinks and implementation_of(layer) == "eager":
         return EAGER
     return None
@@ -176,6 +181,12 @@ def check_attention(layers: Iterable[nn.Module], rotary: nn.Module | None, what:
         raise ValueError(
             f"expected an attention implementation such as 'sdpa' for {what}, got 'eager', which "
             'reads dense caches only; load the model with attn_implementation="sdpa"'
+        )
+    if not has_usual_attention(layer):
+        raise ValueError(
+            f"expected an attention function of transformers such as 'sdpa' for {what}, got "
+            f"{implementation_of(layer)!r}, which reads dense caches only. If it hands what it "
+            "gets to a registered function, it may say so: function.serves_compressed_layers = True"
         )
     raise ValueError(
         f"expected a model whose attention can be replaced for {what}, got "

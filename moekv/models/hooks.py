@@ -364,6 +364,42 @@ def _looks_up(kind: Any) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in names
 
 
+def replace_function(functions: Any, name: str, function: Any) -> None:
+    """Put a function in the place of another one of transformers' tables, where that one is.
+
+    What is registered for all, and later registered anew, would lose against what the table holds.
+    """
+    if name in getattr(functions, "_local_mapping", (name,)):
+        functions[name] = function
+    else:
+        functions.register(name, function)
+
+
+def is_usual(function: Any) -> bool:
+    """Return whether an attention function is one of transformers', as kvpress may have wrapped it.
+
+    What another one does with queries, pairs and masks only itself can do, unless it says that it
+    serves compressed layers, as one does that hands what it gets to a registered function.
+    """
+    function = getattr(function, "stands_in_for", function)
+    if getattr(function, "serves_compressed_layers", False):
+        return True
+    while isinstance(function, functools.partial):
+        function = function.func
+    # Not `__module__`, which `functools.wraps` takes from what is wrapped.
+    home = getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0]
+    if home == "kvpress":
+        held = [cell.cell_contents for cell in function.__closure__ or ()]
+        return all(is_usual(each) for each in held if callable(each))
+    return bool(home == "transformers")
+
+
+def has_usual_attention(layer: nn.Module) -> bool:
+    """Return whether attention that a layer looks up is a function of transformers."""
+    function = ALL_ATTENTION_FUNCTIONS.get(implementation_of(layer))
+    return function is None or not looks_up(layer) or is_usual(function)
+
+
 def implementation_of(layer: nn.Module) -> str:
     """Name an attention layer's implementation."""
     return str(getattr(getattr(layer, "config", None), "_attn_implementation", "eager"))

@@ -1,17 +1,28 @@
 """Attention over compressed layers: what the op serves, and what is left to the model."""
 
 import copy
+import functools
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_model, tokens
 from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    AttentionMaskInterface,
+    sdpa_mask,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from twins import DIM, GROUP, HEADS, VALUE_DIM, Twin
 
-from moekv import ops
+from moekv import MoERouterPress, ops
 from moekv.budget import Kept
 from moekv.cache import attention, masks
 from moekv.cache.attention import RaggedPairs
@@ -209,3 +220,85 @@ def test_crops_and_copies_of_a_growing_layer_are_still_served(op_calls):
         torch.cat([a[:, :, :30], b], dim=2) for a, b in zip((keys, values), new, strict=True)
     ]
     torch.testing.assert_close(got, sdpa(query, *expected, None))
+
+
+@pytest.fixture
+def registered() -> Iterator[Callable[[Any], None]]:
+    """Registers a user's own attention function under a name."""
+
+    def register(function: Any) -> None:
+        AttentionInterface.register("mine", function)
+        AttentionMaskInterface.register("mine", sdpa_mask)
+        attention.install()
+
+    yield register
+    for functions in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+        functions._global_mapping.pop("mine", None)
+        functions._local_mapping.pop("mine", None)
+
+
+def warmer(module: Any, query: Tensor, key: Any, *args: Any, **kwargs: Any) -> Any:
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, 1.5 * query, key, *args, **kwargs)
+
+
+def own(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    causal = query.shape[2] > 1
+    out = functional.scaled_dot_product_attention(1.5 * query, key, value, is_causal=causal)
+    return out.transpose(1, 2).contiguous(), None
+
+
+@pytest.mark.parametrize("function", [warmer, own, functools.wraps(sdpa_attention_forward)(own)])
+@pytest.mark.parametrize("budget", ["auto", "uniform", "layer"])
+def test_attention_functions_of_users_attend_themselves(
+    function: Any, budget: str, registered: Callable[[Any], None]
+) -> None:
+    """Whatever they do beside attention is done, behind a context as before."""
+    registered(function)
+    model = tiny_model()
+    model.config._attn_implementation = "mine"
+    with torch.no_grad(), MoERouterPress(0.5, budget=budget, router=None)(model):
+        cache = model(tokens(1, 40), use_cache=True).past_key_values
+    assert not any(isinstance(layer, RaggedLayer) for layer in cache.layers)
+    plain = DynamicCache()
+    for i, layer in enumerate(cache.layers):
+        plain.update(*(x.as_subclass(Tensor).clone() for x in (layer.keys, layer.values)), i)
+    with torch.no_grad():
+        got, expected = (
+            model(tokens(1, 1), past_key_values=x, position_ids=torch.tensor([[40]])).logits
+            for x in (cache, plain)
+        )
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_attention_functions_of_users_and_ragged_layers(
+    registered: Callable[[Any], None],
+) -> None:
+    """They are refused at the block's start, or say that they hand on what they get."""
+    registered(own)
+    model = tiny_model()
+    model.config._attn_implementation = "mine"
+    for options in ({"budget": "head"}, {"pairs": "k8v4"}):
+        message = "an attention function of transformers such as 'sdpa' for .*, got 'mine'"
+        with pytest.raises(ValueError, match=message), MoERouterPress(**options)(model):
+            pass
+    model.config._attn_implementation = "sdpa"
+    with torch.no_grad(), MoERouterPress(0.5, router=None)(model):
+        cache = model(tokens(1, 40), use_cache=True).past_key_values
+    model.config._attn_implementation = "mine"
+    with torch.no_grad(), pytest.raises(TypeError, match="no dense tensor"):
+        model(tokens(1, 1), past_key_values=cache)
+
+    def passes_on(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        fed.append(query.shape[2])
+        return warmer(module, query, *args, **kwargs)
+
+    passes_on.serves_compressed_layers = True  # type: ignore[attr-defined]
+    fed: list[int] = []
+    registered(passes_on)
+    with torch.no_grad(), MoERouterPress(0.5, budget="head", router=None)(model):
+        cache = model(tokens(1, 40), use_cache=True).past_key_values
+        fed.clear()
+        model(tokens(1, 1), past_key_values=cache)
+    assert fed == [1, 1] and all(isinstance(layer, RaggedLayer) for layer in cache.layers)

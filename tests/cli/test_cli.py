@@ -109,6 +109,8 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["ask", "--load", "x", "--pairs", "k8v4", "--budget", "head"], "with --budget, --pairs"),
         (["ask", "--load", "missing"], "got missing, which is no file"),
         (["ask", "-"], "expected a --question, as the document is standard input"),
+        (["ask", __file__, "--save", "x", "--compare"], "whose answers --compare shows, got none"),
+        (["ask", __file__, "--html", "x", "--compare"], "whose answers --compare shows, got none"),
         (["ask", __file__, "-q", " "], "expected a --question, got an empty one"),
         (["ask", "missing.txt"], "missing.txt: No such file or directory"),
         (["ask", __file__, "--save", "/nowhere/at/all"], "in a folder that exists"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from character_tokenizer import character_tokenizer
 from tiny_models import tiny_model
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import moekv
 from moekv import CompressedContext, MoERouterPress
@@ -92,6 +92,8 @@ def test_wrong_questions(
         {"return_dict_in_generate": True},
         {"attention_mask": torch.ones(1, 3)},
         {"past_key_values": DynamicCache()},
+        {"use_cache": False},
+        {"generation_config": GenerationConfig(max_new_tokens=3)},
     ],
     ids=lambda option: next(iter(option)),
 )
