@@ -19,6 +19,7 @@ For each layer
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -44,7 +45,8 @@ from moekv.calibration.router import CalibratedRouter
 from moekv.files import whole_file
 from moekv.models.chat import check_tokenizer
 from moekv.models.fingerprint import fingerprint
-from moekv.models.weights import language_model
+from moekv.models.traceless import traceless
+from moekv.models.weights import device_of, language_model
 
 
 def find_domains(vectors: Tensor, count: int) -> list[int]:
@@ -76,6 +78,25 @@ def find_domains(vectors: Tensor, count: int) -> list[int]:
     return [int(group) for group in groups]
 
 
+def _undisturbed(function: Callable[..., CalibratedRouter]) -> Callable[..., CalibratedRouter]:
+    """Have a function read a model in eval mode, with gradients, and in the model's own dtypes."""
+
+    @functools.wraps(function)
+    def run(model: PreTrainedModel, *args: Any, **kwargs: Any) -> CalibratedRouter:
+        language_model(model)
+        with (
+            traceless(model),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast(device_of(model).type, enabled=False),
+        ):
+            return function(model, *args, **kwargs)
+
+    return run
+
+
+@_undisturbed
 def calibrate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -92,7 +113,8 @@ def calibrate(
 
     Every second text is read as the user's turn of a chat, where the tokenizer knows chats. The
     layers are fitted together as far as `memory` allows, else in groups, for each of which all
-    texts are read again: the result is the same.
+    texts are read again: the result is the same. The model is read in eval mode, whatever it is in,
+    and without autocast.
 
     Parameters
     ----------
@@ -128,9 +150,10 @@ def calibrate(
         one layer at a time takes more than `memory`.
     TypeError
         The model has no decoder layers with attention.
+    RuntimeError
+        A press's block is open on the model, so that its caches lack pairs.
     """
     config = config or CalibrationConfig()
-    language_model(model)
     check_tokenizer(tokenizer)
     if isinstance(texts, str):
         raise TypeError("expected a list of texts, got one str")

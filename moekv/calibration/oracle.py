@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from moekv.cache.attention import last_queries
 from moekv.cache.caches import cached_pairs
+from moekv.cache.layer import CompressedLayer
 from moekv.calibration.config import CalibrationConfig
 from moekv.experts.base import scores_by
 from moekv.experts.builder import ViewBuilder
@@ -136,6 +137,11 @@ class Oracle:
             Whether it is the user's turn of a chat, or plain.
         rows : range, optional
             The layers to read; by default all.
+
+        Raises
+        ------
+        RuntimeError
+            A press compresses the model's caches.
         """
         layers = self.layers if rows is None else self.layers[rows.start : rows.stop]
         body = self.encode(text)[: self.config.length]
@@ -143,6 +149,11 @@ class Oracle:
         cache = DynamicCache()
         with last_queries(layers, self.config.window) as queries:
             first = self._run(prompt, cache, layers)
+        if any(isinstance(layer, CompressedLayer) for layer in cache.layers):
+            raise RuntimeError(
+                "expected a model outside of a press's block, got one whose caches are compressed: "
+                "calibrate it before the block begins, or behind it"
+            )
         look_at = ViewBuilder(rotary_in(self.decoder))
         scores, novelty = [], []
         for layer in layers:

@@ -65,7 +65,7 @@ class Expert(ABC):
         Tensor [B, H, T], floating
             Pairs with higher scores are retained. Unless ``comparable``, only order and relative
             distances within a head count. NaN ranks last; a head with equal scores does not count;
-            padding is ignored.
+            padding is ignored. Those of float64 are brought to float32 by their range in a head.
         """
 
     def kept(self, length: int, compression_ratio: float) -> int:
@@ -104,7 +104,8 @@ def scores_by(expert: Expert, view: LayerView) -> Tensor:
     Raises
     ------
     ValueError
-        The expert's scores are no tensor, or have another shape, dtype or device.
+        The expert's scores are no tensor, or have another shape, dtype or device; or they are to be
+        compared over heads, and one is finite but beyond float32.
     """
     shape, device = view.keys.shape[:3], view.keys.device
     if not expert.can_rate(view):
@@ -120,8 +121,24 @@ def scores_by(expert: Expert, view: LayerView) -> Tensor:
             f"expected floating scores {list(shape)} on {device} from expert {expert.name!r}, "
             f"got {scores.dtype} {list(scores.shape)} on {scores.device}"
         )
+    if scores.dtype == torch.float64:
+        scores = _narrowed(expert, scores, view.real)
     scores = scores.float()
     return scores if expert.finite else _bounded(scores, view.real)
+
+
+def _narrowed(expert: Expert, scores: Tensor, real: Tensor) -> Tensor:
+    """Bring scores of float64 to where float32 tells them apart, if no more than that is known."""
+    if not expert.comparable:
+        low, high = (0.5 * x for x in finite_range(scores, real[:, None], -1))
+        # Halves, as the range of the largest would be infinite.
+        return (0.5 * scores - low) / torch.where(high > low, high - low, 1.0)
+    if bool((scores.isfinite() & ~scores.float().isfinite()).any()):
+        raise ValueError(
+            f"expected scores of expert {expert.name!r}, which are compared over heads, within "
+            "float32, got larger ones of float64"
+        )
+    return scores
 
 
 def _bounded(scores: Tensor, real: Tensor) -> Tensor:

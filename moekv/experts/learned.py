@@ -85,6 +85,12 @@ class LearnedExpert(Expert):
         place, novelty, _ = self.router.surrogate(index, view.keys.device)
         own = view.own_heads
         novelty = novelty[view.heads] if view.folded > 1 else novelty[own]  # a row has all heads
+        with torch.autocast(view.keys.device.type, enabled=False):
+            return self._read(index, view, place, novelty, own)
+
+    def _read(
+        self, index: int, view: LayerView, place: Tensor, novelty: Tensor, own: slice
+    ) -> Tensor:
         unlike = novelty[..., None] * view.scores_of(ScoreKind.DIVERSITY)
         if view.notes is not None:
             read, position = view.notes

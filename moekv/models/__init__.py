@@ -4,6 +4,7 @@
 ``queries``          computes queries that were not observed
 ``habits``           tests how an attention layer rotates queries and uses pairs
 ``watching``         observes the queries of attention layers
+``traceless``        calls modules of the model without changing them
 ``fingerprint``      identifies models
 ``ranks``            the processes that share out a layer's heads
 ``weights``          reads weights that are quantised, offloaded or sharded

@@ -20,6 +20,7 @@ from moekv.models.hooks import (
     needed_by,
     takes,
 )
+from moekv.models.traceless import traceless
 from moekv.models.watching import HEAD_BY_HEAD, StandIn, ask
 from moekv.models.weights import device_of
 
@@ -205,7 +206,8 @@ def rotary_of(rotary: nn.Module, layer: nn.Module, states: Any, positions: Any) 
         options["layer_type"] = kind or (kinds[layer.layer_idx] if kinds else "full_attention")
     if axes := _num_axes(rotary):
         positions = positions.expand(axes, *positions.shape)
-    return rotary(states, positions, **options)
+    with traceless(rotary):
+        return rotary(states, positions, **options)
 
 
 def _num_axes(rotary: Any) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moekv.models.habits import rotary_of
 from moekv.models.hooks import positions_of
 from moekv.models.watching import Asked, StandIn, ask
+from moekv.ops.reference.precision import exact
 
 Turn = tuple[Tensor, ...]
 """Cosines and sines [B or 1, N, dim]."""
@@ -293,8 +294,10 @@ def learn_rotation(
     # At position 0 rotations are the same.
     if (is_turned and is_plain) or not is_known:
         return None
-    _turns[module] = is_turned if is_turned or is_plain else None
-    return _turns[module]
+    found = is_turned if is_turned or is_plain else None
+    if found is not None or not module.training:  # where dropout may have drawn
+        _turns[module] = found
+    return found
 
 
 def logit_options(module: nn.Module, asked: Asked | None, dim: int) -> dict[str, float]:
@@ -326,6 +329,7 @@ def logit_options(module: nn.Module, asked: Asked | None, dim: int) -> dict[str,
     }
 
 
+@exact
 def logits_of(queries: Tensor, keys: Tensor, *, scaling: float, softcap: float) -> Tensor:
     """Return the logits of queries over keys.
 

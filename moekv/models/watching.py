@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from moekv.models.hooks import cache_argument, looks_up
+from moekv.models.traceless import traceless
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def ask(
 ) -> Asked:
     """Have an attention layer ask for some tokens, as its own forward does.
 
-    It runs up to its attention call, over no cache.
+    It runs up to its attention call, over no cache and without dropout.
 
     Parameters
     ----------
@@ -231,7 +232,8 @@ def ask(
     before = getattr(_asking, "module", None)
     _asking.module = module
     try:
-        with _Products(hidden_states) if not looks_up(module) else nullcontext():
+        products = _Products(hidden_states) if not looks_up(module) else nullcontext()
+        with traceless(module), products:
             module.forward(hidden_states, **given)
     except _AskedError as error:
         if error.asked is not None:

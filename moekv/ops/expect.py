@@ -57,9 +57,14 @@ class Expect:
 
     def floating(self, name: str, tensor: Tensor) -> None:
         """Expect numbers with a fraction."""
-        if tensor.dtype not in _FLOATS:
-            got = dtype_name(tensor.dtype)
-            self(False, "{} of dtype float32, float16 or bfloat16, got {}", name, got)
+        self.floating_dtype(name + " of dtype", tensor.dtype)
+
+    def floating_dtype(self, name: str, dtype: object) -> None:
+        """Expect the dtype of such numbers."""
+        if not isinstance(dtype, torch.dtype):
+            self(False, "{} float32, float16 or bfloat16, got {}", name, dtype)
+        elif dtype not in _FLOATS:
+            self(False, "{} float32, float16 or bfloat16, got {}", name, dtype_name(dtype))
 
     def device(self, name: str, tensor: Tensor) -> None:
         """Expect the device of the first argument."""

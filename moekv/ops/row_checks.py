@@ -41,6 +41,7 @@ def dequantize_pairs(
     pairs: str,
     head_dim: int,
     value_dim: int,
+    dtype: torch.dtype,
 ) -> None:
     """Check the arguments of ``dequantize_pairs``."""
     expect = Expect("dequantize_pairs", key_codes)
@@ -50,6 +51,7 @@ def dequantize_pairs(
     num_pairs = key_codes.shape[0]
     expect.tensor("value_codes", value_codes, torch.uint8, [num_pairs, layout.value_codes])
     expect.tensor("scales", scales, torch.float16, [num_pairs, layout.num_scales])
+    expect.floating_dtype("dtype", dtype)
 
 
 def fold_pairs(

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 import torch
 from calibration_cases import SMALL, text, texts
 from tiny_models import tiny_model
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from moekv import CalibratedRouter, CalibrationConfig, calibrate
+from moekv import CalibratedRouter, CalibrationConfig, MoERouterPress, calibrate
 from moekv.calibration.calibrate import find_domains
 from moekv.calibration.needs import Needs, calibration_needs
 from moekv.calibration.oracle import Oracle, Reading
@@ -35,6 +37,37 @@ def test_calibration_ranks_better_than_chance_and_is_repeatable(
     # Chance misses (0.5 + 0.75 + 0.9) / 3 = 0.717; a model of random weights has little to find.
     assert min(row["ranking_loss"] for row in curve) < 0.7
     assert first.recipe["num_texts"] == 24
+
+
+@pytest.mark.parametrize("how", ["train mode", "autocast", "inference mode", "no gradients"])
+def test_a_model_is_read_as_it_answers(how: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Without dropout and in its own dtype, whatever surrounds the calibration."""
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = nn.Sequential(layer.self_attn.q_proj, nn.Dropout(0.5))
+    plain = calibrate(model, tokenizer, texts(8), config=SMALL, progress=False)
+    around: dict[str, AbstractContextManager[Any]] = {
+        "train mode": nullcontext(),
+        "autocast": torch.autocast("cpu", dtype=torch.bfloat16),
+        "inference mode": torch.inference_mode(),
+        "no gradients": torch.no_grad(),
+    }
+    model.train(how == "train mode")
+    state = torch.get_rng_state()
+    with around[how]:
+        other = calibrate(model, tokenizer, texts(8), config=SMALL, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training == (how == "train mode") for module in model.modules())
+    for (name, one), (_, its) in zip(
+        plain.state_dict().items(), other.state_dict().items(), strict=True
+    ):
+        assert torch.equal(one, its), name
+
+
+def test_a_model_in_a_block_is_not_read(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny_model()
+    with MoERouterPress()(model), pytest.raises(RuntimeError, match="outside of a press's block"):
+        calibrate(model, tokenizer, texts(8), config=SMALL, progress=False)
 
 
 def test_an_interrupted_calibration_goes_on(

@@ -62,6 +62,38 @@ def test_nan_and_infinite_scores_of_an_expert() -> None:
     assert_holds(cache, prefill(model, tokens(1, LENGTH)), kept)
 
 
+@pytest.mark.parametrize(
+    "scores",
+    [
+        torch.arange(40.0).double() * 1e40,
+        torch.arange(40.0).double() * 8e306 - 1.6e308,
+        torch.arange(40.0).double() + 2e8,
+        torch.arange(40.0).double() * 1e-9 + 1,
+        torch.arange(40.0).double() * 1e-50,
+    ],
+    ids=["large", "largest", "far", "near", "small"],
+)
+def test_scores_of_float64_keep_their_order(scores: torch.Tensor) -> None:
+    model, given = tiny_model(), Given(scores)
+    press = MoERouterPress(0.5, experts=[given], top_k=1, budget="uniform", sinks=0, recent=0)
+    full = prefill(model, tokens(1, LENGTH))
+    with press(model):
+        cache = prefill(model, tokens(1, LENGTH))
+    for layer, whole in zip(cache.layers, full.layers, strict=True):
+        assert torch.equal(layer.keys, whole.keys[:, :, LENGTH // 2 :])
+
+
+def test_scores_of_float64_that_are_to_be_compared() -> None:
+    expert = Given(torch.arange(40.0).double() * 1e40)
+    expert.comparable = True
+    press = MoERouterPress(0.5, experts=[expert], top_k=1)
+    with (
+        pytest.raises(ValueError, match="'given', which are compared over heads, within float32"),
+        press(model := tiny_model()),
+    ):
+        prefill(model, tokens(1, LENGTH))
+
+
 def test_scores_of_an_expert_of_another_shape() -> None:
     model, expert = tiny_model(), Given(torch.zeros(1, 2, LENGTH - 1))
     press = MoERouterPress(experts=[expert], top_k=1)

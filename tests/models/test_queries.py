@@ -1,6 +1,7 @@
 """The queries that experts see are the model's own, wherever they come from."""
 
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from transformers import (
     GPTNeoXJapaneseConfig,
     GPTNeoXJapaneseForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     XGLMConfig,
@@ -22,11 +25,12 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from moekv import DecodingConfig, Expert, LayerView, MoERouterPress
 from moekv.models.habits import habits_of
 from moekv.models.hooks import find_layers, rotary_in
-from moekv.models.queries import logits_of
+from moekv.models.queries import _turns, logits_of
 from moekv.models.watching import ask
 from moekv.ops import ScoreKind
 
 WINDOW = 13
+LENGTH = 40
 
 
 class Spy(Expert):
@@ -266,3 +270,46 @@ def test_logits_of_large_products_are_numbers(dtype: torch.dtype, softcap: float
     assert logits.dtype == torch.float32
     rough = 0.02 if dtype == torch.bfloat16 else 1e-4
     torch.testing.assert_close(logits.double(), expected, atol=rough * 800, rtol=rough)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_rotary_embedding_for_longer_texts_stays_as_it_is(kind: str) -> None:
+    """Its frequencies are those of the longest text so far: what is asked behind one is longer."""
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
+    if kind == "longrope":
+        rope |= {"original_max_position_embeddings": LENGTH}
+        rope |= {name: [1.0 + i] * 8 for i, name in enumerate(("short_factor", "long_factor"))}
+    config = tiny_model().config.to_dict()
+    config |= {"max_position_embeddings": LENGTH, "rope_parameters": rope}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**config)).eval()
+    rotary = model.model.rotary_emb
+    for count in (LENGTH, LENGTH + 1, LENGTH + 9):
+        prefill(model, tokens(1, count))
+        names, frequencies = set(rotary.__dict__), rotary.inv_freq.clone()
+        with MoERouterPress(0.1, experts=["expected"])(model):
+            prefill(model, tokens(1, count))
+        assert set(rotary.__dict__) == names and torch.equal(rotary.inv_freq, frequencies)
+
+
+def test_dropout_in_projections_is_left_out_of_what_is_asked_again() -> None:
+    """And draws no numbers: with or without a block, a seed gives the same logits in train mode."""
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = nn.Sequential(layer.self_attn.q_proj, nn.Dropout(0.3))
+
+    def run(press: MoERouterPress | None) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        with torch.no_grad(), nullcontext() if press is None else press(model):
+            logits = model(tokens(1, 60)).logits
+        return logits, torch.get_rng_state()
+
+    model.train()
+    for ratio in (0.0, 0.5):
+        press = MoERouterPress(ratio, experts=["expected", "selective"], router=None)
+        assert all(map(torch.equal, run(None), run(press)))
+    assert all(module.training for module in model.modules())
+    model.eval()
+    trained = run(MoERouterPress(experts=["expected"]))
+    _turns.clear()  # what has been learned of the layers
+    assert all(map(torch.equal, trained, run(MoERouterPress(experts=["expected"]))))

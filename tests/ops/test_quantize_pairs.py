@@ -243,6 +243,13 @@ def test_dequantize_refuses_codes_of_another_format():
         ops.dequantize_pairs(*coded, pairs="k8v8", **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool, torch.complex64, None])
+def test_dequantize_refuses_dtypes_without_fractions(dtype):
+    coded = reference.quantize_pairs(*pairs_of(64, 64), pairs="k8v8")
+    with pytest.raises(RuntimeError, match="expected dtype float32, float16 or bfloat16, got"):
+        ops.dequantize_pairs(*coded, pairs="k8v8", head_dim=64, value_dim=64, dtype=dtype)
+
+
 def test_wrapper(target):
     keys, values = (x.to(target.device) for x in pairs_of(64, 32))
     got = ops.quantize_pairs(keys, values, pairs="k8v4", backend=target.backend)

@@ -84,8 +84,9 @@ def _backward(ctx: Any, grad: Tensor, grad_standout: None) -> tuple[Tensor, Tens
     if mask is not None:  # whatever stands at padding, NaN included, has no part in it
         grad = grad.masked_fill(~mask[..., None], 0.0)
         wide = wide.masked_fill(~mask[..., None], 0.0)
-    grad_hidden = (grad @ weight.float()).to(hidden_states.dtype)
-    grad_weight = grad.flatten(0, 1).T @ wide.flatten(0, 1)
+    with torch.autocast(grad.device.type, enabled=False):
+        grad_hidden = (grad @ weight.float()).to(hidden_states.dtype)
+        grad_weight = grad.flatten(0, 1).T @ wide.flatten(0, 1)
     return grad_hidden, grad_weight.to(weight.dtype), None
 
 

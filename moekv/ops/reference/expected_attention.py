@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from moekv.ops import checks
 from moekv.ops.reference.common import TILE, widened
+from moekv.ops.reference.precision import exact
 
 REACH = 4
 """Pairs behind its own that a query is asked about in expected attention."""
@@ -55,6 +56,7 @@ def rotated(queries: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned, numbers[..., count:]], -1)
 
 
+@exact
 def expected_attention(
     queries: Tensor,
     keys: Tensor,

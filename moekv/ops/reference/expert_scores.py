@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from moekv.ops import checks
 from moekv.ops.reference.common import LEAST_NORM, TILE, widened
+from moekv.ops.reference.precision import exact
 
 MASS, ATTENTION, DIVERSITY, LAG = range(4)
 
@@ -17,6 +18,7 @@ _LEAST_SHARE = 1e-20
 _LAG_EPSILON = 1e-6
 
 
+@exact
 def expert_scores(
     keys: Tensor,
     values: Tensor,

@@ -5,12 +5,14 @@ from torch import Tensor
 
 from moekv.ops import row_checks
 from moekv.ops.reference.common import assert_on_cpu, widened
+from moekv.ops.reference.precision import exact
 
 _TILE = 128  # evicted pairs at a time: bounds the memory of their cosines with all others
 _MOST_VALUE = torch.finfo(torch.float16).max  # what is beyond would spread to whom it joins
 _LEAST_SHARE = 1e-18  # its square is a normal number; what is below counts as 0
 
 
+@exact
 def fold_pairs(
     queries: Tensor,
     keys: Tensor,

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from moekv.ops import checks
 from moekv.ops.reference.common import widened
+from moekv.ops.reference.precision import exact
 
 _FLOAT_MAX = torch.finfo(torch.float32).max
 
@@ -25,6 +26,7 @@ def slot_counts(importance: Tensor, k: int) -> Tensor:
     return counts.masked_fill(slots == 0, 1.0)
 
 
+@exact
 def gating_topk(
     logits: Tensor,
     bias: Tensor | None = None,

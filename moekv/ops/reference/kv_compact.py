@@ -5,8 +5,10 @@ from torch import Tensor
 
 from moekv.ops import checks
 from moekv.ops.reference.common import assert_on_cpu
+from moekv.ops.reference.precision import exact
 
 
+@exact
 def kv_compact_(
     keys: Tensor,
     values: Tensor,

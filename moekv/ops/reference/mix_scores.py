@@ -5,8 +5,10 @@ from torch import Tensor
 
 from moekv.ops import checks
 from moekv.ops.reference.common import assert_on_cpu, widened
+from moekv.ops.reference.precision import exact
 
 
+@exact
 def mix_scores(
     scores: Tensor,
     weights: Tensor,

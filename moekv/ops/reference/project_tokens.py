@@ -6,10 +6,12 @@ from torch.nn import functional
 
 from moekv.ops import checks
 from moekv.ops.reference.common import LEAST_NORM, widened
+from moekv.ops.reference.precision import exact
 
 _LEAST_SPREAD = 1e-4
 
 
+@exact
 def project_tokens(
     hidden_states: Tensor, weight: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

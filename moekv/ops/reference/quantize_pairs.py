@@ -6,8 +6,10 @@ from torch import Tensor
 from moekv.ops import row_checks
 from moekv.ops.formats import GROUP, largest_power_of_two, pair_layout
 from moekv.ops.reference.common import widened
+from moekv.ops.reference.precision import exact
 
 
+@exact
 def quantize_pairs(keys: Tensor, values: Tensor, *, pairs: str) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of keys and of values, and the scales of both."""
     row_checks.quantize_pairs(keys, values, pairs)
@@ -18,6 +20,7 @@ def quantize_pairs(keys: Tensor, values: Tensor, *, pairs: str) -> tuple[Tensor,
     return key_codes, value_codes, torch.cat([key_scales, value_scales], 1)
 
 
+@exact
 def dequantize_pairs(
     key_codes: Tensor,
     value_codes: Tensor,
@@ -29,7 +32,7 @@ def dequantize_pairs(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Decode keys and values in fp32 (fp64 where that is asked for), then round."""
-    row_checks.dequantize_pairs(key_codes, value_codes, scales, pairs, head_dim, value_dim)
+    row_checks.dequantize_pairs(key_codes, value_codes, scales, pairs, head_dim, value_dim, dtype)
     layout = pair_layout(pairs, head_dim, value_dim)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     decode = {8: _decode_8, 4: _decode_4}

@@ -5,9 +5,11 @@ from torch import Tensor
 
 from moekv.ops import row_checks
 from moekv.ops.reference.common import TILE, assert_on_cpu, widened
+from moekv.ops.reference.precision import exact
 from moekv.ops.reference.quantize_pairs import dequantize_pairs
 
 
+@exact
 def ragged_attention(
     query: Tensor,
     keys: Tensor,

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from moekv.ops import checks
 from moekv.ops.reference.common import widened
+from moekv.ops.reference.precision import exact
 
 
+@exact
 def select_kept(
     scores: Tensor,
     start: Tensor | None = None,
