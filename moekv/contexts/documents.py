@@ -45,6 +45,8 @@ def read_document(path: str | os.PathLike[str]) -> str:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"expected {file} to be UTF-8 text, HTML or PDF: {error}") from error
+        if "\0" in text:  # in UTF-16 there is one beside each letter
+            raise ValueError(f"expected {file} to be UTF-8 text, HTML or PDF, got NUL characters")
     text = text.strip()
     if not text:
         raise ValueError(f"expected text in {file}, got none")

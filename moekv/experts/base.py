@@ -65,7 +65,8 @@ class Expert(ABC):
         Tensor [B, H, T], floating
             Pairs with higher scores are retained. Unless ``comparable``, only order and relative
             distances within a head count. NaN ranks last; a head with equal scores does not count;
-            padding is ignored. Those of float64 are brought to float32 by their range in a head.
+            padding is ignored. Distances of scores that are very far from a head's others
+            are not kept, only their order.
         """
 
     def kept(self, length: int, compression_ratio: float) -> int:
@@ -121,24 +122,44 @@ def scores_by(expert: Expert, view: LayerView) -> Tensor:
             f"expected floating scores {list(shape)} on {device} from expert {expert.name!r}, "
             f"got {scores.dtype} {list(scores.shape)} on {scores.device}"
         )
-    if scores.dtype == torch.float64:
-        scores = _narrowed(expert, scores, view.real)
-    scores = scores.float()
-    return scores if expert.finite else _bounded(scores, view.real)
-
-
-def _narrowed(expert: Expert, scores: Tensor, real: Tensor) -> Tensor:
-    """Bring scores of float64 to where float32 tells them apart, if no more than that is known."""
+    if expert.finite:
+        return scores.float()
     if not expert.comparable:
-        low, high = (0.5 * x for x in finite_range(scores, real[:, None], -1))
-        # Halves, as the range of the largest would be infinite.
-        return (0.5 * scores - low) / torch.where(high > low, high - low, 1.0)
-    if bool((scores.isfinite() & ~scores.float().isfinite()).any()):
+        return _bounded(_told_apart(scores, view.real), view.real)
+    if scores.dtype == torch.float64 and bool((scores.float().isinf() & scores.isfinite()).any()):
         raise ValueError(
             f"expected scores of expert {expert.name!r}, which are compared over heads, within "
             "float32, got larger ones of float64"
         )
-    return scores
+    return _bounded(scores.float(), view.real)
+
+
+_FAR = 100.0
+"""Spreads from the middle beyond which a score of a head with extremes counts by its logarithm."""
+
+
+def _told_apart(scores: Tensor, real: Tensor) -> Tensor:
+    """Give scores in float32, in their order within a head, where moments of float32 would lose it.
+
+    A spread is the median distance from the median. In heads where a score is very many spreads
+    away, as where something stands for "never", or where all are very large, small or close, scores
+    are counted in spreads. Those of other heads are as they were.
+    """
+    wide = scores.double()
+    numbers = wide.masked_fill(~(wide.isfinite() & real[:, None]), torch.nan)
+    middle = numbers.nanmedian(-1, keepdim=True).values.nan_to_num(0.0)
+    # In halves: the distance of the largest would be infinite.
+    away = (0.5 * numbers - 0.5 * middle).abs()
+    spread = away.masked_fill(away == 0, torch.nan).nanmedian(-1, keepdim=True).values
+    spread = spread.nan_to_num(1.0)
+    largest = numbers.abs().nan_to_num(0.0).amax(-1, keepdim=True)
+    farthest = away.nan_to_num(0.0).amax(-1, keepdim=True)
+    odd = (farthest > _FAR**2 * spread) | (largest > 1e5 * spread) | (largest > 1e15)
+    odd = odd | (spread < 1e-15)
+    counted = (0.5 * wide - 0.5 * middle) / spread
+    beyond = _FAR + (counted.abs() / _FAR).log().clamp(min=0.0)
+    counted = torch.where(counted.abs() > _FAR, beyond.copysign(counted), counted)
+    return torch.where(odd, counted, wide).float()
 
 
 def _bounded(scores: Tensor, real: Tensor) -> Tensor:

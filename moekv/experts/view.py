@@ -187,7 +187,17 @@ class LayerView:
         -------
         Tensor [B, H, T], float32
             See ``moekv.ops.expert_scores``. Not to be written to.
+
+        Raises
+        ------
+        ValueError
+            No expert has declared the kind.
         """
+        if kind not in self.kinds:
+            raise ValueError(
+                f"expected a kind of scores that an expert declares, got {ScoreKind(kind)!r}: set "
+                "kinds = (ScoreKind...,) in the class of the expert that asks for it"
+            )
         return self._all_scores[kind]
 
     def observed(self) -> Tensor:

@@ -39,7 +39,7 @@ def prefill_in_chunks(
     chunk_size : int
         Tokens of a forward, at least 1.
     attention_mask : Tensor [B, T], optional
-        0 at padding, which is at the left.
+        0 at padding, which is at the left. What is beyond the prompt does not count.
     past_key_values : Cache, optional
         An empty ``DynamicCache``; by default a new one.
     **inputs
@@ -54,8 +54,9 @@ def prefill_in_chunks(
     Raises
     ------
     ValueError
-        `input_ids` have another shape or are no integers, `chunk_size` is less than 1, the cache is
-        not empty, or the press streams or has a dominant policy.
+        `input_ids` have another shape or are no integers, `attention_mask` has another shape,
+        `chunk_size` is less than 1, the cache is not empty, or the press streams or has a dominant
+        policy.
     RuntimeError, TypeError
         As in a block of the press.
 
@@ -72,6 +73,9 @@ def prefill_in_chunks(
         raise ValueError(
             f"expected input_ids [B, T] as integers, got {list(input_ids.shape)}, {input_ids.dtype}"
         )
+    length = input_ids.shape[1]
+    if attention_mask is not None:
+        _check_mask(attention_mask, input_ids)
     check_count("chunk_size", chunk_size, 1)
     if press.streaming or press.policy != "mixture":
         raise ValueError(
@@ -84,7 +88,6 @@ def prefill_in_chunks(
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs = {"logits_to_keep": 1} | inputs
     named = cache_argument(model, cache)
-    length = input_ids.shape[1]
     position_ids = torch.arange(length, device=input_ids.device)[None]
     if attention_mask is not None:
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -100,3 +103,14 @@ def prefill_in_chunks(
                 **inputs,
             )
     return out
+
+
+def _check_mask(mask: Any, input_ids: Tensor) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"expected attention_mask as a tensor [B, T], got {kind(mask)}")
+    batch, length = input_ids.shape
+    if mask.dim() != 2 or len(mask) != batch or mask.shape[1] < length:
+        raise ValueError(
+            f"expected attention_mask [{batch}, {length}] for these input_ids, got "
+            f"{list(mask.shape)}"
+        )

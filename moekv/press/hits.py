@@ -11,6 +11,7 @@ from torch import Tensor
 from moekv.budget import Kept, kept_pairs, select
 from moekv.experts.base import Expert
 from moekv.experts.view import LayerView
+from moekv.press.checks import check_count
 from moekv.press.options import Options
 
 
@@ -21,7 +22,22 @@ def kept_alone(
     ratio = options.compression_ratio
     if options.policy == "mixture":
         return [kept_pairs(n, ratio, gain) for n in lengths]
-    return [min(max(int(expert.kept(n, ratio) * gain), 1), max(n, 1)) for n in lengths]
+    return [min(max(int(_own_count(expert, n, ratio) * gain), 1), max(n, 1)) for n in lengths]
+
+
+def _own_count(expert: Expert, length: int, ratio: float) -> int:
+    """Count the pairs of a head that an expert would retain of so many.
+
+    Raises
+    ------
+    ValueError
+        It does not give a number of pairs.
+    """
+    if not length:  # all of a row is padding
+        return 1
+    count = expert.kept(length, ratio)
+    check_count(f"kept() of expert {expert.name!r}", count, 1)
+    return count
 
 
 def hit_rates(

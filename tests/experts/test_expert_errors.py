@@ -18,7 +18,8 @@ from refusals import (
 from tiny_models import prefill, tiny_model, tokens
 from transformers import DynamicCache
 
-from moekv import DecodingConfig, MoERouterPress, register_expert
+from moekv import DecodingConfig, Expert, LayerView, MoERouterPress, register_expert
+from moekv.ops import ScoreKind
 
 NAN, INF = float("nan"), float("inf")
 
@@ -81,6 +82,62 @@ def test_scores_of_float64_keep_their_order(scores: torch.Tensor) -> None:
         cache = prefill(model, tokens(1, LENGTH))
     for layer, whole in zip(cache.layers, full.layers, strict=True):
         assert torch.equal(layer.keys, whole.keys[:, :, LENGTH // 2 :])
+
+
+@pytest.mark.parametrize("extreme", [1e4, 1e9, 1e12, 1e20, torch.finfo(torch.float32).max, INF])
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("budget", ["uniform", "head"])
+def test_extreme_scores_leave_the_order_of_others(extreme: float, sign: int, budget: str) -> None:
+    """As what stands for "never" or "always" in an expert's scores."""
+    scores = torch.rand(LENGTH, generator=torch.Generator().manual_seed(1))
+    scores[[2, 9, 30]] = sign * extreme
+    model, given = tiny_model(), Given(scores)
+    press = MoERouterPress(0.5, experts=[given], top_k=1, budget=budget, sinks=0, recent=0)
+    full = prefill(model, tokens(1, LENGTH))
+    with press(model):
+        cache = prefill(model, tokens(1, LENGTH))
+    best = scores.topk(LENGTH // 2).indices.sort().values
+    keys, _ = cache.layers[0].held_pairs()
+    assert torch.equal(keys, full.layers[0].keys[:, :, best])
+
+
+def test_all_scores_may_be_large() -> None:
+    model = tiny_model()
+    given = Given(torch.arange(float(LENGTH)) * 1e36)
+    press = MoERouterPress(0.5, experts=[given], top_k=1, budget="uniform", sinks=0, recent=0)
+    full = prefill(model, tokens(1, LENGTH))
+    with press(model):
+        cache = prefill(model, tokens(1, LENGTH))
+    assert torch.equal(cache.layers[0].keys, full.layers[0].keys[:, :, LENGTH // 2 :])
+
+
+@pytest.mark.parametrize("kind", ScoreKind)
+def test_kinds_of_scores_that_nobody_has_declared(kind: ScoreKind) -> None:
+    class Undeclared(Expert):
+        name = "undeclared"
+
+        def scores(self, view: LayerView) -> torch.Tensor:
+            return view.scores_of(kind)
+
+    with (
+        pytest.raises(
+            ValueError, match=f"an expert declares, got <ScoreKind.{kind.name}: .* kinds ="
+        ),
+        MoERouterPress(experts=[Undeclared()], top_k=1)(model := tiny_model()),
+    ):
+        prefill(model, tokens(1, LENGTH))
+
+
+@pytest.mark.parametrize("count", [None, "5", NAN, torch.tensor(7), 3.7, 0, -1, True])
+def test_counts_of_an_expert_that_are_none(count: Any) -> None:
+    expert = Given(torch.arange(float(LENGTH)))
+    expert.kept = lambda length, ratio: count  # type: ignore[method-assign]
+    press = MoERouterPress(0.5, policy="dominant", experts=[expert], top_k=1)
+    with (
+        pytest.raises(ValueError, match=r"kept\(\) of expert 'given' an integer >= 1, got"),
+        press(model := tiny_model()),
+    ):
+        prefill(model, tokens(1, LENGTH))
 
 
 def test_scores_of_float64_that_are_to_be_compared() -> None:

@@ -166,6 +166,12 @@ def test_arguments_of_prefill_in_chunks() -> None:
     ):
         with pytest.raises(ValueError, match="streaming=False, .* and policy 'mixture', got"):
             prefill_in_chunks(other, model, tokens(1, LENGTH), chunk_size=9)
+    for shape in ((2, LENGTH - 1), (1, LENGTH), (2, 1), (LENGTH,), (2, 1, LENGTH)):
+        message = f"attention_mask .2, {LENGTH}. for these input_ids, got"
+        with pytest.raises(ValueError, match=message):
+            mask = torch.ones(shape, dtype=torch.long)
+            ids = tokens(2, LENGTH)
+            prefill_in_chunks(press, model, ids, chunk_size=9, attention_mask=mask)
     full = prefill(model, tokens(1, LENGTH))
     with pytest.raises(ValueError, match="empty cache, got one that holds 40"):
         prefill_in_chunks(press, model, tokens(1, LENGTH), chunk_size=9, past_key_values=full)
