@@ -70,11 +70,11 @@ class Kept:
             self.offsets.diff(), output_size=len(self.indices)
         )
 
-    def mask(self) -> Tensor:
-        """Mark the kept positions: [B, H, T] bool."""
+    def mask(self, rows: Tensor | None = None) -> Tensor:
+        """Mark the kept positions: [B, H, T] bool. `rows`: those of :meth:`rows`, if known."""
         batch, num_heads, num_keys = self.shape
         mask = self.indices.new_zeros(batch * num_heads * num_keys, dtype=torch.bool)
-        mask[self.rows()] = True
+        mask[self.rows() if rows is None else rows] = True
         return mask.view(self.shape)
 
     def of_heads(self, own: slice) -> "Kept":

@@ -137,7 +137,8 @@ class RaggedLayer(Served, CompressedLayer):
         else:
             values, bias, num_joined = folding.fold(keys, values, kept, backend=backend)
             checked = False  # these are new numbers
-        owner = _owners(kept.offsets.diff(), num_kv_heads, len(rows))
+        # The row of the batch that each pair belongs to; pairs in 16 bits are never rounded.
+        owner = None if pairs == "16" else rows // max(num_kv_heads * length, 1)
         how: dict[str, Any] = {"bias": bias, "owner": owner, "checked": checked}
         layer = cls(
             Rows.of(stay, values, pairs, **how, backend=backend),
@@ -150,7 +151,7 @@ class RaggedLayer(Served, CompressedLayer):
         layer.first = first_kept(kept)
         layer.num_joined = num_joined
         if bias is None and is_worth(kept.shape, len(rows)):  # folded pairs stand for several
-            layer.positions = pack(kept.mask())
+            layer.positions = pack(kept.mask(rows))
         return layer
 
     def all_storable(self) -> Tensor:

@@ -1,10 +1,14 @@
 """Ragged layers against dense ones, over random lives of a cache."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from twins import DIM, GROUP, HEADS, VALUE_DIM, Twin
 
 from moekv import ops
@@ -148,3 +152,29 @@ def test_a_crop_takes_positions_along():
     for length, positions in ((16, [255, 255]), (11, [255, 7])):
         layer.crop(length)
         assert layer.positions.tolist() == [[positions] * 2]
+
+
+class Operations(TorchDispatchMode):
+    """Notes what torch is asked to compute; views and new memory are not counted."""
+
+    NOTHING = re.compile(r"aten\.(view|slice|unsqueeze|empty|new_empty|expand|detach|lift_fresh)\b")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not self.NOTHING.match(str(func)):
+            self.names.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+def test_operations_of_a_compression():
+    """On a GPU each is a launch, in each layer: docs/cuda.md says how many."""
+    keys, values = torch.randn(2, 1, 8, 64, 16)
+    kept = Kept.from_mask(torch.arange(64).expand(1, 8, 64) % 3 > 0)
+    with Operations() as operations:
+        RaggedLayer.compress(keys, values, kept)
+    assert len(operations.names) == 23, operations.names
+    page = (Path(__file__).parents[2] / "docs" / "cuda.md").read_text()
+    assert f"layer by layer: {len(operations.names)} operations each" in page

@@ -6,6 +6,7 @@ The steps themselves run in ``tests/simt/test_simt_gpu_check.py``.
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -210,6 +211,19 @@ def test_the_whole_takes_at_most_eight_minutes() -> None:
     assert list(driver.STEPS) == ["build", *"abcdef"]
     assert sum(step.limit for step in driver.STEPS.values()) <= 480
     assert all(step.item_limit <= step.limit for step in driver.STEPS.values())
+
+
+def test_the_page_counts_what_the_whole_takes() -> None:
+    page = (ROOT / "docs" / "cuda.md").read_text().split("## On a rented GPU")[1]
+    table = dict(re.findall(r"^\| (build|[a-f]|together) \| (\d+) \|", page, re.M))
+    limits = {name: step.limit for name, step in driver.STEPS.items()}
+    assert {name: int(n) for name, n in table.items()} == limits | {
+        "together": sum(limits.values())
+    }
+    recorded = seconds.read()
+    few, many = (seconds.expected(recorded, cores) for cores in (2, 16))
+    assert f"{many:.0f} s on 16 cores" in page and f"{few:.0f} s on two" in page
+    assert f"--patience {few / limits['build'] + 1:.0f}" in page
 
 
 def test_the_build_takes_two_minutes_on_16_cores() -> None:

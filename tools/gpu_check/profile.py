@@ -43,7 +43,8 @@ QUESTIONS = {
     "expected_attention": "stalls for loads (long scoreboard) or for exponentials (MUFU)?",
     "project_tokens": "does the third read of the hidden states come from the L2 cache?",
     "mix_scores": "what of an expert's sectors is read in vain where neighbours choose unlike?",
-    "select_kept": "do all reads but the first come from the L2 cache? Do last blocks keep others?",
+    "select_kept": "do all reads but the first come from the L2 cache? Do last blocks keep others? "
+    "Is one block with 20,480 pairs faster than six launches with some more?",
     "kv_compact_": "how long do blocks wait for items before their own (volatile loads)?",
     "ragged_attention": "issue or DRAM? From how many queries on do tensor cores pay? Is the last "
     "wave of blocks short: 512 of them, or a multiple of those that fit?",
