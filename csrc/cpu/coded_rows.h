@@ -116,21 +116,29 @@ inline void transform(float* row, int64_t dim) {
   }
 }
 
-// From channels in order to the order in which load_pair<T> gives them, as far as there are whole
-// pairs of vectors.
+// The channel, of a pair of vectors of them, that load_pair<T> gives at each place.
 template <typename T>
-inline void to_pair_order(float* row, int64_t dim) {
-  constexpr int kPair = 2 * Vec::kLanes;
-  float place[kPair], ordered[kPair], numbers[kPair];
-  for (int i = 0; i < kPair; ++i) place[i] = static_cast<float>(i);
-  const VecPair pair = in_order<T>({Vec::load(place), Vec::load(place + Vec::kLanes)});
-  pair.a.store(ordered);
-  pair.b.store(ordered + Vec::kLanes);
-  for (int64_t d = 0; d + kPair <= dim; d += kPair) {
-    for (int i = 0; i < kPair; ++i) numbers[static_cast<int>(ordered[i])] = row[d + i];
-    std::memcpy(row + d, numbers, sizeof numbers);
+struct PairOrder {
+  int channel[2 * Vec::kLanes];
+
+  PairOrder() {
+    float place[2 * Vec::kLanes];
+    for (int i = 0; i < 2 * Vec::kLanes; ++i) place[i] = static_cast<float>(i);
+    const VecPair pair = in_order<T>({Vec::load(place), Vec::load(place + Vec::kLanes)});
+    pair.a.store(place);
+    pair.b.store(place + Vec::kLanes);
+    for (int i = 0; i < 2 * Vec::kLanes; ++i) channel[static_cast<int>(place[i])] = i;
   }
-}
+
+  // Puts channels that stand in order into this one, as far as there are whole pairs of vectors.
+  void apply(float* row, int64_t dim) const {
+    float numbers[2 * Vec::kLanes];
+    for (int64_t d = 0; d + 2 * Vec::kLanes <= dim; d += 2 * Vec::kLanes) {
+      for (int i = 0; i < 2 * Vec::kLanes; ++i) numbers[i] = row[d + channel[i]];
+      std::memcpy(row + d, numbers, sizeof numbers);
+    }
+  }
+};
 
 }  // namespace
 }  // namespace moekv::cpu::MOEKV_ISA

@@ -26,14 +26,15 @@ bool has_f16c() {
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
 }
 
-// Whether there are tiles of bf16 and the system lets this process use them. Linux wants to be
-// asked, for their 8 KiB a thread.
+// Whether there are tiles of bf16 and of int8, and the system lets this process use them. Linux
+// wants to be asked, for their 8 KiB a thread.
 bool may_use_amx() {
 #ifdef __linux__
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-  if (!(edx & kAmxBf16) || !(edx & kAmxTile)) return false;
+  constexpr unsigned kNeeded = kAmxBf16 | kAmxTile | kAmxInt8;
+  if ((edx & kNeeded) != kNeeded) return false;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl(2)
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else

@@ -114,7 +114,8 @@ inline void attend_tile(const RaggedAttentionParams& p, const float* query, int6
     Vec sums = Vec::set(0.0f);
     for (int j = 0; j < kTileKeys; j += Vec::kLanes) sums = sums + Vec::load(row + j);
     const float sum = sums.sum();
-    const float keep = old == -__builtin_inff() ? 0.0f : __builtin_expf(old - largest);
+    float keep = 1.0f;  // as for most tiles
+    if (old != largest) keep = old == -__builtin_inff() ? 0.0f : __builtin_expf(old - largest);
     partial[0] = largest;
     partial[1] = partial[1] * keep + sum;
     if (keep != 1.0f) {
@@ -186,8 +187,9 @@ inline void attend_stored(const RaggedAttentionParams& p, const float* queries,
   } else {
     attend(CodedRows<8, 8>(p, first), coded_queries);
   }
+  const PairOrder<T> order;
   for (int64_t m = 0; m < num_queries; ++m) {
-    finish_coded<T>(p, partials + m * ragged_partial_floats(p) + 2);
+    finish_coded<T>(p, order, partials + m * ragged_partial_floats(p) + 2);
   }
 }
 

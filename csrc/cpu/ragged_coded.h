@@ -5,6 +5,7 @@
 
 #include <type_traits>
 
+#include "code_tiles.h"
 #include "coded_rows.h"
 #include "ragged_dense.h"
 
@@ -101,10 +102,22 @@ struct CodedTile {
   int64_t num_scales;
   int count;
   Ahead<uint8_t> value_rows, next_keys;
+#ifdef __AMX_INT8__
+  CodeQueries* tiles;
+#endif
 
   template <int R>
   void products(const float* query, float (*scores)[kTileKeys]) const {
     const int64_t query_stride = whole_groups(key_dim);
+#ifdef __AMX_INT8__
+    if (kKeyBits == 8 && key_dim % kTileBytes == 0) {
+      tiles->take<R>(query, query_stride, key_dim);
+      if (tiles->finite) {
+        return tiles->multiply<R>(keys, key_stride, key_dim, scales, num_scales, count, value_rows,
+                                  scores);
+      }
+    }
+#endif
     for (int j = 0; j < count; j += 4) {
       const int n = count - j < 4 ? count - j : 4;
       value_rows.ask(j, j + n);
@@ -135,14 +148,26 @@ struct CodedTile {
            int64_t sum_stride) const {
     const float* scale = scales + begin * num_scales + code_scales(key_dim, kKeyBits);
     alignas(64) float scaled[R][kTileKeys];
+    const uint8_t* codes = values + begin * value_stride;
+    Ahead<uint8_t> ahead = next_keys;
+#ifdef __AMX_INT8__
+    CodeWeights<R> whole;
+    if (kValueBits == 8 && value_dim % kTileBytes == 0 &&
+        whole.take(weights, scale, num_scales, end - begin)) {
+      CodeValues rows;
+      for (int64_t d = 0; d < value_dim; d += kTileBytes, ahead.count = 0) {
+        rows.take(codes + d, value_stride, end - begin, ahead);
+        rows.add(whole, sums + d, sum_stride);
+      }
+      return;
+    }
+#endif
     if constexpr (kValueBits == 8) {
       for (int r = 0; r < R; ++r) {
         for (int j = 0; j < end - begin; ++j) scaled[r][j] = weights[r][j] * scale[j * num_scales];
       }
       weights = scaled;
     }
-    Ahead<uint8_t> ahead = next_keys;
-    const uint8_t* codes = values + begin * value_stride;
     int64_t d = 0;
     for (; d + kCodeGroup <= value_dim; d += kCodeGroup) {
       add_group<R, kValueBits, true>(weights, codes, value_stride, scale, num_scales, end - begin,
@@ -166,6 +191,10 @@ struct CodedRows {
   const uint16_t* halves;
   int64_t key_stride, value_stride, scale_stride, key_dim, value_dim;
   alignas(64) float scales[kTileKeys * kMaxPairScales];
+#ifdef __AMX_INT8__
+  AmxProducts<bfloat16_t>::Session session{};
+  CodeQueries tiles;
+#endif
 
   CodedRows(const RaggedAttentionParams& p, int64_t first)
       : keys(static_cast<const uint8_t*>(p.keys) + first * p.key_stride),
@@ -190,17 +219,22 @@ struct CodedRows {
     }
     const uint8_t* k = keys + first * key_stride;
     const uint8_t* v = values + first * value_stride;
-    return {.keys = k,
-            .values = v,
-            .key_stride = key_stride,
-            .value_stride = value_stride,
-            .key_dim = key_dim,
-            .value_dim = value_dim,
-            .scales = scales,
-            .num_scales = num_scales,
-            .count = n,
-            .value_rows = {v, value_stride, code_bytes(value_dim, kValueBits), n},
-            .next_keys = {k + n * key_stride, key_stride, code_bytes(key_dim, kKeyBits), left}};
+    return {
+        .keys = k,
+        .values = v,
+        .key_stride = key_stride,
+        .value_stride = value_stride,
+        .key_dim = key_dim,
+        .value_dim = value_dim,
+        .scales = scales,
+        .num_scales = num_scales,
+        .count = n,
+        .value_rows = {v, value_stride, code_bytes(value_dim, kValueBits), n},
+        .next_keys = {k + n * key_stride, key_stride, code_bytes(key_dim, kKeyBits), left},
+#ifdef __AMX_INT8__
+        .tiles = &tiles,
+#endif
+    };
   }
 };
 
@@ -215,9 +249,9 @@ inline void prepare_coded_query(const RaggedAttentionParams& p, const T* query, 
 
 // Sums of coded values become such as the tail's.
 template <typename T>
-inline void finish_coded(const RaggedAttentionParams& p, float* sums) {
+inline void finish_coded(const RaggedAttentionParams& p, const PairOrder<T>& order, float* sums) {
   if (p.value_bits == 4) transform(sums, p.value_dim);
-  to_pair_order<T>(sums, p.value_dim);
+  order.apply(sums, p.value_dim);
 }
 
 }  // namespace

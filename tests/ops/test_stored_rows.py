@@ -45,19 +45,21 @@ def test_matches_attention_over_what_the_rows_say(target, pairs, name, dtype):
         torch.testing.assert_close(got.double(), want, atol=DTYPES[dtype], rtol=DTYPES[dtype])
 
 
+@pytest.mark.parametrize("dim", [48, 64])
 @pytest.mark.parametrize("pairs", ops.PAIRS)
-def test_masks_hide_the_tail_alone(target, pairs):
+def test_masks_hide_the_tail_alone(target, pairs, dim):
     case = make_rows(
-        pairs, torch.float32, True, True, batch=2, heads=2, group=3, queries=4, tail=9, dim=48
+        pairs, torch.float32, True, True, batch=2, heads=2, group=3, queries=4, tail=9, dim=dim
     )
     case["mask"] = torch.rand(2, 6, 4, 9, generator=torch.Generator().manual_seed(1)) > 0.4
-    want = expected(case, 48, scaling=0.1)
+    want = expected(case, dim, scaling=0.1)
     torch.testing.assert_close(run(target, case, scaling=0.1).double(), want, atol=4e-6, rtol=4e-6)
 
 
+@pytest.mark.parametrize("dim", [32, 64])
 @pytest.mark.parametrize("pairs", ops.PAIRS)
-def test_strides(target, pairs):
-    case = make_rows(pairs, torch.float32, True, True, queries=3, tail=6, dim=32, stored=90)
+def test_strides(target, pairs, dim):
+    case = make_rows(pairs, torch.float32, True, True, queries=3, tail=6, dim=dim, stored=90)
     want = run(target, case, scaling=0.25)
     strided = dict(case)
     strided["keys"] = torch.cat([case["keys"], case["keys"]], 1)[:, : case["keys"].shape[1]]
@@ -75,9 +77,10 @@ def test_strides(target, pairs):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("pairs", ops.PAIRS)
 @pytest.mark.parametrize("part", ["keys", "values"])
-def test_a_pair_that_is_no_number_is_loud_unless_it_is_hidden(target, part, pairs, bad):
+@pytest.mark.parametrize("dim", [48, 64])
+def test_a_pair_that_is_no_number_is_loud_unless_it_is_hidden(target, dim, part, pairs, bad):
     """Nor does it reach the heads that do not hold it."""
-    shape = {"heads": 2, "group": 2, "queries": 2, "tail": 2, "dim": 48, "stored": 150}
+    shape = {"heads": 2, "group": 2, "queries": 2, "tail": 2, "dim": dim, "stored": 150}
     case = make_rows("16", torch.float32, True, False, **shape)
     case["begin"], case["end"] = torch.tensor([[0, 70]]).int(), torch.tensor([[70, 150]]).int()
     case["bias"][77] = 0.5
@@ -131,6 +134,27 @@ def test_large_biases_and_keys(target):
         torch.testing.assert_close(
             got.double(), want, atol=2e-7 * float(want.abs().max()), rtol=2e-5
         )
+
+
+@pytest.mark.parametrize("pairs", ops.PAIRS)
+def test_a_channel_or_a_pair_may_dwarf_the_others(target, pairs):
+    """Where queries and weights become whole numbers, these are fine enough for all the rest."""
+    case = make_rows("16", torch.float32, False, False, queries=2, tail=0, dim=64, stored=333)
+    case["query"][..., 9] *= 1e4
+    case["keys"][:, 9] *= 1e-4  # as outlier channels are met: the products are of one size
+    case["values"][::64] *= 1e5
+    case = quantised_again(case, pairs)
+    want = expected(case, 64, scaling=0.125)
+    got = run(target, case, scaling=0.125)
+    torch.testing.assert_close(got.double(), want, atol=2e-6 * float(want.abs().max()), rtol=2e-5)
+    for tiny in (1e-27, 1e-30, 1e-42):
+        faint = case | {"query": torch.full_like(case["query"], tiny)}
+        want = expected(faint, 64, scaling=0.125)
+        got = run(target, faint, scaling=0.125)
+        torch.testing.assert_close(got.double(), want, atol=2e-6 * float(want.abs().max()), rtol=0)
+    case["query"][0, -1, 0, 3] = math.nan
+    lost = run(target, case, scaling=0.125).isnan()
+    assert lost[0, 0, -1].all() and lost.sum() == 64
 
 
 @pytest.mark.parametrize("pairs", ops.PAIRS)
