@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import Cache
 
 from moekv import budget as budgets
@@ -267,8 +268,11 @@ class Growth(Strategy):
             for (_, rating), part in zip(rated.parts, chosen, strict=True):
                 self._observe(rating, part)
             if list(map(len, shrinking.groups)) == [len(rated.held.lengths)]:  # all rows at once
-                wanted = rated.parts[0][1].wanted
-                wanted = None if wanted is None else wanted.view(whole.shape)
+                part, rating = rated.parts[0]
+                wanted = rating.wanted
+                if wanted is not None:
+                    wanted = wanted.view(part.of_all_heads().shape)
+                    wanted = functional.pad(wanted, (whole.shape[2] - wanted.shape[2], 0))
                 own = rated.held.ranks.own(rated.held.shape[1])
                 self.plan.later.remember(
                     cache.layers[rated.index],
@@ -414,7 +418,9 @@ def _of_rows(value: Any, rows: Tensor | None, batch: int) -> Any:
 def _merge(held: Held, groups: Sequence[Sequence[int]], chosen: Sequence[Kept]) -> Kept:
     """Join what the rows of a layer retain. Rows of no group retain all that they hold."""
     if len(groups) == 1 and len(groups[0]) == len(held.lengths):
-        return chosen[0]
+        (kept,) = chosen
+        if kept.shape == held.shape:
+            return kept
     mask, count = held.real, 0
     for rows, kept in zip(groups, chosen, strict=True):
         stays = kept.mask()

@@ -118,13 +118,13 @@ class Held:
         return replace(own, indices=own.indices - missing, shape=(*own.shape[:2], longest))
 
     def rows(self, rows: Sequence[int]) -> Held:
-        """Select rows of the batch."""
-        if list(rows) == list(range(len(self.keys))):
-            return self
-        index = send(rows, self.keys.device)
+        """Select rows of the batch, without what is padding in all of them."""
         lengths = [self.lengths[b] for b in rows]
         everywhere = [self.everywhere[b] for b in rows]
         longest = max(n for row in everywhere for n in row)
+        if list(rows) == list(range(len(self.keys))) and longest == self.shape[2]:
+            return self
+        index = send(rows, self.keys.device)
 
         def part(pairs: Tensor) -> Tensor:
             return pairs[index, :, pairs.shape[2] - longest :]

@@ -6,7 +6,8 @@ A life is a prefill, whole or in chunks, and some steps: tokens, compressions wh
 rows that are selected or repeated, copies, files, masks, forwards that fail halfway; with and
 without a calibrated router, in dynamic caches and in static ones, in 16 bits and in fewer. After
 every step the compressed cache has to hold what the full one holds, but for what has left, and give
-the logits that the full one gives where exactly that is hidden (``tests/helpers``, ``Lockstep``).
+the logits that the full one gives where exactly that is hidden (``tests/helpers``, ``Lockstep``);
+each row of a batch has to give those that it gives alone.
 The seed of every life is its number; one that fails is reduced, and printed as a call that can be
 put into a test.
 """
@@ -19,8 +20,10 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
@@ -31,7 +34,8 @@ from growth_cases import EXPERTS, Uneven, assert_average  # noqa: E402
 from masked_reference import Lockstep  # noqa: E402
 from random_router import random_router  # noqa: E402
 from tiny_models import tiny_model, tokens  # noqa: E402
-from transformers import StaticCache  # noqa: E402
+from torch import Tensor  # noqa: E402
+from transformers import DynamicCache, StaticCache  # noqa: E402
 
 from moekv import DecodingConfig, MoERouterPress, load_cache, save_cache  # noqa: E402
 from moekv.budget import kept_pairs  # noqa: E402
@@ -48,8 +52,21 @@ Step = tuple[Any, ...]
 model_of = functools.cache(tiny_model)
 
 
+class Fed(NamedTuple):
+    """Tokens [B, N], what is shown to them, their logits, and the length with them."""
+
+    input_ids: Tensor
+    shown: Tensor | None
+    logits: Tensor
+    length: int
+
+
+NEAR = {"16": 2e-3, "k8v8": 2e-2, "k8v4": 1e-1, "k4v4": 2e-1}
+"""Of logits of a row and the same alone: numbers between two codes may be rounded to either."""
+
+
 class Life(Lockstep):
-    """A compressed cache and the full one."""
+    """A compressed cache, the full one, and a compressed one for each row."""
 
     def __init__(self, name: str, kind: str, padding: tuple[int, ...]) -> None:
         config = model_of(name, "sdpa").config
@@ -57,6 +74,12 @@ class Life(Lockstep):
         self.goes_on = kind == "calibrated"  # compression: only there a router's notes are taken
         super().__init__(name, padding, static if kind == "static" else None, model_of)
         self.serial = self.loose = 0
+        # Static caches have no padding, and rows of one length: as many pairs of each.
+        several = kind != "static" and len(padding) > 1
+        self.alone: list[DynamicCache] = [DynamicCache() for _ in padding] if several else []
+        self.near = NEAR["16"]
+        self.has_even_keys = name in ("qwen3", "gemma3")  # which are normed
+        self.fed_in_block: list[Fed] | None = None
         self.router = random_router(self.model) if kind in ("calibrated", "once") else None
 
     def press(self, options: dict[str, Any], **more: Any) -> MoERouterPress:
@@ -97,6 +120,82 @@ class Life(Lockstep):
         stored = pair_layout(pairs, dim, dim).num_bytes + 2
         return 1 - (1 - options["compression_ratio"]) * 2 * dim * 4 / stored >= 0.5
 
+    # --- Rows alone -------------------------------------------------------------------------------
+
+    @contextmanager
+    def block(
+        self, options: dict[str, Any], more: dict[str, Any] | None = None, **given: Any
+    ) -> Iterator[MoERouterPress]:
+        """Open a press's block, and then one for each row alone, in which the same is fed."""
+        more = more or {}
+        even = options.get("experts") == "uneven" and self.has_even_keys
+        if even or options["budget"] == "layer":
+            self.alone = []  # pairs score alike, or rows of dense layers share a length
+        press = self.press(options, **more)
+        self.near = max(self.near, NEAR[options.get("pairs", "16")])
+        self.fed_in_block = fed = []
+        try:
+            with press(self.model, **given):
+                yield press
+        finally:
+            self.fed_in_block = None
+        for row in range(len(self.alone)):
+            with self.press(options, **more)(self.model, **given):
+                for each in fed:
+                    self.feed_alone(row, each)
+
+    def feed(self, input_ids: Tensor, shown: Tensor | None = None) -> Tensor:
+        """Feed the caches of rows alone as well, in a block behind it."""
+        logits = super().feed(input_ids, shown)
+        fed = Fed(input_ids, shown, logits, self.length)
+        if self.fed_in_block is not None:
+            self.fed_in_block.append(fed)
+        else:
+            for row in range(len(self.alone)):
+                self.feed_alone(row, fed)
+        return logits
+
+    def feed_alone(self, row: int, fed: Fed) -> None:
+        """See that a row gives the same logits alone."""
+        padding, position = int(self.padding[row]), torch.arange(fed.length)
+        mask = (position >= padding).long()[None]
+        if fed.shown is not None:
+            mask = mask * fed.shown[row]
+        position = position[fed.length - fed.input_ids.shape[1] :]
+        with torch.no_grad():
+            logits = self.model(
+                fed.input_ids[row : row + 1],
+                past_key_values=self.alone[row],
+                attention_mask=mask,
+                position_ids=(position - padding).clamp(min=0)[None],
+                cache_position=position,
+            ).logits
+        real = position >= padding
+        torch.testing.assert_close(
+            fed.logits[row, real],
+            logits[0, real],
+            atol=self.near,
+            rtol=self.near,
+            msg=lambda text: f"row {row} answers otherwise than alone: {text}",
+        )
+
+    def crop(self, count: int) -> None:
+        """Forget the newest tokens, of rows alone as well."""
+        super().crop(count)
+        for cache in self.alone:
+            cache.crop(-count)
+
+    def select(self, rows: list[int], how: str = "reorder_cache") -> None:
+        """Go on with other rows, alone as well."""
+        super().select(rows, how)
+        if self.alone:
+            self.alone = [copy.deepcopy(self.alone[row]) for row in rows]
+
+    def repeat(self, times: int) -> None:
+        """Repeat every row; its copies are alone as well."""
+        super().repeat(times)
+        self.alone = [copy.deepcopy(cache) for cache in self.alone for _ in range(times)]
+
     def add(self, count: int) -> None:
         """Feed tokens."""
         self.serial += 1
@@ -120,9 +219,9 @@ class Life(Lockstep):
                 raise AssertionError("not refused")
             options["fold"] = "auto"
         folds = self.folds(options, whole)
-        press = self.press(options, **more)
         records = {"record": True} if whole and options.get("record") else {}
-        with press(self.model, context_length=None if whole else sum(cuts), **records):
+        length = None if whole else sum(cuts)
+        with self.block(options, more, context_length=length, **records) as press:
             for count in cuts:
                 self.add(count)
         self.loose = 0
@@ -154,20 +253,22 @@ class Life(Lockstep):
         if not self.goes_on:
             self.add(count)
             return
-        with self.press({"budget": "uniform"}, decoding=FAR)(self.model):
+        with self.block({"budget": "uniform"}, {"decoding": FAR}):
             self.add(count)
 
     def grow(self, count: int, target: int, interval: int, options: dict[str, Any]) -> None:
         """Decode in a block in which compression goes on."""
         more = {"decoding": DecodingConfig(target, interval)}
-        press = self.press(self.without_folding(options, **more), **more)
-        with press(self.model):
+        with self.block(self.without_folding(options, **more), more):
             for _ in range(count):
                 pairs = self.pairs()
                 self.add(1)
                 is_token = (self.padding < self.length)[:, None]
                 if (self.pairs() < pairs + is_token).any():
                     self.loose = 0
+                # A cache in 16 bits is stored in fewer whole, when it is met.
+                stored = max(getattr(x, "context_length", 0) for x in self.cache.layers)
+                self.loose = min(self.loose, self.length - stored)
         real = self.length - self.padding
         over_model = options["budget"] in ("layer", "model")
         over = [0, 2] if over_model else [2]
@@ -196,21 +297,20 @@ class Life(Lockstep):
             return
         self.loose += count
 
-    def lengths(self) -> list[int]:
-        """Say the true lengths of the cache's layers."""
-        return [int(layer.get_seq_length()) for layer in self.cache.layers]
+    def lengths(self, cache: Any = None) -> list[int]:
+        """Say the true lengths of a cache's layers, by default of the batch's."""
+        return [int(layer.get_seq_length()) for layer in (cache or self.cache).layers]
 
-    def take_off(self, lengths: list[int]) -> None:
+    def take_off(self, lengths: list[int], cache: Any = None) -> None:
         """Crop the tokens that some layers have got before others failed."""
-        for layer, length in zip(self.cache.layers, lengths, strict=True):
+        for layer, length in zip((cache or self.cache).layers, lengths, strict=True):
             if layer.get_seq_length() > length:
                 layer.crop(length)
-        assert self.lengths() == lengths
+        assert self.lengths(cache) == lengths
 
     def fail(self, count: int, layer: int) -> None:
         """Break down in a layer: what was there stays, and can be cropped off again."""
-        model, before = self.model, self.length
-        layers = model.model.layers
+        layers = self.model.model.layers
         module = layers[layer % len(layers)].self_attn
         lengths = self.lengths()
 
@@ -219,18 +319,25 @@ class Life(Lockstep):
 
         handle = module.register_forward_pre_hook(break_down)
         try:
-            with torch.no_grad(), self.press({"budget": "uniform"}, decoding=FAR)(model):
-                model(
-                    tokens(len(self.padding), count, seed=-1),
-                    past_key_values=self.cache,
-                    position_ids=torch.arange(before, before + count)[None],
-                )
-        except ArithmeticError:
-            pass
+            for cache in (self.cache, *self.alone):
+                self.try_to_feed(cache, len(self.padding) if cache is self.cache else 1, count)
+                self.take_off(lengths, cache)
         finally:
             handle.remove()
-        self.take_off(lengths)
         self.see()
+
+    def try_to_feed(self, cache: Any, rows: int, count: int) -> None:
+        """Feed tokens to a model that breaks down."""
+        with (
+            pytest.raises(ArithmeticError, match="broken"),
+            torch.no_grad(),
+            self.press({"budget": "uniform"}, decoding=FAR)(self.model),
+        ):
+            self.model(
+                tokens(rows, count, seed=-1),
+                past_key_values=cache,
+                position_ids=torch.arange(self.length, self.length + count)[None],
+            )
 
     def shorten(self, count: int) -> None:
         """Crop, where all heads end with the same tokens."""

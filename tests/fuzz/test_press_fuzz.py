@@ -43,6 +43,21 @@ FOUND = {
         (0,),
         [("prefill", [44], OPTIONS | LATE | {"recent": 4, "window": 1}), ("masked", [41], 4, 2)],
     ),
+    "a row that is padding in the first chunk is rated as among others": (
+        "llama_mha",
+        "plain",
+        (19, 34),
+        [
+            (
+                "prefill",
+                [22, 15],
+                OPTIONS
+                | {"compression_ratio": 0.3, "experts": ["expected", "selective"]}
+                | {"sinks": 1, "recent": 0, "window": 9},
+            ),
+            ("more", 1),
+        ],
+    ),
     "a row grows by padding, which is no compression": (
         "llama_mha",
         "plain",
