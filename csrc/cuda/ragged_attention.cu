@@ -139,10 +139,16 @@ __global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
       load(false);
     }
 
-    float offsets[kOwn];  // of the lane's logits
+    // Of the lane's logits: what is added, and 0 where nothing is seen. Both are on their way with
+    // the keys and values.
+    float offsets[kOwn];
+    uint8_t marks[kOwn];
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
-      offsets[j] = part.offset(params, logit, base + (own % kBatch + j) * kSlots + slot);
+      const int row = base + (own % kBatch + j) * kSlots + slot;
+      offsets[j] = part.offset(params, logit, row);
+      const bool exists = row < end && own_query < arguments.rows;
+      marks[j] = exists ? sees.mark(row - rows.num_stored) : uint8_t{0};
     }
 
     float logits[kLogits];
@@ -160,10 +166,7 @@ __global__ void __launch_bounds__(kThreads, kQueries <= 4 ? 3 : 2)
     const float before = highest;
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
-      const int row = base + (own % kBatch + j) * kSlots + slot;
-      bool visible = row < end && own_query < arguments.rows;
-      if (visible && row >= rows.num_stored) visible = sees(row - rows.num_stored);
-      logits[j] = visible ? offset_by(logit.unscaled(logits[j]), offsets[j]) : -INFINITY;
+      logits[j] = marks[j] != 0 ? offset_by(logit.unscaled(logits[j]), offsets[j]) : -INFINITY;
       highest = fmaxf(highest, logits[j]);
     }
 #pragma unroll

@@ -87,6 +87,13 @@ struct Sight {
   __device__ __forceinline__ bool operator()(int tail) const {
     return tail <= last && (!mask || mask[tail * stride]);
   }
+  // The same as a byte that is 0 where nothing is seen, also of stored rows, which come before the
+  // tail. To be read ahead: who asks it at once waits for it.
+  __device__ __forceinline__ uint8_t mark(int tail) const {
+    if (tail < 0) return 1;
+    if (tail > last) return 0;
+    return mask ? reinterpret_cast<const uint8_t*>(mask)[tail * stride] : uint8_t{1};
+  }
 };
 
 struct Chunk {

@@ -188,6 +188,12 @@ BUGS = {
         CAUSAL,
         r"Tensor-likes are not close",
     ),
+    "ragged attention, a query marks the next": Bug(
+        Edit("ragged_parts.h", "if (tail > last)", "if (tail > last + SEEDED)"),
+        "ragged_attention",
+        ("nothing stored", torch.float32),
+        r"Tensor-likes are not close",
+    ),
     "ragged attention, what is not seen in a product": Bug(
         Edit("ragged_tiles.h", "wrong, 0) != 0 ? 2 : 1", "wrong, 0) != 0 && !SEEDED ? 2 : 1"),
         "ragged_attention",
