@@ -155,8 +155,9 @@ class Lockstep:
             if isinstance(layer, RaggedLayer):
                 keys, values, bias, lengths = layer.padded()
                 # The tail may have padding, which attention masks.
-                padding = self.padding.clamp(max=self.length)
-                lengths = lengths - (padding - layer.context_length).clamp(min=0)[:, None]
+                begin = self.length - layer.tail_length + torch.tensor(layer.tail.skipped)
+                hidden = self.padding.clamp(max=self.length) - begin
+                lengths = lengths - hidden.clamp(min=0)[:, None]
                 assert layer.get_seq_length() == self.length
             else:
                 keys, values = layer.keys, layer.values
