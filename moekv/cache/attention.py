@@ -34,7 +34,7 @@ from moekv.cache.masks import (
 )
 from moekv.cache.pairs import DensePairs, RaggedPairs, keep_pairs_in_their_layers
 from moekv.cache.rows import Rows
-from moekv.models.hooks import is_usual, replace_function
+from moekv.models.hooks import is_usual, replace_function, wrap_method
 from moekv.models.watching import Asked, report, watched
 
 _NATIVE = ops.available_backends()["cpu"] is None
@@ -59,9 +59,7 @@ def install() -> None:
             ignored = _IGNORED.get(name, frozenset())
             serving = _serve_compressed_layers(function, ignored)
             replace_function(ALL_ATTENTION_FUNCTIONS, name, serving)
-    kind = type(ALL_ATTENTION_FUNCTIONS)
-    if not getattr(kind.get_interface, "shows_eager_attention", False):
-        kind.get_interface = _show_eager_attention(kind.get_interface)  # type: ignore[method-assign]
+    wrap_method(type(ALL_ATTENTION_FUNCTIONS), "get_interface", _show_eager_attention)
 
 
 class Served:
@@ -74,13 +72,11 @@ class Served:
 
 
 def _show_eager_attention(get_interface: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(get_interface)
     def get(self: Any, name: str, default: Callable[..., Any]) -> Any:
         function = get_interface(self, name, default)
         known = getattr(function, "serves_compressed_layers", False)
         return function if known else _shown(function)
 
-    get.shows_eager_attention = True  # type: ignore[attr-defined]
     return get
 
 

@@ -7,7 +7,7 @@ import functools
 import operator
 import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -20,7 +20,7 @@ from moekv.cache.buffers import size_of
 from moekv.cache.masks import Offset
 from moekv.cache.recent import RecentStates
 from moekv.cache.rows import gain, storable
-from moekv.models.hooks import CROPS_BY_COUNT
+from moekv.models.hooks import CROPS_BY_COUNT, wrap_method
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -395,11 +395,10 @@ def crop_all_layers_or_none() -> None:
     Other layers crop first, and are as they were if one of them refuses (a sliding window that has
     been exceeded): what they hold is replaced, never written over.
     """
-    crop = Cache.crop
-    if getattr(crop, "asks_all_layers", False):
-        return
+    wrap_method(Cache, "crop", _cropping_all)
 
-    @functools.wraps(crop)
+
+def _cropping_all(crop: Callable[..., None]) -> Callable[..., None]:
     def crop_all(self: Cache, *args: Any, **kwargs: Any) -> None:
         compressed = [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
         others = [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
@@ -420,8 +419,7 @@ def crop_all_layers_or_none() -> None:
         finally:
             self.layers = layers
 
-    crop_all.asks_all_layers = True  # type: ignore[attr-defined]
-    Cache.crop = crop_all  # type: ignore[method-assign]
+    return crop_all
 
 
 def check_rows(held: int, rows: int) -> None:
@@ -447,11 +445,11 @@ def repeat_all_layers() -> None:
     with windows are repeated as they are fed; layers of states, which models read before, as the
     forward's mask is made.
     """
-    update, sizes = Cache.update, Cache.get_mask_sizes
-    if getattr(update, "repeats_all_layers", False):
-        return
+    wrap_method(Cache, "update", _repeating_all)
+    wrap_method(Cache, "get_mask_sizes", _repeating_states)
 
-    @functools.wraps(update)
+
+def _repeating_all(update: Callable[..., Any]) -> Callable[..., Any]:
     def update_all(
         self: Cache, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **k: Any
     ) -> Any:
@@ -459,16 +457,17 @@ def repeat_all_layers() -> None:
             _repeat_beside_compressed(self, layer_idx, len(key_states))
         return update(self, key_states, value_states, layer_idx, *args, **k)
 
-    @functools.wraps(sizes)
+    return update_all
+
+
+def _repeating_states(sizes: Callable[..., tuple[int, int]]) -> Callable[..., tuple[int, int]]:
     def sizes_of_all(self: Cache, *args: Any, **k: Any) -> tuple[int, int]:
         length, offset = sizes(self, *args, **k)
         if isinstance(offset, Offset):
             offset.expect = functools.partial(_repeat_states, self)
         return length, offset
 
-    update_all.repeats_all_layers = True  # type: ignore[attr-defined]
-    Cache.update = update_all  # type: ignore[method-assign]
-    Cache.get_mask_sizes = sizes_of_all  # type: ignore[method-assign]
+    return sizes_of_all
 
 
 def _repeat_states(cache: Cache, rows: int) -> None:

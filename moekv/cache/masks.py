@@ -338,8 +338,7 @@ def held_of(mask: Tensor, layer: "CompressedLayer", held: int) -> Tensor:
         return fitted
     if held == length or width not in (held, length):
         return mask  # places are positions; or it does not fit
-    context = layer.context_length - (length - width)
-    part = mask[..., :context]
+    part = mask[..., : _context_in(mask, layer)]
     if not bool(shown_by(part).all()):
         _refuse(layer.context_length, width)
     return mask[..., width - held :]
@@ -347,8 +346,16 @@ def held_of(mask: Tensor, layer: "CompressedLayer", held: int) -> Tensor:
 
 def held_in_graph(mask: Tensor, layer: "GrowingLayer", held: int) -> Tensor:
     """Do what :func:`held_of` does in a graph, which checks any mask as it runs."""
-    context = layer.context_length - (layer.get_seq_length() - mask.shape[-1])
+    context = _context_in(mask, layer)
     return widened(shown_part(mask, context) if layer.evicted and context > 0 else mask, held)
+
+
+def _context_in(mask: Tensor, layer: "CompressedLayer") -> int:
+    """Count a mask's columns for a layer's context, where its last column is the last token's.
+
+    Negative, if it begins behind the context.
+    """
+    return layer.context_length - (layer.get_seq_length() - mask.shape[-1])
 
 
 def widened(mask: Tensor, width: int) -> Tensor:

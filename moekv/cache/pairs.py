@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from moekv.models.hooks import wrap_method
+
 if TYPE_CHECKING:
     from moekv.cache.growing import GrowingLayer
     from moekv.cache.ragged import RaggedLayer
@@ -228,13 +230,10 @@ def keep_pairs_in_their_layers() -> None:
         (StaticLayer, "lazy_initialization"),
         (DynamicLayer, "update"),  # whose pairs may have been assigned
     ):
-        method = getattr(kind, name)
-        if not getattr(method, "keeps_pairs_in_their_layers", False):
-            setattr(kind, name, _refusing(method))
+        wrap_method(kind, name, _refusing)
 
 
 def _refusing(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
     def take(self: Any, key_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         for keys in (key_states, self.keys):
             if isinstance(keys, DensePairs) and keys.layer.evicted:
@@ -247,5 +246,4 @@ def _refusing(method: Callable[..., Any]) -> Callable[..., Any]:
                 )
         return method(self, key_states, *args, **kwargs)
 
-    take.keeps_pairs_in_their_layers = True  # type: ignore[attr-defined]
     return take

@@ -7,7 +7,7 @@ is an error and not a press that does nothing.
 
 import functools
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -373,6 +373,15 @@ def replace_function(functions: Any, name: str, function: Any) -> None:
         functions[name] = function
     else:
         functions.register(name, function)
+
+
+def wrap_method(owner: type, name: str, wrap: Callable[..., Callable[..., Any]]) -> None:
+    """Put what `wrap` makes of a method of transformers in its place. Idempotent."""
+    method = getattr(owner, name)
+    if not getattr(method, "knows_compressed_layers", False):
+        wrapped: Any = functools.wraps(method)(wrap(method))
+        wrapped.knows_compressed_layers = True
+        setattr(owner, name, wrapped)
 
 
 def is_usual(function: Any) -> bool:
