@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from moekv.budget import Kept
 from moekv.cache.buffers import size_of
-from moekv.cache.masks import Offset
+from moekv.cache.masks import Offset, check_rows
 from moekv.cache.recent import RecentStates
 from moekv.cache.rows import gain, storable
 from moekv.models.hooks import CROPS_BY_COUNT, wrap_method
@@ -422,22 +422,6 @@ def _cropping_all(crop: Callable[..., None]) -> Callable[..., None]:
     return crop_all
 
 
-def check_rows(held: int, rows: int) -> None:
-    """Raise where each row of a cache would have to be continued several times.
-
-    Raises
-    ------
-    ValueError
-        Says how the cache is made to have as many rows.
-    """
-    if rows > held and rows % held == 0:
-        raise ValueError(
-            f"expected new pairs of {held} rows for this cache, got {rows}; "
-            f"cache.reorder_cache(torch.arange({held}).repeat_interleave({rows // held})) has each "
-            "row continued as often, as generate(num_return_sequences=...) does"
-        )
-
-
 def repeat_all_layers() -> None:
     """Have a cache with compressed layers repeat its other layers as those are. Idempotent.
 
@@ -464,28 +448,28 @@ def _repeating_states(sizes: Callable[..., tuple[int, int]]) -> Callable[..., tu
     def sizes_of_all(self: Cache, *args: Any, **k: Any) -> tuple[int, int]:
         length, offset = sizes(self, *args, **k)
         if isinstance(offset, Offset):
-            offset.expect = functools.partial(_repeat_states, self)
+            offset.expect = functools.partial(_expect_rows, self)
         return length, offset
 
     return sizes_of_all
 
 
-def _repeat_states(cache: Cache, rows: int) -> None:
+def _expect_rows(cache: Cache, rows: int) -> None:
     """Prepare layers of states for new tokens of some rows, as compressed ones prepare themselves.
 
     Raises
     ------
     ValueError
-        They have other rows.
+        The cache has other rows.
     """
     layers: list[Any] = cache.layers
     for layer in layers:
-        held = _rows_of_states(layer)
-        if held == 1 < rows:
-            layer.reorder_cache(torch.zeros(rows, dtype=torch.long, device="cpu"))
-        elif held not in (0, rows):
+        is_compressed = isinstance(layer, CompressedLayer)
+        held = layer.batch_size if is_compressed else _rows_of_states(layer)
+        if held > 1:
             check_rows(held, rows)
-            raise ValueError(f"expected new tokens of {held} rows for this cache, got {rows}")
+        if held == 1 < rows and not is_compressed:
+            layer.reorder_cache(torch.zeros(rows, dtype=torch.long, device="cpu"))
 
 
 def _rows_of_states(layer: Any) -> int:

@@ -166,12 +166,33 @@ def check_hidden(seen: Tensor, first: Tensor | None, length: int, *, follows: bo
     """Do what :func:`check_context` does, by what it needs to know of a layer."""
     hidden = ~seen[..., :length]
     if first is not None:
+        if len(first) > 1 < len(seen):
+            check_rows(len(first), len(seen))
         first = first.to(seen.device).view(-1, *[1] * (seen.dim() - 1))
         hidden = hidden & (torch.arange(hidden.shape[-1], device=seen.device) >= first)
     hides = bool(hidden.any())
     if seen.shape[-1] < length or (hides and not follows):
         _refuse(length, seen.shape[-1])
     return hides
+
+
+def check_rows(held: int, rows: int) -> None:
+    """Raise where a cache has other rows than new tokens.
+
+    Raises
+    ------
+    ValueError
+        Says how the cache is made to have as many, if each may be continued as often.
+    """
+    if rows == held:
+        return
+    instead = ""
+    if rows % held == 0:
+        instead = (
+            f"; cache.reorder_cache(torch.arange({held}).repeat_interleave({rows // held})) has "
+            "each row continued as often, as generate(num_return_sequences=...) does"
+        )
+    raise ValueError(f"expected new tokens of {held} rows for this cache, got {rows}{instead}")
 
 
 def of_full_attention(mask: Any) -> Any:

@@ -1,5 +1,6 @@
 """Caches that cannot be compressed, and what compressed ones refuse."""
 
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -150,7 +151,7 @@ def test_rows_that_cannot_be_repeated() -> None:
 @pytest.mark.parametrize(
     ("name", "dtype", "rows", "message"),
     [
-        ("llama", torch.float32, 3, r"new pairs \[2, 2, num_queries, 16\].*got \[3, 2, 1, 16\]"),
+        ("llama", torch.float32, 3, "new tokens of 2 rows for this cache, got 3"),
         ("llama", torch.float32, 4, r"of 2 rows.*got 4; cache.reorder_cache\(.*interleave\(2\)\)"),
         ("llama", torch.bfloat16, 2, "torch.float32 on cpu like the cache, got torch.bfloat16"),
         ("llama_mha", torch.float32, 2, r"got \[2, 4, 1, 16\]"),
@@ -172,6 +173,23 @@ def test_other_tokens_for_a_compressed_cache(
             cache_position=where,
             position_ids=where[None],
         )
+    assert_same(cache, before)
+
+
+@pytest.mark.parametrize("budget", COMPRESSED)
+@pytest.mark.parametrize("grows", [False, True])
+@pytest.mark.parametrize("rows", [3, 4])
+def test_a_mask_of_other_rows_than_a_cache_has(budget: str, grows: bool, rows: int) -> None:
+    model = tiny_model()
+    press = MoERouterPress(budget=budget, decoding=DecodingConfig(20) if grows else None)
+    with press(model):
+        cache = prefill(model, tokens(2, LENGTH))
+    before = held(cache)
+    mask = torch.ones(rows, LENGTH + 1, dtype=torch.long)
+    block = press(model) if grows else contextlib.nullcontext()
+    message = f"of 2 rows for this cache, got {rows}"
+    with pytest.raises(ValueError, match=message), block, torch.no_grad():
+        model(tokens(rows, 1), attention_mask=mask, past_key_values=cache)
     assert_same(cache, before)
 
 
