@@ -231,9 +231,17 @@ def _attends(kind: Any) -> bool:
         and not any(word in kind.__name__ for word in _NO_ATTENTION)
         and not {"encoder_hidden_states", "key_value_states", "cross_attention_states"}
         & set(_needed(kind))
-        and _parameters(kind)[:1] == ("hidden_states",)
+        and _inputs(kind) != ()
         and any(name in _parameters(kind) for name in CACHE_NAMES)
     )
+
+
+@functools.cache
+def _inputs(kind: Any) -> tuple[str, ...]:
+    """Names of the first arguments of a module's forward, if these are hidden states alone."""
+    known = (("hidden_states",), ("v", "k", "q"))  # the latter CTRL's, which are all the same
+    found = next((names for names in known if _parameters(kind)[: len(names)] == names), ())
+    return found if len(found) == 1 or _looks_up(kind) else ()  # older ones attend by themselves
 
 
 _NO_ATTENTION = ("CrossAttention", "DecoderLayer", "Block", "Delta", "Lightning", "Mamba")
@@ -276,9 +284,14 @@ def names(layer: nn.Module, name: str) -> bool:
     return name in _parameters(_kind(layer))
 
 
+def inputs_of(layer: nn.Module) -> tuple[str, ...]:
+    """Name the arguments by which an attention layer is fed hidden states: one, or all the same."""
+    return _inputs(_kind(layer)) or ("hidden_states",)
+
+
 def needed_by(layer: nn.Module) -> tuple[str, ...]:
     """Name the required arguments of an attention layer, without its inputs."""
-    return _needed(_kind(layer))[1:]
+    return _needed(_kind(layer))[len(inputs_of(layer)) :]
 
 
 def config_of(layer: nn.Module, default: Any = None) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from moekv.models.hooks import cache_argument, looks_up
+from moekv.models.hooks import cache_argument, inputs_of, looks_up
 from moekv.models.traceless import traceless
 
 
@@ -224,7 +224,8 @@ def ask(
         It was not seen to ask anything.
     """
     stand_in: Any = cache or StandIn(int)
-    names = {"hidden_states", "cache", *cache_argument(module, stand_in)}
+    inputs = inputs_of(module)
+    names = {"hidden_states", *inputs, "cache", *cache_argument(module, stand_in)}
     # What layers share their pairs in (Gemma 3n) is theirs to write to, and not that of this call.
     own = {n: copy.copy(x) if isinstance(x, MutableMapping) else x for n, x in kwargs.items()}
     given = {n: x for n, x in own.items() if n not in names} | cache_argument(module, stand_in)
@@ -234,7 +235,7 @@ def ask(
     try:
         products = _Products(hidden_states) if not looks_up(module) else nullcontext()
         with traceless(module), products:
-            module.forward(hidden_states, **given)
+            module.forward(*[hidden_states] * len(inputs), **given)
     except _AskedError as error:
         if error.asked is not None:
             return error.asked

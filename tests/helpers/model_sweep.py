@@ -10,8 +10,9 @@ import signal
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ PADDING, TARGET, INTERVAL = 11, 20, 2
 SECONDS = 60
 KINDS = ("works", "refused", "left alone", "not tried")
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+PARTS = {"kosmos-2": "text_model"}
+"""What reads text where a model's own forward wants an image at each step: `generate` calls it."""
 BY_HAND = "\n## How models are run\n"
 """Where the part of the page begins that nothing generates."""
 
@@ -351,11 +354,8 @@ def _compare_batch(
     Where layers attend by themselves, against the same step over a copy outside the block.
     """
 
-    counts = not any(hasattr(module, "rope_deltas") for module in model.modules())
-
     def feed(cache: Any, first: int, end: int) -> Tensor:
-        given = {"attention_mask": mask[:, :end]} if counts or not first else {}
-        return _feed(model, cache, ids[:, first:end], first, masked=False, **given)
+        return _feed_rows(model, cache, ids, mask, first, end)
 
     press = MoERouterPress(0.5, decoding=decoding)
     full, half = DynamicCache(config=model.config), DynamicCache(config=model.config)
@@ -369,7 +369,7 @@ def _compare_batch(
     with press(model):
         first = feed(half, 0, LENGTH)
     _close(first, plain, "a first prompt of two rows at .5")
-    held = []
+    held, rows = [], [_held_by_rows(half, own)]
     for end in range(LENGTH + 1, LENGTH + STEPS + 1):
         held.append(sum(int(_pairs(half.layers[i])[2].sum()) for i in own))
         other = copy.deepcopy(half)
@@ -383,11 +383,64 @@ def _compare_batch(
         with press(model):
             got = feed(half, end - 1, end)
         _close(got, expected, f"step {end - LENGTH} of two rows")
+        rows.append(_held_by_rows(half, own))
     heads = sum(layer.keys.shape[:2].numel() for layer in own.values())
     if decoding is not None and not max(held) <= (TARGET + INTERVAL) * heads:
         raise WrongError(f"{max(held)} pairs are held in {heads} heads")
     if decoding is not None and not held[-1] < held[-2]:
         raise WrongError(f"no step has compressed: {held} pairs")
+    for row, text in enumerate(ids):
+        alone = text[mask[row] > 0][None]
+        _compare_alone(model, press, alone, plain[row], [*own], [step[row] for step in rows])
+
+
+def _feed_rows(
+    model: PreTrainedModel, cache: Any, ids: Tensor, mask: Tensor, first: int, end: int
+) -> Tensor:
+    counts = not any(hasattr(module, "rope_deltas") for module in model.modules())
+    given = {"attention_mask": mask[:, :end]} if counts or not first else {}
+    return _feed(model, cache, ids[:, first:end], first, masked=False, **given)
+
+
+def _held_by_rows(cache: Any, indices: Iterable[int]) -> list[list[Tensor]]:
+    """Copy the keys [n, D] of each row's heads, in some layers of a cache."""
+    found: list[list[Tensor]] = []
+    for index in indices:
+        keys, _, lengths = _pairs(cache.layers[index])
+        found = found or [[] for _ in keys]
+        for b, h in torch.cartesian_prod(*map(torch.arange, lengths.shape)).tolist():
+            found[b].append(keys[b, h, keys.shape[2] - int(lengths[b, h]) :].clone())
+    return found
+
+
+def _compare_alone(
+    model: PreTrainedModel,
+    press: MoERouterPress,
+    text: Tensor,
+    plain: Tensor,
+    indices: list[int],
+    held: list[list[Tensor]],
+) -> None:
+    """Hold what a row had in a batch, after the prompt and each step, to what it has alone.
+
+    As many pairs; and the same but for near ties, where padding has not moved their positions and
+    the model says of the prompt what it says in the batch, ``plain``.
+    """
+    cache, count = DynamicCache(config=model.config), text.shape[1]
+    fed, ones = [0, *range(count - STEPS, count + 1)], torch.ones_like(text)
+    other = DynamicCache(config=model.config)
+    said = _feed_rows(model, other, text, ones, 0, count - STEPS)[0]
+    is_same = count == LENGTH + STEPS and bool(torch.isclose(said, plain, atol=1e-3).all())
+    for (first, end), keys in zip(pairwise(fed), held, strict=True):
+        with press(model):
+            _feed_rows(model, cache, text, ones, first, end)
+        alone = _held_by_rows(cache, indices)[0]
+        if (n := sum(map(len, keys))) != (m := sum(map(len, alone))):
+            raise WrongError(f"a row of two holds {n} pairs after {end} tokens, alone {m}")
+        if is_same:
+            same = sum(int(_alike(a, b).any(1).sum()) for a, b in zip(keys, alone, strict=True))
+            if same < 0.95 * n:
+                raise WrongError(f"a row of two holds {same} of the {n} pairs that it holds alone")
 
 
 def _compare_prefill(
@@ -428,7 +481,7 @@ def outcome(name: str) -> str:
                 model = build(name)
             except Exception as error:
                 return f"not tried: {_short(error)}"
-            return try_press(model)
+            return try_press(getattr(model, PARTS[name]) if name in PARTS else model)
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
@@ -448,10 +501,12 @@ def render(found: dict[str, str], version: str) -> str:
         "- *works*: a prompt's logits are those without a press, at ratio 0 and where half of its",
         "  pairs leave behind it; experts see the queries that the model's own attention asks;",
         "  decoding then is that over the full cache with these pairs masked. So it is for two",
-        "  rows, one of them padded, with `decoding`, in steps that evict: all but what is named",
-        "  behind *without*, which is refused. (Models that attend in their own code are held to",
-        "  steps in which nothing leaves there.) Layers that see the whole past are compressed, so",
-        "  many of the tiny model's; others are left alone.",
+        "  rows, one of them padded, with `decoding`, in steps that evict, and each row retains",
+        "  what it retains alone: all but what is named behind *without*, which is refused.",
+        "  (Models that attend in their own code are held to steps in which nothing leaves there.)",
+        "  Layers that see the whole past are compressed, so many of the tiny model's; others are",
+        "  left alone. Kosmos-2's forward wants an image at each step: its text model is tried,",
+        "  which `generate` calls.",
         "- *refused*: an error before anything ran.",
         "- *left alone*: the same, where no layer has full attention: states, windows, indices.",
         "- *not tried*: the shrunk configuration makes no model that reads text into a cache. That",

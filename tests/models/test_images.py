@@ -11,6 +11,8 @@ from every_model import IMAGE_MODELS, TEXT_MODELS, build
 from model_sweep import LENGTH, try_press
 from torch import Tensor
 
+from moekv import MoERouterPress
+
 TOKEN = 120
 
 
@@ -60,3 +62,31 @@ def test_an_image_in_the_prompt(name: str) -> None:
     model.config.image_token_id = TOKEN
     count, inputs = see(model)
     assert try_press(model, (TOKEN,) * count, **inputs) == f"works: {layers} layers"
+
+
+def test_the_text_model_that_generate_calls_for_an_image() -> None:
+    """Kosmos-2's own forward wants the image at each step, so steps are its text model's."""
+    model = build("kosmos-2")
+    is_image = torch.zeros(1, LENGTH, dtype=torch.bool)
+    is_image[:, 20:36] = True
+    inputs = {"image_embeds": _noise(1, 16, 64), "image_embeds_position_mask": is_image}
+    assert try_press(model.text_model, (TOKEN,) * 16, **inputs) == "works: 4 of 4 layers"
+    count, size = model.config.latent_query_num, model.config.vision_config.image_size
+    mask = torch.zeros(1, count + 30, dtype=torch.bool)
+    mask[:, 1 : 1 + count] = True
+    given = {
+        "input_ids": torch.arange(3, 3 + mask.shape[1])[None] % 90 + 3,
+        "attention_mask": torch.ones_like(mask, dtype=torch.long),
+        "pixel_values": _noise(1, 3, size, size),
+        "image_embeds_position_mask": mask,
+        "max_new_tokens": 6,
+        "do_sample": False,
+    }
+    expected = model.generate(**given)
+    for ratio in (0.0, 0.5):
+        press = MoERouterPress(ratio)
+        with press(model):
+            got = model.generate(**given)
+        assert torch.equal(got[:, : count + 31], expected[:, : count + 31])  # and all, at 0
+        assert ratio or torch.equal(got, expected)
+        assert press.get_stats()["compression"]["ratio"] == pytest.approx(ratio, abs=0.01)
