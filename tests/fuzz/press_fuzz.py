@@ -151,8 +151,13 @@ class Life(Lockstep):
         if self.fed_in_block is not None:
             self.fed_in_block.append(fed)
         else:
-            for row in range(len(self.alone)):
-                self.feed_alone(row, fed)
+            try:
+                for row in range(len(self.alone)):
+                    self.feed_alone(row, fed)
+            except ValueError as error:  # whose few pairs are not worth their positions
+                if shown is None or "attention mask that shows" not in str(error):
+                    raise
+                self.alone = []
         return logits
 
     def feed_alone(self, row: int, fed: Fed) -> None:
