@@ -468,11 +468,25 @@ def stages_table(rows: Sequence[Row]) -> Iterator[str]:
     if len(rows) > 2:
         lengths = [row["length"] for row in rows]
         fit = statistics.linear_regression(lengths, [row["stages_s"]["press"][1] for row in rows])
+        peaks = [(row["length"], row["peak_bytes"]) for row in rows]
         yield ""
         yield (
             f"The line through these times of the press (least squares): {1e3 * fit.intercept:.0f} "
-            f"ms whatever the length, and {1e6 * fit.slope:.0f} ms for each 1,000 tokens."
+            f"ms whatever the length, and {1e6 * fit.slope:.0f} ms for each 1,000 tokens. As a "
+            f"power of the length, through logarithms: the press {exponent(_presses(rows)):.2f}, "
+            f"the rest of the prefill {exponent(_others(rows)):.2f}, memory at the peak "
+            f"{exponent(peaks):.2f}."
         )
+
+
+def _presses(rows: Sequence[Row]) -> list[tuple[int, float]]:
+    """Length and seconds in the press."""
+    return [(row["length"], row["stages_s"]["press"][1]) for row in rows]
+
+
+def _others(rows: Sequence[Row]) -> list[tuple[int, float]]:
+    """Length and seconds of the prefill beside the press."""
+    return [(row["length"], row["wall_s"][1] - row["stages_s"]["press"][1]) for row in rows]
 
 
 def plot_prefill(rows: Sequence[Row], path: Path) -> bool:
