@@ -56,7 +56,8 @@ inline void numbers_of(const uint8_t* codes, const float* scales, int64_t left, 
     } else {
       constexpr int kHalf = kCodeGroup / 2;
       const int half = left < kCodeGroup ? static_cast<int>(left / 2) : kHalf;
-      for (int i = 0; i < half; ++i) {
+      for (int i = 0; i < kHalf; ++i) {  // a constant count, or GCC 12 warns of what is behind
+        if (i >= half) break;
         bytes[i] = codes[i] & 15;
         bytes[(half + i) % kCodeGroup] = static_cast<uint8_t>(codes[i] >> 4);
       }
