@@ -74,6 +74,8 @@ class Served:
 def _show_eager_attention(get_interface: Callable[..., Any]) -> Callable[..., Any]:
     def get(self: Any, name: str, default: Callable[..., Any]) -> Any:
         function = get_interface(self, name, default)
+        if self is not ALL_ATTENTION_FUNCTIONS:  # a model's own, as Doge's, whose masks are, too
+            function = getattr(function, "stands_in_for", function)
         known = getattr(function, "serves_compressed_layers", False)
         return function if known else _shown(function)
 

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from moekv import DecodingConfig, MoERouterPress, load_cache, save_cache
 from moekv.cache.ragged import RaggedLayer
+from moekv.models.hooks import cache_of
 from moekv.ops import PAIRS
 
 NEAR = {"16": 1e-4, "k8v8": 5e-3, "k8v4": 2e-2, "k4v4": 5e-2}
@@ -188,7 +189,7 @@ def test_a_pair_that_cannot_be_stored_changes_no_other_row(pairs: str, place: in
     batch = Batch(tokens(3, 60), [0, 3, 9])
 
     def spoil(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        layer = kwargs["past_key_values"].layers[module.layer_idx]
+        layer = cache_of(kwargs).layers[module.layer_idx]
         if layer.get_seq_length() == (30 if place > 0 else 34):
             values = layer.tail_values if isinstance(layer, RaggedLayer) else layer.values
             values[0, 1, place, 3] = 1e8
